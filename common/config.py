@@ -1,0 +1,149 @@
+"""How a model is trained: objective, optimizer, schedule, batches, mesh."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    kind: Literal["causal"] = "causal"
+    """causal: predict the next token."""
+    label_smoothing: float = 0.0
+    """Share of each target's probability spread over the vocabulary."""
+
+    def problems(self) -> list[str]:
+        ok = 0 <= self.label_smoothing < 1
+        return [] if ok else [f"objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1)"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "muon", "adafactor", "lion"] = "adamw"
+    """muon: orthogonalised momentum for the matrices inside blocks, AdamW for the rest."""
+    learning_rate: float = 6e-4
+    """The highest rate, reached after warm-up."""
+    adam_learning_rate: float = 0.0
+    """With muon, the highest rate of the parameters that AdamW trains. 0: learning_rate."""
+    schedule: Literal["constant", "cosine", "linear", "rsqrt", "wsd"] = "cosine"
+    """After warm-up. rsqrt: arXiv 1706.03762, section 5.3. wsd: stable, then linear over the last decay_share."""
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    """Step at which cosine and linear arrive at final_share. 0: the last step."""
+    decay_share: float = 0.2
+    final_share: float = 0.0
+    """The last learning rate, as a share of the highest."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    """Muon's momentum."""
+    weight_decay: float = 0.1
+    """Decoupled, on kernels and embeddings; never on biases and norms."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient. 0: not clipped."""
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("learning_rate", "eps"):
+            if getattr(self, name) <= 0:
+                found.append(f"optimizer.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("adam_learning_rate", "weight_decay", "clip_norm", "warmup_steps", "decay_steps"):
+            if getattr(self, name) < 0:
+                found.append(f"optimizer.{name} is {getattr(self, name)}; it cannot be negative")
+        for name in ("b1", "b2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        for name in ("decay_share", "final_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1]")
+        if self.schedule == "rsqrt" and self.warmup_steps == 0:
+            found.append("optimizer.schedule=rsqrt falls from the end of warm-up; set optimizer.warmup_steps")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    batch_size: int = 8
+    """Rows in a global batch."""
+    ramp_from: int = 0
+    """Rows in the first batches; doubled along a line that reaches batch_size after ramp_rows. 0: no ramp."""
+    ramp_rows: int = 0
+    """Rows seen by the end of the batch-size ramp."""
+    accumulate: int = 1
+    """Pieces that a batch is cut into, one after the other, to save memory; the result is the same."""
+    seed: int = 0
+    max_bad_steps: int = 10
+    """Stop after so many steps in a row whose loss or gradient is not finite."""
+    log_every: int = 10
+    eval_every: int = 500
+    eval_rows: int = 0
+    """Held-out rows per evaluation, spread evenly. 0: all."""
+    save_every: int = 500
+    keep: int = 2
+    """Newest checkpoints kept; the best on held-out text is kept besides."""
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "save_every", "keep", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                found.append(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("seed", "eval_rows", "ramp_from", "ramp_rows"):
+            if getattr(self, name) < 0:
+                found.append(f"train.{name} is {getattr(self, name)}; it cannot be negative")
+        if (self.ramp_from > 0) != (self.ramp_rows > 0):
+            found.append(f"train.ramp_from={self.ramp_from} and train.ramp_rows={self.ramp_rows}: set both or neither")
+        if self.ramp_from >= self.batch_size:
+            found.append(f"train.ramp_from={self.ramp_from} must be less than train.batch_size={self.batch_size}")
+        return found
+
+    def stages(self) -> list[tuple[int, int, int]]:
+        """The batch-size ramp as (first step, first row, batch size), one entry for each size.
+
+        Sizes double from ramp_from; each lasts as long as a straight line from ramp_from to batch_size over
+        ramp_rows rows stays below the next (arXiv 2005.14165, appendix B). Without a ramp there is one stage.
+        """
+        if not self.ramp_from:
+            return [(0, 0, self.batch_size)]
+        stages, step, row, size = [], 0, 0, self.ramp_from
+        while size < self.batch_size:
+            stages.append((step, row, size))
+            following = min(2 * size, self.batch_size)
+            until = self.ramp_rows * (following - self.ramp_from) / (self.batch_size - self.ramp_from)
+            lasts = max(1, round((until - row) / size))
+            step, row, size = step + lasts, row + lasts * size, following
+        return [*stages, (step, row, size)]
+
+    def batch_at(self, step: int) -> tuple[int, int]:
+        """(rows consumed before this step, batch size at it): the data position is a function of the step."""
+        first, row, size = next(s for s in reversed(self.stages()) if s[0] <= step)
+        return row + (step - first) * size, size
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; the product is the number of devices. -1 once: whatever is left."""
+
+    data: int = -1
+    """Batch rows are spread; parameters are copied."""
+    fsdp: int = 1
+    """Batch rows are spread, and so are parameters and optimizer state (arXiv 2004.13336, 1910.02054)."""
+    tensor: int = 1
+    """Heads, MLP and vocabulary are spread (arXiv 1909.08053)."""
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Axis sizes on so many devices; the sizes multiply to `devices`, or `problems` says why not."""
+        sizes = dataclasses.asdict(self)
+        known = 1
+        for size in sizes.values():
+            known *= size if size > 0 else 1
+        return {name: size if size > 0 else max(1, devices // known) for name, size in sizes.items()}
+
+    def problems(self, devices: int) -> list[str]:
+        given = dataclasses.asdict(self)
+        if any(size == 0 or size < -1 for size in given.values()) or list(given.values()).count(-1) > 1:
+            return [f"mesh {given}: every axis must be at least 1, and -1 may stand once for the rest"]
+        product = 1
+        for size in self.sizes(devices).values():
+            product *= size
+        return [] if product == devices else [f"mesh {given} does not multiply to the {devices} devices that are here"]

@@ -1,0 +1,19 @@
+"""Families by name, and what each wants as input."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from model.config import TransformerConfig
+from model.gpt import GPT
+
+FAMILIES: dict[str, type[nn.Module]] = {"gpt": GPT}
+
+
+def make_module(family: str, cfg: TransformerConfig) -> nn.Module:
+    """The Flax module of a family."""
+    return FAMILIES[family](cfg.resolved())
+
+
+def tiny_inputs(family: str) -> dict:
+    """Inputs just large enough to initialise parameters from."""
+    return {"tokens": jnp.zeros((1, 2), jnp.int32)}

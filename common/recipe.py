@@ -1,0 +1,135 @@
+"""Recipe: everything that makes a run, as one frozen value, checked whole before anything is allocated."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from common.errors import InputError
+from data.config import DataConfig
+from model.config import TransformerConfig
+from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+
+# Fields that may differ between a run and its continuation: where and how often, not what.
+FREE = ("mesh", "train.log_every", "train.keep", "train.eval_every", "train.eval_rows", "train.save_every", "data.cache")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    name: str = ""
+    family: Literal["gpt"] = "gpt"
+    model: TransformerConfig = TransformerConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def check(self, devices: int) -> None:
+        """Raises InputError that lists everything wrong with the recipe on so many devices, with the numbers."""
+        found = [*self.model.problems(), *self.data.problems(), *self.objective.problems()]
+        found += [*self.optimizer.problems(), *self.train.problems(), *self.mesh.problems(devices)]
+        if not found:
+            sizes = self.mesh.sizes(devices)
+            shards = sizes["data"] * sizes["fsdp"]
+            for _, _, batch in self.train.stages():
+                if batch % (shards * self.train.accumulate):
+                    found.append(
+                        f"a batch of {batch} rows does not divide into data*fsdp={shards} parts"
+                        f" times train.accumulate={self.train.accumulate}: set --train.batch-size to a multiple of "
+                        f"{shards * self.train.accumulate}, or change the mesh"
+                    )
+            if self.train.steps <= self.optimizer.warmup_steps:
+                found.append(
+                    f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of train.steps={self.train.steps}"
+                )
+        if found:
+            raise InputError(f"recipe {self.name or '(unnamed)'} cannot run:\n" + "\n".join(f"  - {p}" for p in found))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Raises InputError for fields that this version does not know."""
+        return _build(cls, json.loads(text), "recipe")
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """Fields in which two recipes make different runs, as `field: mine -> other's`."""
+        mine, theirs = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))
+        return [
+            f"{k}: {mine[k]} -> {theirs[k]}"
+            for k in mine
+            if mine[k] != theirs[k] and k != "name" and not any(k == f or k.startswith(f + ".") for f in FREE)
+        ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    hints = get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise InputError(f"{where} has fields this version does not know: {', '.join(sorted(unknown))}")
+
+    def convert(name: str, value: Any) -> Any:
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            return _build(hint, value, f"{where}.{name}")
+        return tuple(value) if get_origin(hint) is tuple and get_args(hint) else value
+
+    return cls(**{name: convert(name, value) for name, value in values.items()})
+
+
+def names() -> dict[str, Recipe]:
+    """Every recipe in configs/, by name. A module there holds `recipes`, a dict."""
+    import configs
+
+    found: dict[str, Recipe] = {}
+    for module in pkgutil.iter_modules(configs.__path__):
+        recipes = importlib.import_module(f"configs.{module.name}").recipes
+        found.update({name: dataclasses.replace(recipe, name=name) for name, recipe in recipes.items()})
+    return found
+
+
+def find(name: str) -> Recipe:
+    """The recipe of this name in configs/, or the one in this Python file.
+
+    Raises:
+      InputError: there is none; says which names come near.
+    """
+    if name.endswith(".py"):
+        return _from_file(Path(name))
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
+        raise InputError(f"no recipe {name!r} in configs/; {hint} A path to a Python file works too.")
+    return known[name]
+
+
+def _from_file(path: Path) -> Recipe:
+    if not path.is_file():
+        raise InputError(f"no recipe file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise InputError(f"the recipe file {path} fails: {type(e).__name__}: {e}") from e
+    recipes = getattr(module, "recipes", None)
+    if not isinstance(recipes, dict) or not recipes:
+        raise InputError(f"{path} defines no `recipes`: a dict from name to Recipe, as in configs/shakespeare.py")
+    if len(recipes) > 1 and path.stem not in recipes:
+        raise InputError(f"{path} holds {len(recipes)} recipes and none is called {path.stem}")
+    name = path.stem if path.stem in recipes else next(iter(recipes))
+    return dataclasses.replace(recipes[name], name=name)

@@ -1,0 +1,128 @@
+"""A run directory describes itself: recipe.json, tokenizer, checkpoints, metrics. Training writes it, all others read it.
+
+    runs/x/recipe.json         the recipe, every derived value filled in
+    runs/x/tokenizer.model     sentencepiece
+    runs/x/checkpoints/STEP/   orbax: params, train (optimizer and counters), meta (step, data position)
+    runs/x/metrics.jsonl       a line per logged step and per evaluation
+    runs/x/events/             TensorBoard
+    runs/x/loss.png            the curves
+"""
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from common.errors import InputError
+from common.families import make_module, tiny_inputs
+from common.recipe import Recipe
+from data.tokenizer import Tokenizer
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+def quiet_orbax() -> None:
+    """Orbax logs each save at info level and warns of what this code does on purpose."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="orbax")
+
+
+def checkpoint_manager(home: Path, *, keep: int | None = None, read_only: bool = False) -> ocp.CheckpointManager:
+    """Orbax's manager of a run's checkpoints: the newest `keep` and the one with the lowest held-out loss."""
+    quiet_orbax()
+    policy = None
+    if keep is not None:
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy, read_only=read_only, create=not read_only, step_prefix=None, save_root_metadata=False
+    )
+    names = ("params", "train", "meta")
+    return ocp.CheckpointManager(home.absolute() / "checkpoints", options=options, item_names=names)
+
+
+def newest_whole(manager: ocp.CheckpointManager, restore: Callable[[int], T], say: Say) -> tuple[int, T] | None:
+    """The newest checkpoint that can be read. One that was cut short is passed over, and said so.
+
+    Returns:
+      its step and what `restore` made of it; None if there is no checkpoint at all.
+
+    Raises:
+      InputError: there are checkpoints, and none can be read.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            return step, restore(step)
+        except InputError:
+            raise
+        except Exception as e:  # tensorstore and orbax raise many types for a damaged file
+            reason = str(e).strip().split("\n")[0][:160]
+            say(f"checkpoint {step} is damaged ({type(e).__name__}: {reason}); falling back to the one before")
+    if steps:
+        raise InputError(f"none of the checkpoints {steps} in {manager.directory} can be read")
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained model, ready to be asked."""
+
+    home: Path
+    recipe: Recipe
+    tokenizer: Tokenizer
+    module: nn.Module
+    params: Any
+    step: int
+
+
+def read_recipe(home: Path) -> Recipe:
+    """Raises InputError if the directory is no run."""
+    path = home / "recipe.json"
+    if not path.is_file():
+        what = "is not a run directory: it has no recipe.json" if home.is_dir() else "does not exist"
+        raise InputError(f"{home} {what}; give the directory that `bothways train` wrote, such as runs/shakespeare_gpt")
+    return Recipe.from_json(path.read_text())
+
+
+def param_shapes(recipe: Recipe) -> Any:
+    """Shapes of a recipe's parameters, with nothing allocated."""
+    module = make_module(recipe.family, recipe.model)
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), **tiny_inputs(recipe.family))["params"])
+
+
+def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None) -> Run:
+    """Restore a run's parameters, on today's devices.
+
+    Args:
+      place: shapes of the parameters -> their shardings; None puts everything on the first device.
+
+    Raises:
+      InputError: no run, no checkpoint yet, or none that can be read.
+    """
+    recipe = read_recipe(home)
+    tokenizer = Tokenizer.load(home / "tokenizer.model")
+    shapes = param_shapes(recipe)
+    one = SingleDeviceSharding(jax.devices()[0])
+    shardings = place(shapes) if place else jax.tree.map(lambda _: one, shapes)
+    targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+    if not (home / "checkpoints").is_dir():
+        raise InputError(f"{home} has no checkpoint yet; train it first")
+    with checkpoint_manager(home, read_only=True) as manager:
+
+        def restore(step: int) -> Any:
+            return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(targets)))["params"]
+
+        found = newest_whole(manager, restore, say)
+    if found is None:
+        raise InputError(f"{home} has no checkpoint yet; train it first")
+    return Run(home, recipe, tokenizer, make_module(recipe.family, recipe.model), found[1], found[0])

@@ -1,0 +1,1 @@
+"""Recipes: a module here holds `recipes`, a dict from name to Recipe."""

@@ -1,0 +1,33 @@
+"""Small models on Shakespeare's plays, for a laptop: six plays held out whole.
+
+    bothways train shakespeare_gpt
+"""
+
+from common.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from common.recipe import Recipe
+from data.config import DataConfig
+from model.config import TransformerConfig
+
+recipes = {
+    "shakespeare_gpt": Recipe(
+        family="gpt",
+        model=TransformerConfig(
+            context=128,
+            n_layers=3,
+            d_model=128,
+            n_heads=4,
+            positions="rotary",
+            norm="rms",
+            activation="relu2",
+            bias=False,
+            init_residual="zero",
+            tie_embeddings=False,
+        ),
+        data=DataConfig(corpus="shakespeare", tokenizer="unigram", vocab_size=2048),
+        objective=ObjectiveConfig(kind="causal"),
+        optimizer=OptimizerConfig(
+            name="muon", learning_rate=0.02, adam_learning_rate=4e-3, schedule="linear", warmup_steps=20, weight_decay=0.01
+        ),
+        train=TrainConfig(steps=2000, batch_size=8, eval_every=500, save_every=250, log_every=20),
+    ),
+}

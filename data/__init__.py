@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, example construction, the input pipeline. Knows nothing of models."""

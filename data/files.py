@@ -1,0 +1,110 @@
+"""Documents out of text, JSONL, CSV and TSV files."""
+
+import csv
+import glob
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.errors import InputError
+
+SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".csv", ".tsv")
+
+
+def looks_like_files(pattern: str) -> bool:
+    """Whether a corpus name means files, rather than a dataset's name."""
+    return Path(pattern).expanduser().exists() or any(c in pattern for c in "*?[") or pattern.endswith(SUFFIXES)
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files that a path or glob names, sorted; of a directory, every file of a known kind.
+
+    Raises:
+      InputError: there are none.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.suffix in SUFFIXES]
+    elif path.exists():
+        found = [path]
+    else:
+        found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+    if not found:
+        raise InputError(f"no file matches {pattern!r}; give a file, a directory or a glob of {', '.join(SUFFIXES)}")
+    return sorted(found)
+
+
+def fingerprint(paths: list[Path], *extra: str) -> str:
+    """A hash of the files' contents."""
+    digest = hashlib.sha256("\0".join(extra).encode())
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+      InputError: the file cannot be read, or is not UTF-8; says which bytes and where.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}") from e
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise InputError(
+            f"{path} is not UTF-8: bytes {raw[e.start : e.start + 4].hex(' ')} at offset {e.start} (line {line}); "
+            "convert it first, for example with iconv -f latin1 -t utf-8"
+        ) from e
+
+
+def records(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line number, record) of a JSONL, CSV or TSV file.
+
+    Raises:
+      InputError: a line that is not a JSON object, or a table without a header.
+    """
+    text = read_utf8(path)
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise InputError(f"{path}, line {number}: not JSON ({e.msg}): {line[:60]!r}") from e
+            if not isinstance(record, dict):
+                raise InputError(f"{path}, line {number}: wanted a JSON object, got {line[:60]!r}")
+            yield number, record
+    else:
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+        for row in rows:
+            yield rows.line_num, row
+
+
+def documents(paths: list[Path], text_field: str) -> Iterator[tuple[str, str]]:
+    """(name, text): a plain-text file is one document, and so is each record of a JSONL, CSV or TSV file.
+
+    Raises:
+      InputError: unreadable files, or records without the field.
+    """
+    for path in paths:
+        if path.suffix not in (".jsonl", ".csv", ".tsv"):
+            yield path.name, read_utf8(path)
+            continue
+        for number, record in records(path):
+            text = record.get(text_field)
+            if not isinstance(text, str):
+                raise InputError(
+                    f"{path}, line {number}: no text under {text_field!r}; the fields are "
+                    f"{', '.join(map(str, record))}; choose one with --data.text-field"
+                )
+            yield f"{path.name}:{number}", text

@@ -1,0 +1,153 @@
+"""Tokenizers behind one small interface. Text goes in and comes out unchanged."""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+
+from common.errors import InputError
+
+PAD, UNK, BOS, EOS, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+TRAINING_BYTES = 50_000_000
+"""A vocabulary is learnt from at most so much text, taken from the start of the corpus."""
+
+
+class Tokenizer:
+    """A sentencepiece model that loses nothing: decode(encode(text)) == text.
+
+    One set of special tokens serves both families: `bos` opens a document (BERT's [CLS]) and `eos` closes it
+    ([SEP]). `[MASK]` in a text is the mask token.
+    """
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self.sp = spm.SentencePieceProcessor(model_proto=model)
+        self.pad, self.unk, self.bos, self.eos = 0, 1, 2, 3
+        self.mask = self.sp.piece_to_id(MASK)
+
+    def __len__(self) -> int:
+        return self.sp.get_piece_size()
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.model).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids, without bos or eos."""
+        return self.sp.encode(text)
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return self.sp.encode(texts, num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text. Special tokens other than [MASK] say nothing; bytes that are not UTF-8 become U+FFFD."""
+        return self.sp.decode([int(i) for i in ids])
+
+    def piece(self, token: int) -> str:
+        """How one token reads: its text, or its name in brackets."""
+        piece = self.sp.id_to_piece(int(token))
+        return piece.replace("\u2581", " ")
+
+    @property
+    def special(self) -> list[int]:
+        """Ids that stand for no text: never masked, never drawn as random replacements."""
+        return [self.pad, self.unk, self.bos, self.eos, self.mask]
+
+    def byte_lengths(self) -> np.ndarray:
+        """[V] how many UTF-8 bytes of text each token stands for."""
+        lengths = np.zeros(len(self), np.int64)
+        for i in range(len(self)):
+            if self.sp.is_byte(i):
+                lengths[i] = 1
+            elif i not in self.special:
+                lengths[i] = len(self.piece(i).encode())
+        return lengths
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self.model)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Raises InputError if there is no such file, it is no sentencepiece model, or it lacks the specials."""
+        try:
+            tokenizer = cls(Path(path).read_bytes())
+        except OSError as e:
+            raise InputError(f"cannot read the tokenizer {path}: {e.strerror}") from e
+        except RuntimeError as e:
+            raise InputError(f"{path} is not a sentencepiece model") from e
+        wanted = [PAD, UNK, BOS, EOS]
+        got = [tokenizer.sp.id_to_piece(i) for i in range(min(4, len(tokenizer)))]
+        if got != wanted or tokenizer.mask == tokenizer.unk:
+            raise InputError(
+                f"{path} does not begin with {' '.join(wanted)} and hold {MASK} (it begins with {' '.join(got)}); "
+                "train one with `--data.tokenizer unigram`"
+            )
+        return tokenizer
+
+
+def lines(texts: Iterable[str]) -> Iterator[str]:
+    """What a vocabulary is learnt from: the lines of the texts, up to TRAINING_BYTES."""
+    budget = TRAINING_BYTES
+    for text in texts:
+        for line in text.split("\n"):
+            if line:
+                budget -= len(line)
+                yield line
+        if budget < 0:
+            return
+
+
+def train(texts: Iterable[str], kind: str, vocab_size: int) -> Tokenizer:
+    """Learn a sentencepiece vocabulary, byte for byte the same each time.
+
+    Raises:
+      InputError: the text does not allow so many pieces, or is too little to learn from.
+    """
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=lines(texts),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=vocab_size,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            pad_piece=PAD,
+            unk_piece=UNK,
+            bos_piece=BOS,
+            eos_piece=EOS,
+            user_defined_symbols=[MASK, "\n"],
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            byte_fallback=kind != "char",
+            character_coverage=1.0 if kind == "char" else 0.9995,
+            hard_vocab_limit=kind != "char",
+            max_sentence_length=1_000_000,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as e:
+        message = str(e)
+        most = re.search(r"value <= (\d+)", message)
+        if most:
+            raise InputError(
+                f"data.vocab_size is {vocab_size}, but this text allows at most {most[1]} {kind} pieces; "
+                f"set --data.vocab-size {most[1]} or less, or give more text"
+            ) from e
+        least = re.search(r"smaller than required_chars.*?(\d+) vs (\d+)", message)
+        if least or "required_chars" in message:
+            raise InputError(
+                f"data.vocab_size is {vocab_size}, too small for the characters and 256 bytes that must be in it"
+                + (f" ({least[2]})" if least else "")
+            ) from e
+        raise InputError(f"no {kind} vocabulary of {vocab_size} pieces can be learnt from this text: {message[:200]}") from e
+    return Tokenizer(model.getvalue())

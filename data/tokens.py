@@ -1,0 +1,132 @@
+"""Token files: a split of a corpus as one long row of ids, prepared once; and rows cut from it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import InputError
+from data import tokenizer as tokenizers
+from data.config import DataConfig
+from data.corpora import Corpus
+from data.tokenizer import Tokenizer
+
+BATCH = 256
+"""Documents tokenised at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """One split: every document as bos, its tokens, eos, one after the other."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    """Where each document begins, [documents] int64."""
+    bytes: int
+    """UTF-8 bytes of the text."""
+
+
+def obtain_tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
+    """The tokenizer that a configuration names: read from its file, or trained once and kept in the cache."""
+    if cfg.tokenizer.endswith(".model"):
+        return Tokenizer.load(Path(cfg.tokenizer).expanduser())
+    version = f"{corpus.fingerprint} {cfg.tokenizer} {cfg.vocab_size} {tokenizers.TRAINING_BYTES}"
+    key = hashlib.sha256(version.encode()).hexdigest()[:16]
+    path = Path(cfg.cache).expanduser() / "tokenizers" / f"{key}.model"
+    if not path.exists():
+        trained = tokenizers.train((text for _, text in corpus.documents("train")), cfg.tokenizer, cfg.vocab_size)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        trained.save(partial)
+        partial.replace(path)
+    return Tokenizer.load(path)
+
+
+def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tokens:
+    """The tokens of a split; read from the cache where the same text met the same tokenizer before.
+
+    Raises:
+      InputError: the split holds no text.
+    """
+    key = hashlib.sha256(f"1 {corpus.fingerprint} {tokenizer.fingerprint} {split}".encode()).hexdigest()[:16]
+    home = Path(cache).expanduser() / "tokens" / f"{corpus.name.replace('/', '-')}-{split}-{key}"
+    if not (home / "meta.json").exists():
+        home.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=home.parent))
+        try:
+            _write(corpus, split, tokenizer, partial)
+            partial.rename(home)
+        except OSError:
+            if not (home / "meta.json").exists():  # else another process was faster, with the same result
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    meta = json.loads((home / "meta.json").read_text())
+    if meta["bytes"] == 0:
+        raise InputError(f"the {split} split of {corpus.name} is empty; give more text, or --data.validation FILE")
+    ids = np.memmap(home / "ids.bin", dtype=meta["dtype"], mode="r")
+    return Tokens(ids, np.load(home / "starts.npy"), meta["bytes"])
+
+
+def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None:
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    starts, position, size = [], 0, 0
+    with (home / "ids.bin").open("wb") as out:
+
+        def flush(texts: list[str]) -> None:
+            nonlocal position, size
+            for text, ids in zip(texts, tokenizer.encode_many(texts), strict=True):
+                if ids:
+                    starts.append(position)
+                    position += len(ids) + 2
+                    size += len(text.encode())
+                    out.write(np.asarray([tokenizer.bos, *ids, tokenizer.eos], dtype).tobytes())
+
+        batch: list[str] = []
+        for _, text in corpus.documents(split):
+            batch.append(text)
+            if len(batch) == BATCH:
+                flush(batch)
+                batch = []
+        if batch:
+            flush(batch)
+    np.save(home / "starts.npy", np.asarray(starts, np.int64))
+    (home / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": position, "bytes": size}))
+
+
+class Rows:
+    """Rows of `length` + 1 tokens, each overlapping the next by one, so that every token is predicted once.
+
+    A random-access source for grain. An item: {"tokens", "segments"}, both [length + 1] int32; segments number
+    the documents in the row from 1, and are 0 where a last row is padded.
+    """
+
+    def __init__(self, tokens: Tokens, length: int, pad: int, separate: bool = True, padded: bool = False):
+        self.tokens, self.length, self.pad, self.separate = tokens, length, pad, separate
+        whole = (len(tokens.ids) - 1) // length
+        self.count = -(-(len(tokens.ids) - 1) // length) if padded else whole
+        if self.count < 1:
+            raise InputError(
+                f"the text has {len(tokens.ids)} tokens, less than one row of model.context={length}; "
+                "give more text or set a smaller --model.context"
+            )
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        begin = int(index) * self.length
+        ids = np.asarray(self.tokens.ids[begin : begin + self.length + 1], np.int32)
+        segments = np.ones(len(ids), np.int32)
+        if self.separate:
+            first, last = np.searchsorted(self.tokens.starts, (begin + 1, begin + len(ids)))
+            for start in self.tokens.starts[first:last]:
+                segments[start - begin :] += 1
+        short = self.length + 1 - len(ids)
+        if short:
+            ids, segments = np.pad(ids, (0, short), constant_values=self.pad), np.pad(segments, (0, short))
+        return {"tokens": ids, "segments": segments}

@@ -1,0 +1,69 @@
+"""Logical names for the axes of parameters and activations. What they map to on a mesh is not the model's business."""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
+import jax
+
+# (module, leaf) -> axis names. A parameter under "blocks" has one more axis in front, "layers".
+PARAMETER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("token", "embedding"): ("vocab", "embed"),
+    ("position", "embedding"): ("position", "embed"),
+    ("segment", "embedding"): ("segment", "embed"),
+    ("query", "kernel"): ("embed", "heads", "head"),
+    ("query", "bias"): ("heads", "head"),
+    ("key", "kernel"): ("embed", "kv_heads", "head"),
+    ("key", "bias"): ("kv_heads", "head"),
+    ("value", "kernel"): ("embed", "kv_heads", "head"),
+    ("value", "bias"): ("kv_heads", "head"),
+    ("out", "kernel"): ("heads", "head", "embed"),
+    ("out", "bias"): ("norm",),
+    ("gate", "kernel"): ("embed", "ff"),
+    ("gate", "bias"): ("ff",),
+    ("up", "kernel"): ("embed", "ff"),
+    ("up", "bias"): ("ff",),
+    ("down", "kernel"): ("ff", "embed"),
+    ("down", "bias"): ("norm",),
+    ("lm_head", "embedding"): ("vocab", "embed"),
+    ("lm_head", "bias"): ("vocab",),
+}
+NORM_AXES = {"scale": ("norm",), "bias": ("norm",)}
+
+
+def path_names(path: tuple) -> tuple[str, ...]:
+    """A jax key path as plain names: ('blocks', 'attention', 'query', 'kernel')."""
+    return tuple(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+
+
+def logical_axes(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Axis names of the parameter at this path.
+
+    Raises:
+      KeyError: the parameter has no entry in PARAMETER_AXES; whoever adds a parameter names its axes.
+    """
+    module, leaf = names[-2:]
+    axes = PARAMETER_AXES.get((module, leaf)) or (NORM_AXES.get(leaf) if module.endswith("norm") else None)
+    if axes is None:
+        raise KeyError(f"parameter {'/'.join(names)} has no entry in model/axes.py: PARAMETER_AXES")
+    return (("layers",) if "blocks" in names else ()) + axes
+
+
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+_constrain: contextvars.ContextVar[Constrain | None] = contextvars.ContextVar("constrain", default=None)
+
+
+@contextlib.contextmanager
+def activations_constrained_by(constrain: Constrain) -> Iterator[None]:
+    """While tracing inside, `constrain_activation` calls this. Outside it does nothing."""
+    token = _constrain.set(constrain)
+    try:
+        yield
+    finally:
+        _constrain.reset(token)
+
+
+def constrain_activation(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tell whoever shards the computation which logical axes x has."""
+    constrain = _constrain.get()
+    return x if constrain is None else constrain(x, axes)

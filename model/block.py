@@ -1,0 +1,84 @@
+"""One block for every family: self-attention, optional cross-attention, MLP; norm before or after."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from model.attention import Attention
+from model.axes import constrain_activation
+from model.cache import LayerCache
+from model.config import TransformerConfig
+from model.layers import Norm, Projection
+from model.mask import Mask
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv 2109.08668, section 4.1
+    "swiglu": jax.nn.silu,  # arXiv 2002.05202
+    "geglu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward, [B, T, D] -> [B, T, D]; gated where the activation is (arXiv 2002.05202)."""
+
+    cfg: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
+        cfg, activation = self.cfg, ACTIVATIONS[self.cfg.activation]
+        y = Projection(cfg, (cfg.d_ff,), name="up")(x)
+        y = y * activation(Projection(cfg, (cfg.d_ff,), name="gate")(x)) if cfg.gated else activation(y)
+        y = constrain_activation(y, "batch", "length", "ff")
+        return Projection(cfg, (cfg.d_model,), residual=True, name="down")(y)
+
+
+class Block(nn.Module):
+    """Sub-layers around a residual stream.
+
+    pre-norm:  x + dropout(f(norm(x)))      GPT-2 and after
+    post-norm: norm(x + dropout(f(x)))      arXiv 1706.03762, GPT-1, BERT
+    """
+
+    cfg: TransformerConfig
+    cross: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[jax.Array, "B T D"],
+        mask: Mask,
+        positions: Int[jax.Array, "B T"],
+        cache: LayerCache | None = None,
+        length: Int[jax.Array, " B"] | None = None,
+        memory: Float[jax.Array, "B S D"] | None = None,
+        memory_mask: Mask | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[jax.Array, "B T D"], LayerCache | None]:
+        cfg = self.cfg
+        dropout = nn.Dropout(cfg.dropout_residual, deterministic=deterministic)
+
+        def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            norm = Norm(cfg, name=f"{name}_norm")
+            y = x + dropout(sublayer(norm(x))) if cfg.norm_position == "pre" else norm(x + dropout(sublayer(x)))
+            return constrain_activation(y, "batch", "length", "embed")
+
+        def self_attention(y: jax.Array) -> jax.Array:
+            nonlocal cache
+            y, cache = Attention(cfg, name="attention")(y, mask, positions, cache, length, deterministic=deterministic)
+            return y
+
+        def cross_attention(y: jax.Array) -> jax.Array:
+            attention = Attention(cfg, name="cross")
+            return attention(y, memory_mask, positions, memory=memory, deterministic=deterministic)[0]
+
+        x = residual(x, "attention", self_attention)
+        if self.cross:
+            x = residual(x, "cross", cross_attention)
+        x = residual(x, "mlp", MLP(cfg, name="mlp"))
+        return x, cache

@@ -1,0 +1,141 @@
+"""TransformerConfig: which function the stack computes, and how it is laid out when it runs."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Everything that decides the function a model computes. Zero means: derived, see `resolved`.
+
+    GPT, BERT and the encoder-decoder share it; what makes the families differ is the mask that their module
+    builds and the heads that it adds, not a field here.
+    """
+
+    vocab_size: int = 0
+    """V. 0: as large as the tokenizer's vocabulary."""
+    context: int = 1024
+    """Longest row of tokens, and the number of learned positions."""
+    n_layers: int = 12
+    d_model: int = 768
+    n_heads: int = 12
+    n_kv_heads: int = 0
+    """G, heads of keys and values (grouped queries, arXiv 2305.13245). 0: as many as n_heads."""
+    d_head: int = 0
+    """K, the width of one head. 0: d_model / n_heads."""
+    d_ff: int = 0
+    """F, the width inside the MLP. 0: 4 d_model."""
+
+    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    rotary_base: float = 10_000.0
+    norm: Literal["layer", "rms"] = "layer"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_eps: float = 1e-5
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu"] = "gelu_tanh"
+    bias: bool = True
+    """Biases in every projection and in layer norm."""
+    qk_norm: bool = False
+    """RMS norm of queries and keys over the head width (arXiv 2302.05442, section 2)."""
+    window: int = 0
+    """Reach of local attention: a query sees keys fewer than `window` places away. 0: no local layers."""
+    layer_pattern: tuple[Literal["dense", "local"], ...] = ("dense",)
+    """Repeated over the layers: GPT-3 alternates ("dense", "local")."""
+
+    segment_types: int = 0
+    """Kinds of segment with an embedding of their own; BERT has 2."""
+    embed_norm: bool = False
+    """A norm right after the embeddings, as in BERT."""
+    embed_scale: bool = False
+    """Multiply token embeddings by sqrt(D) (arXiv 1706.03762, section 3.4)."""
+    tie_embeddings: bool = True
+
+    dropout_embed: float = 0.0
+    """Dropout on the sum of token and position embeddings."""
+    dropout_attention: float = 0.0
+    """Dropout on attention probabilities."""
+    dropout_residual: float = 0.0
+    """Dropout on each sub-layer's output before it joins the residual stream."""
+
+    init: Literal["normal", "fan_in"] = "normal"
+    """Kernels: normal with init_std, or with 1/sqrt(fan in). Embeddings always use init_std."""
+    init_std: float = 0.02
+    init_residual: Literal["same", "depth", "zero"] = "depth"
+    """Projections that write to the residual stream: as the others; times 1/sqrt(2L) (GPT-2); or zero."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations. auto: bfloat16 on GPU and TPU, float32 on CPU. Parameters are always float32."""
+    scan_layers: bool = False
+    """Compile one block and loop over it, instead of L blocks. Same parameters, same result."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or everything inside a block."""
+
+    def resolved(self) -> "TransformerConfig":
+        """The same function with every derived size filled in."""
+        return dataclasses.replace(
+            self,
+            n_kv_heads=self.n_kv_heads or self.n_heads,
+            d_head=self.d_head or self.d_model // max(self.n_heads, 1),
+            d_ff=self.d_ff or 4 * self.d_model,
+        )
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        if self.dtype == "auto":
+            return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype(self.dtype)
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in ("swiglu", "geglu")
+
+    def layer_window(self, layer: int) -> int:
+        """The window of one layer, 0 where it is dense."""
+        return self.window if self.layer_pattern[layer % len(self.layer_pattern)] == "local" else 0
+
+    def problems(self) -> list[str]:
+        """What is wrong with this configuration, each with its numbers; empty if nothing is."""
+        found = []
+
+        def want(ok: bool, message: str) -> None:
+            if not ok:
+                found.append(message)
+
+        sizes = ("context", "n_layers", "d_model", "n_heads")
+        for name in sizes:
+            want(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("vocab_size", "n_kv_heads", "d_head", "d_ff", "window", "segment_types"):
+            want(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it cannot be negative")
+        for name in ("dropout_embed", "dropout_attention", "dropout_residual"):
+            want(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if found:
+            return found
+        full = self.resolved()
+        want(
+            self.d_head > 0 or self.d_model % self.n_heads == 0,
+            f"model.d_model={self.d_model} is not divisible by model.n_heads={self.n_heads}; "
+            "choose a multiple, or set model.d_head",
+        )
+        want(
+            self.n_heads % full.n_kv_heads == 0,
+            f"model.n_heads={self.n_heads} is not divisible by model.n_kv_heads={full.n_kv_heads}",
+        )
+        want(
+            self.positions != "rotary" or full.d_head % 2 == 0,
+            f"rotary positions turn pairs of features: the head width must be even, not {full.d_head}",
+        )
+        want(
+            self.positions != "sinusoidal" or self.d_model % 2 == 0,
+            f"sinusoidal positions pair sine and cosine: model.d_model must be even, not {self.d_model}",
+        )
+        want(len(self.layer_pattern) > 0, "model.layer_pattern is empty; say at least 'dense'")
+        want(
+            ("local" in self.layer_pattern) == (self.window > 0),
+            f"model.window={self.window} and model.layer_pattern={self.layer_pattern} disagree: "
+            "local layers need a window, and a window needs local layers",
+        )
+        want(self.init_std > 0, f"model.init_std is {self.init_std}; it must be positive")
+        want(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; it must be positive")
+        return found

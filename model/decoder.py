@@ -1,0 +1,41 @@
+"""The causal reading of the stack: a token sees what came before it, in this call or in the cache."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from model.cache import Cache
+from model.mask import Mask
+from model.transformer import Transformer, places
+
+
+class Decoder(Transformer):
+    """Args of the call:
+    tokens: [B, T].
+    positions: [B, T]; None: 0, 1, 2 ..., or onwards from the cache's length.
+    segments: [B, T], 1, 2 ... for the documents packed into a row, 0 for padding; None: one document.
+    prefix: [B], how many first tokens of each row see each other both ways; None: none (arXiv 1910.10683, 3.2.1).
+    cache: the past; None in training.
+
+    Returns:
+      features [B, T, D], and the cache with T more tokens or None.
+    """
+
+    def __call__(
+        self,
+        tokens: Int[jax.Array, "B T"],
+        positions: Int[jax.Array, "B T"] | None = None,
+        segments: Int[jax.Array, "B T"] | None = None,
+        prefix: Int[jax.Array, " B"] | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
+        if cache is None:
+            positions = places(tokens) if positions is None else positions
+            mask = Mask.self_attention(positions, causal=True, segments=segments, prefix=prefix)
+        else:
+            positions = cache.length[:, None] + places(tokens) if positions is None else positions
+            mask = Mask.cached(positions, cache.size, prefix)
+        if self.cfg.positions == "learned":
+            positions = jnp.minimum(positions, self.cfg.context - 1)  # a padded prompt may reach past the table
+        return self.read(tokens, mask, positions, cache=cache, deterministic=deterministic)

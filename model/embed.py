@@ -1,0 +1,63 @@
+"""Tokens, positions and segment types into vectors."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from model.axes import constrain_activation
+from model.config import TransformerConfig
+from model.layers import Norm, sinusoid
+
+
+class Table(nn.Module):
+    """Rows of parameters, [rows, D] float32."""
+
+    cfg: TransformerConfig
+    rows: int
+
+    def setup(self):
+        init = nn.initializers.normal(self.cfg.init_std)
+        self.embedding = self.param("embedding", init, (self.rows, self.cfg.d_model), jnp.float32)
+
+    def __call__(self, ids: Int[jax.Array, "..."]) -> Float[jax.Array, "... D"]:
+        return self.embedding.astype(self.cfg.compute_dtype)[ids]
+
+
+class Embedding(nn.Module):
+    """Sum of token, position and segment-type embeddings, [B, T] -> [B, T, D]."""
+
+    cfg: TransformerConfig
+
+    def setup(self):
+        cfg = self.cfg
+        self.token = Table(cfg, cfg.vocab_size)
+        if cfg.positions == "learned":
+            self.position = Table(cfg, cfg.context)
+        if cfg.segment_types:
+            self.segment = Table(cfg, cfg.segment_types)
+        if cfg.embed_norm:
+            self.norm = Norm(cfg)
+        self.dropout = nn.Dropout(cfg.dropout_embed)
+
+    def __call__(
+        self,
+        tokens: Int[jax.Array, "B T"],
+        positions: Int[jax.Array, "B T"],
+        types: Int[jax.Array, "B T"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[jax.Array, "B T D"]:
+        cfg = self.cfg
+        x = self.token(tokens)
+        if cfg.embed_scale:
+            x = x * jnp.asarray(cfg.d_model**0.5, x.dtype)
+        if cfg.positions == "learned":
+            x = x + self.position(positions)
+        elif cfg.positions == "sinusoidal":
+            x = x + sinusoid(positions, cfg.d_model).astype(x.dtype)
+        if cfg.segment_types:
+            x = x + self.segment(jnp.zeros_like(tokens) if types is None else types)
+        if cfg.embed_norm:
+            x = self.norm(x)
+        x = self.dropout(x, deterministic=deterministic)
+        return constrain_activation(x, "batch", "length", "embed")

@@ -1,0 +1,46 @@
+"""GPT: a decoder whose features predict the next token."""
+
+import flax.linen as nn
+import jax
+from jaxtyping import Float, Int
+
+from model.cache import Cache
+from model.config import TransformerConfig
+from model.decoder import Decoder
+from model.heads import LMHead, logits_of
+
+
+class GPT(nn.Module):
+    """The causal language model of GPT-1, GPT-2 and GPT-3, and, by its configuration, of their descendants.
+
+    The call returns features, not logits: training turns them into a loss piece by piece (model/loss.py),
+    sampling needs the last place only.
+    """
+
+    cfg: TransformerConfig
+
+    def setup(self):
+        self.decoder = Decoder(self.cfg)
+        if not self.cfg.tie_embeddings:
+            self.lm_head = LMHead(self.cfg)
+
+    def __call__(
+        self,
+        tokens: Int[jax.Array, "B T"],
+        positions: Int[jax.Array, "B T"] | None = None,
+        segments: Int[jax.Array, "B T"] | None = None,
+        prefix: Int[jax.Array, " B"] | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
+        """Features [B, T, D] and the cache; arguments as in model/decoder.py."""
+        features, cache = self.decoder(tokens, positions, segments, prefix, cache, deterministic)
+        self.unembedding()  # so that init makes every parameter
+        return features, cache
+
+    def unembedding(self) -> tuple[Float[jax.Array, "V D"], None]:
+        """The output layer: a vector per token, and no bias."""
+        return (self.decoder.token_table() if self.cfg.tie_embeddings else self.lm_head.embedding), None
+
+    def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
+        return logits_of(features, *self.unembedding())

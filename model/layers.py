@@ -1,0 +1,82 @@
+"""The small parts: projection, norm, positions."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from model.config import TransformerConfig
+
+
+class Projection(nn.Module):
+    """A linear map over the last `n_in` axes of its input, to `features`; kernel [*in, *features], float32."""
+
+    cfg: TransformerConfig
+    features: Sequence[int]
+    n_in: int = 1
+    residual: bool = False
+    """True for a projection whose output is added to the residual stream: init_residual applies."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg, dtype = self.cfg, x.dtype
+        inputs, features = x.shape[x.ndim - self.n_in :], tuple(self.features)
+        std = cfg.init_std if cfg.init == "normal" else float(np.prod(inputs)) ** -0.5
+        if self.residual and cfg.init_residual == "depth":
+            std *= (2 * cfg.n_layers) ** -0.5
+        zero = self.residual and cfg.init_residual == "zero"
+        init = nn.initializers.zeros if zero else nn.initializers.normal(std)
+        kernel = self.param("kernel", init, (*inputs, *features), jnp.float32).astype(dtype)
+        # One plain matrix product: XLA's CPU backend copies and transposes where it sees more axes.
+        outer, width = x.shape[: x.ndim - self.n_in], int(np.prod(inputs))
+        y = x.reshape(-1, width) @ kernel.reshape(width, -1)
+        y = y.reshape(*outer, *features)
+        if cfg.bias:
+            y = y + self.param("bias", nn.initializers.zeros, features, jnp.float32).astype(dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """Layer norm (arXiv 1607.06450) or RMS norm (arXiv 1910.07467) over the last axis, computed in float32."""
+
+    cfg: TransformerConfig
+    rms: bool | None = None
+    """None: as the configuration says."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg, width = self.cfg, x.shape[-1]
+        rms = cfg.norm == "rms" if self.rms is None else self.rms
+        y = x.astype(jnp.float32)
+        if not rms:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + cfg.norm_eps)
+        y = y * self.param("scale", nn.initializers.ones, (width,), jnp.float32)
+        if cfg.bias and not rms:
+            y = y + self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
+        return y.astype(x.dtype)
+
+
+def rotate(x: Float[jax.Array, "B T H K"], positions: Int[jax.Array, "B T"], base: float) -> Float[jax.Array, "B T H K"]:
+    """Rotary positions (arXiv 2104.09864, section 3.2.2), feature k paired with feature k + K/2.
+
+    Turns pair k by the angle position / base^(2k/K), so that the product of a query and a key depends on the
+    distance between them only.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def sinusoid(positions: Int[jax.Array, "B T"], width: int) -> Float[jax.Array, "B T D"]:
+    """Sinusoidal positions (arXiv 1706.03762, section 3.5): feature 2i sin, 2i+1 cos of position / 10000^(2i/D)."""
+    frequency = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*positions.shape, width)

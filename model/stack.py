@@ -1,0 +1,93 @@
+"""Blocks in sequence: unrolled or scanned, rematerialised or not. The parameters are the same in all cases."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from model.block import Block
+from model.cache import Cache
+from model.config import TransformerConfig
+from model.mask import Mask
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def split_layers(blocks: dict, n_layers: int) -> list[dict]:
+    """Stacked parameters [L, ...] as one tree per layer. lax.split, since its gradient is one concatenation."""
+    leaves, treedef = jax.tree.flatten(blocks)
+    columns = [jax.lax.split(leaf, (1,) * n_layers) for leaf in leaves]
+    return [treedef.unflatten([column[i][0] for column in columns]) for i in range(n_layers)]
+
+
+class Stack(nn.Module):
+    """L blocks. Parameters live in `blocks`, each with a leading axis of layers.
+
+    With a cache the layers are always unrolled: decoding wants each layer's cache by itself, and layers may
+    keep caches of different sizes.
+    """
+
+    cfg: TransformerConfig
+    cross: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[jax.Array, "B T D"],
+        mask: Mask,
+        positions: Int[jax.Array, "B T"],
+        cache: Cache | None = None,
+        memory: Float[jax.Array, "B S D"] | None = None,
+        memory_mask: Mask | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
+        cfg = self.cfg
+        block = Block(cfg, cross=self.cross, parent=None)
+        blocks = self.param("blocks", self.init_blocks, block)
+        dropout_key = None if deterministic else self.make_rng("dropout")
+
+        def run(x, params, layer, window, layer_cache=None):
+            rngs = None if deterministic else {"dropout": jax.random.fold_in(dropout_key, layer)}
+            arguments = (mask.windowed(window), positions, layer_cache, cache and cache.length, memory, memory_mask)
+            return block.apply({"params": params}, x, *arguments, deterministic, rngs=rngs)
+
+        if cache is None and cfg.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan_layers, static_argnums=3)
+
+        period = len(cfg.layer_pattern)
+        scanned = cfg.n_layers // period * period if cfg.scan_layers and cache is None else 0
+        if scanned:
+            # One turn of the loop is one period of the layer pattern, so that every window stays a constant.
+            def turn(x, turn_input):
+                params, first = turn_input
+                for j in range(period):
+                    x, _ = run(x, jax.tree.map(lambda p: p[j], params), first + j, cfg.layer_window(j))  # noqa: B023
+                return x, None
+
+            grouped = jax.tree.map(lambda p: p[:scanned].reshape(-1, period, *p.shape[1:]), blocks)
+            x, _ = jax.lax.scan(turn, x, (grouped, jnp.arange(0, scanned, period)))
+            blocks = jax.tree.map(lambda p: p[scanned:], blocks)
+
+        new_layers = []
+        for layer, params in enumerate(split_layers(blocks, cfg.n_layers - scanned), start=scanned):
+            layer_cache = cache.layers[layer] if cache is not None else None
+            x, layer_cache = run(x, params, layer, cfg.layer_window(layer), layer_cache)
+            new_layers.append(layer_cache)
+        if cache is not None:
+            cache = Cache(tuple(new_layers), cache.length + x.shape[1])
+        return x, cache
+
+    def init_blocks(self, rng: jax.Array, block: Block) -> dict:
+        cfg = self.cfg
+        x, positions = jnp.zeros((1, 1, cfg.d_model)), jnp.zeros((1, 1), jnp.int32)
+        mask = Mask.self_attention(positions, causal=True)
+
+        def init(key: jax.Array) -> dict:
+            memory = (x, Mask.cross(positions, positions)) if self.cross else (None, None)
+            return block.init(key, x, mask, positions, None, None, *memory)["params"]
+
+        return jax.vmap(init)(jax.random.split(rng, cfg.n_layers))

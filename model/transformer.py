@@ -1,0 +1,51 @@
+"""Embeddings, blocks, last norm: what an encoder and a decoder have in common. They differ in the mask they bring."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from model.cache import Cache
+from model.config import TransformerConfig
+from model.embed import Embedding
+from model.layers import Norm
+from model.mask import Mask
+from model.stack import Stack
+
+
+def places(tokens: Int[jax.Array, "B T"]) -> Int[jax.Array, "B T"]:
+    """Positions 0, 1, 2 ... of every row."""
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+
+
+class Transformer(nn.Module):
+    """Tokens to features. Subclasses build the mask."""
+
+    cfg: TransformerConfig
+    cross: bool = False
+
+    def setup(self):
+        self.embed = Embedding(self.cfg)
+        self.stack = Stack(self.cfg, cross=self.cross)
+        if self.cfg.norm_position == "pre":
+            self.final_norm = Norm(self.cfg)
+
+    def read(
+        self,
+        tokens: Int[jax.Array, "B T"],
+        mask: Mask,
+        positions: Int[jax.Array, "B T"],
+        *,
+        types: Int[jax.Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        memory: Float[jax.Array, "B S D"] | None = None,
+        memory_mask: Mask | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
+        x = self.embed(tokens, positions, types, deterministic)
+        x, cache = self.stack(x, mask, positions, cache, memory, memory_mask, deterministic)
+        return (self.final_norm(x) if self.cfg.norm_position == "pre" else x), cache
+
+    def token_table(self) -> Float[jax.Array, "V D"]:
+        """The token embeddings, for an output layer tied to them."""
+        return self.embed.token.embedding

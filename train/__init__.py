@@ -1,0 +1,1 @@
+"""Objectives, optimizer, sharding, train step, loop, checkpoints."""

@@ -1,0 +1,336 @@
+"""The training loop: one for every family, objective, mesh and number of hosts."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from common import rundir
+from common.errors import InputError
+from common.families import make_module, tiny_inputs
+from common.recipe import Recipe
+from data import corpora, pipeline, tokens
+from data.tokenizer import Tokenizer
+from train import sharding
+from train.flops import PEAK_FLOPS, training_flops_per_token
+from train.objectives import make_objective
+from train.optimizer import make_optimizer
+from train.report import Reporter, say
+from train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
+
+
+class Stopped(Exception):
+    """SIGTERM came; the state is saved. The command line exits with 143."""
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had no finite loss; the last good checkpoint is untouched."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    run: str
+    steps: int
+    loss: float
+    """Held-out, nats per predicted token."""
+    bits_per_byte: float | None
+    seconds: float
+    tokens_per_second: float
+
+
+@contextlib.contextmanager
+def sigterm_noticed() -> Iterator[Callable[[], bool]]:
+    """A function that tells whether SIGTERM came. The signal itself no longer ends the process."""
+    came = False
+
+    def notice(*_: Any) -> None:
+        nonlocal came
+        came = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, notice)
+    except ValueError:  # not in the main thread: whoever runs the thread handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def resolve(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
+    """The recipe with all derived sizes filled in, as it is kept with the run."""
+    size = recipe.model.vocab_size or len(tokenizer)
+    if size < len(tokenizer):
+        raise InputError(
+            f"model.vocab_size={size} is smaller than the tokenizer's {len(tokenizer)} pieces; "
+            "set --model.vocab-size 0 to follow the tokenizer, or a smaller --data.vocab-size"
+        )
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model.resolved(), vocab_size=size))
+
+
+def train(recipe: Recipe, workdir: str | Path) -> Result:
+    """Train a recipe into a run directory, or resume the run that is there.
+
+    Where weights come from, in this order: 1. the newest whole checkpoint of the run; 2. scratch.
+
+    Raises:
+      InputError: the recipe cannot run here, or the directory holds another run.
+      Stopped: SIGTERM came; everything is saved.
+      Diverged: the loss was not finite for train.max_bad_steps steps in a row.
+    """
+    home, cfg, writes = Path(workdir), recipe.train, jax.process_index() == 0
+    began = time.monotonic()
+    recipe.check(jax.device_count())
+    existing = rundir.read_recipe(home) if (home / "recipe.json").exists() else None
+
+    # ---- data -------------------------------------------------------------------------------------------------
+    corpus = corpora.load(recipe.data)
+    if existing is not None:
+        tokenizer = Tokenizer.load(home / "tokenizer.model")
+    else:
+        say(f"reading {recipe.data.corpus}, preparing its tokenizer and token rows in {recipe.data.cache}")
+        tokenizer = tokens.obtain_tokenizer(recipe.data, corpus)
+    recipe = resolve(recipe, tokenizer)
+    if existing is not None and (changed := existing.differences(recipe)):
+        raise InputError(
+            f"{home} holds a run of another recipe; its recipe -> yours:\n"
+            + "\n".join(f"  - {c}" for c in changed)
+            + "\ntrain into another directory with --workdir DIR, or delete this one"
+        )
+    train_rows = tokens.Rows(
+        tokens.prepare(corpus, "train", tokenizer, recipe.data.cache),
+        recipe.model.context,
+        tokenizer.pad,
+        recipe.data.separate_documents,
+    )
+    held_out = tokens.Rows(
+        tokens.prepare(corpus, "validation", tokenizer, recipe.data.cache),
+        recipe.model.context,
+        tokenizer.pad,
+        recipe.data.separate_documents,
+        padded=True,
+    )
+
+    # ---- model, optimizer, mesh -------------------------------------------------------------------------------
+    mesh = sharding.make_mesh(recipe.mesh)
+    module = make_module(recipe.family, recipe.model)
+    objective = make_objective(recipe.objective)
+    optimizer = make_optimizer(recipe.optimizer, cfg.steps)
+
+    def fresh() -> TrainState:
+        return init_state(module, tiny_inputs(recipe.family), optimizer, cfg.seed)
+
+    shapes = jax.eval_shape(fresh)
+    shardings = state_shardings(mesh, shapes)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
+    if writes and existing is None:
+        home.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(home / "tokenizer.model")
+        (home / "recipe.json").write_text(recipe.to_json())
+
+    # ---- resume, or start -------------------------------------------------------------------------------------
+    manager = rundir.checkpoint_manager(home, keep=cfg.keep)
+    start, state = _restore(manager, shapes, shardings) or (0, None)
+    if state is None:
+        state = jax.jit(fresh, out_shardings=shardings)()
+    say(
+        f"{count:,} parameters, {len(train_rows):,} rows of {recipe.model.context} tokens, "
+        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)" + (f", resumed at step {start}" if start else "")
+    )
+    train_step = make_train_step(
+        module, objective, optimizer, mesh, shardings, accumulate=cfg.accumulate, seed=cfg.seed
+    )
+    evaluate = Evaluator(recipe, objective, module, tokenizer, held_out, mesh, shardings.params)
+    reporter = Reporter(home, cfg.steps, start, writes)
+    meter = Meter(recipe)
+    host = {"host": jax.process_index(), "hosts": jax.process_count()}
+
+    def batches(step: int) -> Iterator[dict[str, np.ndarray]]:
+        row, size = cfg.batch_at(step)
+        return pipeline.training_batches(
+            train_rows, objective.example, batch_size=size, seed=cfg.seed, position=row, **host
+        )
+
+    def save(step: int, metrics: dict[str, float] | None) -> None:
+        if step in manager.all_steps():
+            return
+        rest = {k: getattr(state, k) for k in ("step", "opt_state", "bad_in_row", "bad_total")}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            train=ocp.args.StandardSave(rest),
+            meta=ocp.args.JsonSave({"step": step, "position": cfg.batch_at(step)[0], "seed": cfg.seed}),
+        )
+        manager.save(step, args=items, metrics=metrics)
+
+    # ---- steps ------------------------------------------------------------------------------------------------
+    pending: tuple[int, dict[str, jax.Array], int] | None = None
+    held: dict[str, float] | None = None
+    new_size_at = {first for first, _, _ in cfg.stages()}
+    try:
+        with sigterm_noticed() as terminated:
+            iterator = batches(start)
+            for step in range(start, cfg.steps):
+                if step in new_size_at and step > start:
+                    iterator = batches(step)
+                batch = sharding.to_global(mesh, next(iterator))
+                state, metrics = train_step(state, batch)
+                if pending:  # the metrics of the step before, read while this one runs
+                    _report(reporter, meter, *pending, cfg)
+                pending, done = (step + 1, metrics, batch["tokens"].shape[0]), step + 1
+                last = done == cfg.steps
+                held = None
+                if done % cfg.eval_every == 0 or last:
+                    _report(reporter, meter, *pending, cfg)
+                    pending = None
+                    with meter.paused():
+                        held = evaluate(state.params)
+                    reporter.log(done, {f"eval_{k}": v for k, v in held.items()}, _shown_held(held))
+                stopping = _any_host(terminated())
+                if done % cfg.save_every == 0 or last or stopping:
+                    save(done, held)
+                if stopping and not last:
+                    manager.wait_until_finished()
+                    raise Stopped(f"stopped by SIGTERM at step {done}; saved in {home}, run the same command to go on")
+            if pending:
+                _report(reporter, meter, *pending, cfg)
+            if held is None:  # the run was complete already
+                held = evaluate(state.params)
+            manager.wait_until_finished()
+    finally:
+        reporter.close()
+        reporter.plot()
+        manager.close()
+    bpb = held.get("bits_per_byte")
+    return Result(str(home), cfg.steps, held["loss"], bpb, time.monotonic() - began, meter.tokens_per_second)
+
+
+def _restore(manager: ocp.CheckpointManager, shapes: TrainState, shardings: TrainState) -> tuple[int, TrainState] | None:
+    """The newest whole checkpoint, placed on this mesh; None if there is none."""
+    targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+    rest = {k: getattr(targets, k) for k in ("step", "opt_state", "bad_in_row", "bad_total")}
+    items = ocp.args.Composite(params=ocp.args.StandardRestore(targets.params), train=ocp.args.StandardRestore(rest))
+
+    def restore(step: int) -> TrainState:
+        found = manager.restore(step, args=items)
+        return TrainState(params=found["params"], **found["train"])
+
+    found = rundir.newest_whole(manager, restore, say)
+    if found is not None:
+        for step in manager.all_steps():
+            if step > found[0]:
+                manager.delete(step)  # damaged: the run writes this step again
+    return found
+
+
+def _any_host(flag: bool) -> bool:
+    """Whether any host says so; all hosts get the same answer."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def _shown_held(held: dict[str, float]) -> str:
+    bpb = f", {held['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in held else ""
+    return f"held-out loss {held['loss']:.3f}{bpb}"
+
+
+def _report(reporter: Reporter, meter: "Meter", step: int, metrics: dict[str, jax.Array], rows: int, cfg: Any) -> None:
+    values = {k: float(v) for k, v in metrics.items()}
+    meter.count(rows)
+    bad = int(values.pop("bad_in_row"))
+    if bad:
+        reporter.note(f"step {step}: loss {values['loss']}, not applied ({bad} in a row, {int(values['bad_total'])} in all)")
+    if bad >= cfg.max_bad_steps:
+        raise Diverged(
+            f"{bad} steps in a row had no finite loss; stopped at step {step}. The last checkpoint is intact. "
+            "Try a lower --optimizer.learning-rate or a longer --optimizer.warmup-steps"
+        )
+    if step % cfg.log_every == 0 or step == cfg.steps:
+        speed = meter.tokens_per_second
+        shown = f"loss {values['loss']:.3f}  {speed:,.0f} tokens/s"
+        if meter.mfu is not None:
+            shown += f"  MFU {meter.mfu:.1%}"
+            values["mfu"] = meter.mfu
+        reporter.log(step, values | {"tokens_per_second": speed}, shown)
+    else:
+        reporter.advance(step)
+
+
+class Meter:
+    """Tokens per second and MFU, evaluations and the first step's compilation left out."""
+
+    def __init__(self, recipe: Recipe):
+        self.context = recipe.model.context
+        self.flops = training_flops_per_token(recipe.model, causal=recipe.family == "gpt")
+        self.peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        self.rows = 0
+        self.clock: float | None = None
+        self.away = 0.0
+
+    def count(self, rows: int) -> None:
+        if self.clock is None:
+            self.clock = time.monotonic()  # the first step is done: compiled
+        else:
+            self.rows += rows
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        left = time.monotonic()
+        yield
+        self.away += time.monotonic() - left
+
+    @property
+    def tokens_per_second(self) -> float:
+        if self.clock is None or not self.rows:
+            return 0.0
+        return self.rows * self.context / max(1e-9, time.monotonic() - self.clock - self.away)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOP utilisation (arXiv 2204.02311, appendix B); None where the chip's peak is not known."""
+        return self.tokens_per_second * self.flops / (self.peak * jax.device_count()) if self.peak else None
+
+
+class Evaluator:
+    """Held-out loss: parameters -> {"loss", "<term>", "<term>_accuracy", "bits_per_byte"}."""
+
+    def __init__(self, recipe, objective, module, tokenizer, rows, mesh, param_shardings):
+        self.recipe, self.objective, self.rows, self.mesh = recipe, objective, rows, mesh
+        self.step = make_eval_step(module, objective, mesh, param_shardings)
+        self.lengths = tokenizer.byte_lengths()
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        cfg = self.recipe.train
+        sizes = self.recipe.mesh.sizes(jax.device_count())
+        shards = sizes["data"] * sizes["fsdp"]
+        batch_size = max(shards, cfg.batch_size // shards * shards)
+        sums: dict[str, np.ndarray] = {}
+        size = np.zeros(1)
+        for batch in pipeline.evaluation_batches(
+            self.rows,
+            self.objective.example,
+            batch_size=batch_size,
+            seed=cfg.seed,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            limit=cfg.eval_rows,
+        ):
+            size += (self.lengths[batch["targets"]] * (batch["weights"] > 0)).sum()
+            for name, term in self.step(params, sharding.to_global(self.mesh, batch)).items():
+                sums[name] = sums.get(name, 0) + np.array([float(x) for x in term])
+        if jax.process_count() > 1:
+            size = multihost_utils.process_allgather(size).sum(axis=0)
+        held = {name: nats / weight for name, (nats, _, weight) in sums.items()}
+        held["loss"] = sum(held.values())
+        held |= {f"{name}_accuracy": correct / weight for name, (_, correct, weight) in sums.items()}
+        if "nll" in sums:
+            held["bits_per_byte"] = float(sums["nll"][0] / math.log(2) / size[0])
+        return {name: float(value) for name, value in held.items()}

@@ -1,0 +1,89 @@
+"""Optimizers and learning-rate schedules, from optax."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from common.config import OptimizerConfig
+from model.axes import logical_axes, path_names
+
+
+def schedule(cfg: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
+    """Learning rate as a function of the number of updates made.
+
+    Linear warm-up to `peak` over warmup_steps, then:
+      constant: peak;
+      cosine, linear: down to final_share * peak at decay_steps, and flat from there;
+      rsqrt: peak * sqrt(warmup_steps / step) (arXiv 1706.03762, section 5.3);
+      wsd: flat, then linear to final_share * peak over the last decay_share of the steps (arXiv 2404.06395, 4).
+    """
+    warm, last = cfg.warmup_steps, peak * cfg.final_share
+    left = max(1, (cfg.decay_steps or steps) - warm)
+    match cfg.schedule:
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, left, cfg.final_share)
+        case "linear":
+            after = optax.linear_schedule(peak, last, left)
+        case "rsqrt":
+            after = lambda count: peak * jnp.sqrt(warm / (warm + jnp.asarray(count, jnp.float32)))  # noqa: E731
+        case "wsd":
+            decay = max(1, round(cfg.decay_share * steps))
+            stable = optax.constant_schedule(peak)
+            after = optax.join_schedules([stable, optax.linear_schedule(peak, last, decay)], [max(0, steps - warm - decay)])
+    if not warm:
+        return after
+    # Update number 0 already moves: rates are peak * 1/warm, 2/warm ... peak.
+    return optax.join_schedules([optax.linear_schedule(peak / warm, peak, max(1, warm - 1)), after], [warm])
+
+
+def decayed(params: optax.Params) -> optax.Params:
+    """True for parameters that weight decay applies to: kernels and embeddings, not biases and norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_names(path)[-1] in ("kernel", "embedding"), params)
+
+
+def matrices(params: optax.Params) -> optax.Params:
+    """Muon's view of every parameter: which axes a block's kernel reads from and writes to; None for the rest."""
+
+    def view(path: tuple, _: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        names = path_names(path)
+        if "blocks" not in names or names[-1] != "kernel":
+            return None
+        axes = logical_axes(names)
+        inner = tuple(i for i, axis in enumerate(axes) if axis not in ("layers", "embed"))
+        embed = (axes.index("embed"),)
+        return optax.contrib.MuonDimensionNumbers(*((inner, embed) if axes[-1] == "embed" else (embed, inner)))
+
+    return jax.tree_util.tree_map_with_path(view, params)
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then the optimizer, with decoupled weight decay scaled by the learning rate."""
+    rate = schedule(cfg, steps, cfg.learning_rate)
+    match cfg.name:
+        case "adamw":
+            update = optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed)
+        case "lion":
+            update = optax.lion(rate, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay, mask=decayed)
+        case "adafactor":
+            # Adafactor's own clipping and relative step are off: the schedule and clip_norm say it all.
+            update = optax.chain(
+                optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=128),
+                optax.clip_by_block_rms(1.0),
+                optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
+                optax.scale_by_learning_rate(rate),
+            )
+        case "muon":
+            update = optax.contrib.muon(
+                rate,
+                beta=cfg.momentum,
+                weight_decay=cfg.weight_decay,
+                weight_decay_mask=decayed,
+                adam_b1=cfg.b1,
+                adam_b2=cfg.b2,
+                adam_weight_decay=cfg.weight_decay,
+                adam_learning_rate=schedule(cfg, steps, cfg.adam_learning_rate or cfg.learning_rate),
+                muon_weight_dimension_numbers=matrices,
+            )
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update) if cfg.clip_norm else update

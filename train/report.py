@@ -1,0 +1,131 @@
+"""What a run shows of itself: a progress bar, metrics.jsonl, TensorBoard, a plot."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """A line for the person who watches, on standard error."""
+    err.print(message, markup=False)
+
+
+class Reporter:
+    """Writes metrics of a run, from one process; the others hold one that is silent.
+
+    Args:
+      home: the run directory.
+      steps: where the run ends.
+      start: where it starts or resumes; later lines of an earlier attempt are dropped.
+      active: whether this process writes.
+    """
+
+    def __init__(self, home: Path, steps: int, start: int, active: bool):
+        self.active, self.home, self.start = active, home, start
+        self.path = home / "metrics.jsonl"
+        if not active:
+            return
+        self._drop_lines_after(start)
+        self.lines = self.path.open("a")
+        self.events = self._tensorboard(start)
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+        ]
+        self.progress = Progress(*columns, console=err, disable=not err.is_terminal)
+        self.task = self.progress.add_task("training", total=steps, completed=start, shown="compiling")
+        self.progress.start()
+        self.began = time.monotonic()
+
+    def _drop_lines_after(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue  # the line that a kill cut short
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def _tensorboard(self, start: int) -> Any:
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self.home / "events"), purge_step=start + 1 if start else None)
+
+    def log(self, step: int, metrics: dict[str, float], shown: str) -> None:
+        """One line of metrics, and what the progress bar says beside it."""
+        if not self.active:
+            return
+        self.lines.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.lines.flush()
+        for name, value in metrics.items():
+            self.events.add_scalar(name, value, step)
+        self.progress.update(self.task, completed=step, shown=shown)
+        if not err.is_terminal:
+            say(f"step {step}: {shown}")
+
+    def note(self, message: str) -> None:
+        if self.active:
+            say(message)
+
+    def advance(self, step: int) -> None:
+        if self.active:
+            self.progress.update(self.task, completed=step)
+
+    def close(self) -> None:
+        if self.active:
+            self.progress.stop()
+            self.lines.close()
+            self.events.close()
+
+    def plot(self) -> None:
+        """loss.png: training loss by step, held-out bits per byte or loss beside it."""
+        if not self.active:
+            return
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+        key = "eval_bits_per_byte" if any("eval_bits_per_byte" in r for r in rows) else "eval_loss"
+        held = [(r["step"], r[key]) for r in rows if key in r]
+        if not train:
+            return
+        figure, left = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        left.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.35, linewidth=1)
+        window = max(1, len(train) // 50)
+        smooth = [sum(v for _, v in train[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(train))]
+        left.plot([s for s, _ in train], smooth, color="tab:blue", label="training loss")
+        left.set(xlabel="step", ylabel="training loss, nats per token", title=self.home.name)
+        left.grid(alpha=0.3)
+        handles, labels = left.get_legend_handles_labels()
+        if held:
+            right = left.twinx()
+            label = "held-out " + key.removeprefix("eval_").replace("_", " ")
+            right.plot(*zip(*held, strict=True), color="tab:orange", marker="o", markersize=3, label=label)
+            right.set_ylabel(f"{label} (last {held[-1][1]:.3f})")
+            more = right.get_legend_handles_labels()
+            handles, labels = handles + more[0], labels + more[1]
+        left.legend(handles, labels)
+        figure.savefig(self.home / "loss.png", dpi=120)
+        plt.close(figure)
+
+
+def stderr_is_terminal() -> bool:
+    return sys.stderr.isatty()

@@ -1,0 +1,130 @@
+"""The train step: one jitted function of (state, batch), the same for every family and every mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+from model.axes import activations_constrained_by
+from train import sharding
+from train.objectives import Batch, Objective
+
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. Random keys are made from the seed and the step, so there is none to keep."""
+
+    step: Int[jax.Array, ""]
+    params: Any
+    opt_state: optax.OptState
+    bad_in_row: Int[jax.Array, ""]
+    bad_total: Int[jax.Array, ""]
+
+
+def init_state(module: nn.Module, inputs: Batch, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """A fresh state. Run it under jit with out_shardings, so that it is born where it belongs."""
+    params = module.init(jax.random.key(seed), **inputs)["params"]
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+
+def state_shardings(mesh: Mesh, shapes: TrainState) -> TrainState:
+    """A sharding for every leaf of the state. Raises InputError as parameter_shardings does."""
+    copied = NamedSharding(mesh, PartitionSpec())
+    params = sharding.parameter_shardings(mesh, shapes.params)
+    opt_state = sharding.optimizer_shardings(mesh, shapes.opt_state, shapes.params, params)
+    return TrainState(copied, params, opt_state, copied, copied)
+
+
+def make_train_step(
+    module: nn.Module,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    shardings: TrainState,
+    *,
+    accumulate: int = 1,
+    seed: int = 0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step. Its state argument is consumed.
+
+    With accumulate=A the batch goes through in A pieces; weights are summed over the whole batch first, so
+    loss and gradient are those of the whole batch. Where loss or gradient is not finite nothing is updated but
+    the counters.
+    """
+
+    def gradients(params: Any, batch: Batch, totals: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Metrics]:
+        def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
+            def run(bound: nn.Module) -> Any:
+                return objective.terms(bound, batch, False)
+
+            sums = module.apply({"params": params}, rngs={"dropout": key}, method=run)
+            shares = {name: term.nats / totals[name] for name, term in sums.items()}
+            accuracy = {f"{name}_accuracy": term.correct / totals[name] for name, term in sums.items()}
+            return sum(shares.values()), shares | accuracy
+
+        (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return grads, metrics
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with activations_constrained_by(sharding.constrain(mesh)):
+            totals = {name: jnp.maximum(w, 1e-9) for name, w in objective.weights(batch).items()}
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            if accumulate == 1:
+                grads, metrics = gradients(state.params, batch, totals, key)
+            else:
+                # Piece a takes rows a, a + A, ...: each device cuts its own rows, and none travel.
+                pieces = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
+                keys = jax.random.split(key, accumulate)
+
+                def add(carry: Any, inputs: Any) -> tuple[Any, None]:
+                    return jax.tree.map(jnp.add, carry, gradients(state.params, inputs[0], totals, inputs[1])), None
+
+                shapes = jax.eval_shape(gradients, state.params, jax.tree.map(lambda x: x[0], pieces), totals, keys[0])
+                zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+                (grads, metrics), _ = jax.lax.scan(add, zeros, (pieces, keys))
+
+        names = list(totals)
+        metrics["loss"] = sum(metrics[name] for name in names)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def if_good(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(good, new, old)
+
+        bad = 1 - good.astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(if_good, params, state.params),
+            opt_state=jax.tree.map(if_good, opt_state, state.opt_state),
+            bad_in_row=(state.bad_in_row + bad) * bad,
+            bad_total=state.bad_total + bad,
+        )
+        return state, metrics | {"bad_in_row": state.bad_in_row, "bad_total": state.bad_total}
+
+    batch_spec = sharding.batch_sharding(mesh)
+    return jax.jit(step, in_shardings=(shardings, batch_spec), out_shardings=(shardings, None), donate_argnums=0)
+
+
+def make_eval_step(module: nn.Module, objective: Objective, mesh: Mesh, param_shardings: Any):
+    """Jitted: (params, batch) -> for every term its sums of nats, correct and weight."""
+
+    def step(params: Any, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
+        def run(bound: nn.Module) -> Any:
+            return objective.terms(bound, batch, True)
+
+        with activations_constrained_by(sharding.constrain(mesh)):
+            sums, weights = module.apply({"params": params}, method=run), objective.weights(batch)
+        return {name: (term.nats, term.correct, weights[name]) for name, term in sums.items()}
+
+    return jax.jit(step, in_shardings=(param_shardings, sharding.batch_sharding(mesh)))
