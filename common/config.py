@@ -119,6 +119,11 @@ class TrainConfig:
         first, row, size = next(s for s in reversed(self.stages()) if s[0] <= step)
         return row + (step - first) * size, size
 
+    def steps_for(self, rows: int) -> int:
+        """Steps after which at least so many rows are consumed."""
+        first, row, size = next(s for s in reversed(self.stages()) if s[1] <= rows)
+        return first + -(-(rows - row) // size)
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:

@@ -1,8 +1,16 @@
-"""The one exception that a person is meant to read."""
+"""Exceptions that a person is meant to read: the command line prints their message, without a traceback."""
 
 
 class InputError(ValueError):
     """Bad input: the message says what was got, what was wanted, and what to change.
 
-    The command line prints the message without a traceback and exits with code 2.
+    Exit code 2.
     """
+
+
+class Stopped(Exception):
+    """SIGTERM came; the state is saved. Exit code 143."""
+
+
+class Diverged(Exception):
+    """Too many steps in a row had no finite loss; the last good checkpoint is untouched. Exit code 1."""

@@ -38,15 +38,20 @@ def quiet_tfds() -> Iterator[Any]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow_datasets as tfds
 
+    from tensorflow_datasets.core.download import downloader
+
+    downloader.MAX_RETRIES = 1  # where there is no network, say so within seconds
     tfds.disable_progress_bar()
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("absl", "urllib3")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(None):
             yield tfds
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], cache: Path) -> Corpus:
@@ -170,7 +175,7 @@ def from_tfds(cfg: DataConfig) -> Corpus:
         except tfds.core.DatasetNotFoundError as e:
             import difflib
 
-            near = difflib.get_close_matches(cfg.corpus.split("/")[0], [*tfds.list_builders(), "shakespeare"], n=3)
+            near = difflib.get_close_matches(cfg.corpus.split("/")[0], [*tfds.list_builders(with_community_datasets=False), "shakespeare"], n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise InputError(
                 f"no corpus {cfg.corpus!r}: not 'shakespeare', not a file or glob, not a TFDS name{hint}"

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from common import rundir
-from common.errors import InputError
+from common.errors import Diverged, InputError, Stopped
 from common.families import make_module, tiny_inputs
 from common.recipe import Recipe
 from data import corpora, pipeline, tokens
@@ -26,14 +26,6 @@ from train.objectives import make_objective
 from train.optimizer import make_optimizer
 from train.report import Reporter, say
 from train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
-
-
-class Stopped(Exception):
-    """SIGTERM came; the state is saved. The command line exits with 143."""
-
-
-class Diverged(RuntimeError):
-    """Too many steps in a row had no finite loss; the last good checkpoint is untouched."""
 
 
 @dataclasses.dataclass(frozen=True)

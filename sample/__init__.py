@@ -1,0 +1,1 @@
+"""Decoding, infilling, scoring, from checkpoints. Knows nothing of training."""

@@ -1,0 +1,103 @@
+"""Beam search, over the same model callback as sampling."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from model.cache import Cache
+from sample.decode import Forward, Logits
+
+NEVER = -1e30
+
+
+def length_penalty(length: jax.Array, alpha: float) -> jax.Array:
+    """((5 + length) / 6)^alpha; a hypothesis' log-probability is divided by it (arXiv 1609.08144, equation 14)."""
+    return ((5.0 + length) / 6.0) ** alpha
+
+
+@flax.struct.dataclass
+class Beams:
+    """K live hypotheses and the K best finished ones of every row, each best first."""
+
+    cache: Cache
+    logits: Float[jax.Array, "B K V"]
+    live: Int[jax.Array, "B K N"]
+    live_logprob: Float[jax.Array, "B K"]
+    done: Int[jax.Array, "B K N"]
+    done_score: Float[jax.Array, "B K"]
+    done_logprob: Float[jax.Array, "B K"]
+    done_length: Int[jax.Array, "B K"]
+    count: Int[jax.Array, ""]
+
+
+def make_beam_search(forward: Forward, logits: Logits, eos: int) -> Callable[..., Beams]:
+    """A jitted (params, cache, logits [B, V], limit [B], beams, alpha) -> Beams, from prefilled rows.
+
+    A row's hypotheses end with `eos` or at its limit. The result's `done` holds them, sorted by score:
+    log-probability over length penalty.
+    """
+
+    @functools.partial(jax.jit, static_argnames=("beams", "alpha", "size"))
+    def search(params: Any, cache: Cache, first: jax.Array, limit: jax.Array, beams: int, alpha: float, size: int) -> Beams:
+        B, V = first.shape
+        K = beams
+        rows = jnp.repeat(jnp.arange(B), K)
+        pick = jnp.arange(B)[:, None]
+        zeros = jnp.zeros((B, K, size), jnp.int32)
+        never = jnp.full((B, K), NEVER)
+        begin = Beams(
+            cache=cache.take(rows) if K > 1 else cache,
+            logits=jnp.repeat(first[:, None], K, axis=1),
+            live=zeros,
+            live_logprob=never.at[:, 0].set(0.0),  # all beams are the same at first: one of them counts
+            done=zeros,
+            done_score=never,
+            done_logprob=never,
+            done_length=jnp.zeros((B, K), jnp.int32),
+            count=jnp.int32(0),
+        )
+
+        def going(s: Beams) -> jax.Array:
+            # A live hypothesis can at best keep its log-probability and reach the longest length.
+            best = s.live_logprob[:, 0] / length_penalty(limit.astype(jnp.float32), alpha)
+            return jnp.any((s.count < limit) & (best > s.done_score[:, -1]))
+
+        def step(s: Beams) -> Beams:
+            logprob = s.live_logprob[..., None] + jax.nn.log_softmax(s.logits, axis=-1)
+            top, index = jax.lax.top_k(logprob.reshape(B, K * V), min(2 * K, K * V))
+            beam, token = index // V, index % V
+            texts = s.live[pick, beam].at[:, :, s.count].set(token)
+            length = s.count + 1
+            ends = ((token == eos) | (length >= limit[:, None])) & (s.count < limit)[:, None] & (top > NEVER / 2)
+
+            score = jnp.where(ends, top / length_penalty(length.astype(jnp.float32), alpha), NEVER)
+            all_score = jnp.concatenate([s.done_score, score], axis=1)
+            done_score, best = jax.lax.top_k(all_score, K)
+
+            def merge(old: jax.Array, new: jax.Array) -> jax.Array:
+                return jnp.concatenate([old, new], axis=1)[pick, best]
+
+            live_logprob, kept = jax.lax.top_k(jnp.where(ends, NEVER, top), K)
+            source, next_token = beam[pick, kept], token[pick, kept]
+            cache = s.cache.take((pick * K + source).reshape(-1))
+            features, cache = forward(params, next_token.reshape(-1, 1), cache)
+            return Beams(
+                cache=cache,
+                logits=logits(params, features[:, 0]).reshape(B, K, V),
+                live=texts[pick, kept],
+                live_logprob=live_logprob,
+                done=merge(s.done, texts),
+                done_score=done_score,
+                done_logprob=merge(s.done_logprob, top),
+                done_length=merge(s.done_length, jnp.full_like(token, length)),
+                count=length,
+            )
+
+        return jax.lax.while_loop(going, step, begin)
+
+    return search

@@ -1,0 +1,174 @@
+"""Continuing text: prefill in one pass, then one jitted loop over the batch.
+
+The model is a callback (params, tokens [B, T], cache) -> (features of all T places, cache); the `Decoder` below
+drives it without knowing its family. Each row has its own length, its own random key and
+its own stop, so what a row says does not depend on its neighbours.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from model.cache import Cache
+from sample.method import Method, choose
+
+Forward = Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]
+Logits = Callable[[Any, jax.Array], jax.Array]
+
+
+def bucket(n: int, least: int = 16) -> int:
+    """The next power of two from `least` on: the sizes that are compiled."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@flax.struct.dataclass
+class State:
+    """A batch in the middle of decoding; N is the most tokens a row can still get."""
+
+    cache: Cache
+    logits: Float[jax.Array, "B V"]
+    """Scores of each row's next token."""
+    tokens: Int[jax.Array, "B N"]
+    logprobs: Float[jax.Array, "B N"]
+    count: Int[jax.Array, " B"]
+    """Tokens each row has got."""
+    limit: Int[jax.Array, " B"]
+    """Tokens each row may get."""
+    ended: Bool[jax.Array, " B"]
+    """Rows that said `eos`."""
+
+
+@dataclasses.dataclass
+class Row:
+    """One text being continued."""
+
+    context: list[int]
+    key: jax.Array
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    stop: str = ""
+    """Empty while it goes on; then eos, stop (a stop string) or max_tokens."""
+
+
+class Decoder:
+    """Compiled prefill and decode loop of one model.
+
+    Args:
+      forward: the model with a cache.
+      logits: (params, features [B, D]) -> [B, V].
+      empty_cache: (batch, size) -> Cache.
+      context: longest sequence of the model.
+      eos: the token that ends a row.
+    """
+
+    def __init__(
+        self, forward: Forward, logits: Logits, empty_cache: Callable[[int, int], Cache], context: int, eos: int
+    ):
+        self.context, self.eos = context, eos
+
+        @functools.partial(jax.jit, static_argnames="size")
+        def prefill(params: Any, tokens: jax.Array, lengths: jax.Array, limit: jax.Array, size: int) -> State:
+            B = tokens.shape[0]
+            features, cache = forward(params, tokens, empty_cache(B, size))
+            last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]
+            cache = cache.replace(length=lengths)  # what a padded place wrote lies behind, and is overwritten
+            zeros = jnp.zeros((B, size), jnp.int32)
+            none = jnp.zeros((B,), jnp.int32)
+            return State(cache, logits(params, last), zeros, zeros.astype(jnp.float32), none, limit, none.astype(bool))
+
+        @functools.partial(jax.jit, donate_argnums=1)
+        def run(params: Any, state: State, keys: jax.Array, said: jax.Array, method: Method, most: jax.Array) -> State:
+            """At most `most` tokens for every row that has not ended. `said` [B] counts each row's earlier tokens."""
+
+            def going(carry: tuple[State, jax.Array]) -> jax.Array:
+                state, n = carry
+                return (n < most) & jnp.any(~state.ended & (state.count < state.limit))
+
+            def step(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+                state, n = carry
+                live = ~state.ended & (state.count < state.limit)
+                token, logprob = choose(state.logits, jax.vmap(jax.random.fold_in)(keys, said + state.count), method)
+                at = (jnp.arange(token.shape[0]), state.count)
+                features, cache = forward(params, token[:, None], state.cache)
+                keep = functools.partial(jnp.where, live)
+                state = state.replace(
+                    cache=cache.replace(length=keep(cache.length, state.cache.length)),
+                    logits=jnp.where(live[:, None], logits(params, features[:, 0]), state.logits),
+                    tokens=state.tokens.at[at].set(keep(token, state.tokens[at]), mode="drop"),
+                    logprobs=state.logprobs.at[at].set(keep(logprob, state.logprobs[at]), mode="drop"),
+                    count=state.count + live,
+                    ended=state.ended | (live & (token == eos)),
+                )
+                return state, n + 1
+
+            return jax.lax.while_loop(going, step, (state, jnp.int32(0)))[0]
+
+        self.prefill, self.run = prefill, run
+
+    def start(self, params: Any, rows: Sequence[Row], limits: Sequence[int]) -> tuple[State, jax.Array, jax.Array]:
+        """State, keys and counts of a batch padded to its buckets; padding rows may get no token."""
+        B = bucket(len(rows), 1)
+        lengths = [len(row.context) for row in rows]
+        longest = min(bucket(max(lengths)), self.context)
+        size = min(bucket(longest + max(limits)), max(self.context, longest))
+        tokens = np.zeros((B, longest), np.int32)
+        for i, row in enumerate(rows):
+            tokens[i, : lengths[i]] = row.context
+        fill = B - len(rows)
+        state = self.prefill(params, tokens, np.array(lengths + [1] * fill), np.array([*limits] + [0] * fill), size)
+        keys = jnp.stack([row.key for row in rows] + [rows[0].key] * fill)
+        said = np.array([len(row.tokens) for row in rows] + [0] * fill)
+        return state, keys, said
+
+    def generate(
+        self,
+        params: Any,
+        rows: list[Row],
+        method: Method,
+        max_tokens: int,
+        *,
+        chunk: int = 0,
+        after_chunk: Callable[[list[Row]], None] = lambda rows: None,
+    ) -> None:
+        """Give every row up to max_tokens tokens.
+
+        A row that fills the context goes on from the last half of it.
+
+        Args:
+          chunk: hand back after every so many tokens; 0: only at the end.
+          after_chunk: sees the rows then, and may set their `stop`.
+        """
+        while going := [row for row in rows if not row.stop]:
+            for row in going:
+                if len(row.context) >= self.context:
+                    row.context = row.context[-(self.context // 2) :]
+            limits = [min(max_tokens - len(row.tokens), self.context - len(row.context)) for row in going]
+            state, keys, said = self.start(params, going, limits)
+            had = [len(row.tokens) for row in going]
+            while True:
+                state = self.run(params, state, keys, said, method, jnp.int32(chunk or max_tokens))
+                count, tokens, logprobs = jax.device_get((state.count, state.tokens, state.logprobs))
+                for i, row in enumerate(going):
+                    if row.stop:
+                        continue
+                    new = slice(len(row.tokens) - had[i], count[i])
+                    row.tokens += tokens[i, new].tolist()
+                    row.logprobs += logprobs[i, new].tolist()
+                    if row.tokens and row.tokens[-1] == self.eos:
+                        row.stop = "eos"
+                    elif len(row.tokens) >= max_tokens:
+                        row.stop = "max_tokens"
+                after_chunk(going)
+                stopped = np.array([bool(row.stop) for row in going] + [True] * (len(state.ended) - len(going)))
+                state = state.replace(ended=state.ended | stopped)
+                if all(s or count[i] >= limits[i] for i, s in enumerate(stopped[: len(going)])):
+                    break
+            for row, got in zip(going, count, strict=False):
+                row.context = row.context + row.tokens[len(row.tokens) - int(got) :]

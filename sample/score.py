@@ -1,0 +1,64 @@
+"""How likely a text is."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.loss import cross_entropy
+from sample.decode import bucket
+
+
+def windows(length: int, context: int) -> list[tuple[int, int, int]]:
+    """How a sequence of `length` tokens is read: (begin, end, first token scored), every token scored once.
+
+    Windows overlap by half, so that each token but those of the first window has half a context before it.
+
+    >>> windows(10, 4)
+    [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 10, 8)]
+    """
+    found, scored, begin = [], 1, 0
+    while scored < length:
+        end = min(begin + context, length)
+        found.append((begin, end, scored))
+        scored, begin = end, begin + max(1, context // 2)
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logprob_rows(module: nn.Module, params: Any, tokens: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    def run(bound: nn.Module) -> jax.Array:
+        features, _ = bound(tokens)
+
+        def one(f: jax.Array, t: jax.Array, w: jax.Array) -> jax.Array:
+            return -cross_entropy(f[None], *bound.unembedding(), t[None], w[None]).nats
+
+        return jax.lax.map(lambda row: one(*row), (features, targets, weights))
+
+    return module.apply({"params": params}, method=run)
+
+
+def causal_logprobs(
+    module: nn.Module, params: Any, sequences: list[list[int]], context: int, batch_size: int = 32
+) -> list[float]:
+    """log p(tokens 1.. | token 0) of every sequence, in nats, each token given all before it in its window."""
+    pieces = [(i, w) for i, s in enumerate(sequences) for w in windows(len(s), context)]
+    pieces.sort(key=lambda piece: piece[1][1] - piece[1][0])
+    totals = np.zeros(len(sequences))
+    for begin in range(0, len(pieces), batch_size):
+        batch = pieces[begin : begin + batch_size]
+        T = min(bucket(max(w[1] - w[0] for _, w in batch)), context)
+        B = bucket(len(batch), 1)
+        tokens, targets, weights = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32), np.zeros((B, T), np.float32)
+        for row, (i, (start, end, scored)) in enumerate(batch):
+            ids = sequences[i][start:end]
+            tokens[row, : len(ids)] = ids
+            targets[row, : len(ids) - 1] = ids[1:]
+            weights[row, scored - start - 1 : len(ids) - 1] = 1
+        logprobs = np.asarray(_logprob_rows(module, params, tokens, targets, weights))
+        for row, (i, _) in enumerate(batch):
+            totals[i] += logprobs[row]
+    return totals.tolist()

@@ -1,0 +1,223 @@
+"""Text in, text out: a trained run with its verbs."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.errors import InputError
+from common.rundir import Run, load_run
+from model.cache import Cache
+from sample import score as scoring
+from sample.beam import make_beam_search
+from sample.decode import Decoder, Row, bucket
+from sample.method import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One continuation.
+
+    `tokens` counts them, `logprob` is their log-probability in nats under the model's own distribution, `stop`
+    says why it ended: eos, stop (a stop string), max_tokens.
+    """
+
+    prompt: str
+    text: str
+    tokens: int
+    logprob: float
+    stop: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    text: str
+    logprob: float
+    """nats"""
+    tokens: int
+    rule: str
+
+
+def utf8_so_far(text: str) -> str:
+    """Text without the character that its last bytes have only begun."""
+    return text.rstrip("\ufffd")
+
+
+class TextModel:
+    """A run that can be asked: `sample`, `score`. Made by `bothways.load`."""
+
+    def __init__(self, run: Run):
+        self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer
+        module, cfg = run.module, run.recipe.model
+
+        def forward(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+            return module.apply({"params": params}, tokens, cache=cache)
+
+        def logits(params: Any, features: jax.Array) -> jax.Array:
+            real = module.apply({"params": params}, features, method="logits")
+            return real.at[..., len(self.tokenizer) :].set(-jnp.inf)  # rows of the table that are no token
+
+        self._decoder = Decoder(forward, logits, lambda b, s: Cache.empty(cfg, b, s), cfg.context, self.tokenizer.eos)
+        self._beams = make_beam_search(forward, logits, self.tokenizer.eos)
+
+    @classmethod
+    def load(cls, home: str | Path, say: Callable[[str], None] = print) -> "TextModel":
+        """Restore a run directory. Raises InputError if it is none."""
+        return cls(load_run(Path(home), say))
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """A prompt's ids; of an empty one the token that opens a document.
+
+        Raises:
+          InputError: longer than the model's context.
+        """
+        ids = self.tokenizer.encode(prompt) or [self.tokenizer.bos]
+        if len(ids) > self.recipe.model.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, the model's context is {self.recipe.model.context}: {prompt[:40]!r}...; "
+                "shorten it"
+            )
+        return ids
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        greedy: bool = False,
+        beams: int = 0,
+        length_penalty: float = 0.6,
+        num: int = 1,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        stream: Callable[[int, str], None] | None = None,
+    ) -> list[Sample]:
+        """Continue every prompt `num` times.
+
+        Draw n of a prompt depends on (seed, n) and the prompt alone, never on the batch around it.
+
+        Args:
+          max_tokens: per continuation. Beyond the model's context, the text goes on from the last half of it.
+          beams: width of a beam search instead of sampling; `num` best hypotheses are returned.
+          stop: a continuation ends before the first of these strings.
+          stream: called with (index of the result, new piece of text) while it is being made.
+
+        Returns:
+          prompts x num results, in the order of the prompts.
+
+        Raises:
+          InputError: numbers out of range, or a prompt longer than the context.
+        """
+        for name, value in (("max-tokens", max_tokens), ("num", num)):
+            if value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        if any(not s for s in stop):
+            raise InputError("a stop string is empty; every text contains it")
+        encoded = [self.encode_prompt(p) for p in prompts]
+        if beams:
+            if stream or stop or greedy:
+                raise InputError("beam search knows its text only at the end: leave out --stream, --stop and --greedy")
+            return self._search(prompts, encoded, beams, num, max_tokens, length_penalty)
+        method = Method.make(temperature, top_k, top_p, min_p, greedy)
+        base = jax.random.key(seed)
+        texts = [zlib.crc32(prompt.encode()) for prompt in prompts]
+        keys = [jax.random.fold_in(jax.random.fold_in(base, text), n) for text in texts for n in range(num)]
+        rows = [Row(list(encoded[i // num]), key) for i, key in enumerate(keys)]
+        shown = [""] * len(rows)
+        index = {id(row): i for i, row in enumerate(rows)}
+
+        def after_chunk(batch: list[Row]) -> None:
+            for row in batch:
+                text, stopped = self._cut(row, stop)
+                if stopped:
+                    row.stop = "stop"
+                if stream:
+                    i = index[id(row)]
+                    ready = text if row.stop else self._safe(text, stop)
+                    if len(ready) > len(shown[i]):
+                        stream(i, ready[len(shown[i]) :])
+                        shown[i] = ready
+
+        chunk = 4 if stream else 32 if stop else 0
+        self._decoder.generate(self.run.params, rows, method, max_tokens, chunk=chunk, after_chunk=after_chunk)
+        return [self._result(prompts[i // num], row, stop) for i, row in enumerate(rows)]
+
+    def _ids(self, row: Row) -> list[int]:
+        return row.tokens[:-1] if row.tokens and row.tokens[-1] == self.tokenizer.eos else row.tokens
+
+    def _cut(self, row: Row, stop: Sequence[str]) -> tuple[str, bool]:
+        text = self.tokenizer.decode(self._ids(row))
+        found = [at for s in stop if (at := text.find(s)) >= 0]
+        return (text[: min(found)], True) if found else (text, False)
+
+    def _safe(self, text: str, stop: Sequence[str]) -> str:
+        """What can be shown already: no half character, no beginning of a stop string."""
+        text = utf8_so_far(text)
+        keep = next(
+            (n for n in range(max(map(len, stop), default=1) - 1, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0
+        )
+        return text[: len(text) - keep] if keep else text
+
+    def _result(self, prompt: str, row: Row, stop: Sequence[str]) -> Sample:
+        text, stopped = self._cut(row, stop)
+        count = len(row.tokens)
+        if stopped:  # the fewest tokens that hold the text
+            ids = self._ids(row)
+            count = next(n for n in range(len(ids) + 1) if self.tokenizer.decode(ids[:n]).startswith(text))
+        return Sample(prompt, text, count, round(float(sum(row.logprobs[:count])), 4), row.stop)
+
+    def _search(
+        self, prompts: Sequence[str], encoded: list[list[int]], beams: int, num: int, max_tokens: int, alpha: float
+    ) -> list[Sample]:
+        if num > beams:
+            raise InputError(f"num is {num}: a search with --beams {beams} has no more than {beams} hypotheses")
+        limits = [min(max_tokens, self.recipe.model.context - len(ids)) for ids in encoded]
+        if min(limits) < 1:
+            raise InputError("a prompt fills the model's context; beam search does not go beyond it")
+        rows = [Row(ids, jax.random.key(0)) for ids in encoded]
+        state, _, _ = self._decoder.start(self.run.params, rows, limits)
+        size = bucket(max(limits))
+        found = self._beams(self.run.params, state.cache, state.logits, state.limit, beams=beams, alpha=alpha, size=size)
+        done, length, logprob = jax.device_get((found.done, found.done_length, found.done_logprob))
+        results = []
+        for i, prompt in enumerate(prompts):
+            for k in range(num):
+                ids = done[i, k, : length[i, k]].tolist()
+                ended = bool(ids) and ids[-1] == self.tokenizer.eos
+                text = self.tokenizer.decode(ids[:-1] if ended else ids)
+                stop = "eos" if ended else "max_tokens"
+                results.append(Sample(prompt, text, len(ids), round(float(logprob[i, k]), 4), stop))
+        return results
+
+    def score(self, texts: Sequence[str], rule: str = "causal") -> list[Score]:
+        """Log-probability of every text as a document of its own.
+
+        Rule causal: the sum over tokens of log p(token | those before it, in a context that opens a document).
+
+        Raises:
+          InputError: an empty text, or a rule that the family does not know.
+        """
+        if rule != "causal":
+            raise InputError(f"rule {rule!r} is not for a {self.recipe.family} run, which scores by: causal")
+        for i, text in enumerate(texts):
+            if not text:
+                raise InputError(f"text {i + 1} is empty; there is nothing to score")
+        sequences = [[self.tokenizer.bos, *self.tokenizer.encode(text)] for text in texts]
+        logprobs = scoring.causal_logprobs(self.run.module, self.run.params, sequences, self.recipe.model.context)
+        return [
+            Score(text, round(lp, 4), len(ids) - 1, rule) for text, ids, lp in zip(texts, sequences, logprobs, strict=True)
+        ]
+
+
+def bits_per_byte(scores: Sequence[Score]) -> float:
+    """-log2 p(text) per UTF-8 byte."""
+    return -sum(s.logprob for s in scores) / np.log(2) / sum(len(s.text.encode()) for s in scores)
