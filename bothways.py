@@ -1,9 +1,9 @@
 """bothways: GPT, BERT and their ancestor from one stack of blocks. The front door: Python functions and the command line.
 
-    import bothways
-    bothways.train(bothways.recipe("shakespeare_gpt"), workdir="runs/x")
-    run = bothways.load("runs/x")
-    run.sample(["ROMEO:"])
+import bothways
+bothways.train(bothways.recipe("shakespeare_gpt"), workdir="runs/x")
+run = bothways.load("runs/x")
+run.sample(["ROMEO:"])
 """
 
 import dataclasses
@@ -245,7 +245,9 @@ def main(argv: list[str] | None = None) -> int:
             import difflib
 
             near = difflib.get_close_matches(verb, VERBS, n=1)
-            raise InputError(f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"))
+            raise InputError(
+                f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}")
+            )
         _keep_compiled_programs()
         run = VERBS[verb][0]
         if verb == "train":
@@ -269,7 +271,10 @@ def main(argv: list[str] | None = None) -> int:
         return 143 if isinstance(e, Stopped) else 1
     except Exception as e:
         if _disk_full(e):
-            _say(f"bothways {verb}: the disk is full; free some space and run the same command to go on from the last checkpoint")
+            _say(
+                f"bothways {verb}: the disk is full; free some space and run the same command again: "
+                "it goes on from the last checkpoint"
+            )
             return 2
         traceback.print_exc()
         return 1

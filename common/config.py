@@ -85,7 +85,16 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         found = []
-        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "save_every", "keep", "max_bad_steps"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep",
+            "max_bad_steps",
+        ):
             if getattr(self, name) < 1:
                 found.append(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("seed", "eval_rows", "ramp_from", "ramp_rows"):

@@ -8,10 +8,10 @@ import pkgutil
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from common.errors import InputError
 from data.config import DataConfig
 from model.config import TransformerConfig
-from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 
 # Fields that may differ between a run and its continuation: where and how often, not what.
 FREE = ("mesh", "train.log_every", "train.keep", "train.eval_every", "train.eval_rows", "train.save_every", "data.cache")
@@ -44,7 +44,8 @@ class Recipe:
                     )
             if self.train.steps <= self.optimizer.warmup_steps:
                 found.append(
-                    f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of train.steps={self.train.steps}"
+                    f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
+                    f"train.steps={self.train.steps}; warm up for fewer steps"
                 )
         if found:
             raise InputError(f"recipe {self.name or '(unnamed)'} cannot run:\n" + "\n".join(f"  - {p}" for p in found))
@@ -120,7 +121,8 @@ def _from_file(path: Path) -> Recipe:
     if not path.is_file():
         raise InputError(f"no recipe file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -1,11 +1,11 @@
 """A run directory describes itself: recipe.json, tokenizer, checkpoints, metrics. Training writes it, all others read it.
 
-    runs/x/recipe.json         the recipe, every derived value filled in
-    runs/x/tokenizer.model     sentencepiece
-    runs/x/checkpoints/STEP/   orbax: params, train (optimizer and counters), meta (step, data position)
-    runs/x/metrics.jsonl       a line per logged step and per evaluation
-    runs/x/events/             TensorBoard
-    runs/x/loss.png            the curves
+runs/x/recipe.json         the recipe, every derived value filled in
+runs/x/tokenizer.model     sentencepiece
+runs/x/checkpoints/STEP/   orbax: params, train (optimizer and counters), meta (step, data position)
+runs/x/metrics.jsonl       a line per logged step and per evaluation
+runs/x/events/             TensorBoard
+runs/x/loss.png            the curves
 """
 
 import dataclasses
@@ -41,7 +41,9 @@ def checkpoint_manager(home: Path, *, keep: int | None = None, read_only: bool =
     policy = None
     if keep is not None:
         policies = ocp.checkpoint_managers
-        best = policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        best = policies.BestN(
+            get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
         policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policy, read_only=read_only, create=not read_only, step_prefix=None, save_root_metadata=False

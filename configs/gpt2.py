@@ -29,7 +29,9 @@ def gpt2(layers: int, width: int, heads: int, rate: float) -> Recipe:
         model=TransformerConfig(vocab_size=50_257, context=1024, n_layers=layers, d_model=width, n_heads=heads),
         data=DataConfig(corpus="c4/en", tokenizer="bpe", vocab_size=50_257),
         optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=2_000, final_share=0.1),
-        train=TrainConfig(steps=600_000, batch_size=512, eval_every=2_000, eval_rows=4_096, save_every=2_000, log_every=50),
+        train=TrainConfig(
+            steps=600_000, batch_size=512, eval_every=2_000, eval_rows=4_096, save_every=2_000, log_every=50
+        ),
     )
 
 

@@ -1,6 +1,6 @@
 """Small models on Shakespeare's plays, for a laptop: six plays held out whole.
 
-    bothways train shakespeare_gpt
+bothways train shakespeare_gpt
 """
 
 from common.config import ObjectiveConfig, OptimizerConfig, TrainConfig
@@ -26,7 +26,12 @@ recipes = {
         data=DataConfig(corpus="shakespeare", tokenizer="unigram", vocab_size=2048),
         objective=ObjectiveConfig(kind="causal"),
         optimizer=OptimizerConfig(
-            name="muon", learning_rate=0.02, adam_learning_rate=4e-3, schedule="linear", warmup_steps=20, weight_decay=0.01
+            name="muon",
+            learning_rate=0.02,
+            adam_learning_rate=4e-3,
+            schedule="linear",
+            warmup_steps=20,
+            weight_decay=0.01,
         ),
         train=TrainConfig(steps=2000, batch_size=8, eval_every=500, save_every=250, log_every=20),
     ),

@@ -37,7 +37,6 @@ def quiet_tfds() -> Iterator[Any]:
     """TFDS without its progress bars and warnings, and on array_record, so that it needs no TensorFlow."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow_datasets as tfds
-
     from tensorflow_datasets.core.download import downloader
 
     downloader.MAX_RETRIES = 1  # where there is no network, say so within seconds
@@ -175,7 +174,9 @@ def from_tfds(cfg: DataConfig) -> Corpus:
         except tfds.core.DatasetNotFoundError as e:
             import difflib
 
-            near = difflib.get_close_matches(cfg.corpus.split("/")[0], [*tfds.list_builders(with_community_datasets=False), "shakespeare"], n=3)
+            near = difflib.get_close_matches(
+                cfg.corpus.split("/")[0], [*tfds.list_builders(with_community_datasets=False), "shakespeare"], n=3
+            )
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise InputError(
                 f"no corpus {cfg.corpus!r}: not 'shakespeare', not a file or glob, not a TFDS name{hint}"

@@ -59,6 +59,9 @@ def evaluation_batches(
     for begin in range(0, count, batch_size):
         mine = chosen[begin + host * local : begin + batch_size][:local]
         examples = [example(rows[i], np.random.default_rng([seed, i])) for i in mine]
-        blank = {k: np.zeros_like(v) for k, v in (examples[0] if examples else example(rows[0], np.random.default_rng(0))).items()}
+        blank = {
+            k: np.zeros_like(v)
+            for k, v in (examples[0] if examples else example(rows[0], np.random.default_rng(0))).items()
+        }
         examples += [blank] * (local - len(examples))
         yield {k: np.stack([e[k] for e in examples]) for k in examples[0]}

@@ -149,5 +149,7 @@ def train(texts: Iterable[str], kind: str, vocab_size: int) -> Tokenizer:
                 f"data.vocab_size is {vocab_size}, too small for the characters and 256 bytes that must be in it"
                 + (f" ({least[2]})" if least else "")
             ) from e
-        raise InputError(f"no {kind} vocabulary of {vocab_size} pieces can be learnt from this text: {message[:200]}") from e
+        raise InputError(
+            f"no {kind} vocabulary of {vocab_size} pieces can be learnt from this text: {message[:200]}"
+        ) from e
     return Tokenizer(model.getvalue())

@@ -15,7 +15,9 @@ class LayerCache:
     k: Float[jax.Array, "B S G K"]
     v: Float[jax.Array, "B S G K"]
 
-    def write(self, k: Float[jax.Array, "B T G K"], v: Float[jax.Array, "B T G K"], start: Int[jax.Array, " B"]) -> "LayerCache":
+    def write(
+        self, k: Float[jax.Array, "B T G K"], v: Float[jax.Array, "B T G K"], start: Int[jax.Array, " B"]
+    ) -> "LayerCache":
         """T new places per row, each row from its own `start`."""
 
         def put(row: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:

@@ -43,7 +43,9 @@ def make_beam_search(forward: Forward, logits: Logits, eos: int) -> Callable[...
     """
 
     @functools.partial(jax.jit, static_argnames=("beams", "alpha", "size"))
-    def search(params: Any, cache: Cache, first: jax.Array, limit: jax.Array, beams: int, alpha: float, size: int) -> Beams:
+    def search(
+        params: Any, cache: Cache, first: jax.Array, limit: jax.Array, beams: int, alpha: float, size: int
+    ) -> Beams:
         B, V = first.shape
         K = beams
         rows = jnp.repeat(jnp.arange(B), K)

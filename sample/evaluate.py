@@ -25,7 +25,7 @@ class Figure:
 
 
 def ratio_interval(above: np.ndarray, below: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of sum(above) / sum(below), pairs resampled together (Efron and Tibshirani 1993, ch. 13)."""
+    """95 % bootstrap interval of sum(above) / sum(below), pairs drawn together (Efron, Tibshirani 1993, ch. 13)."""
     picks = np.random.default_rng(seed).integers(0, len(above), (draws, len(above)))
     ratios = above[picks].sum(axis=1) / below[picks].sum(axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5])

@@ -10,7 +10,10 @@ from common.errors import InputError
 
 @flax.struct.dataclass
 class Method:
-    """Greedy, or sampling after temperature, top-k, top-p and min-p, in this order. Numbers may change without a new compile."""
+    """Greedy, or sampling after temperature, top-k, top-p and min-p, in this order.
+
+    The numbers may change without a new compile.
+    """
 
     temperature: Float[jax.Array, ""]
     top_k: Int[jax.Array, ""]

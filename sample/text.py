@@ -79,8 +79,8 @@ class TextModel:
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.bos]
         if len(ids) > self.recipe.model.context:
             raise InputError(
-                f"the prompt has {len(ids)} tokens, the model's context is {self.recipe.model.context}: {prompt[:40]!r}...; "
-                "shorten it"
+                f"the prompt has {len(ids)} tokens and the model's context is {self.recipe.model.context}; "
+                f"shorten it: {prompt[:40]!r}..."
             )
         return ids
 
@@ -214,7 +214,8 @@ class TextModel:
         sequences = [[self.tokenizer.bos, *self.tokenizer.encode(text)] for text in texts]
         logprobs = scoring.causal_logprobs(self.run.module, self.run.params, sequences, self.recipe.model.context)
         return [
-            Score(text, round(lp, 4), len(ids) - 1, rule) for text, ids, lp in zip(texts, sequences, logprobs, strict=True)
+            Score(text, round(lp, 4), len(ids) - 1, rule)
+            for text, ids, lp in zip(texts, sequences, logprobs, strict=True)
         ]
 
 

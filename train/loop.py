@@ -139,9 +139,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
         f"{count:,} parameters, {len(train_rows):,} rows of {recipe.model.context} tokens, "
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)" + (f", resumed at step {start}" if start else "")
     )
-    train_step = make_train_step(
-        module, objective, optimizer, mesh, shardings, accumulate=cfg.accumulate, seed=cfg.seed
-    )
+    train_step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=cfg.accumulate, seed=cfg.seed)
     evaluate = Evaluator(recipe, objective, module, tokenizer, held_out, mesh, shardings.params)
     reporter = Reporter(home, cfg.steps, start, writes)
     meter = Meter(recipe)
@@ -239,7 +237,9 @@ def _report(reporter: Reporter, meter: "Meter", step: int, metrics: dict[str, ja
     meter.count(rows)
     bad = int(values.pop("bad_in_row"))
     if bad:
-        reporter.note(f"step {step}: loss {values['loss']}, not applied ({bad} in a row, {int(values['bad_total'])} in all)")
+        reporter.note(
+            f"step {step}: loss {values['loss']}, not applied ({bad} in a row, {int(values['bad_total'])} in all)"
+        )
     if bad >= cfg.max_bad_steps:
         raise Diverged(
             f"{bad} steps in a row had no finite loss; stopped at step {step}. The last checkpoint is intact. "

@@ -31,7 +31,9 @@ def schedule(cfg: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
         case "wsd":
             decay = max(1, round(cfg.decay_share * steps))
             stable = optax.constant_schedule(peak)
-            after = optax.join_schedules([stable, optax.linear_schedule(peak, last, decay)], [max(0, steps - warm - decay)])
+            after = optax.join_schedules(
+                [stable, optax.linear_schedule(peak, last, decay)], [max(0, steps - warm - decay)]
+            )
     if not warm:
         return after
     # Update number 0 already moves: rates are peak * 1/warm, 2/warm ... peak.

@@ -110,7 +110,9 @@ class Reporter:
         figure, left = plt.subplots(figsize=(8, 4.5), layout="constrained")
         left.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.35, linewidth=1)
         window = max(1, len(train) // 50)
-        smooth = [sum(v for _, v in train[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(train))]
+        smooth = [
+            sum(v for _, v in train[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(train))
+        ]
         left.plot([s for s, _ in train], smooth, color="tab:blue", label="training loss")
         left.set(xlabel="step", ylabel="training loss, nats per token", title=self.home.name)
         left.grid(alpha=0.3)

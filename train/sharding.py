@@ -14,7 +14,13 @@ from model.axes import logical_axes, path_names
 MeshAxes = str | tuple[str, ...]
 
 # Parameters and optimizer state. Axes that are not named are copied to every device.
-PARAMETERS: dict[str, MeshAxes] = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "ff": "tensor", "vocab": "tensor"}
+PARAMETERS: dict[str, MeshAxes] = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ff": "tensor",
+    "vocab": "tensor",
+}
 # Activations.
 ACTIVATIONS: dict[str, MeshAxes] = {
     "batch": ("data", "fsdp"),
@@ -29,7 +35,9 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh of a configuration over all devices; on one device it is 1x1x1 and the code is the same."""
     devices = jax.devices() if devices is None else devices
     sizes = cfg.sizes(len(devices))
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes)
+    )
 
 
 def spec(table: dict[str, MeshAxes], axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -54,7 +62,9 @@ def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
         for size, axis, logical in zip(leaf.shape, partition, logical_axes(names), strict=True):
             parts = mesh.shape[axis] if axis else 1
             if size % parts:
-                problems.append(f"{'/'.join(names)} {leaf.shape}: {logical}={size} is not divisible by mesh.{axis}={parts}")
+                problems.append(
+                    f"{'/'.join(names)} {leaf.shape}: {logical}={size} is not divisible by mesh.{axis}={parts}"
+                )
         return NamedSharding(mesh, partition)
 
     shardings = jax.tree_util.tree_map_with_path(place, shapes)
@@ -70,7 +80,9 @@ def optimizer_shardings(mesh: Mesh, state_shapes: Any, param_shapes: Any, param_
     A leaf belongs to the parameter whose path its own path ends with.
     """
     shapes = jax.tree_util.tree_flatten_with_path(param_shapes)[0]
-    known = {path_names(p): (leaf.shape, s) for (p, leaf), s in zip(shapes, jax.tree.leaves(param_shardings), strict=True)}
+    known = {
+        path_names(p): (leaf.shape, s) for (p, leaf), s in zip(shapes, jax.tree.leaves(param_shardings), strict=True)
+    }
     copied = NamedSharding(mesh, PartitionSpec())
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
