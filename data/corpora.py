@@ -93,7 +93,8 @@ def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], ca
 def hold_out(documents: list[tuple[str, str]]) -> dict[str, Documents]:
     """Splits of a corpus that has none: every 20th document for validation and for test, or the end of the text.
 
-    With few documents the last tenth of each is held out, half for validation and half for test, cut at a line.
+    With few documents the last tenth of each is held out, half for validation and half for test, cut at a line
+    where one ends near.
     """
     if len(documents) >= FEW_DOCUMENTS:
         parts = {"train": [], "validation": [], "test": []}
@@ -101,11 +102,11 @@ def hold_out(documents: list[tuple[str, str]]) -> dict[str, Documents]:
             parts[{18: "validation", 19: "test"}.get(i % FEW_DOCUMENTS, "train")].append(document)
         return {split: iter(part) for split, part in parts.items()}
 
-    def cut(text: str, share: float) -> int:
-        at = int(len(text) * share)
-        return text.rfind("\n", 0, at) + 1 or at
+    def cut(text: str, low: float, high: float) -> int:
+        begin, end = int(len(text) * low), int(len(text) * high)
+        return text.rfind("\n", begin, end) + 1 or end
 
-    ends = [(name, text, cut(text, 0.9), cut(text, 0.95)) for name, text in documents]
+    ends = [(name, text, cut(text, 0.85, 0.9), cut(text, 0.9, 0.95)) for name, text in documents]
     return {
         "train": ((name, text[:a]) for name, text, a, _ in ends),
         "validation": ((name, text[a:b]) for name, text, a, b in ends if a < b),
@@ -164,6 +165,7 @@ def from_files(cfg: DataConfig, cache: Path) -> Corpus:
 
 def from_tfds(cfg: DataConfig) -> Corpus:
     """A dataset of the TFDS catalogue, read through array_record. Splits it lacks are cut from the end of train."""
+    held_out = files.matching(cfg.validation) if cfg.validation else []
     with quiet_tfds() as tfds:
         import tensorflow_datasets.question_answering
         import tensorflow_datasets.text
@@ -181,6 +183,8 @@ def from_tfds(cfg: DataConfig) -> Corpus:
             raise InputError(
                 f"no corpus {cfg.corpus!r}: not 'shakespeare', not a file or glob, not a TFDS name{hint}"
             ) from e
+        except (ValueError, AssertionError) as e:  # no such config, no such version
+            raise InputError(f"TFDS cannot make {cfg.corpus!r}: {' '.join(str(e).split())[:300]}") from e
         try:
             builder.download_and_prepare()
         except Exception as e:
@@ -194,11 +198,11 @@ def from_tfds(cfg: DataConfig) -> Corpus:
         whole = {"train": "train[:98%]", "validation": "train[98%:99%]", "test": "train[99%:]"}
         held = next((n for n in ("validation", "test") if n in names), None)
         slices = {s: (s if s in names else held) if held else whole[s] for s in Corpus.splits}
-        key = hashlib.sha256(f"{builder.info.full_name} {cfg.text_field}".encode()).hexdigest()[:16]
+        key = files.fingerprint(held_out, builder.info.full_name, cfg.text_field)
 
     def read(split: str) -> Documents:
-        if split == "validation" and cfg.validation:
-            yield from files.documents(files.matching(cfg.validation), cfg.text_field)
+        if split == "validation" and held_out:
+            yield from files.documents(held_out, cfg.text_field)
             return
         for i, record in enumerate(builder.as_data_source(slices[split])):
             yield f"{split}:{i}", record[cfg.text_field].decode("utf-8", errors="replace")
@@ -213,12 +217,12 @@ def unavailable(name: str, error: BaseException) -> str:
         chain.append(f"{type(seen).__name__}: {seen}")
         seen = seen.__cause__ or seen.__context__
     text = " | ".join(chain)
-    if "beam" in text.lower():
+    if any(w in text for w in ("ConnectionError", "MaxRetry", "NameResolution", "URLError", "HTTPError", "Timeout")):
+        why = "its source could not be downloaded: there is no network here, or the server does not answer"
+    elif "beam" in text.lower():
         why = "it needs Apache Beam to be prepared: pip install apache-beam, or prepare it elsewhere and copy it"
     elif "tensorflow" in text.lower().replace("tensorflow_datasets", "").replace("tensorflow-datasets", ""):
         why = "its source is packed in a way that TFDS unpacks with TensorFlow: prepare it where TensorFlow is installed"
-    elif any(w in text for w in ("ConnectionError", "MaxRetry", "NameResolution", "URLError", "HTTPError", "Timeout")):
-        why = "its source could not be downloaded: there is no network here, or the server does not answer"
     else:
         why = text.split("\n")[0][:300]
     return f"TFDS dataset {name!r} cannot be had here: {why}"

@@ -59,9 +59,10 @@ def read_utf8(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        line = raw.count(b"\n", 0, e.start) + 1
+        at = e.start + len(raw) - len(e.object)  # the codec counts from behind a byte order mark
+        line = raw.count(b"\n", 0, at) + 1
         raise InputError(
-            f"{path} is not UTF-8: bytes {raw[e.start : e.start + 4].hex(' ')} at offset {e.start} (line {line}); "
+            f"{path} is not UTF-8: bytes {raw[at : at + 4].hex(' ')} at offset {at} (line {line}); "
             "convert it first, for example with iconv -f latin1 -t utf-8"
         ) from e
 
@@ -85,6 +86,7 @@ def records(path: Path) -> Iterator[tuple[int, dict]]:
                 raise InputError(f"{path}, line {number}: wanted a JSON object, got {line[:60]!r}")
             yield number, record
     else:
+        csv.field_size_limit(2**31 - 1)  # a document may be longer than the reader's 128 KiB
         rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
         for row in rows:
             yield rows.line_num, row

@@ -21,7 +21,8 @@ class Table(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.cfg.d_model), jnp.float32)
 
     def __call__(self, ids: Int[jax.Array, "..."]) -> Float[jax.Array, "... D"]:
-        return self.embedding.astype(self.cfg.compute_dtype)[ids]
+        # The whole width of a row is wanted at once, however the table is stored.
+        return constrain_activation(self.embedding.astype(self.cfg.compute_dtype), "vocab", None)[ids]
 
 
 class Embedding(nn.Module):

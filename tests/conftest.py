@@ -14,7 +14,11 @@ import dataclasses
 import jax
 import pytest
 
+from common.config import MeshConfig, OptimizerConfig, TrainConfig
+from common.recipe import Recipe
+from data.config import DataConfig
 from model.config import TransformerConfig
+from tests.corpus import made_up_text
 
 # Every size another prime (or a product of one with what it must divide), so that a swapped axis cannot pass.
 TINY = TransformerConfig(
@@ -49,3 +53,30 @@ def eight_devices() -> list:
     devices = jax.devices()
     assert len(devices) == 8, "the tests need 8 fake CPU devices; conftest.py must be imported before jax"
     return devices
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A file with a small made-up language."""
+    path = tmp_path_factory.mktemp("corpus") / "tale.txt"
+    path.write_text(made_up_text())
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> Path:
+    """Where prepared data is kept during the tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny, text_file, cache_dir) -> Recipe:
+    """A run of six steps that trains on one device in a second or two."""
+    return Recipe(
+        name="tiny",
+        model=dataclasses.replace(tiny, vocab_size=0, context=16, n_layers=2, scan_layers=True, dropout_residual=0.1),
+        data=DataConfig(corpus=str(text_file), tokenizer="unigram", vocab_size=320, cache=str(cache_dir)),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        train=TrainConfig(steps=6, batch_size=8, eval_every=3, eval_rows=8, save_every=3, log_every=1),
+        mesh=MeshConfig(),
+    )

@@ -178,21 +178,20 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
                     _report(reporter, meter, *pending, cfg)
                 pending, done = (step + 1, metrics, batch["tokens"].shape[0]), step + 1
                 last = done == cfg.steps
-                held = None
-                if done % cfg.eval_every == 0 or last:
+                held, stopping = None, _any_host(terminated())
+                evaluating = done % cfg.eval_every == 0 or last
+                if evaluating or stopping:
                     _report(reporter, meter, *pending, cfg)
                     pending = None
+                if evaluating:
                     with meter.paused():
                         held = evaluate(state.params)
                     reporter.log(done, {f"eval_{k}": v for k, v in held.items()}, _shown_held(held))
-                stopping = _any_host(terminated())
                 if done % cfg.save_every == 0 or last or stopping:
                     save(done, held)
                 if stopping and not last:
                     manager.wait_until_finished()
                     raise Stopped(f"stopped by SIGTERM at step {done}; saved in {home}, run the same command to go on")
-            if pending:
-                _report(reporter, meter, *pending, cfg)
             if held is None:  # the run was complete already
                 held = evaluate(state.params)
             manager.wait_until_finished()

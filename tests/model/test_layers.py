@@ -1,0 +1,247 @@
+"""The small parts against the formulas of their papers, written again in numpy."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.attention import Attention, attend
+from model.axes import path_names
+from model.block import ACTIVATIONS, MLP
+from model.decoder import Decoder
+from model.gpt import GPT
+from model.layers import Norm, Projection, rotate, sinusoid
+from model.mask import Mask
+
+RNG = np.random.default_rng(0)
+erf = np.vectorize(math.erf)
+
+
+def normal(*shape: int, std: float = 1.0) -> np.ndarray:
+    return RNG.normal(0, std, shape).astype(np.float32)
+
+
+def filled(module: nn.Module, *inputs) -> dict:
+    """Random numbers for every parameter, so that no bias is 0 and no scale 1."""
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs)["params"])
+    return jax.tree.map(lambda s: normal(*s.shape), shapes)
+
+
+def named(params: dict) -> dict[str, jax.Array]:
+    return {"/".join(path_names(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def gelu(x):
+    return x * (1 + erf(x / math.sqrt(2))) / 2
+
+
+FORMULAS = {
+    "gelu": gelu,
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "swiglu": lambda x: x / (1 + np.exp(-x)),
+    "geglu": gelu,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mlp_is_the_formula_of_its_activation(tiny_with, activation):
+    """down(f(up(x))), and for the gated ones down(up(x) * f(gate(x)))."""
+    cfg, x = tiny_with(activation=activation), normal(1, 5, 22)
+    mlp = MLP(cfg)
+    params = filled(mlp, x)
+    linear = {name: x @ p["kernel"] + p["bias"] for name, p in params.items() if name != "down"}
+    f = FORMULAS[activation]
+    assert set(linear) == ({"up", "gate"} if activation in ("swiglu", "geglu") else {"up"})
+    inner = linear["up"] * f(linear["gate"]) if "gate" in linear else f(linear["up"])
+    wanted = inner @ params["down"]["kernel"] + params["down"]["bias"]
+    got = mlp.apply({"params": params}, x)
+    np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(("norm", "bias"), [("layer", True), ("layer", False), ("rms", True)])
+def test_norm_is_its_formula(tiny_with, norm, bias):
+    """The mean is far from 0 and eps large, so that each of their places in the formula shows."""
+    module = Norm(tiny_with(norm=norm, bias=bias, norm_eps=0.3))
+    x = normal(2, 3, 22, std=0.7) + 5
+    params = filled(module, x)
+    assert set(params) == ({"scale", "bias"} if norm == "layer" and bias else {"scale"})
+    centred = x - x.mean(-1, keepdims=True) if norm == "layer" else x
+    wanted = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 0.3) * params["scale"] + params.get("bias", 0)
+    np.testing.assert_allclose(module.apply({"params": params}, x), wanted, atol=1e-5)
+
+
+def test_norm_of_bfloat16_is_computed_in_float32(tiny_with):
+    """1000 + small differences: bfloat16 keeps 8 bits, so the mean and the squares must not be in it."""
+    module = Norm(tiny_with(norm="layer", bias=False))
+    x = jnp.asarray(1000 + 8 * np.arange(22)[None, None] % 7 * 8, jnp.bfloat16)
+    got = module.apply({"params": {"scale": jnp.ones(22)}}, x)
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean()) / exact.std()
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=2**-8)
+
+
+def test_projection_contracts_its_last_axes(tiny):
+    x = normal(2, 5, 3, 4)
+    module = Projection(tiny, (7, 6), n_in=2)
+    params = filled(module, x)
+    wanted = np.einsum("btij,ijkl->btkl", x, params["kernel"]) + params["bias"]
+    np.testing.assert_allclose(module.apply({"params": params}, x), wanted, atol=1e-5)
+
+
+def test_rotary_scores_depend_on_the_distance_only():
+    """A query and a key moved on together keep their score; moved apart they do not."""
+    q, k = normal(1, 1, 2, 6), normal(1, 1, 2, 6)
+
+    def score(at_q: int, at_k: int) -> np.ndarray:
+        turned = rotate(q, jnp.array([[at_q]]), 100.0), rotate(k, jnp.array([[at_k]]), 100.0)
+        return np.asarray(jnp.sum(turned[0] * turned[1], axis=-1))[0, 0]
+
+    for distance in (0, 1, 5):
+        for start in (1, 17):
+            np.testing.assert_allclose(score(start + distance, start), score(distance, 0), atol=1e-4)
+    np.testing.assert_allclose(score(3, 3), (q * k).sum(-1)[0, 0], atol=1e-5)
+    assert np.abs(score(4, 0) - score(0, 0)).min() > 0.05
+    assert np.abs(score(4, 0) - score(0, 4)).min() > 0.05  # before and after are not the same
+
+
+def test_rotary_turns_pair_k_by_position_over_base_to_the_2k_over_width():
+    """As complex numbers: feature k is the real part and feature k + K/2 the imaginary part."""
+    x, positions = normal(2, 5, 3, 8), np.arange(10).reshape(2, 5)
+    turns = positions[..., None, None] / 50.0 ** (2 * np.arange(4) / 8)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * turns)
+    wanted = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(rotate(x, positions, 50.0), wanted, atol=1e-5)
+
+
+def test_sinusoid_is_the_formula_of_the_paper():
+    """arXiv 1706.03762, section 3.5: PE(pos, 2i) = sin(pos / 10000^(2i/D)), PE(pos, 2i + 1) = cos of the same."""
+    wanted = np.zeros((2, 3, 14))
+    positions = np.array([[0, 1, 2], [7, 40, 3]])
+    for place, position in np.ndenumerate(positions):
+        for i in range(7):
+            angle = position / 10_000 ** (2 * i / 14)
+            wanted[place][2 * i : 2 * i + 2] = math.sin(angle), math.cos(angle)
+    np.testing.assert_allclose(sinusoid(jnp.asarray(positions), 14), wanted, atol=1e-5)
+
+
+def test_attention_is_the_formula_with_grouped_heads():
+    """Head h of 6 reads key-value head h // 3 of 2; softmax(q k / sqrt(K)) over the keys that the mask lets through."""
+    q, k, v = normal(2, 4, 6, 5), normal(2, 7, 2, 5), normal(2, 7, 2, 5)
+    mask = Mask.cached(jnp.array([[0, 1, 2, 3], [3, 4, 5, 6]]), size=7).windowed(4)
+    visible = np.asarray(mask.dense())
+    wanted = np.zeros((2, 4, 6, 5))
+    for b, t, h in np.ndindex(2, 4, 6):
+        scores = k[b, :, h // 3] @ q[b, t, h] / math.sqrt(5)
+        exp = np.exp(scores) * visible[b, t]
+        wanted[b, t, h] = exp / exp.sum() @ v[b, :, h // 3]
+    np.testing.assert_allclose(attend(q, k, v, mask), wanted, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_is_finite_and_so_is_its_gradient():
+    nobody = Mask.self_attention(jnp.arange(3)[None], causal=True, segments=jnp.array([[1, 0, 0]]))
+    q, k, v = (jnp.asarray(normal(1, 3, 2, 5)) for _ in range(3))
+    value, gradients = jax.value_and_grad(lambda *qkv: attend(*qkv, nobody).sum(), argnums=(0, 1, 2))(q, k, v)
+    assert jnp.isfinite(value)
+    assert all(jnp.isfinite(g).all() for g in gradients)
+
+
+def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(tiny_with):
+    """Over the head width: queries and keys of any size give the same attention. Without it they do not."""
+    x, positions = normal(1, 5, 22), jnp.arange(5)[None]
+    mask = Mask.self_attention(positions, causal=True)
+
+    def change(cfg) -> float:
+        attention = Attention(cfg)
+        params = filled(attention, x, mask, positions)
+        larger = params | {name: {"kernel": params[name]["kernel"] * 3} for name in ("query", "key")}
+        if cfg.qk_norm:
+            assert [params[n]["scale"].shape for n in ("query_norm", "key_norm")] == [(6,), (6,)]
+        outputs = [attention.apply({"params": p}, x, mask, positions)[0] for p in (params, larger)]
+        return float(jnp.abs(outputs[0] - outputs[1]).max())
+
+    assert change(tiny_with(qk_norm=True, bias=False)) < 1e-3
+    assert change(tiny_with(qk_norm=False, bias=False)) > 1e-1
+
+
+@pytest.mark.parametrize("all_else", [{}, {"qk_norm": True, "activation": "swiglu", "embed_norm": True}])
+def test_bias_false_leaves_no_bias(tiny_with, all_else):
+    """And bias=True has one for every kernel and every layer norm."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    shapes = {
+        bias: named(jax.eval_shape(GPT(tiny_with(bias=bias, **all_else)).init, jax.random.key(0), tokens)["params"])
+        for bias in (True, False)
+    }
+    assert not [name for name in shapes[False] if name.endswith("bias")]
+    owners = [name.rsplit("/", 1)[0] for name in shapes[False] if name.endswith(("kernel", "scale"))]
+    without = ("query_norm", "key_norm")  # RMS norms
+    wanted = {f"{owner}/bias" for owner in owners if not owner.endswith(without)}
+    assert set(shapes[True]) - set(shapes[False]) == wanted
+
+
+@pytest.fixture(scope="module")
+def initial(tiny):
+    """Initial parameters of a model whose sizes all differ and are large enough to measure a deviation on."""
+    import dataclasses
+
+    wide = dataclasses.replace(
+        tiny, vocab_size=301, context=211, d_model=66, n_heads=14, n_kv_heads=7, d_head=10, d_ff=230, activation="swiglu"
+    )
+
+    def init(**fields) -> dict[str, np.ndarray]:
+        module = Decoder(dataclasses.replace(wide, **fields))
+        return named(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+
+    return init
+
+
+INSIDE = ["attention/query", "attention/key", "attention/value", "mlp/up", "mlp/gate"]
+RESIDUAL = ["attention/out", "mlp/down"]
+FAN_IN = dict.fromkeys(INSIDE, 66) | {"attention/out": 14 * 10, "mlp/down": 230}
+
+
+@pytest.mark.parametrize(
+    ("fields", "std", "residual_factor"),
+    [
+        ({"init": "fan_in", "init_residual": "same"}, {n: f**-0.5 for n, f in FAN_IN.items()}, 1.0),
+        ({"init": "normal", "init_residual": "depth"}, dict.fromkeys(FAN_IN, 0.5), 6**-0.5),  # 1/sqrt(2L), L = 3
+        ({"init": "fan_in", "init_residual": "zero"}, {n: f**-0.5 for n, f in FAN_IN.items()}, 0.0),
+    ],
+)
+def test_initial_deviations(initial, fields, std, residual_factor):
+    """Every kernel has mean 0 and the deviation that init and init_residual say; embeddings have init_std = 0.5."""
+    params = initial(**fields)
+    for name, wanted in std.items():
+        kernel = params[f"stack/blocks/{name}/kernel"]
+        wanted *= residual_factor if name in RESIDUAL else 1
+        np.testing.assert_allclose(np.std(kernel), wanted, rtol=0.03, err_msg=name)
+        assert abs(kernel.mean()) <= 0.03 * wanted
+    for name in ("embed/token/embedding", "embed/position/embedding"):
+        np.testing.assert_allclose(params[name].std(), 0.5, rtol=0.03, err_msg=name)
+    assert all((leaf == 0).all() for name, leaf in params.items() if name.endswith("bias"))
+    assert all((leaf == 1).all() for name, leaf in params.items() if name.endswith("scale"))
+
+
+def test_layers_start_from_different_numbers(initial):
+    kernel = initial()["stack/blocks/mlp/up/kernel"]
+    assert all(np.abs(kernel[i] - kernel[j]).max() > 0.1 for i in range(3) for j in range(i))
+
+
+def test_embedding_is_a_sum_of_token_position_and_type_then_norm(tiny_with):
+    """embed_scale multiplies the token's part alone by sqrt(D) (arXiv 1706.03762, section 3.4)."""
+    from model.embed import Embedding
+
+    cfg = tiny_with(embed_scale=True, segment_types=2, embed_norm=True)
+    tokens, positions, types = jnp.array([[3, 36, 3]]), jnp.array([[0, 22, 7]]), jnp.array([[0, 1, 1]])
+    params = filled(Embedding(cfg), tokens, positions, types)
+    rows = [params[n]["embedding"][ids[0]] for n, ids in (("token", tokens), ("position", positions), ("segment", types))]
+    total = rows[0] * math.sqrt(22) + rows[1] + rows[2]
+    wanted = (total - total.mean(-1, keepdims=True)) / np.sqrt(total.var(-1, keepdims=True) + cfg.norm_eps)
+    wanted = wanted * params["norm"]["scale"] + params["norm"]["bias"]
+    got = Embedding(cfg).apply({"params": params}, tokens, positions, types)
+    np.testing.assert_allclose(got[0], wanted, atol=1e-4)

@@ -1,0 +1,95 @@
+"""Batch ramps, meshes and recipes: numbers that are functions of the configuration."""
+
+import dataclasses
+
+import pytest
+
+from common.config import MeshConfig, TrainConfig
+from common.errors import InputError
+from common.recipe import Recipe, find, names
+
+
+def test_without_a_ramp_position_is_step_times_batch():
+    cfg = TrainConfig(batch_size=7)
+    assert [cfg.batch_at(s) for s in (0, 1, 11)] == [(0, 7), (7, 7), (77, 7)]
+
+
+def test_a_ramp_grows_along_the_line_and_loses_no_row():
+    cfg = TrainConfig(steps=500, batch_size=100, ramp_from=4, ramp_rows=5000)
+    rows = 0
+    for step in range(500):
+        position, size = cfg.batch_at(step)
+        assert position == rows
+        line = 4 + 96 * min(1, rows / 5000)
+        assert size <= line + 8  # never ahead of the line by more than rounding
+        assert size >= line / 2 - 8  # and never behind by more than the doubling
+        rows += size
+    assert cfg.batch_at(499)[1] == 100
+    assert [s[2] for s in cfg.stages()] == [4, 8, 16, 32, 64, 100]
+
+
+@pytest.mark.parametrize("rows", [1, 50, 4999, 5000, 123_456])
+def test_steps_for_rows(rows):
+    cfg = TrainConfig(batch_size=100, ramp_from=4, ramp_rows=5000)
+    steps = cfg.steps_for(rows)
+    assert cfg.batch_at(steps)[0] >= rows > cfg.batch_at(steps - 1)[0]
+
+
+def test_mesh_fills_the_rest():
+    assert MeshConfig(-1, 2, 2).sizes(8) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert MeshConfig().sizes(1) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert MeshConfig(3, 1, 1).problems(8)
+    assert MeshConfig(-1, 3, 1).problems(8)
+    assert MeshConfig(-1, -1, 1).problems(8)
+    assert not MeshConfig(2, 2, 2).problems(8)
+
+
+def test_every_problem_is_listed_at_once(tiny_recipe):
+    broken = dataclasses.replace(
+        tiny_recipe,
+        model=dataclasses.replace(tiny_recipe.model, n_heads=5, n_kv_heads=2, d_head=0, d_model=22),
+        optimizer=dataclasses.replace(tiny_recipe.optimizer, learning_rate=-1.0),
+        train=dataclasses.replace(tiny_recipe.train, steps=0),
+    )
+    with pytest.raises(InputError) as e:
+        broken.check(1)
+    for part in ("d_model=22", "n_heads=5", "learning_rate is -1.0", "train.steps is 0"):
+        assert part in str(e.value)
+
+
+def test_a_batch_that_the_mesh_does_not_divide(tiny_recipe):
+    uneven = dataclasses.replace(tiny_recipe, train=dataclasses.replace(tiny_recipe.train, batch_size=12))
+    with pytest.raises(InputError, match=r"a batch of 12 rows does not divide into data\*fsdp=8 parts.*multiple of 8"):
+        uneven.check(8)
+
+
+def test_recipes_survive_json():
+    for recipe in names().values():
+        assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_every_recipe_is_sound():
+    for recipe in names().values():
+        devices = 8 if recipe.train.batch_size % 8 == 0 else 1
+        recipe.check(devices)
+
+
+def test_only_what_makes_another_run_is_a_difference(tiny_recipe):
+    same = dataclasses.replace(tiny_recipe, mesh=MeshConfig(4, 2, 1), train=dataclasses.replace(tiny_recipe.train, log_every=5))
+    assert tiny_recipe.differences(same) == []
+    other = dataclasses.replace(tiny_recipe, train=dataclasses.replace(tiny_recipe.train, seed=4))
+    assert tiny_recipe.differences(other) == ["train.seed: 0 -> 4"]
+
+
+def test_a_recipe_file_works_by_path(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from common.recipe import find\nrecipes = {'mine': find('gpt2_small')}\n")
+    assert find(str(path)).name == "mine"
+    path.write_text("recipes = 1/0\n")
+    with pytest.raises(InputError, match="ZeroDivisionError"):
+        find(str(path))
+
+
+def test_an_unknown_recipe_gets_the_nearest_name():
+    with pytest.raises(InputError, match="did you mean gpt2_small"):
+        find("gpt2_smal")

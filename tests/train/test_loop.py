@@ -1,0 +1,164 @@
+"""Runs: resumed equals uninterrupted, on any mesh, whatever ended them."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from common import rundir
+from common.config import MeshConfig
+from common.errors import Diverged, InputError, Stopped
+from train.loop import train
+
+
+def on_devices(recipe, **fields):
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **fields), mesh=MeshConfig(8, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_recipe):
+    model = dataclasses.replace(tiny_recipe.model, d_model=16)
+    return on_devices(dataclasses.replace(tiny_recipe, model=model))
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """A run that nobody interrupts."""
+    home = tmp_path_factory.mktemp("runs") / "whole"
+    return home, train(recipe, home)
+
+
+def params_of(home):
+    return jax.device_get(rundir.load_run(home, print).params)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def stop_after(monkeypatch, steps):
+    """Send this process SIGTERM once so many steps are reported."""
+    seen = []
+    original = train.__globals__["_report"]
+
+    def reporting(reporter, meter, step, *rest):
+        seen.append(step)
+        if step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(reporter, meter, step, *rest)
+
+    monkeypatch.setitem(train.__globals__, "_report", reporting)
+    return seen
+
+
+def test_a_run_directory_describes_itself(whole):
+    home, result = whole
+    assert {"recipe.json", "tokenizer.model", "checkpoints", "metrics.jsonl", "events", "loss.png"} <= set(os.listdir(home))
+    assert (home / "loss.png").stat().st_size > 10_000
+    assert any((home / "events").iterdir())
+    rows = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in rows if "eval_loss" in r] == [3, 6]
+    assert rows[-1]["eval_loss"] == result.loss
+    assert rows[-1]["eval_bits_per_byte"] == result.bits_per_byte
+
+
+def test_sigterm_saves_and_the_resumed_run_is_the_same_run(whole, recipe, tmp_path, monkeypatch):
+    home = tmp_path / "stopped"
+    stop_after(monkeypatch, 4)
+    with pytest.raises(Stopped, match="step 5"):
+        train(recipe, home)
+    monkeypatch.undo()
+    result = train(recipe, home)
+    same(params_of(home), params_of(whole[0]))
+    assert result.loss == whole[1].loss
+
+    def metrics(path):
+        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows]
+
+    assert metrics(home) == metrics(whole[0])
+
+
+def test_resuming_on_another_mesh_goes_on_with_the_same_data(whole, recipe, tmp_path, monkeypatch):
+    home = tmp_path / "moved"
+    stop_after(monkeypatch, 4)
+    with pytest.raises(Stopped):
+        train(recipe, home)
+    monkeypatch.undo()
+    moved = dataclasses.replace(recipe, mesh=MeshConfig(2, 1, 1))
+    with monkeypatch.context() as two:
+        two.setattr(jax, "device_count", lambda: 2)
+        two.setattr(train.__globals__["sharding"], "make_mesh", partial_mesh(train.__globals__["sharding"].make_mesh))
+        result = train(moved, home)
+    assert result.loss == pytest.approx(whole[1].loss, rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params_of(home), params_of(whole[0]))
+
+
+def partial_mesh(make):
+    return lambda cfg: make(cfg, jax.devices()[:2])
+
+
+def test_a_finished_run_is_not_trained_again(whole, recipe):
+    home, result = whole
+    before = (home / "metrics.jsonl").read_text()
+    again = train(recipe, home)
+    assert again.loss == pytest.approx(result.loss)
+    assert (home / "metrics.jsonl").read_text() == before
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, recipe, tmp_path, capfd):
+    home = tmp_path / "damaged"
+    train(recipe, home)
+    for path in (home / "checkpoints" / "6" / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    train(recipe, home)
+    assert "checkpoint 6 is damaged" in capfd.readouterr().err
+    same(params_of(home), params_of(whole[0]))
+
+
+def test_another_recipe_in_the_same_directory_is_refused(whole, recipe):
+    other = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, learning_rate=0.5))
+    with pytest.raises(InputError, match=r"optimizer.learning_rate: 0.003 -> 0.5"):
+        train(other, whole[0])
+
+
+def test_divergence_stops_the_run_and_leaves_the_checkpoint(recipe, tmp_path):
+    home = tmp_path / "wild"
+    wild = dataclasses.replace(
+        on_devices(recipe, steps=9, max_bad_steps=2),
+        optimizer=dataclasses.replace(recipe.optimizer, learning_rate=1e38, clip_norm=0.0, warmup_steps=0),
+    )
+    with pytest.raises(Diverged, match="2 steps in a row"):
+        train(wild, home)
+    assert not list((home / "checkpoints").iterdir())
+
+
+def test_a_batch_ramp_sees_every_row_in_order(recipe, tmp_path, monkeypatch):
+    """Rows come in the same order whether the batch grows or not."""
+    seen: dict[str, list] = {}
+
+    def record(name):
+        make = train.__globals__["sharding"].to_global
+        seen[name] = []
+
+        def keep(mesh, batch):
+            seen[name].append(batch["tokens"])
+            return make(mesh, batch)
+
+        return keep
+
+    for name, fields in (("flat", {"batch_size": 8, "steps": 7}), ("ramp", {"batch_size": 16, "ramp_from": 8, "ramp_rows": 16, "steps": 5})):
+        with monkeypatch.context() as m:
+            m.setattr(train.__globals__["sharding"], "to_global", record(name))
+            train(on_devices(recipe, eval_every=100, save_every=100, **fields), tmp_path / name)
+    flat = np.concatenate([b for b in seen["flat"][:7]])
+    ramp = np.concatenate([b for b in seen["ramp"][:5]])
+    assert [len(b) for b in seen["ramp"][:5]].count(16) >= 1
+    n = min(len(flat), len(ramp))
+    np.testing.assert_array_equal(flat[:n], ramp[:n])
