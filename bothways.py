@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from common.errors import Diverged, InputError, Stopped
-from common.recipe import Recipe, find
+from common.recipe import Recipe
+from configs import find
 
 if TYPE_CHECKING:
+    from sample.masked import MaskedModel
     from sample.text import TextModel
     from train.loop import Result
 
@@ -42,11 +44,14 @@ def train(recipe: Recipe, workdir: str | Path) -> "Result":
     return run_training(recipe, workdir)
 
 
-def load(home: str | Path) -> "TextModel":
-    """A trained run, ready to `sample` and `score`."""
+def load(home: str | Path) -> "TextModel | MaskedModel":
+    """A trained run, ready to be asked: `sample` and `score`; `fill` and `embed` where its family can."""
+    from common.rundir import load_run
+    from sample.masked import MaskedModel
     from sample.text import TextModel
 
-    return TextModel.load(home, _say)
+    run = load_run(Path(home), _say)
+    return MaskedModel(run) if run.recipe.family == "bert" else TextModel(run)
 
 
 def _say(message: str) -> None:
@@ -54,7 +59,8 @@ def _say(message: str) -> None:
 
 
 def _emit(value: Any, as_json: bool, shown: str) -> None:
-    print(json.dumps(dataclasses.asdict(value), ensure_ascii=False) if as_json else shown, flush=True)
+    value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    print(json.dumps(value, ensure_ascii=False) if as_json else shown, flush=True)
 
 
 # ---- verbs: each a thin face over a Python function ---------------------------------------------------------------
@@ -64,7 +70,7 @@ def _train(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-"):
         if argv and argv[0] in ("-h", "--help"):
             print("usage: bothways train RECIPE [--workdir DIR] [--json] [--SECTION.FIELD VALUE ...]\n\nrecipes:")
-            from common.recipe import names
+            from configs import names
 
             for name, known in sorted(names().items()):
                 print(f"  {name:20s} {known.family}, {known.model.n_layers} layers, {known.model.d_model} wide")
@@ -88,8 +94,15 @@ def _train(argv: list[str]) -> None:
         f"{result.run}: {result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s; "
         f"held-out loss {result.loss:.3f}{bpb}"
     )
-    speech = load(given.workdir).sample([""], max_tokens=200, temperature=0.8, top_p=0.95)[0]
-    _say(f"--- what it says, unprompted:\n{speech.text.strip()}\n---")
+    model = load(given.workdir)
+    if recipe.family == "bert":
+        texts = ["To be, or [MASK] to be", "the [MASK] of the [MASK]", "I [MASK] you,"]
+        for filled in model.fill(texts, top=3, steps=2):
+            guesses = [" ".join(f"{t['token']!r} {t['p']:.2f}" for t in mask) for mask in filled.masks]
+            _say(f"--- {filled.text}\n    {filled.filled}     {' | '.join(guesses)}")
+    else:
+        speech = model.sample([""], max_tokens=250, temperature=0.8, top_p=0.95)[0]
+        _say(f"--- what it says, unprompted:\n{speech.text.strip()}\n---")
     _emit(result, given.json, shown)
 
 
@@ -102,14 +115,17 @@ def _sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
     greedy: bool = False,
-    beams: int = 0,
+    beams: int | None = None,
     num: int = 1,
     seed: int = 0,
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    chunk: int | None = None,
+    steps: int | None = None,
+    sweeps: int | None = None,
     stream: bool = False,
     json: bool = False,
 ) -> None:
-    """Continue text.
+    """Continue text: token by token, or, with a masked model, by chunks of masks at its end.
 
     Args:
         run: A run directory.
@@ -120,11 +136,14 @@ def _sample(
         top_p: Draw among the fewest tokens that hold this probability; 1 is off.
         min_p: Leave out tokens less likely than this share of the most likely; 0 is off.
         greedy: Always the most likely token.
-        beams: Width of a beam search instead of sampling; 0 is off.
+        beams: Width of a beam search instead of sampling (causal models).
         num: Continuations of each prompt.
         seed: The same seed gives the same text.
         stop: End before this string; may be given several times.
-        stream: Show the text while it is made.
+        chunk: Masks filled together at the end of the text (masked models; 16).
+        steps: Readings in which a chunk is filled, the surest token first (masked models; 16).
+        sweeps: Times each token of a chunk is drawn again afterwards (masked models; 0).
+        stream: Show the text while it is made (causal models).
         json: One JSON object per result.
     """
     if not prompts:
@@ -132,7 +151,13 @@ def _sample(
     if stream and (len(prompts) * num > 1 or json):
         raise InputError("--stream shows one continuation as plain text: give one prompt, and neither --num nor --json")
     model = load(run)
-    options: dict[str, Any] = {}
+    masked = model.recipe.family == "bert"
+    chosen = {"beams": beams, "chunk": chunk, "steps": steps, "sweeps": sweeps, "stream": stream or None}
+    options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    wrong = set(options) & ({"beams", "stream"} if masked else {"chunk", "steps", "sweeps"})
+    if wrong:
+        why = "fills chunks of masks and never goes left to right" if masked else "goes left to right and has no masks"
+        raise InputError(f"--{min(wrong)} is not for a {model.recipe.family} run, which {why}")
     if stream:
         print(prompts[0], end="", flush=True)
         options["stream"] = lambda _, piece: print(piece, end="", flush=True)
@@ -144,7 +169,6 @@ def _sample(
         top_p=top_p,
         min_p=min_p,
         greedy=greedy,
-        beams=beams,
         num=num,
         seed=seed,
         stop=stop,
@@ -158,17 +182,63 @@ def _sample(
         _emit(result, json, f"{head}{result.prompt}{result.text}")
 
 
-def _score(run: Positional[Path], file: Positional[Path | None] = None, rule: str = "causal", json: bool = False) -> None:
+def _fill(
+    run: Positional[Path], texts: Positional[tuple[str, ...]], top: int = 5, steps: int = 1, json: bool = False
+) -> None:
+    """Fill every [MASK] of a text.
+
+    Args:
+        run: A run directory of a masked model.
+        texts: Texts with [MASK] in them.
+        top: Candidates told per mask.
+        steps: 1 fills all masks at once; T a few at a time, the surest first.
+        json: One JSON object per text.
+    """
+    if not texts:
+        raise InputError('fill wants at least one text after the run: bothways fill RUN "To be, or [MASK] to be"')
+    for result in _able(load(run), "fill", "reads forward only, so what follows a mask could not help")(
+        texts, top=top, steps=steps
+    ):
+        lines = ["  " + "  ".join(f"{c['token']!r} {c['p']:.3f}" for c in mask) for mask in result.masks]
+        _emit(result, json, "\n".join([result.filled, *lines]))
+
+
+def _embed(run: Positional[Path], file: Positional[Path | None] = None, pool: str = "mean", json: bool = False) -> None:
+    """A vector per line.
+
+    Args:
+        run: A run directory.
+        file: A text per line; without it, standard input.
+        pool: cls, the first token's features (masked models); or mean, over all tokens.
+        json: One JSON object per line (the plain form shows numbers separated by spaces).
+    """
+    texts = _lines(file)
+    for text, vector in zip(texts, load(run).embed(texts, pool=pool), strict=True):
+        values = [round(float(v), 6) for v in vector]
+        _emit({"text": text, "vector": values}, json, " ".join(f"{v:.6f}" for v in values))
+
+
+def _able(model: Any, verb: str, why: str) -> Callable[..., Any]:
+    """The method of that name, or the reason why this family has none."""
+    if not hasattr(model, verb):
+        raise InputError(f"a {model.recipe.family} run cannot {verb}: it {why}")
+    return getattr(model, verb)
+
+
+def _score(run: Positional[Path], file: Positional[Path | None] = None, rule: str = "", json: bool = False) -> None:
     """How likely each line is.
 
     Args:
         run: A run directory.
         file: A text per line; without it, standard input.
-        rule: causal, the log-probability of a text read forward.
+        rule: causal (the default of causal models), the log-probability of a text read forward; pll, each token given
+            all others; pll_word (the default of masked models), the rest of its word hidden too; bound, a lower bound
+            on the log-probability.
         json: One JSON object per line (the plain form shows log-probability, tokens, text).
     """
     texts = _lines(file)
-    for result in load(run).score(texts, rule=rule):
+    model = load(run)
+    for result in model.score(texts, **({"rule": rule} if rule else {})):
         _emit(result, json, f"{result.logprob:10.3f}  {result.tokens:4d}  {result.text}")
 
 
@@ -207,6 +277,8 @@ def _lines(file: Path | None) -> list[str]:
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "train": (_train, "train a recipe, or go on with a run"),
     "sample": (_sample, "continue text"),
+    "fill": (_fill, "fill the masks of a text"),
+    "embed": (_embed, "a vector for each line of a file"),
     "score": (_score, "how likely each line of a file is"),
     "evaluate": (_evaluate, "held-out loss and bits per byte of a run"),
 }

@@ -6,14 +6,33 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    kind: Literal["causal"] = "causal"
-    """causal: predict the next token."""
+    kind: Literal["causal", "masked"] = "causal"
+    """causal: predict the next token. masked: predict hidden tokens from both sides."""
+    mask_rate: float = 0.15
+    """Share of the tokens that a masked objective chooses."""
+    mask_share: float = 0.8
+    """Share of the chosen that become [MASK]."""
+    random_share: float = 0.1
+    """Share of the chosen that become another token; the rest stay."""
+    whole_words: bool = False
+    """Choose whole words rather than tokens."""
+    next_sentence: bool = False
+    """Rows are pairs of texts, and whether the second follows the first is asked too."""
     label_smoothing: float = 0.0
     """Share of each target's probability spread over the vocabulary."""
 
     def problems(self) -> list[str]:
-        ok = 0 <= self.label_smoothing < 1
-        return [] if ok else [f"objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1)"]
+        found = []
+        if not 0 <= self.label_smoothing < 1:
+            found.append(f"objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
+        if not 0 < self.mask_rate < 1:
+            found.append(f"objective.mask_rate is {self.mask_rate}; it must be between 0 and 1")
+        if min(self.mask_share, self.random_share) < 0 or self.mask_share + self.random_share > 1 + 1e-9:
+            found.append(
+                f"objective.mask_share={self.mask_share} and objective.random_share={self.random_share} "
+                "must be shares of one whole"
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +89,9 @@ class TrainConfig:
     """Rows in the first batches; doubled along a line that reaches batch_size after ramp_rows. 0: no ramp."""
     ramp_rows: int = 0
     """Rows seen by the end of the batch-size ramp."""
+    short_length: int = 0
+    """Rows of so many tokens in the first short_steps steps, before those of model.context. 0: none."""
+    short_steps: int = 0
     accumulate: int = 1
     """Pieces that a batch is cut into, one after the other, to save memory; the result is the same."""
     seed: int = 0
@@ -97,11 +119,15 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 found.append(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("seed", "eval_rows", "ramp_from", "ramp_rows"):
+        for name in ("seed", "eval_rows", "ramp_from", "ramp_rows", "short_length", "short_steps"):
             if getattr(self, name) < 0:
                 found.append(f"train.{name} is {getattr(self, name)}; it cannot be negative")
         if (self.ramp_from > 0) != (self.ramp_rows > 0):
             found.append(f"train.ramp_from={self.ramp_from} and train.ramp_rows={self.ramp_rows}: set both or neither")
+        if (self.short_length > 0) != (self.short_steps > 0):
+            found.append(
+                f"train.short_length={self.short_length} and train.short_steps={self.short_steps}: set both or neither"
+            )
         if self.ramp_from >= self.batch_size:
             found.append(f"train.ramp_from={self.ramp_from} must be less than train.batch_size={self.batch_size}")
         return found

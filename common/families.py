@@ -3,10 +3,11 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from model.bert import BERT
 from model.config import TransformerConfig
 from model.gpt import GPT
 
-FAMILIES: dict[str, type[nn.Module]] = {"gpt": GPT}
+FAMILIES: dict[str, type[nn.Module]] = {"gpt": GPT, "bert": BERT}
 
 
 def make_module(family: str, cfg: TransformerConfig) -> nn.Module:

@@ -1,11 +1,7 @@
 """Recipe: everything that makes a run, as one frozen value, checked whole before anything is allocated."""
 
 import dataclasses
-import difflib
-import importlib.util
 import json
-import pkgutil
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
@@ -20,7 +16,7 @@ FREE = ("mesh", "train.log_every", "train.keep", "train.eval_every", "train.eval
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     name: str = ""
-    family: Literal["gpt"] = "gpt"
+    family: Literal["gpt", "bert"] = "gpt"
     model: TransformerConfig = TransformerConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -42,6 +38,15 @@ class Recipe:
                         f" times train.accumulate={self.train.accumulate}: set --train.batch-size to a multiple of "
                         f"{shards * self.train.accumulate}, or change the mesh"
                     )
+            kind, wanted = self.objective.kind, {"gpt": "causal", "bert": "masked"}[self.family]
+            if kind != wanted:
+                found.append(f"objective.kind={kind} is not for a {self.family}: its mask reads {wanted}; set {wanted}")
+            if self.objective.next_sentence and not self.model.next_sentence:
+                found.append("objective.next_sentence needs the head: set --model.next-sentence True")
+            if self.objective.next_sentence and self.model.segment_types not in (0, 2):
+                found.append(f"pairs have 2 segment types, and model.segment_types={self.model.segment_types}")
+            if self.train.short_length > self.model.context:
+                found.append(f"train.short_length={self.train.short_length} > model.context={self.model.context}")
             if self.train.steps <= self.optimizer.warmup_steps:
                 found.append(
                     f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
@@ -88,50 +93,3 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
         return tuple(value) if get_origin(hint) is tuple and get_args(hint) else value
 
     return cls(**{name: convert(name, value) for name, value in values.items()})
-
-
-def names() -> dict[str, Recipe]:
-    """Every recipe in configs/, by name. A module there holds `recipes`, a dict."""
-    import configs
-
-    found: dict[str, Recipe] = {}
-    for module in pkgutil.iter_modules(configs.__path__):
-        recipes = importlib.import_module(f"configs.{module.name}").recipes
-        found.update({name: dataclasses.replace(recipe, name=name) for name, recipe in recipes.items()})
-    return found
-
-
-def find(name: str) -> Recipe:
-    """The recipe of this name in configs/, or the one in this Python file.
-
-    Raises:
-      InputError: there is none; says which names come near.
-    """
-    if name.endswith(".py"):
-        return _from_file(Path(name))
-    known = names()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
-        raise InputError(f"no recipe {name!r} in configs/; {hint} A path to a Python file works too.")
-    return known[name]
-
-
-def _from_file(path: Path) -> Recipe:
-    if not path.is_file():
-        raise InputError(f"no recipe file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:
-        raise InputError(f"the recipe file {path} fails: {type(e).__name__}: {e}") from e
-    recipes = getattr(module, "recipes", None)
-    if not isinstance(recipes, dict) or not recipes:
-        raise InputError(f"{path} defines no `recipes`: a dict from name to Recipe, as in configs/shakespeare.py")
-    if len(recipes) > 1 and path.stem not in recipes:
-        raise InputError(f"{path} holds {len(recipes)} recipes and none is called {path.stem}")
-    name = path.stem if path.stem in recipes else next(iter(recipes))
-    return dataclasses.replace(recipes[name], name=name)

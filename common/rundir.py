@@ -30,8 +30,8 @@ Say = Callable[[str], None]
 
 
 def quiet_orbax() -> None:
-    """Orbax logs each save at info level and warns of what this code does on purpose."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Orbax logs each save, and each failure that it raises too, and warns of what this code does on purpose."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="orbax")
 
 

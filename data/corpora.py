@@ -109,8 +109,8 @@ def hold_out(documents: list[tuple[str, str]]) -> dict[str, Documents]:
     ends = [(name, text, cut(text, 0.85, 0.9), cut(text, 0.9, 0.95)) for name, text in documents]
     return {
         "train": ((name, text[:a]) for name, text, a, _ in ends),
-        "validation": ((name, text[a:b]) for name, text, a, b in ends if a < b),
-        "test": ((name, text[b:]) for name, text, _, b in ends if b < len(text)),
+        "validation": ((name, text[a:b]) for name, text, a, b in ends),
+        "test": ((name, text[b:]) for name, text, _, b in ends),
     }
 
 

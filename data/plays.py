@@ -23,8 +23,8 @@ def plain(markdown: str) -> str:
     text = re.sub(r"[ \t]+$", "", markdown.replace("\r\n", "\n"), flags=re.MULTILINE)
     text = re.sub(r"^\*\*(.+?)\*\*$", r"\1:", text, flags=re.MULTILINE)
     text = re.sub(r"\\([^\w\s])", r"\1", text)
-    text = re.sub(r"_+\[", "[", text)
-    text = re.sub(r"\]_+", "]", text)
+    text = re.sub(r"[_*]+\[", "[", text)
+    text = re.sub(r"\][_*]+", "]", text)
     text = re.sub(r"([_*])((?:(?!\1|\n\n).)+)\1", r"[\2]", text, flags=re.DOTALL)  # never past the end of a paragraph
     text = re.sub(r"^#+ +", "", text, flags=re.MULTILINE)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -1,5 +1,6 @@
 """Tokenizers behind one small interface. Text goes in and comes out unchanged."""
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -15,6 +16,24 @@ from common.errors import InputError
 PAD, UNK, BOS, EOS, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 TRAINING_BYTES = 50_000_000
 """A vocabulary is learnt from at most so much text, taken from the start of the corpus."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What making examples must know of a tokenizer, as arrays over its V tokens."""
+
+    pad: int
+    bos: int
+    eos: int
+    mask: int
+    special: np.ndarray
+    """[V] bool: stands for no text; never hidden, never a random replacement."""
+    ordinary: np.ndarray
+    """Ids of all other tokens."""
+    starts_word: np.ndarray
+    """[V] bool: begins with a space or is a line break."""
+    ends_sentence: np.ndarray
+    """[V] bool: a line break, or ends with . ! or ?"""
 
 
 class Tokenizer:
@@ -57,6 +76,21 @@ class Tokenizer:
     def special(self) -> list[int]:
         """Ids that stand for no text: never masked, never drawn as random replacements."""
         return [self.pad, self.unk, self.bos, self.eos, self.mask]
+
+    def vocabulary(self) -> Vocabulary:
+        special = np.zeros(len(self), bool)
+        special[self.special] = True
+        pieces = [self.piece(i) for i in range(len(self))]
+        return Vocabulary(
+            self.pad,
+            self.bos,
+            self.eos,
+            self.mask,
+            special,
+            np.flatnonzero(~special),
+            np.array([p.startswith((" ", "\n")) for p in pieces]),
+            np.array([p.endswith(("\n", ".", "!", "?")) for p in pieces]) & ~special,
+        )
 
     def byte_lengths(self) -> np.ndarray:
         """[V] how many UTF-8 bytes of text each token stands for."""

@@ -119,6 +119,8 @@ class Rows:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
         begin = int(index) * self.length
         ids = np.asarray(self.tokens.ids[begin : begin + self.length + 1], np.int32)
         segments = np.ones(len(ids), np.int32)

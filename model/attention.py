@@ -60,6 +60,7 @@ class Attention(nn.Module):
         length: Int[jax.Array, " B"] | None = None,
         memory: Float[jax.Array, "B S D"] | None = None,
         deterministic: bool = True,
+        rotary_base: float | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], LayerCache | None]:
         cfg = self.cfg
         source = x if memory is None else memory
@@ -69,7 +70,8 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q, k = Norm(cfg, rms=True, name="query_norm")(q), Norm(cfg, rms=True, name="key_norm")(k)
         if cfg.positions == "rotary" and memory is None:
-            q, k = rotate(q, positions, cfg.rotary_base), rotate(k, positions, cfg.rotary_base)
+            base = rotary_base or cfg.rotary_base
+            q, k = rotate(q, positions, base), rotate(k, positions, base)
         q = constrain_activation(q, "batch", "length", "heads", "head")
         k = constrain_activation(k, "batch", "keys", "kv_heads", "head")
         v = constrain_activation(v, "batch", "keys", "kv_heads", "head")

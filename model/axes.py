@@ -26,7 +26,13 @@ PARAMETER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("down", "kernel"): ("ff", "embed"),
     ("down", "bias"): ("norm",),
     ("lm_head", "embedding"): ("vocab", "embed"),
-    ("lm_head", "bias"): ("vocab",),
+    ("mlm", "bias"): ("vocab",),
+    ("dense", "kernel"): ("embed", "pooled"),
+    ("dense", "bias"): ("norm",),
+    ("pooler", "kernel"): ("embed", "pooled"),
+    ("pooler", "bias"): ("norm",),
+    ("classes", "kernel"): ("embed", "classes"),
+    ("classes", "bias"): ("classes",),
 }
 NORM_AXES = {"scale": ("norm",), "bias": ("norm",)}
 

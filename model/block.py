@@ -59,6 +59,7 @@ class Block(nn.Module):
         memory: Float[jax.Array, "B S D"] | None = None,
         memory_mask: Mask | None = None,
         deterministic: bool = True,
+        rotary_base: float | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], LayerCache | None]:
         cfg = self.cfg
         dropout = nn.Dropout(cfg.dropout_residual, deterministic=deterministic)
@@ -70,7 +71,8 @@ class Block(nn.Module):
 
         def self_attention(y: jax.Array) -> jax.Array:
             nonlocal cache
-            y, cache = Attention(cfg, name="attention")(y, mask, positions, cache, length, deterministic=deterministic)
+            attention = Attention(cfg, name="attention")
+            y, cache = attention(y, mask, positions, cache, length, None, deterministic, rotary_base)
             return y
 
         def cross_attention(y: jax.Array) -> jax.Array:

@@ -31,6 +31,8 @@ class TransformerConfig:
 
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     rotary_base: float = 10_000.0
+    rotary_base_local: float = 0.0
+    """Base in local layers. 0: rotary_base."""
     norm: Literal["layer", "rms"] = "layer"
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: float = 1e-5
@@ -51,6 +53,8 @@ class TransformerConfig:
     embed_scale: bool = False
     """Multiply token embeddings by sqrt(D) (arXiv 1706.03762, section 3.4)."""
     tie_embeddings: bool = True
+    next_sentence: bool = False
+    """BERT's pooler and next-sentence head (encoders only)."""
 
     dropout_embed: float = 0.0
     """Dropout on the sum of token and position embeddings."""
@@ -94,6 +98,10 @@ class TransformerConfig:
     def layer_window(self, layer: int) -> int:
         """The window of one layer, 0 where it is dense."""
         return self.window if self.layer_pattern[layer % len(self.layer_pattern)] == "local" else 0
+
+    def layer_rotary_base(self, layer: int) -> float:
+        """The rotary base of one layer."""
+        return (self.layer_window(layer) and self.rotary_base_local) or self.rotary_base
 
     def problems(self) -> list[str]:
         """What is wrong with this configuration, each with its numbers; empty if nothing is."""

@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from model.block import ACTIVATIONS
 from model.config import TransformerConfig
+from model.layers import Norm, Projection
 
 
 class LMHead(nn.Module):
@@ -16,6 +18,36 @@ class LMHead(nn.Module):
     def setup(self):
         init = nn.initializers.normal(self.cfg.init_std)
         self.embedding = self.param("embedding", init, (self.cfg.vocab_size, self.cfg.d_model), jnp.float32)
+
+
+class MLMTransform(nn.Module):
+    """BERT's MLM head without its tied output layer: dense, activation, norm; and the output bias [V]."""
+
+    cfg: TransformerConfig
+
+    def setup(self):
+        self.dense = Projection(self.cfg, (self.cfg.d_model,))
+        self.norm = Norm(self.cfg)
+        self.bias = self.param("bias", nn.initializers.zeros, (self.cfg.vocab_size,), jnp.float32)
+
+    def __call__(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
+        return self.norm(ACTIVATIONS[self.cfg.activation](self.dense(features)))
+
+
+class NextSentence(nn.Module):
+    """BERT's pooler, tanh of a dense layer on the first token, and two classes on top of it."""
+
+    cfg: TransformerConfig
+
+    def setup(self):
+        self.pooler = Projection(self.cfg, (self.cfg.d_model,))
+        self.classes = Projection(self.cfg, (2,))
+
+    def pool(self, features: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B D"]:
+        return jnp.tanh(self.pooler(features[:, 0]))
+
+    def __call__(self, features: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B 2"]:
+        return self.classes(self.pool(features))
 
 
 def logits_of(

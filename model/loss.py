@@ -45,6 +45,29 @@ def cross_entropy(
     return TokenLoss(*_cross_entropy(features, table, bias, targets, weights, smoothing, pieces))
 
 
+def token_logprobs(
+    features: Float[jax.Array, "B T D"],
+    table: Float[jax.Array, "V D"],
+    bias: Float[jax.Array, " V"] | None,
+    targets: Int[jax.Array, "B T"],
+    max_logits: int | None = None,
+) -> Float[jax.Array, "B T"]:
+    """log softmax(features table^T + bias)[target] of every token, in nats; for scoring, without a gradient."""
+    B, T, D = features.shape
+    limit = max_logits or MAX_LOGITS * jax.device_count()
+    pieces = next(
+        n for n in range(1, B * T + 1) if B * T % n == 0 and (n == B * T or B * T // n * table.shape[0] <= limit)
+    )
+
+    def piece(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits = logits_of(inputs[0], table, bias)
+        target = jnp.take_along_axis(logits, inputs[1][:, None], axis=1)[:, 0]
+        return target - jax.nn.logsumexp(logits, axis=-1)
+
+    cut = (features.reshape(pieces, -1, D), targets.reshape(pieces, -1))
+    return jax.lax.map(piece, cut).reshape(B, T)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _cross_entropy(features, table, bias, targets, weights, smoothing, pieces):
     return _forward(features, table, bias, targets, weights, smoothing, pieces, with_gradient=False)[0]

@@ -50,10 +50,12 @@ class Stack(nn.Module):
         blocks = self.param("blocks", self.init_blocks, block)
         dropout_key = None if deterministic else self.make_rng("dropout")
 
-        def run(x, params, layer, window, layer_cache=None):
+        def run(x, params, layer, like, layer_cache=None):
+            """Layer number `layer`, which may be traced; window and rotary base are those of layer `like`."""
             rngs = None if deterministic else {"dropout": jax.random.fold_in(dropout_key, layer)}
-            arguments = (mask.windowed(window), positions, layer_cache, cache and cache.length, memory, memory_mask)
-            return block.apply({"params": params}, x, *arguments, deterministic, rngs=rngs)
+            local = mask.windowed(cfg.layer_window(like))
+            arguments = (local, positions, layer_cache, cache and cache.length, memory, memory_mask, deterministic)
+            return block.apply({"params": params}, x, *arguments, cfg.layer_rotary_base(like), rngs=rngs)
 
         if cache is None and cfg.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan_layers, static_argnums=3)
@@ -65,7 +67,7 @@ class Stack(nn.Module):
             def turn(x, turn_input):
                 params, first = turn_input
                 for j in range(period):
-                    x, _ = run(x, jax.tree.map(lambda p: p[j], params), first + j, cfg.layer_window(j))  # noqa: B023
+                    x, _ = run(x, jax.tree.map(lambda p: p[j], params), first + j, j)  # noqa: B023
                 return x, None
 
             grouped = jax.tree.map(lambda p: p[:scanned].reshape(-1, period, *p.shape[1:]), blocks)
@@ -75,7 +77,7 @@ class Stack(nn.Module):
         new_layers = []
         for layer, params in enumerate(split_layers(blocks, cfg.n_layers - scanned), start=scanned):
             layer_cache = cache.layers[layer] if cache is not None else None
-            x, layer_cache = run(x, params, layer, cfg.layer_window(layer), layer_cache)
+            x, layer_cache = run(x, params, layer, layer, layer_cache)
             new_layers.append(layer_cache)
         if cache is not None:
             cache = Cache(tuple(new_layers), cache.length + x.shape[1])

@@ -5,9 +5,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from model.loss import cross_entropy
+from model.loss import token_logprobs
 from sample.decode import bucket
 
 
@@ -31,11 +32,7 @@ def windows(length: int, context: int) -> list[tuple[int, int, int]]:
 def _logprob_rows(module: nn.Module, params: Any, tokens: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     def run(bound: nn.Module) -> jax.Array:
         features, _ = bound(tokens)
-
-        def one(f: jax.Array, t: jax.Array, w: jax.Array) -> jax.Array:
-            return -cross_entropy(f[None], *bound.unembedding(), t[None], w[None]).nats
-
-        return jax.lax.map(lambda row: one(*row), (features, targets, weights))
+        return jnp.sum(token_logprobs(features, *bound.unembedding(), targets) * weights, axis=1)
 
     return module.apply({"params": params}, method=run)
 

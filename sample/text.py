@@ -1,6 +1,7 @@
 """Text in, text out: a trained run with its verbs."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -156,15 +157,14 @@ class TextModel:
 
     def _cut(self, row: Row, stop: Sequence[str]) -> tuple[str, bool]:
         text = self.tokenizer.decode(self._ids(row))
-        found = [at for s in stop if (at := text.find(s)) >= 0]
-        return (text[: min(found)], True) if found else (text, False)
+        found = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
+        return (text[: min(found)[1]], True) if found else (text, False)  # the one complete first, in any chunking
 
     def _safe(self, text: str, stop: Sequence[str]) -> str:
         """What can be shown already: no half character, no beginning of a stop string."""
         text = utf8_so_far(text)
-        keep = next(
-            (n for n in range(max(map(len, stop), default=1) - 1, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0
-        )
+        longest = min(len(text), max(map(len, stop), default=1) - 1)
+        keep = next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)
         return text[: len(text) - keep] if keep else text
 
     def _result(self, prompt: str, row: Row, stop: Sequence[str]) -> Sample:
@@ -218,7 +218,34 @@ class TextModel:
             for text, ids, lp in zip(texts, sequences, logprobs, strict=True)
         ]
 
+    def embed(self, texts: Sequence[str], pool: str = "mean") -> np.ndarray:
+        """[texts, D] float32: the mean of the last features over all tokens.
 
-def bits_per_byte(scores: Sequence[Score]) -> float:
-    """-log2 p(text) per UTF-8 byte."""
-    return -sum(s.logprob for s in scores) / np.log(2) / sum(len(s.text.encode()) for s in scores)
+        Raises:
+          InputError: a text longer than the context; or pool cls, since a first token sees nothing behind it.
+        """
+        if pool != "mean":
+            raise InputError(f"pool {pool!r} is not for a causal run: its first token sees nothing of the text; use mean")
+        rows = [[self.tokenizer.bos, *self.tokenizer.encode(text)] for text in texts]
+        found = []
+        for text, ids in zip(texts, rows, strict=True):
+            if len(ids) > self.recipe.model.context:
+                raise InputError(
+                    f"{len(ids)} tokens, and the context is {self.recipe.model.context}: {text[:60]!r}...; shorten it"
+                )
+        for begin in range(0, len(rows), 64):
+            batch = rows[begin : begin + 64]
+            T, B = min(bucket(max(map(len, batch))), self.recipe.model.context), bucket(len(batch), 1)
+            tokens, segments = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+            for i, ids in enumerate(batch):
+                tokens[i, : len(ids)], segments[i, : len(ids)] = ids, 1
+            found.append(np.asarray(mean_features(self.run.module, self.run.params, tokens, segments))[: len(batch)])
+        return np.concatenate(found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mean_features(module: Any, params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    """[B, D] the mean of the features over each row's tokens."""
+    features, _ = module.apply({"params": params}, tokens, segments=segments)
+    real = (segments > 0)[..., None]
+    return jnp.sum(features.astype(jnp.float32) * real, axis=1) / jnp.sum(real, axis=1)

@@ -12,11 +12,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from common.config import MeshConfig, OptimizerConfig, TrainConfig
 from common.recipe import Recipe
 from data.config import DataConfig
+from data.tokenizer import Vocabulary
 from model.config import TransformerConfig
 from tests.corpus import made_up_text
 
@@ -46,6 +48,13 @@ def tiny() -> TransformerConfig:
 def tiny_with(tiny):
     """The tiny configuration with some fields replaced."""
     return lambda **fields: dataclasses.replace(tiny, **fields).resolved()
+
+
+def made_up_vocabulary(size: int) -> Vocabulary:
+    """A vocabulary without a tokenizer: five specials, every third token begins a word, every seventh ends a sentence."""
+    ids = np.arange(size)
+    special = ids < 5
+    return Vocabulary(0, 2, 3, 4, special, ids[5:], (ids % 3 == 0) & ~special, (ids % 7 == 0) & ~special)
 
 
 @pytest.fixture(scope="session")

@@ -99,24 +99,15 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
             + "\n".join(f"  - {c}" for c in changed)
             + "\ntrain into another directory with --workdir DIR, or delete this one"
         )
-    train_rows = tokens.Rows(
-        tokens.prepare(corpus, "train", tokenizer, recipe.data.cache),
-        recipe.model.context,
-        tokenizer.pad,
-        recipe.data.separate_documents,
-    )
-    held_out = tokens.Rows(
-        tokens.prepare(corpus, "validation", tokenizer, recipe.data.cache),
-        recipe.model.context,
-        tokenizer.pad,
-        recipe.data.separate_documents,
-        padded=True,
-    )
+    objective = make_objective(recipe.objective, tokenizer.vocabulary(), recipe.data.separate_documents)
+    text = tokens.prepare(corpus, "train", tokenizer, recipe.data.cache)
+    sources = {length: objective.source(text, length, False) for length in {recipe.model.context, cfg.short_length} - {0}}
+    held_text = tokens.prepare(corpus, "validation", tokenizer, recipe.data.cache)
+    held_out = objective.source(held_text, recipe.model.context, True)
 
     # ---- model, optimizer, mesh -------------------------------------------------------------------------------
     mesh = sharding.make_mesh(recipe.mesh)
     module = make_module(recipe.family, recipe.model)
-    objective = make_objective(recipe.objective)
     optimizer = make_optimizer(recipe.optimizer, cfg.steps)
 
     def fresh() -> TrainState:
@@ -136,7 +127,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     if state is None:
         state = jax.jit(fresh, out_shardings=shardings)()
     say(
-        f"{count:,} parameters, {len(train_rows):,} rows of {recipe.model.context} tokens, "
+        f"{count:,} parameters, {len(text.ids):,} tokens of text, rows of {recipe.model.context}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)" + (f", resumed at step {start}" if start else "")
     )
     train_step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=cfg.accumulate, seed=cfg.seed)
@@ -147,9 +138,9 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
 
     def batches(step: int) -> Iterator[dict[str, np.ndarray]]:
         row, size = cfg.batch_at(step)
-        return pipeline.training_batches(
-            train_rows, objective.example, batch_size=size, seed=cfg.seed, position=row, **host
-        )
+        length = cfg.short_length if step < cfg.short_steps else recipe.model.context
+        rows, example = sources[length]
+        return pipeline.training_batches(rows, example, batch_size=size, seed=cfg.seed, position=row, **host)
 
     def save(step: int, metrics: dict[str, float] | None) -> None:
         if step in manager.all_steps():
@@ -165,18 +156,18 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     # ---- steps ------------------------------------------------------------------------------------------------
     pending: tuple[int, dict[str, jax.Array], int] | None = None
     held: dict[str, float] | None = None
-    new_size_at = {first for first, _, _ in cfg.stages()}
+    new_shape_at = {first for first, _, _ in cfg.stages()} | {cfg.short_steps}
     try:
         with sigterm_noticed() as terminated:
             iterator = batches(start)
             for step in range(start, cfg.steps):
-                if step in new_size_at and step > start:
+                if step in new_shape_at and step > start:
                     iterator = batches(step)
                 batch = sharding.to_global(mesh, next(iterator))
                 state, metrics = train_step(state, batch)
                 if pending:  # the metrics of the step before, read while this one runs
                     _report(reporter, meter, *pending, cfg)
-                pending, done = (step + 1, metrics, batch["tokens"].shape[0]), step + 1
+                pending, done = (step + 1, metrics, batch["tokens"].size), step + 1
                 last = done == cfg.steps
                 held, stopping = None, _any_host(terminated())
                 evaluating = done % cfg.eval_every == 0 or last
@@ -231,9 +222,9 @@ def _shown_held(held: dict[str, float]) -> str:
     return f"held-out loss {held['loss']:.3f}{bpb}"
 
 
-def _report(reporter: Reporter, meter: "Meter", step: int, metrics: dict[str, jax.Array], rows: int, cfg: Any) -> None:
+def _report(reporter: Reporter, meter: "Meter", step: int, metrics: dict[str, jax.Array], size: int, cfg: Any) -> None:
     values = {k: float(v) for k, v in metrics.items()}
-    meter.count(rows)
+    meter.count(size)
     bad = int(values.pop("bad_in_row"))
     if bad:
         reporter.note(
@@ -259,18 +250,19 @@ class Meter:
     """Tokens per second and MFU, evaluations and the first step's compilation left out."""
 
     def __init__(self, recipe: Recipe):
-        self.context = recipe.model.context
-        self.flops = training_flops_per_token(recipe.model, causal=recipe.family == "gpt")
+        causal = recipe.objective.kind == "causal"
+        share = 1.0 if causal else recipe.objective.mask_rate
+        self.flops = training_flops_per_token(recipe.model, causal=causal, predicted_share=share)
         self.peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-        self.rows = 0
+        self.tokens = 0
         self.clock: float | None = None
         self.away = 0.0
 
-    def count(self, rows: int) -> None:
+    def count(self, tokens: int) -> None:
         if self.clock is None:
             self.clock = time.monotonic()  # the first step is done: compiled
         else:
-            self.rows += rows
+            self.tokens += tokens
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -280,9 +272,9 @@ class Meter:
 
     @property
     def tokens_per_second(self) -> float:
-        if self.clock is None or not self.rows:
+        if self.clock is None or not self.tokens:
             return 0.0
-        return self.rows * self.context / max(1e-9, time.monotonic() - self.clock - self.away)
+        return self.tokens / max(1e-9, time.monotonic() - self.clock - self.away)
 
     @property
     def mfu(self) -> float | None:
@@ -293,8 +285,8 @@ class Meter:
 class Evaluator:
     """Held-out loss: parameters -> {"loss", "<term>", "<term>_accuracy", "bits_per_byte"}."""
 
-    def __init__(self, recipe, objective, module, tokenizer, rows, mesh, param_shardings):
-        self.recipe, self.objective, self.rows, self.mesh = recipe, objective, rows, mesh
+    def __init__(self, recipe, objective, module, tokenizer, source, mesh, param_shardings):
+        self.recipe, self.source, self.mesh = recipe, source, mesh
         self.step = make_eval_step(module, objective, mesh, param_shardings)
         self.lengths = tokenizer.byte_lengths()
 
@@ -306,8 +298,7 @@ class Evaluator:
         sums: dict[str, np.ndarray] = {}
         size = np.zeros(1)
         for batch in pipeline.evaluation_batches(
-            self.rows,
-            self.objective.example,
+            *self.source,
             batch_size=batch_size,
             seed=cfg.seed,
             host=jax.process_index(),

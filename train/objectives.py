@@ -1,6 +1,11 @@
-"""Objectives: what an example is, and what the loss asks for. Each is a few pure functions."""
+"""Objectives: what an example is, and what the loss asks for. GPT and BERT part here and in model/mask.py.
+
+causal   every token asks for the next one      the decoder's mask hides what comes after
+masked   hidden tokens ask for themselves       the encoder's mask hides nothing
+"""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from common.config import ObjectiveConfig
+from common.errors import InputError
 from data import examples
 from data.pipeline import ExampleFn
+from data.tokenizer import Vocabulary
+from data.tokens import Rows, Tokens
 from model.loss import TokenLoss, cross_entropy
 
 Batch = dict[str, jax.Array]
@@ -21,29 +29,75 @@ class Objective:
     """The loss is the sum over terms of (sum of nats) / (sum of weights), each division made once, globally.
 
     Args:
-      example: row, generator -> model inputs, in numpy.
+      source: tokens, row length, whether a last short row counts -> random-access rows, and the pure function
+        (row, generator) -> model inputs, in numpy.
       weights: batch -> weight of every term; a function of the batch alone.
       terms: bound module, batch, deterministic -> sums of every term.
     """
 
-    example: ExampleFn
+    source: Callable[[Tokens, int, bool], tuple[Any, ExampleFn]]
     weights: Callable[[Batch], dict[str, jax.Array]]
     terms: Callable[[Any, Batch, bool], Sums]
 
 
-def causal(cfg: ObjectiveConfig) -> Objective:
+def causal(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Objective:
     """Next-token prediction: the objective of GPT (GPT-1, section 3.1)."""
+
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Any, ExampleFn]:
+        return Rows(tokens, length, vocabulary.pad, separate, padded), examples.causal
+
+    def weights(batch: Batch) -> dict[str, jax.Array]:
+        return {"nll": jnp.sum(batch["weights"])}
 
     def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
         features, _ = module(batch["tokens"], batch["positions"], batch["segments"], deterministic=deterministic)
         smoothing = 0.0 if deterministic else cfg.label_smoothing
         return {"nll": cross_entropy(features, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
 
-    return Objective(examples.causal, lambda batch: {"nll": jnp.sum(batch["weights"])}, terms)
+    return Objective(source, weights, terms)
 
 
-OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {"causal": causal}
+def masked(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Objective:
+    """Masked language modelling, and next-sentence prediction where the recipe asks for it (arXiv 1810.04805, 3.1)."""
+    masking = examples.Masking(cfg.mask_rate, cfg.mask_share, cfg.random_share, cfg.whole_words)
+
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Any, ExampleFn]:
+        shared = {"masking": masking, "slots": masking.slots(length)}
+        if cfg.next_sentence:
+            try:
+                pairs = examples.Pairs(tokens.ids, tokens.starts, length, vocabulary)
+            except ValueError as e:
+                raise InputError(f"{e}; give more files, or set --objective.next-sentence False") from e
+            return pairs, functools.partial(examples.sentence_pair, source=pairs, **shared)
+        rows = Rows(tokens, length - 1, vocabulary.pad, separate, padded)
+        return rows, functools.partial(examples.masked_row, vocabulary=vocabulary, **shared)
+
+    def weights(batch: Batch) -> dict[str, jax.Array]:
+        mlm = {"mlm": jnp.sum(batch["weights"])}
+        return mlm | ({"nsp": jnp.sum(batch["pair_weight"])} if cfg.next_sentence else {})
+
+    def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
+        features = module(batch["tokens"], batch["positions"], batch["segments"], batch.get("types"), deterministic)
+        asked = jnp.take_along_axis(features, batch["places"][..., None], axis=1)  # only these meet the vocabulary
+        smoothing = 0.0 if deterministic else cfg.label_smoothing
+        hidden = module.transform(asked)
+        sums = {"mlm": cross_entropy(hidden, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
+        if cfg.next_sentence:
+            sums["nsp"] = class_loss(module.next_sentence(features), batch["random_next"], batch["pair_weight"])
+        return sums
+
+    return Objective(source, weights, terms)
 
 
-def make_objective(cfg: ObjectiveConfig) -> Objective:
-    return OBJECTIVES[cfg.kind](cfg)
+def class_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenLoss:
+    """Cross-entropy over a few classes: logits [B, C], labels [B], weights [B]."""
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+    return TokenLoss(jnp.sum(weights * nats), jnp.sum(weights * (jnp.argmax(logits, axis=1) == labels)))
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveConfig, Vocabulary, bool], Objective]] = {"causal": causal, "masked": masked}
+
+
+def make_objective(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool = True) -> Objective:
+    """The objective of a configuration; `separate` keeps documents in one row from seeing each other."""
+    return OBJECTIVES[cfg.kind](cfg, vocabulary, separate)

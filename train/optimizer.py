@@ -80,6 +80,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
             update = optax.contrib.muon(
                 rate,
                 beta=cfg.momentum,
+                eps=cfg.eps,
                 weight_decay=cfg.weight_decay,
                 weight_decay_mask=decayed,
                 adam_b1=cfg.b1,

@@ -1,8 +1,9 @@
 """The small parts against the formulas of their papers, written again in numpy."""
 
+import dataclasses
+import functools
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,22 +13,21 @@ from model.attention import Attention, attend
 from model.axes import path_names
 from model.block import ACTIVATIONS, MLP
 from model.decoder import Decoder
+from model.embed import Embedding
 from model.gpt import GPT
 from model.layers import Norm, Projection, rotate, sinusoid
 from model.mask import Mask
 
-RNG = np.random.default_rng(0)
 erf = np.vectorize(math.erf)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order():
+    np.random.seed(0)
+
+
 def normal(*shape: int, std: float = 1.0) -> np.ndarray:
-    return RNG.normal(0, std, shape).astype(np.float32)
-
-
-def filled(module: nn.Module, *inputs) -> dict:
-    """Random numbers for every parameter, so that no bias is 0 and no scale 1."""
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs)["params"])
-    return jax.tree.map(lambda s: normal(*s.shape), shapes)
+    return np.random.normal(0, std, shape).astype(np.float32)
 
 
 def named(params: dict) -> dict[str, jax.Array]:
@@ -49,7 +49,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_mlp_is_the_formula_of_its_activation(tiny_with, activation):
+def test_mlp_is_the_formula_of_its_activation(tiny_with, activation, filled):
     """down(f(up(x))), and for the gated ones down(up(x) * f(gate(x)))."""
     cfg, x = tiny_with(activation=activation), normal(1, 5, 22)
     mlp = MLP(cfg)
@@ -59,12 +59,12 @@ def test_mlp_is_the_formula_of_its_activation(tiny_with, activation):
     assert set(linear) == ({"up", "gate"} if activation in ("swiglu", "geglu") else {"up"})
     inner = linear["up"] * f(linear["gate"]) if "gate" in linear else f(linear["up"])
     wanted = inner @ params["down"]["kernel"] + params["down"]["bias"]
-    got = mlp.apply({"params": params}, x)
+    got = jax.jit(mlp.apply)({"params": params}, x)
     np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize(("norm", "bias"), [("layer", True), ("layer", False), ("rms", True)])
-def test_norm_is_its_formula(tiny_with, norm, bias):
+def test_norm_is_its_formula(tiny_with, norm, bias, filled):
     """The mean is far from 0 and eps large, so that each of their places in the formula shows."""
     module = Norm(tiny_with(norm=norm, bias=bias, norm_eps=0.3))
     x = normal(2, 3, 22, std=0.7) + 5
@@ -72,35 +72,36 @@ def test_norm_is_its_formula(tiny_with, norm, bias):
     assert set(params) == ({"scale", "bias"} if norm == "layer" and bias else {"scale"})
     centred = x - x.mean(-1, keepdims=True) if norm == "layer" else x
     wanted = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 0.3) * params["scale"] + params.get("bias", 0)
-    np.testing.assert_allclose(module.apply({"params": params}, x), wanted, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, x), wanted, atol=1e-5)
 
 
 def test_norm_of_bfloat16_is_computed_in_float32(tiny_with):
     """1000 + small differences: bfloat16 keeps 8 bits, so the mean and the squares must not be in it."""
     module = Norm(tiny_with(norm="layer", bias=False))
     x = jnp.asarray(1000 + 8 * np.arange(22)[None, None] % 7 * 8, jnp.bfloat16)
-    got = module.apply({"params": {"scale": jnp.ones(22)}}, x)
+    got = jax.jit(module.apply)({"params": {"scale": jnp.ones(22)}}, x)
     exact = np.asarray(x, np.float64)
     exact = (exact - exact.mean()) / exact.std()
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=2**-8)
 
 
-def test_projection_contracts_its_last_axes(tiny):
+def test_projection_contracts_its_last_axes(tiny, filled):
     x = normal(2, 5, 3, 4)
     module = Projection(tiny, (7, 6), n_in=2)
     params = filled(module, x)
     wanted = np.einsum("btij,ijkl->btkl", x, params["kernel"]) + params["bias"]
-    np.testing.assert_allclose(module.apply({"params": params}, x), wanted, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, x), wanted, atol=1e-5)
 
 
 def test_rotary_scores_depend_on_the_distance_only():
     """A query and a key moved on together keep their score; moved apart they do not."""
     q, k = normal(1, 1, 2, 6), normal(1, 1, 2, 6)
 
-    def score(at_q: int, at_k: int) -> np.ndarray:
+    @jax.jit
+    def score(at_q: int, at_k: int) -> jax.Array:
         turned = rotate(q, jnp.array([[at_q]]), 100.0), rotate(k, jnp.array([[at_k]]), 100.0)
-        return np.asarray(jnp.sum(turned[0] * turned[1], axis=-1))[0, 0]
+        return jnp.sum(turned[0] * turned[1], axis=-1)[0, 0]
 
     for distance in (0, 1, 5):
         for start in (1, 17):
@@ -140,18 +141,19 @@ def test_attention_is_the_formula_with_grouped_heads():
         scores = k[b, :, h // 3] @ q[b, t, h] / math.sqrt(5)
         exp = np.exp(scores) * visible[b, t]
         wanted[b, t, h] = exp / exp.sum() @ v[b, :, h // 3]
-    np.testing.assert_allclose(attend(q, k, v, mask), wanted, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(attend)(q, k, v, mask), wanted, atol=1e-5)
 
 
 def test_a_query_that_sees_nothing_is_finite_and_so_is_its_gradient():
     nobody = Mask.self_attention(jnp.arange(3)[None], causal=True, segments=jnp.array([[1, 0, 0]]))
     q, k, v = (jnp.asarray(normal(1, 3, 2, 5)) for _ in range(3))
-    value, gradients = jax.value_and_grad(lambda *qkv: attend(*qkv, nobody).sum(), argnums=(0, 1, 2))(q, k, v)
+    loss = jax.jit(jax.value_and_grad(lambda *qkv: attend(*qkv, nobody).sum(), argnums=(0, 1, 2)))
+    value, gradients = loss(q, k, v)
     assert jnp.isfinite(value)
     assert all(jnp.isfinite(g).all() for g in gradients)
 
 
-def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(tiny_with):
+def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(tiny_with, filled):
     """Over the head width: queries and keys of any size give the same attention. Without it they do not."""
     x, positions = normal(1, 5, 22), jnp.arange(5)[None]
     mask = Mask.self_attention(positions, causal=True)
@@ -162,7 +164,7 @@ def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(tiny_with):
         larger = params | {name: {"kernel": params[name]["kernel"] * 3} for name in ("query", "key")}
         if cfg.qk_norm:
             assert [params[n]["scale"].shape for n in ("query_norm", "key_norm")] == [(6,), (6,)]
-        outputs = [attention.apply({"params": p}, x, mask, positions)[0] for p in (params, larger)]
+        outputs = [jax.jit(attention.apply)({"params": p}, x, mask, positions)[0] for p in (params, larger)]
         return float(jnp.abs(outputs[0] - outputs[1]).max())
 
     assert change(tiny_with(qk_norm=True, bias=False)) < 1e-3
@@ -187,14 +189,13 @@ def test_bias_false_leaves_no_bias(tiny_with, all_else):
 @pytest.fixture(scope="module")
 def initial(tiny):
     """Initial parameters of a model whose sizes all differ and are large enough to measure a deviation on."""
-    import dataclasses
-
     wide = dataclasses.replace(
         tiny, vocab_size=301, context=211, d_model=66, n_heads=14, n_kv_heads=7, d_head=10, d_ff=230, activation="swiglu"
     )
 
-    def init(**fields) -> dict[str, np.ndarray]:
-        module = Decoder(dataclasses.replace(wide, **fields))
+    @functools.cache
+    def init(init: str, init_residual: str) -> dict[str, np.ndarray]:
+        module = Decoder(dataclasses.replace(wide, init=init, init_residual=init_residual))
         return named(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
 
     return init
@@ -206,16 +207,16 @@ FAN_IN = dict.fromkeys(INSIDE, 66) | {"attention/out": 14 * 10, "mlp/down": 230}
 
 
 @pytest.mark.parametrize(
-    ("fields", "std", "residual_factor"),
+    ("init", "init_residual", "std", "residual_factor"),
     [
-        ({"init": "fan_in", "init_residual": "same"}, {n: f**-0.5 for n, f in FAN_IN.items()}, 1.0),
-        ({"init": "normal", "init_residual": "depth"}, dict.fromkeys(FAN_IN, 0.5), 6**-0.5),  # 1/sqrt(2L), L = 3
-        ({"init": "fan_in", "init_residual": "zero"}, {n: f**-0.5 for n, f in FAN_IN.items()}, 0.0),
+        ("fan_in", "same", {n: f**-0.5 for n, f in FAN_IN.items()}, 1.0),
+        ("normal", "depth", dict.fromkeys(FAN_IN, 0.5), 6**-0.5),  # 1/sqrt(2L), L = 3
+        ("fan_in", "zero", {n: f**-0.5 for n, f in FAN_IN.items()}, 0.0),
     ],
 )
-def test_initial_deviations(initial, fields, std, residual_factor):
+def test_initial_deviations(initial, init, init_residual, std, residual_factor):
     """Every kernel has mean 0 and the deviation that init and init_residual say; embeddings have init_std = 0.5."""
-    params = initial(**fields)
+    params = initial(init, init_residual)
     for name, wanted in std.items():
         kernel = params[f"stack/blocks/{name}/kernel"]
         wanted *= residual_factor if name in RESIDUAL else 1
@@ -228,14 +229,12 @@ def test_initial_deviations(initial, fields, std, residual_factor):
 
 
 def test_layers_start_from_different_numbers(initial):
-    kernel = initial()["stack/blocks/mlp/up/kernel"]
+    kernel = initial("fan_in", "same")["stack/blocks/mlp/up/kernel"]
     assert all(np.abs(kernel[i] - kernel[j]).max() > 0.1 for i in range(3) for j in range(i))
 
 
-def test_embedding_is_a_sum_of_token_position_and_type_then_norm(tiny_with):
+def test_embedding_is_a_sum_of_token_position_and_type_then_norm(tiny_with, filled):
     """embed_scale multiplies the token's part alone by sqrt(D) (arXiv 1706.03762, section 3.4)."""
-    from model.embed import Embedding
-
     cfg = tiny_with(embed_scale=True, segment_types=2, embed_norm=True)
     tokens, positions, types = jnp.array([[3, 36, 3]]), jnp.array([[0, 22, 7]]), jnp.array([[0, 1, 1]])
     params = filled(Embedding(cfg), tokens, positions, types)
@@ -243,5 +242,5 @@ def test_embedding_is_a_sum_of_token_position_and_type_then_norm(tiny_with):
     total = rows[0] * math.sqrt(22) + rows[1] + rows[2]
     wanted = (total - total.mean(-1, keepdims=True)) / np.sqrt(total.var(-1, keepdims=True) + cfg.norm_eps)
     wanted = wanted * params["norm"]["scale"] + params["norm"]["bias"]
-    got = Embedding(cfg).apply({"params": params}, tokens, positions, types)
+    got = jax.jit(Embedding(cfg).apply)({"params": params}, tokens, positions, types)
     np.testing.assert_allclose(got[0], wanted, atol=1e-4)

@@ -6,7 +6,8 @@ import pytest
 
 from common.config import MeshConfig, TrainConfig
 from common.errors import InputError
-from common.recipe import Recipe, find, names
+from common.recipe import Recipe
+from configs import find, names
 
 
 def test_without_a_ramp_position_is_step_times_batch():
@@ -75,7 +76,9 @@ def test_every_recipe_is_sound():
 
 
 def test_only_what_makes_another_run_is_a_difference(tiny_recipe):
-    same = dataclasses.replace(tiny_recipe, mesh=MeshConfig(4, 2, 1), train=dataclasses.replace(tiny_recipe.train, log_every=5))
+    same = dataclasses.replace(
+        tiny_recipe, mesh=MeshConfig(4, 2, 1), train=dataclasses.replace(tiny_recipe.train, log_every=5)
+    )
     assert tiny_recipe.differences(same) == []
     other = dataclasses.replace(tiny_recipe, train=dataclasses.replace(tiny_recipe.train, seed=4))
     assert tiny_recipe.differences(other) == ["train.seed: 0 -> 4"]
@@ -83,7 +86,7 @@ def test_only_what_makes_another_run_is_a_difference(tiny_recipe):
 
 def test_a_recipe_file_works_by_path(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from common.recipe import find\nrecipes = {'mine': find('gpt2_small')}\n")
+    path.write_text("from configs import find\nrecipes = {'mine': find('gpt2_small')}\n")
     assert find(str(path)).name == "mine"
     path.write_text("recipes = 1/0\n")
     with pytest.raises(InputError, match="ZeroDivisionError"):

@@ -57,7 +57,9 @@ def stop_after(monkeypatch, steps):
 
 def test_a_run_directory_describes_itself(whole):
     home, result = whole
-    assert {"recipe.json", "tokenizer.model", "checkpoints", "metrics.jsonl", "events", "loss.png"} <= set(os.listdir(home))
+    assert {"recipe.json", "tokenizer.model", "checkpoints", "metrics.jsonl", "events", "loss.png"} <= set(
+        os.listdir(home)
+    )
     assert (home / "loss.png").stat().st_size > 10_000
     assert any((home / "events").iterdir())
     rows = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
@@ -153,12 +155,15 @@ def test_a_batch_ramp_sees_every_row_in_order(recipe, tmp_path, monkeypatch):
 
         return keep
 
-    for name, fields in (("flat", {"batch_size": 8, "steps": 7}), ("ramp", {"batch_size": 16, "ramp_from": 8, "ramp_rows": 16, "steps": 5})):
+    for name, fields in (
+        ("flat", {"batch_size": 8, "steps": 7}),
+        ("ramp", {"batch_size": 16, "ramp_from": 8, "ramp_rows": 16, "steps": 5}),
+    ):
         with monkeypatch.context() as m:
             m.setattr(train.__globals__["sharding"], "to_global", record(name))
             train(on_devices(recipe, eval_every=100, save_every=100, **fields), tmp_path / name)
-    flat = np.concatenate([b for b in seen["flat"][:7]])
-    ramp = np.concatenate([b for b in seen["ramp"][:5]])
+    flat = np.concatenate(seen["flat"][:7])
+    ramp = np.concatenate(seen["ramp"][:5])
     assert [len(b) for b in seen["ramp"][:5]].count(16) >= 1
     n = min(len(flat), len(ramp))
     np.testing.assert_array_equal(flat[:n], ramp[:n])

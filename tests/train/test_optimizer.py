@@ -22,7 +22,9 @@ def test_warm_up_moves_from_the_first_update():
 
 def test_cosine():
     t = np.arange(90) / 90
-    np.testing.assert_allclose(rates(schedule="cosine", final_share=0.1)[10:], 0.2 + 1.8 * (1 + np.cos(np.pi * t)) / 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        rates(schedule="cosine", final_share=0.1)[10:], 0.2 + 1.8 * (1 + np.cos(np.pi * t)) / 2, rtol=1e-5
+    )
 
 
 def test_cosine_that_ends_early_stays_flat():
@@ -73,7 +75,9 @@ def test_weight_decay_is_scaled_by_the_rate(params):
 def test_clipping_bounds_the_whole_gradient(params):
     big = jax.tree.map(lambda p: 100 * jnp.ones_like(p), params)
     for clip, expected in ((1.0, 1.0), (0.0, None)):
-        cfg = OptimizerConfig(name="lion", learning_rate=1.0, b1=0.0, weight_decay=0.0, clip_norm=clip, schedule="constant")
+        cfg = OptimizerConfig(
+            name="lion", learning_rate=1.0, b1=0.0, weight_decay=0.0, clip_norm=clip, schedule="constant"
+        )
         state = make_optimizer(cfg, 10).init(params)
         _, state = make_optimizer(cfg, 10).update(big, state, params)
         moment = next(x for x in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu")).mu
@@ -90,12 +94,17 @@ def test_muon_makes_block_matrices_nearly_orthogonal_and_leaves_the_rest_to_adam
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     blocks = updates["decoder"]["stack"]["blocks"]
-    for name, module, rows in (("attention", "query", 22), ("attention", "out", 12), ("mlp", "up", 22), ("mlp", "down", 26)):
+    for name, module, rows in (
+        ("attention", "query", 22),
+        ("attention", "out", 12),
+        ("mlp", "up", 22),
+        ("mlp", "down", 26),
+    ):
         for layer in np.asarray(blocks[name][module]["kernel"]):
             matrix = layer.reshape(rows, -1)
             scale = np.sqrt(max(1, matrix.shape[1] / matrix.shape[0]))
             singular = np.linalg.svd(matrix, compute_uv=False) / scale
-            assert 0.5 < singular.min()
+            assert singular.min() > 0.5
             assert singular.max() < 1.4
     # Adam's first update with Nesterov momentum: the gradient's sign times the rate, over the bias correction of two
     # steps in place of one: b1 / (1 - b1^2) (1 - b1) + (1 - b1) / (1 - b1) = b1 / (1 + b1) + 1.

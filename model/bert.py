@@ -1,0 +1,64 @@
+"""BERT: an encoder whose features say what stood under the masks, and whether two texts belong together."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from model.config import TransformerConfig
+from model.encoder import Encoder
+from model.heads import LMHead, MLMTransform, NextSentence, logits_of
+
+
+class BERT(nn.Module):
+    """The masked language model of BERT (arXiv 1810.04805) and, by its configuration, of RoBERTa and ModernBERT.
+
+    The call returns features, as a GPT's does. `transform` and `unembedding` turn those that are asked about into
+    scores of tokens; the others never meet the vocabulary.
+    """
+
+    cfg: TransformerConfig
+
+    def setup(self):
+        self.encoder = Encoder(self.cfg)
+        self.mlm = MLMTransform(self.cfg)
+        if self.cfg.next_sentence:
+            self.nsp = NextSentence(self.cfg)
+        if not self.cfg.tie_embeddings:
+            self.lm_head = LMHead(self.cfg)
+
+    def __call__(
+        self,
+        tokens: Int[jax.Array, "B T"],
+        positions: Int[jax.Array, "B T"] | None = None,
+        segments: Int[jax.Array, "B T"] | None = None,
+        types: Int[jax.Array, "B T"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[jax.Array, "B T D"]:
+        """Features [B, T, D]; arguments as in model/encoder.py."""
+        features = self.encoder(tokens, positions, segments, types, deterministic)
+        if self.is_initializing():  # so that init makes every parameter
+            self.transform(features), self.unembedding()
+            if self.cfg.next_sentence:
+                self.next_sentence(features)
+        return features
+
+    def transform(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
+        """The MLM head before its output layer: dense, activation, norm."""
+        return self.mlm(features)
+
+    def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"]]:
+        """The output layer: a vector and a bias per token."""
+        table = self.encoder.token_table() if self.cfg.tie_embeddings else self.lm_head.embedding
+        return table, self.mlm.bias
+
+    def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
+        return logits_of(self.transform(features), *self.unembedding())
+
+    def pooled(self, features: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B D"]:
+        """The pooler's reading of the first token, as [CLS] is used in BERT."""
+        return self.nsp.pool(features)
+
+    def next_sentence(self, features: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B 2"]:
+        """Scores: 0 the second text follows the first, 1 it does not."""
+        return self.nsp(features).astype(jnp.float32)

@@ -1,0 +1,366 @@
+"""Asking a masked language model: fill, score, generate a chunk at a time, embed."""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.errors import InputError
+from common.rundir import Run
+from data.tokenizer import MASK
+from model.loss import token_logprobs
+from sample.decode import bucket
+from sample.method import Method, choose
+from sample.text import Sample, Score
+
+BATCH = 64
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """A text with its masks filled; for every mask the likeliest tokens when it was filled, best first."""
+
+    text: str
+    filled: str
+    masks: list[list[dict[str, Any]]]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_logprobs(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """[B, P] log p(target) at `places`, in nats, of a batch {tokens, segments, positions?, types?, places, targets}."""
+
+    def run(bound: nn.Module) -> jax.Array:
+        features = bound(batch["tokens"], batch.get("positions"), batch["segments"], batch.get("types"))
+        asked = jnp.take_along_axis(features, batch["places"][..., None], axis=1)
+        return token_logprobs(bound.transform(asked), *bound.unembedding(), batch["targets"])
+
+    return module.apply({"params": params}, method=run)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_logits(module: nn.Module, params: Any, tokens: jax.Array, segments: jax.Array, places: jax.Array) -> jax.Array:
+    """[B, P, V] scores of every token at `places`."""
+
+    def run(bound: nn.Module) -> jax.Array:
+        features = bound(tokens, segments=segments)
+        return bound.logits(jnp.take_along_axis(features, places[..., None], axis=1))
+
+    return module.apply({"params": params}, method=run)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def pooled(module: nn.Module, params: Any, tokens: jax.Array, segments: jax.Array, pool: str) -> jax.Array:
+    """[B, D] one vector per row: the first token's features, or the mean over the row."""
+    features = module.apply({"params": params}, tokens, segments=segments).astype(jnp.float32)
+    if pool == "cls":
+        return features[:, 0]
+    real = (segments > 0)[..., None]
+    return jnp.sum(features * real, axis=1) / jnp.sum(real, axis=1)
+
+
+def padded(rows: Sequence[Sequence[int]], context: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as [B, T] tokens and segments, both dimensions in their buckets."""
+    T, B = min(bucket(max(map(len, rows))), context), bucket(len(rows), 1)
+    tokens, segments = np.full((B, T), pad, np.int32), np.zeros((B, T), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
+    return tokens, segments
+
+
+def columns(lists: Sequence[Sequence[int]], rows: int, least: int = 1) -> np.ndarray:
+    """Ragged lists as [rows, P], P in its bucket, filled with 0."""
+    out = np.zeros((rows, bucket(max(map(len, lists)), least)), np.int32)
+    for i, values in enumerate(lists):
+        out[i, : len(values)] = values
+    return out
+
+
+class MaskedModel:
+    """A masked run that can be asked: `fill`, `score`, `sample`, `embed`. Made by `bothways.load`."""
+
+    def __init__(self, run: Run):
+        self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer
+        self.vocabulary = self.tokenizer.vocabulary()
+        self.context = run.recipe.model.context
+        self._barred = np.zeros(run.recipe.model.vocab_size, bool)
+        self._barred[self.tokenizer.special] = True
+        self._barred[len(self.tokenizer) :] = True
+
+    def _wrap(self, ids: Sequence[int]) -> list[int]:
+        return [self.tokenizer.bos, *ids, self.tokenizer.eos]
+
+    def _logits(self, rows: list[list[int]], places: list[list[int]]) -> list[np.ndarray]:
+        """For each row [its places, V], tokens that stand for no text at minus infinity."""
+        found: list[np.ndarray] = []
+        for begin in range(0, len(rows), BATCH):
+            tokens, segments = padded(rows[begin : begin + BATCH], self.context, self.tokenizer.pad)
+            here = places[begin : begin + BATCH]
+            logits = hidden_logits(self.run.module, self.run.params, tokens, segments, columns(here, len(tokens)))
+            logits = np.where(self._barred, -np.inf, np.asarray(logits))
+            found += [logits[i, : len(p)] for i, p in enumerate(here)]
+        return found
+
+    # ---- fill -----------------------------------------------------------------------------------------------------
+
+    def encode_masked(self, text: str) -> list[int]:
+        """A text with masks as [CLS] ... [SEP]. A mask takes the space before it along: pieces begin with their space.
+
+        Raises:
+          InputError: no mask, or longer than the context.
+        """
+        if MASK not in text:
+            raise InputError(f"there is no {MASK} in {text[:60]!r}; put one where a word is wanted")
+        ids = self._wrap(self.tokenizer.encode(text.replace(" " + MASK, MASK)))
+        if len(ids) > self.context:
+            count = ids.count(self.tokenizer.mask)
+            raise InputError(
+                f"the text has {len(ids)} tokens, {count} of them masks, and the model's context is {self.context}; shorten it"
+            )
+        return ids
+
+    def fill(self, texts: Sequence[str], *, top: int = 5, steps: int = 1) -> list[Filled]:
+        """Put the likeliest token in the place of every [MASK].
+
+        Args:
+          top: candidates told per mask.
+          steps: 1 fills all masks at once, each as if it were alone; T fills the surest of them first, and reads
+            the text again T times (Mask-Predict, arXiv 1904.09324, without going back).
+
+        Raises:
+          InputError: a text without masks or longer than the context; top or steps below 1.
+        """
+        for name, value in (("top", top), ("steps", steps)):
+            if value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        rows = [self.encode_masked(text) for text in texts]
+        masks = [[i for i, t in enumerate(row) if t == self.tokenizer.mask] for row in rows]
+        told: list[dict[int, list[dict[str, Any]]]] = [{} for _ in rows]
+
+        def commit(i: int, place: int, logits: np.ndarray) -> tuple[int, float]:
+            logprobs = logits - np.logaddexp.reduce(logits)
+            best = np.argsort(-logprobs, kind="stable")[:top]
+            told[i][place] = [{"token": self.tokenizer.piece(t), "p": round(float(np.exp(logprobs[t])), 4)} for t in best]
+            return int(best[0]), float(logprobs[best[0]])
+
+        self._fill_rows(rows, masks, steps, commit)
+        return [
+            Filled(text, self.tokenizer.decode(row[1:-1]), [told[i][p] for p in masks[i]])
+            for i, (text, row) in enumerate(zip(texts, rows, strict=True))
+        ]
+
+    def _fill_rows(
+        self,
+        rows: list[list[int]],
+        masks: list[list[int]],
+        steps: int,
+        commit: Callable[[int, int, np.ndarray], tuple[int, float]],
+    ) -> None:
+        """Replace masks in place over `steps` readings, the surest first. `commit` picks (token, log-probability)."""
+        left = [list(m) for m in masks]
+        for step in range(steps):
+            going = [i for i in range(len(rows)) if left[i]]
+            if not going:
+                return
+            for i, logits in zip(going, self._logits([rows[i] for i in going], [left[i] for i in going]), strict=True):
+                picked = [(*commit(i, place, scores), place) for place, scores in zip(left[i], logits, strict=True)]
+                share = math.ceil(len(left[i]) / (steps - step))
+                for token, _, place in sorted(picked, key=lambda p: -p[1])[:share]:
+                    rows[i][place] = token
+                    left[i].remove(place)
+
+    # ---- sample ---------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        greedy: bool = False,
+        num: int = 1,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        chunk: int = 16,
+        steps: int = 16,
+        sweeps: int = 0,
+    ) -> list[Sample]:
+        """Continue every prompt by chunks of masks at its end.
+
+        Each chunk is filled in `steps` readings, the surest token first, and then read `sweeps` times more, each
+        token masked and drawn again in turn (Gibbs sampling, arXiv 1902.04094). `logprob` sums what each token had
+        when it was drawn: not the likelihood of the text, which a masked model does not have.
+
+        Raises:
+          InputError: numbers out of range, or a prompt longer than the context.
+        """
+        for name, value in (("max-tokens", max_tokens), ("num", num), ("chunk", chunk), ("steps", steps)):
+            if value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        if chunk > self.context // 2:
+            raise InputError(
+                f"chunk is {chunk}; at most half of the context, {self.context // 2}, can be filled at a time"
+            )
+        if any(not s for s in stop):
+            raise InputError("a stop string is empty; every text contains it")
+        method = Method.make(temperature, top_k, top_p, min_p, greedy)
+        encoded = [self.tokenizer.encode(p) for p in prompts]
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if len(ids) + 2 > self.context:
+                raise InputError(f"the prompt has {len(ids)} tokens, the context is {self.context}: {prompt[:40]!r}...")
+        base = jax.random.key(seed)
+        texts = [zlib.crc32(p.encode()) for p in prompts]
+        keys = [jax.random.fold_in(jax.random.fold_in(base, t), n) for t in texts for n in range(num)]
+        past = [list(encoded[i // num]) for i in range(len(keys))]
+        said: list[list[int]] = [[] for _ in keys]
+        logprobs: list[list[float]] = [[] for _ in keys]
+        stops = [""] * len(keys)
+        drawn = [0] * len(keys)
+
+        def draw(i: int, scores: np.ndarray) -> tuple[int, float]:
+            key = jax.random.fold_in(keys[i], drawn[i])
+            drawn[i] += 1
+            token, logprob = choose(jnp.asarray(scores)[None], key[None], method)
+            return int(token[0]), float(logprob[0])
+
+        while going := [i for i, s in enumerate(stops) if not s]:
+            sizes = [min(chunk, max_tokens - len(said[i])) for i in going]
+            kept = [(past[i] + said[i])[-(self.context - 2 - n) :] for i, n in zip(going, sizes, strict=True)]
+            rows = [self._wrap([*k, *[self.tokenizer.mask] * n]) for k, n in zip(kept, sizes, strict=True)]
+            masks = [list(range(len(k) + 1, len(k) + 1 + n)) for k, n in zip(kept, sizes, strict=True)]
+            got: list[dict[int, float]] = [{} for _ in going]
+
+            def commit(j: int, place: int, scores: np.ndarray) -> tuple[int, float]:
+                token, logprob = draw(going[j], scores)
+                got[j][place] = logprob  # noqa: B023
+                return token, logprob
+
+            self._fill_rows(rows, masks, steps, commit)
+            for _ in range(sweeps):
+                for k in range(max(sizes)):
+                    some = [j for j in range(len(going)) if k < sizes[j]]
+                    for j in some:
+                        rows[j][masks[j][k]] = self.tokenizer.mask
+                    for j, scores in zip(
+                        some, self._logits([rows[j] for j in some], [[masks[j][k]] for j in some]), strict=True
+                    ):
+                        rows[j][masks[j][k]] = commit(j, masks[j][k], scores[0])[0]
+            for j, i in enumerate(going):
+                said[i] += [rows[j][p] for p in masks[j]]
+                logprobs[i] += [got[j][p] for p in masks[j]]
+                text = self.tokenizer.decode(said[i])
+                if any(s in text for s in stop):
+                    stops[i] = "stop"
+                elif len(said[i]) >= max_tokens:
+                    stops[i] = "max_tokens"
+        results = []
+        for i in range(len(keys)):
+            text, count = self.tokenizer.decode(said[i]), len(said[i])
+            if stops[i] == "stop":
+                text = text[: min(at for s in stop if (at := text.find(s)) >= 0)]
+                count = next(n for n in range(count + 1) if self.tokenizer.decode(said[i][:n]).startswith(text))
+            results.append(Sample(prompts[i // num], text, count, round(sum(logprobs[i][:count]), 4), stops[i]))
+        return results
+
+    # ---- score ----------------------------------------------------------------------------------------------------
+
+    def score(self, texts: Sequence[str], rule: str = "pll_word", draws: int = 32) -> list[Score]:
+        """How likely each text is, by a rule of its own since a masked model has no chain rule.
+
+        pll: every token given all others (arXiv 1910.14659).
+        pll_word: the rest of its word, to the right, is hidden too (arXiv 2305.10588); pll flatters long words.
+        bound: a lower bound on the log-likelihood: hide each token with probability t, weigh by 1/t, over `draws`
+          stratified t (arXiv 2406.07524, equation 11). The only one on the scale of a causal model's likelihood.
+
+        A text longer than the context is scored in pieces that do not see each other.
+
+        Raises:
+          InputError: an empty text, or another rule.
+        """
+        if rule not in ("pll", "pll_word", "bound"):
+            raise InputError(
+                f"rule {rule!r} is not for a masked run, which reads both ways; it scores by: pll, pll_word, bound"
+            )
+        for i, text in enumerate(texts):
+            if not text:
+                raise InputError(f"text {i + 1} is empty; there is nothing to score")
+        room = self.context - 2
+        copies: list[tuple[int, list[int], list[int], list[int], float]] = []  # text, row, places, targets, weight
+        sizes = []
+        for i, text in enumerate(texts):
+            ids = self.tokenizer.encode(text)
+            sizes.append(len(ids))
+            for begin in range(0, len(ids), room):
+                piece = self._wrap(ids[begin : begin + room])
+                make = self._bound_copies if rule == "bound" else self._pll_copies
+                copies += [(i, *copy) for copy in make(piece, rule, draws, zlib.crc32(text.encode()) + begin)]
+        totals = np.zeros(len(texts))
+        copies.sort(key=lambda copy: (len(copy[1]), len(copy[2])))
+        for begin in range(0, len(copies), BATCH):
+            batch = copies[begin : begin + BATCH]
+            tokens, segments = padded([row for _, row, *_ in batch], self.context, self.tokenizer.pad)
+            inputs = {
+                "tokens": tokens,
+                "segments": segments,
+                "places": columns([places for _, _, places, _, _ in batch], len(tokens)),
+                "targets": columns([targets for _, _, _, targets, _ in batch], len(tokens)),
+            }
+            logprobs = np.asarray(hidden_logprobs(self.run.module, self.run.params, inputs))
+            for k, (i, _, places, _, weight) in enumerate(batch):
+                totals[i] += weight * logprobs[k, : len(places)].sum()
+        return [Score(t, round(float(lp), 4), n, rule) for t, lp, n in zip(texts, totals, sizes, strict=True)]
+
+    def _pll_copies(self, piece: list[int], rule: str, draws: int, seed: int):
+        """A copy per token, with it hidden and, for pll_word, the rest of its word behind it."""
+        starts = self.vocabulary.starts_word
+        for place in range(1, len(piece) - 1):
+            row = list(piece)
+            row[place] = self.tokenizer.mask
+            after = place + 1
+            while rule == "pll_word" and after < len(piece) - 1 and not starts[piece[after]]:
+                row[after] = self.tokenizer.mask
+                after += 1
+            yield row, [place], [piece[place]], 1.0
+
+    def _bound_copies(self, piece: list[int], rule: str, draws: int, seed: int):
+        """A copy per draw of t, with each token hidden with probability t; weight 1 / (t draws)."""
+        rng = np.random.default_rng(seed)
+        for t in (np.arange(draws) + rng.random(draws)) / draws:
+            t = max(float(t), 1e-6)
+            places = (np.flatnonzero(rng.random(len(piece) - 2) < t) + 1).tolist()
+            if places:
+                row = list(piece)
+                for place in places:
+                    row[place] = self.tokenizer.mask
+                yield row, places, [piece[place] for place in places], 1 / (t * draws)
+
+    # ---- embed ----------------------------------------------------------------------------------------------------
+
+    def embed(self, texts: Sequence[str], pool: str = "mean") -> np.ndarray:
+        """[texts, D] float32: the features of [CLS], or the mean over [CLS], text and [SEP].
+
+        Raises:
+          InputError: a text longer than the context, or another pool.
+        """
+        if pool not in ("cls", "mean"):
+            raise InputError(f"pool {pool!r} is unknown; there are cls and mean")
+        rows = [self._wrap(self.tokenizer.encode(text)) for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            if len(row) > self.context:
+                raise InputError(f"{len(row)} tokens, and the context is {self.context}: {text[:60]!r}...; shorten it")
+        found = []
+        for begin in range(0, len(rows), BATCH):
+            tokens, segments = padded(rows[begin : begin + BATCH], self.context, self.tokenizer.pad)
+            vectors = pooled(self.run.module, self.run.params, tokens, segments, pool)
+            found.append(np.asarray(vectors)[: len(rows[begin : begin + BATCH])])
+        return np.concatenate(found)

@@ -1,0 +1,450 @@
+"""Corpora: the documents that are read, how they are split, when they are read again, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import InputError
+from data import corpora, plays
+from data.config import DataConfig
+
+HYPOTHESIS = settings(max_examples=100, deadline=None, database=None, derandomize=True)
+STORY = "".join(f"line {i} of a story\n" for i in range(100))
+
+
+def load(corpus: Path | str, cache: Path, **fields) -> corpora.Corpus:
+    return corpora.load(DataConfig(corpus=str(corpus), cache=str(cache), **fields))
+
+
+def everything(corpus: corpora.Corpus) -> dict[str, list[tuple[str, str]]]:
+    return {split: list(corpus.documents(split)) for split in corpus.splits}
+
+
+def in_all(corpus: corpora.Corpus) -> dict[str, str]:
+    """The text of every document, its parts in the splits joined again."""
+    whole: dict[str, str] = {}
+    for documents in everything(corpus).values():
+        for name, text in documents:
+            whole[name] = whole.get(name, "") + text
+    return whole
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+class BothwaysTestSet(tfds.core.GeneratorBasedBuilder):
+    """A dataset as the TFDS catalogue has them."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name="plain", version="1.0.0"),
+        tfds.core.BuilderConfig(name="held", version="1.0.0"),
+        tfds.core.BuilderConfig(name="broken", version="1.0.0"),
+    ]
+    name = "bothways_test_set"
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "title": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        if self.builder_config.name == "broken":
+            raise ModuleNotFoundError("No module named 'apache_beam'")
+        splits = {"train": 100} | ({"test": 3} if self.builder_config.name == "held" else {})
+        return {split: self._generate_examples(split, n) for split, n in splits.items()}
+
+    def _generate_examples(self, split, n):
+        for i in range(n):
+            yield i, {"text": f"{split} text {i}", "title": f"title {i}"}
+
+
+@pytest.fixture
+def catalogue(tmp_path, monkeypatch):
+    """TFDS keeps what it prepares in a directory of the test."""
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tensorflow_datasets"))
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".text"])
+def test_a_text_file_is_one_document(tmp_path, cache, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_text(STORY)
+    assert in_all(load(path, cache)) == {path.name: STORY}
+
+
+def test_newlines_and_letters_come_through_as_they_are(tmp_path, cache):
+    text = "caf\u00e9\r\n\r\n\U0001f389 \u2581 \x00 end without newline"
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    assert in_all(load(path, cache)) == {"a.txt": text}
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, cache):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + STORY.encode())
+    assert in_all(load(path, cache)) == {"a.txt": STORY}
+
+
+RECORDS = ["plain", 'a "quoted", one', "two\nlines", "caf\u00e9 \U0001f389", "x" * 200_000]
+
+
+def write_table(path: Path, field: str) -> None:
+    if path.suffix == ".jsonl":
+        path.write_text("\n\n".join(json.dumps({"id": i, field: text}) for i, text in enumerate(RECORDS)) + "\n")
+        return
+    separator = "\t" if path.suffix == ".tsv" else ","
+    rows = [separator.join(["id", field])]
+    rows += [f'{i}{separator}"{text}"' for i, text in enumerate(t.replace('"', '""') for t in RECORDS)]
+    path.write_bytes(("\r\n".join(rows) + "\r\n").encode())
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+@pytest.mark.parametrize("field", ["text", "body"])
+def test_every_record_of_a_table_is_a_document(tmp_path, cache, suffix, field):
+    path = tmp_path / f"a{suffix}"
+    write_table(path, field)
+    whole = in_all(load(path, cache, text_field=field))
+    assert list(whole.values()) == RECORDS
+    assert all(re.fullmatch(rf"a\{suffix}:\d+", name) for name in whole)
+
+
+def test_a_glob_and_a_directory_name_many_files(tmp_path, cache):
+    folder = tmp_path / "books"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("b.txt", "a.txt", "deep/c.md", "deep/d.txt", "no.pdf"):
+        (folder / name).write_text(f"{name}\n{STORY}")
+    assert sorted(in_all(load(folder, cache))) == ["a.txt", "b.txt", "c.md", "d.txt"]
+    assert sorted(in_all(load(folder / "*.txt", cache))) == ["a.txt", "b.txt"]
+    assert sorted(in_all(load(folder / "**" / "*.txt", cache))) == ["a.txt", "b.txt", "d.txt"]
+
+
+# ---- splits --------------------------------------------------------------------------------------------------------
+
+
+def test_of_many_documents_whole_ones_are_held_out(tmp_path, cache):
+    path = tmp_path / "a.jsonl"
+    texts = [f"document {i}\n" * 20 for i in range(60)]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    splits = everything(load(path, cache))
+    assert [text for _, text in splits["validation"]] == [texts[i] for i in (18, 38, 58)]
+    assert [text for _, text in splits["test"]] == [texts[i] for i in (19, 39, 59)]
+    assert [text for _, text in splits["train"]] == [text for i, text in enumerate(texts) if i % 20 < 18]
+
+
+def test_of_few_documents_the_end_is_held_out(tmp_path, cache):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name + STORY)
+    splits = everything(load(tmp_path / "?.txt", cache))
+    for i, name in enumerate(("a.txt", "b.txt")):
+        parts = [splits[split][i] for split in ("train", "validation", "test")]
+        assert [part[0] for part in parts] == [name] * 3
+        assert "".join(part[1] for part in parts) == name + STORY
+        assert all(part[1].endswith("\n") for part in parts)
+
+
+@given(st.lists(st.text(st.sampled_from("ab \n"), min_size=1, max_size=60), min_size=1, max_size=45))
+@HYPOTHESIS
+def test_splits_are_disjoint_and_cover_everything(texts):
+    names = [(str(i), text) for i, text in enumerate(texts)]
+    parts = {split: list(documents) for split, documents in corpora.hold_out(names).items()}
+    joined = dict.fromkeys((name for name, _ in names), "")
+    for split in ("train", "validation", "test"):
+        for name, text in parts[split]:
+            joined[name] += text
+    assert joined == dict(names)
+    if len(texts) >= corpora.FEW_DOCUMENTS:
+        assert sum(map(len, parts.values())) == len(texts)
+
+
+@given(st.text(st.sampled_from("abcdefgh\n"), min_size=100, max_size=1000) | st.just("title\n" + "x" * 2000))
+@HYPOTHESIS
+def test_about_a_tenth_of_a_text_is_held_out_wherever_its_lines_end(text):
+    parts = {split: "".join(t for _, t in documents) for split, documents in corpora.hold_out([("a", text)]).items()}
+    assert 0.83 < len(parts["train"]) / len(text) <= 0.9
+    assert 0 < len(parts["validation"]) <= 0.11 * len(text)
+    assert 0.04 < len(parts["test"]) / len(text) <= 0.11
+
+
+def test_a_validation_file_is_held_out_instead(tmp_path, cache):
+    (tmp_path / "train.txt").write_text(STORY)
+    (tmp_path / "held.txt").write_text("held out\n")
+    splits = everything(load(tmp_path / "train.txt", cache, validation=str(tmp_path / "held.txt")))
+    held = [("held.txt", "held out\n")]
+    assert splits == {"train": [("train.txt", STORY)], "validation": held, "test": held}
+
+
+# ---- reading again -------------------------------------------------------------------------------------------------
+
+
+def test_unchanged_files_are_prepared_once(tmp_path, cache, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text(STORY)
+    first = load(path, cache)
+    before = everything(first)
+
+    def prepared_again(*_):
+        raise AssertionError("the corpus was prepared a second time")
+
+    monkeypatch.setattr(corpora, "hold_out", prepared_again)
+    path.touch()
+    again = load(path, cache)
+    assert again.fingerprint == first.fingerprint
+    assert everything(again) == before
+    path.write_text(STORY + "more\n")
+    with pytest.raises(AssertionError, match="second time"):
+        load(path, cache)
+
+
+def test_a_changed_file_is_another_corpus(tmp_path, cache):
+    path = tmp_path / "a.txt"
+    path.write_text(STORY)
+    first = load(path, cache)
+    path.write_text(STORY.replace("story", "novel"))  # the same size
+    second = load(path, cache)
+    assert second.fingerprint != first.fingerprint
+    assert in_all(second) == {"a.txt": STORY.replace("story", "novel")}
+    assert in_all(first) == {"a.txt": STORY}
+
+
+def test_validation_files_and_the_text_field_are_part_of_the_fingerprint(tmp_path, cache):
+    path, held = tmp_path / "a.jsonl", tmp_path / "held.jsonl"
+    path.write_text(json.dumps({"text": "one", "body": "two"}))
+    held.write_text(json.dumps({"text": "three", "body": "four"}))
+    found = [load(path, cache), load(path, cache, text_field="body"), load(path, cache, validation=str(held))]
+    found.append(load(tmp_path / "*.jsonl", cache))
+    held.write_text(json.dumps({"text": "five", "body": "six"}))
+    found.append(load(path, cache, validation=str(held)))
+    assert len({corpus.fingerprint for corpus in found}) == len(found)
+    assert [text for _, text in found[-1].documents("validation")] == ["five"]
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_bytes_that_are_not_utf8_are_shown_with_their_place(tmp_path, cache, mark):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(mark + b"first line\nsecond line\nun caf\xe9 noir\n")
+    at = len(mark) + 29
+    with pytest.raises(InputError, match=rf"latin\.txt is not UTF-8: bytes e9 20 6e 6f at offset {at} \(line 3\)"):
+        load(path, cache)
+
+
+@pytest.mark.parametrize("text", ["", " \n\n\t "])
+def test_an_empty_corpus_is_refused(tmp_path, cache, text):
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text(STORY)
+    with pytest.raises(InputError, match=r"is empty: 1 file\(s\), no text"):
+        load(tmp_path / "a.txt", cache)
+    with pytest.raises(InputError, match=r"data\.validation .* is empty"):
+        load(tmp_path / "b.txt", cache, validation=str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+def test_a_missing_field_is_refused_with_those_that_are_there(tmp_path, cache, suffix):
+    path = tmp_path / f"a{suffix}"
+    write_table(path, "body")
+    with pytest.raises(InputError, match=rf"a\{suffix}, line \d: no text under 'text'; the fields are id, body;"):
+        load(path, cache)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "cut', "line 3: not JSON"),
+        ('["a list"]', "line 3: wanted a JSON object"),
+        ('{"text": 3}', "no text under"),
+    ],
+)
+def test_a_bad_json_line_is_refused_with_its_number(tmp_path, cache, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n\n{line}\n')
+    with pytest.raises(InputError, match=message):
+        load(path, cache)
+
+
+def test_a_pattern_without_files_is_refused(tmp_path, cache):
+    (tmp_path / "a.pdf").write_text(STORY)
+    for pattern in (tmp_path / "*.txt", tmp_path / "absent.txt", tmp_path):
+        with pytest.raises(InputError, match="no file matches"):
+            load(pattern, cache)
+
+
+def test_a_file_cannot_be_held_out_from_itself(tmp_path, cache):
+    (tmp_path / "a.txt").write_text(STORY)
+    with pytest.raises(InputError, match=r"a\.txt is in data\.corpus and in data\.validation"):
+        load(tmp_path / "a.txt", cache, validation=str(tmp_path / "*.txt"))
+
+
+# ---- the embedded plays --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shakespeare(tmp_path_factory) -> dict[str, list[tuple[str, str]]]:
+    return everything(load("shakespeare", tmp_path_factory.mktemp("plays")))
+
+
+def test_six_plays_are_held_out_whole_one_of_each_genre(shakespeare):
+    genre = {name: genre for name, genre, _ in plays.plays()}
+    names = {split: [name for name, _ in documents] for split, documents in shakespeare.items()}
+    held = names["validation"] + names["test"]
+    assert len(names["validation"]) == len(names["test"]) == 3
+    assert sorted(genre[name] for name in held) == sorted(set(genre.values()))
+    assert len(held) == 6
+    assert not set(held) & set(names["train"])
+    assert sorted(names["train"] + held) == sorted(genre)
+    assert len(genre) == 38
+    assert set().union(*plays.HELD_OUT.values()) == set(held)
+
+
+def test_no_speech_of_a_held_out_play_is_in_training(shakespeare):
+    def speeches(split):
+        parts = [part.strip() for _, text in shakespeare[split] for part in re.split(r"^[^\n]+:\n", text, flags=re.M)]
+        return {part for part in parts if len(part) > 80}
+
+    train = speeches("train")
+    assert len(train) > 10_000
+    assert not train & speeches("validation")
+    assert not train & speeches("test")
+
+
+def test_plays_are_plain_text_with_speakers(shakespeare):
+    for documents in shakespeare.values():
+        for name, text in documents:
+            assert len(re.findall(r"^[A-Z][A-Za-z' ]+:$", text, flags=re.M)) > 200, name
+            assert not re.search(r"[*_#\\\r]|[ \t]$|\n\n\n", text, flags=re.M), name
+            assert text.endswith("\n")
+
+
+def test_stage_directions_are_in_brackets_and_speech_is_not(shakespeare):
+    for documents in shakespeare.values():
+        for name, text in documents:
+            for paragraph in text.split("\n\n"):
+                brackets = re.sub(r"[^\[\]]", "", paragraph).replace("[]", "")
+                unclosed = paragraph == "[Burthen [dispersedly, within]"  # so it is in the source
+                assert not brackets or unclosed, (name, paragraph)
+            directions = re.findall(r"\[([^\]]*)\]", text)
+            assert any(direction.startswith(("Exit", "Exeunt")) for direction in directions), name
+            assert not any("\n\n" in direction for direction in directions), name
+
+
+@pytest.mark.parametrize(
+    ("markdown", "text"),
+    [
+        ("**ROMEO**  \r\nShall I  \r\nhear?\r\n", "ROMEO:\nShall I\nhear?\n"),
+        ("_Enter a KING and  \na Queen_\n\n\n\nHo", "[Enter a KING and\na Queen]\n\nHo\n"),
+        (r"__\[Awaking]_", "[Awaking]\n"),
+        ("a [Within]_\n\n_Exit_", "a [Within]\n\n[Exit]\n"),
+        ("a_ b\n\n_Exit_\n\nc", "a_ b\n\n[Exit]\n\nc\n"),
+        ("*Sound a horn.*", "[Sound a horn.]\n"),
+        ("*[He draws his sword.]*", "[He draws his sword.]\n"),
+        ("## ACT I\n\n### SCENE I.", "ACT I\n\nSCENE I.\n"),
+        (r"knight,'\--every 1\. 2", "knight,'--every 1. 2\n"),
+    ],
+)
+def test_markdown_becomes_plain(markdown, text):
+    assert plays.plain(markdown) == text
+
+
+def test_the_plays_have_their_own_validation(tmp_path, cache):
+    (tmp_path / "a.txt").write_text(STORY)
+    with pytest.raises(InputError, match="shakespeare has its own held-out plays"):
+        load("shakespeare", cache, validation=str(tmp_path / "a.txt"))
+
+
+# ---- TFDS ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_catalogue_set_without_held_out_text_is_cut_at_its_end(catalogue, cache):
+    splits = everything(load("bothways_test_set/plain", cache))
+    texts = [text for split in ("train", "validation", "test") for _, text in splits[split]]
+    assert texts == [f"train text {i}" for i in range(100)]
+    assert [len(splits[split]) for split in ("train", "validation", "test")] == [98, 1, 1]
+
+
+def test_a_catalogue_set_keeps_its_own_splits(catalogue, cache):
+    splits = everything(load("bothways_test_set/held", cache, text_field="title"))
+    assert len(splits["train"]) == 100
+    assert [text for _, text in splits["validation"]] == [text for _, text in splits["test"]]
+    assert [text for _, text in splits["test"]] == [f"title {i}" for i in range(3)]
+
+
+def test_a_validation_file_replaces_that_of_a_catalogue_set(catalogue, tmp_path, cache):
+    held = tmp_path / "held.txt"
+    held.write_text("one")
+    own = load("bothways_test_set/held", cache)
+    first = load("bothways_test_set/held", cache, validation=str(held))
+    assert [text for _, text in first.documents("validation")] == ["one"]
+    assert list(first.documents("test")) == list(own.documents("test"))
+    held.write_text("two")
+    second = load("bothways_test_set/held", cache, validation=str(held))
+    assert len({own.fingerprint, first.fingerprint, second.fingerprint}) == 3
+
+
+def test_a_missing_field_of_a_catalogue_set_is_refused_with_those_that_are_there(catalogue, cache):
+    with pytest.raises(InputError, match="has no field 'body'; it has text, title; choose one with --data.text-field"):
+        load("bothways_test_set/plain", cache, text_field="body")
+
+
+@pytest.mark.parametrize("name", ["bothways_test_set/nonsense", "bothways_test_set/plain:7.0.0"])
+def test_an_unknown_config_or_version_of_a_catalogue_set_is_refused(catalogue, cache, name):
+    with pytest.raises(
+        InputError, match=f"TFDS cannot make '{name}': .*(nonsense not found|cannot be loaded at version 7)"
+    ):
+        load(name, cache)
+
+
+def test_a_catalogue_set_that_cannot_be_prepared_here_says_why(catalogue, cache):
+    with pytest.raises(InputError, match=r"'bothways_test_set/broken' cannot be had here: it needs Apache Beam"):
+        load("bothways_test_set/broken", cache)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("wikipdia", "wikipedia"), ("lm1", "lm1b"), ("shakespear", "shakespeare"), ("Wikipedia1/x", "wikipedia")],
+)
+def test_an_unknown_name_suggests_the_near_one(cache, name, near):
+    with pytest.raises(InputError, match=rf"no corpus '{name}': .* did you mean .*\b{near}\b"):
+        load(name, cache)
+
+
+def test_a_name_near_nothing_suggests_nothing(cache):
+    with pytest.raises(InputError, match="not a TFDS name$"):
+        load("qqqqzzzz", cache)
+
+
+def chained(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (ModuleNotFoundError("No module named 'tensorflow'"), "unpacks with TensorFlow"),
+        (
+            chained(RuntimeError("extraction failed"), ImportError("cannot import name 'tensorflow'")),
+            "unpacks with TensorFlow",
+        ),
+        (ModuleNotFoundError("No module named 'apache_beam'"), "needs Apache Beam"),
+        (chained(ValueError("cannot prepare"), AttributeError("module has no attribute 'beam'")), "needs Apache Beam"),
+        (ConnectionError("Max retries exceeded"), "could not be downloaded"),
+        (chained(OSError("failed"), TimeoutError("after 10 s")), "could not be downloaded"),
+        (ConnectionError("https://download.tensorflow.org/data/x.zip"), "could not be downloaded"),
+        (ConnectionError("https://sunbeam.org/x.zip"), "could not be downloaded"),
+        (OSError("no space left on /home/x/tensorflow_datasets/a"), "OSError: no space left"),
+    ],
+)
+def test_the_reason_why_a_set_is_unavailable_is_told_apart(error, why):
+    message = corpora.unavailable("some_set", error)
+    assert message.startswith("TFDS dataset 'some_set' cannot be had here: ")
+    assert why in message

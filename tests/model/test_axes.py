@@ -1,0 +1,71 @@
+"""Every parameter has named axes, and each name stands for the size that it says."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from common.families import FAMILIES, make_module, tiny_inputs
+from model.axes import logical_axes, path_names
+from model.config import TransformerConfig
+from model.mask import Mask
+from model.stack import Stack
+
+
+def check(cfg: TransformerConfig, shapes) -> None:
+    sizes = {
+        "layers": cfg.n_layers,
+        "vocab": cfg.vocab_size,
+        "position": cfg.context,
+        "segment": cfg.segment_types,
+        "embed": cfg.d_model,
+        "heads": cfg.n_heads,
+        "kv_heads": cfg.n_kv_heads,
+        "head": cfg.d_head,
+        "ff": cfg.d_ff,
+        "pooled": cfg.d_model,
+        "classes": 2,
+    }
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    assert leaves
+    for path, leaf in leaves:
+        names = path_names(path)
+        axes = logical_axes(names)
+        assert len(axes) == leaf.ndim, f"{'/'.join(names)}: {axes} for {leaf.shape}"
+        named = tuple(sizes.get(axis, size) for axis, size in zip(axes, leaf.shape, strict=True))
+        assert named == leaf.shape, f"{'/'.join(names)}: {axes} for {leaf.shape}"
+
+
+def test_every_parameter_of_every_recipe_has_axes(recipe_shapes):
+    for cfg, shapes in recipe_shapes.values():
+        check(cfg, shapes)
+
+
+ALL_ON = {"activation": "swiglu", "qk_norm": True, "segment_types": 3, "embed_norm": True} | {
+    "tie_embeddings": False,
+    "next_sentence": True,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_every_parameter_with_all_options_on_has_axes(tiny_with, family, norm_position):
+    """Here all sizes differ, so that axes in the wrong order cannot pass."""
+    cfg = tiny_with(**ALL_ON, norm_position=norm_position, n_heads=10, n_kv_heads=5)
+    module = make_module(family, cfg)
+    check(cfg, jax.eval_shape(lambda: module.init(jax.random.key(0), **tiny_inputs(family))["params"]))
+
+
+def test_every_parameter_of_a_stack_with_cross_attention_has_axes(tiny_with):
+    cfg = tiny_with(n_heads=10, n_kv_heads=5, qk_norm=True)
+    x, places = jnp.zeros((1, 2, 22)), jnp.zeros((1, 2), jnp.int32)
+    inputs = {"memory": x, "memory_mask": Mask.cross(places, places)}
+    stack = Stack(cfg, cross=True)
+    mask = Mask.self_attention(places, causal=True)
+    shapes = jax.eval_shape(lambda: stack.init(jax.random.key(0), x, mask, places, **inputs)["params"])
+    assert "cross" in shapes["blocks"]
+    check(cfg, shapes)
+
+
+def test_a_parameter_without_axes_is_refused_by_name():
+    with pytest.raises(KeyError, match="decoder/blocks/router/kernel"):
+        logical_axes(("decoder", "blocks", "router", "kernel"))

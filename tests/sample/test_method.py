@@ -1,0 +1,160 @@
+"""Scores become a token: the right tokens are kept, and drawn as often as they should be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.errors import InputError
+from sample.method import Method, choose, keep_likely
+
+# Token:        0     1     2     3     4     5
+P = np.array([0.10, 0.40, 0.04, 0.25, 0.06, 0.15])  # in order: 1, 3, 5, 0, 4, 2
+KEEP = jax.jit(keep_likely)
+CHOOSE = jax.jit(choose)
+DRAWS = 8192
+CRITICAL = 35.0  # chi-square of 5 degrees of freedom exceeds it once in a million times
+
+
+def kept(p: np.ndarray, **filters) -> list[set[int]]:
+    logits = jnp.log(jnp.atleast_2d(jnp.asarray(p, jnp.float32)))
+    return [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in np.asarray(KEEP(logits, Method.make(**filters)))]
+
+
+def draw(logits: np.ndarray, seed: int = 0, **settings) -> tuple[np.ndarray, np.ndarray]:
+    keys = jax.random.split(jax.random.key(seed), DRAWS)
+    tokens, logprobs = CHOOSE(jnp.tile(jnp.asarray(logits, jnp.float32), (DRAWS, 1)), keys, Method.make(**settings))
+    return np.asarray(tokens), np.asarray(logprobs)
+
+
+def chi_square(tokens: np.ndarray, p: np.ndarray) -> float:
+    assert set(np.unique(tokens)) <= set(np.flatnonzero(p))
+    seen, wanted = np.bincount(tokens, minlength=len(p))[p > 0], DRAWS * p[p > 0] / p.sum()
+    return float(((seen - wanted) ** 2 / wanted).sum())
+
+
+@pytest.mark.parametrize(
+    ("filters", "tokens"),
+    [
+        ({"top_k": 1}, {1}),
+        ({"top_k": 3}, {1, 3, 5}),
+        ({"top_k": 5}, {1, 3, 5, 0, 4}),
+        ({"top_k": 6}, {0, 1, 2, 3, 4, 5}),
+        ({"top_k": 100}, {0, 1, 2, 3, 4, 5}),
+        ({"top_p": 0.01}, {1}),
+        ({"top_p": 0.39}, {1}),
+        ({"top_p": 0.41}, {1, 3}),
+        ({"top_p": 0.64}, {1, 3}),
+        ({"top_p": 0.66}, {1, 3, 5}),
+        ({"top_p": 0.95}, {1, 3, 5, 0, 4}),
+        ({"top_p": 0.97}, {0, 1, 2, 3, 4, 5}),
+        ({"min_p": 0.09}, {0, 1, 2, 3, 4, 5}),
+        ({"min_p": 0.11}, {1, 3, 5, 0, 4}),
+        ({"min_p": 0.16}, {1, 3, 5, 0}),
+        ({"min_p": 0.5}, {1, 3}),
+        ({"min_p": 1.0}, {1}),
+        ({"top_k": 2, "top_p": 0.6}, {1}),  # of 0.40 and 0.25 alone the first has more than 0.6
+        ({"top_k": 2, "top_p": 0.63}, {1, 3}),
+        ({"top_k": 3, "min_p": 0.5}, {1, 3}),
+        ({"top_p": 0.66, "min_p": 0.5}, {1, 3}),
+        ({"top_p": 0.41, "min_p": 0.1}, {1, 3}),
+    ],
+)
+def test_filters_keep_exactly_the_right_tokens(filters, tokens):
+    assert kept(P, **filters) == [tokens]
+
+
+def test_filters_look_at_every_row_by_itself():
+    rows = np.stack([P, P[::-1], np.full(6, 1 / 6) + np.arange(6) / 1000])
+    assert kept(rows, top_k=2) == [{1, 3}, {4, 2}, {5, 4}]
+    assert kept(rows, top_p=0.66) == [{1, 3, 5}, {4, 2, 0}, {5, 4, 3, 2}]
+
+
+def test_kept_tokens_keep_their_scores():
+    logits = jnp.log(jnp.asarray(P, jnp.float32))[None]
+    out = np.asarray(KEEP(logits, Method.make(top_p=0.66)))
+    np.testing.assert_array_equal(out[0, [1, 3, 5]], np.asarray(logits)[0, [1, 3, 5]])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_distribution_at_a_temperature(temperature):
+    wanted = P ** (1 / temperature) / (P ** (1 / temperature)).sum()
+    tokens, _ = draw(np.log(P), temperature=temperature)
+    assert chi_square(tokens, wanted) < CRITICAL
+    others = [P ** (1 / t) / (P ** (1 / t)).sum() for t in (0.5, 1.0, 2.0) if t != temperature]
+    assert all(chi_square(tokens, other) > CRITICAL for other in others)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ({"top_k": 3}, [1, 3, 5]),
+        ({"top_p": 0.66}, [1, 3, 5]),
+        ({"min_p": 0.16, "temperature": 1.0}, [1, 3, 5, 0]),
+        ({"top_p": 0.66, "temperature": 0.5}, [1, 3]),  # filters look at what the temperature made of it: 0.60, 0.23, ...
+        ({"top_p": 0.66, "temperature": 4.0}, [1, 3, 5, 0]),
+        ({"min_p": 0.5, "temperature": 2.0}, [1, 3, 5, 0]),
+    ],
+)
+def test_filtered_draws_follow_what_is_left(settings, tokens):
+    wanted = np.zeros(6)
+    wanted[tokens] = P[tokens] ** (1 / settings.get("temperature", 1.0))
+    drawn, _ = draw(np.log(P), seed=1, **settings)
+    assert set(drawn.tolist()) == set(tokens)
+    assert chi_square(drawn, wanted) < CRITICAL
+
+
+@pytest.mark.parametrize(
+    "settings", [{"greedy": True}, {"temperature": 0.0}, {"top_k": 1}, {"greedy": True, "top_p": 0.5}]
+)
+def test_greedy_is_the_likeliest_token_whatever_the_key(settings):
+    logits = np.random.default_rng(0).normal(size=(DRAWS, 6)).astype(np.float32)
+    tokens, _ = CHOOSE(logits, jax.random.split(jax.random.key(3), DRAWS), Method.make(**settings))
+    np.testing.assert_array_equal(tokens, logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.3}, {"temperature": 3.0, "top_k": 2}, {"min_p": 0.5}, {"greedy": True}]
+)
+def test_the_logprob_is_that_of_the_unmodified_distribution(settings):
+    shifted = np.log(P) + 7.0  # scores need not be normalised
+    tokens, logprobs = draw(shifted, **settings)
+    np.testing.assert_allclose(logprobs, np.log(P)[tokens], rtol=1e-5)
+
+
+def test_a_row_depends_on_its_own_key_and_scores_only():
+    logits = np.random.default_rng(1).normal(size=(DRAWS, 6)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(5), DRAWS)
+    method = Method.make(top_p=0.9)
+    together, _ = CHOOSE(logits, keys, method)
+    order = np.random.default_rng(2).permutation(DRAWS)
+    shuffled, _ = CHOOSE(logits[order], keys[order], method)
+    np.testing.assert_array_equal(np.asarray(together)[order], shuffled)
+    assert len(set(draw(np.log(P), seed=0)[0][:50].tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"top_k": -1}, "top-k is -1"),
+        ({"top_p": 0.0}, "top-p is 0.0"),
+        ({"top_p": 1.1}, "top-p is 1.1"),
+        ({"top_p": float("nan")}, "top-p is nan"),
+        ({"min_p": -0.1}, "min-p is -0.1"),
+        ({"min_p": 1.1}, "min-p is 1.1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        Method.make(**settings)
+
+
+def test_other_numbers_need_no_new_compilation():
+    keys, logits = jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 6))
+    counted = jax.jit(lambda *arguments: choose(*arguments))
+    for settings in ({"top_k": 3}, {"top_k": 4, "top_p": 0.5}, {"min_p": 0.2, "temperature": 0.7}):
+        counted(logits, keys, Method.make(**settings))
+    assert counted._cache_size() == 1
+    counted(logits, keys, Method.make(greedy=True))
+    assert counted._cache_size() == 2

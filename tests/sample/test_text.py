@@ -1,0 +1,329 @@
+"""A run directory that can be asked: written here without training, read as every verb reads it."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import rundir
+from common.errors import InputError
+from common.recipe import Recipe
+from data import tokenizer as tokenizers
+from sample.text import TextModel, utf8_so_far
+from tests.corpus import made_up_text
+
+CONTEXT = 24
+PROMPTS = ["the king ", "", "a storm in the forest\n"]
+
+
+def write_run(home: Path, model, steps: tuple[int, ...] = (1, 2)) -> dict[int, dict]:
+    """A run as train/loop.py leaves it, with weights drawn at random; returns them by step."""
+    tokenizer = tokenizers.train([made_up_text(60), "caf\u00e9 \U0001f389\n"], "bpe", 330)
+    model = dataclasses.replace(model, n_layers=1, context=CONTEXT, vocab_size=len(tokenizer) + 5)
+    recipe = Recipe(name="tiny", model=model)
+    home.mkdir(parents=True)
+    tokenizer.save(home / "tokenizer.model")
+    (home / "recipe.json").write_text(recipe.to_json())
+    weights = {}
+    with rundir.checkpoint_manager(home, keep=2) as manager:
+        for step in steps:
+            rng = np.random.default_rng(step)
+            shapes = rundir.param_shapes(recipe)
+            weights[step] = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(s.dtype), shapes)  # noqa: B023
+            table = weights[step]["decoder"]["embed"]["token"]["embedding"]
+            table[tokenizer.eos] *= 3  # so that a text may end
+            table[len(tokenizer) :] *= 20  # what is no token would be drawn, if it could
+            items = ocp.args.Composite(
+                params=ocp.args.StandardSave(weights[step]),
+                train=ocp.args.StandardSave({"step": np.int32(step)}),
+                meta=ocp.args.JsonSave({"step": step, "position": 8 * step, "seed": 0}),
+            )
+            manager.save(step, args=items)
+        manager.wait_until_finished()
+    return weights
+
+
+def damage(checkpoint: Path) -> None:
+    """Every file cut to half its size, as a full disk or a lost machine leaves them."""
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tiny) -> Path:
+    home = tmp_path_factory.mktemp("runs") / "tiny"
+    write_run(home, tiny)
+    return home
+
+
+@pytest.fixture(scope="module")
+def model(home) -> TextModel:
+    return TextModel.load(home)
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+def test_results_come_in_the_order_of_prompts_and_draws(model):
+    found = model.sample(PROMPTS, max_tokens=12, num=4)
+    assert [s.prompt for s in found] == [p for p in PROMPTS for _ in range(4)]
+    for sample in found:
+        assert 1 <= sample.tokens <= 12
+        assert sample.logprob < 0
+        assert (sample.stop == "max_tokens") <= (sample.tokens == 12)
+    assert {sample.stop for sample in found} == {"eos", "max_tokens"}
+
+
+def test_a_seed_says_the_same_again_and_another_seed_something_else(model):
+    first, again, other = (model.sample(PROMPTS, max_tokens=12, seed=seed) for seed in (5, 5, 6))
+    assert again == first
+    assert all(a.text != b.text for a, b in zip(first, other, strict=True))
+
+
+def test_draws_differ_and_do_not_depend_on_how_many_there_are(model):
+    many = model.sample(PROMPTS, max_tokens=12, num=4)
+    for i in range(len(PROMPTS)):
+        assert len({s.text for s in many[4 * i : 4 * i + 4]}) == 4
+    few = model.sample(PROMPTS, max_tokens=12, num=2)
+    assert [s.text for s in few] == [many[4 * i + n].text for i in range(len(PROMPTS)) for n in range(2)]
+
+
+def test_a_prompt_says_in_a_batch_what_it_says_alone(model):
+    together = model.sample(PROMPTS, max_tokens=12)
+    for prompt, of_prompt in zip(PROMPTS, together, strict=True):
+        (alone,) = model.sample([prompt], max_tokens=12)
+        assert dataclasses.replace(alone, logprob=0) == dataclasses.replace(of_prompt, logprob=0)
+        assert alone.logprob == pytest.approx(of_prompt.logprob, abs=1e-3)
+
+
+def test_greedy_draws_are_all_the_same(model):
+    found = model.sample(PROMPTS, max_tokens=12, greedy=True, num=2)
+    assert [s.text for s in found[::2]] == [s.text for s in found[1::2]]
+    cold = model.sample(PROMPTS, max_tokens=12, temperature=0.0, num=2, seed=9)
+    assert cold == found
+
+
+def test_entries_that_are_no_token_are_never_drawn(model):
+    assert model.recipe.model.vocab_size > len(model.tokenizer)
+    found = model.sample(PROMPTS, max_tokens=12, temperature=5.0, num=4)
+    assert all(np.isfinite(s.logprob) for s in found)
+    assert all(np.isfinite(s.logprob) for s in model.sample(PROMPTS, max_tokens=4, beams=4, num=4))
+
+
+def test_an_empty_prompt_opens_a_document(model):
+    assert model.encode_prompt("") == [model.tokenizer.bos]
+    assert model.encode_prompt("the king") == model.tokenizer.encode("the king")
+
+
+def test_a_text_goes_on_beyond_the_context(model):
+    (short,) = model.sample(["the king "], max_tokens=12, seed=3)
+    (sample,) = model.sample(["the king "], max_tokens=3 * CONTEXT, seed=3)
+    assert sample.text.startswith(utf8_so_far(short.text))
+    assert CONTEXT < sample.tokens <= 3 * CONTEXT
+
+
+def test_a_prompt_may_fill_the_context_and_no_more(model):
+    prompt = "".join(model.tokenizer.piece(i) for i in model.tokenizer.encode(made_up_text(20))[:CONTEXT])
+    assert len(model.encode_prompt(prompt)) == CONTEXT
+    assert model.sample([prompt], max_tokens=3)[0].tokens >= 1
+    with pytest.raises(InputError, match=rf"the prompt has {CONTEXT + 1} tokens, the model's context is {CONTEXT}"):
+        model.sample(["fine", prompt + "\n"], max_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, "max-tokens is 0"),
+        ({"num": 0}, "num is 0"),
+        ({"stop": ["a", ""]}, "a stop string is empty"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"beams": 2, "num": 3}, "num is 3: a search with --beams 2"),
+        ({"beams": 2, "greedy": True}, "leave out --stream, --stop and --greedy"),
+        ({"beams": 2, "stop": ["a"]}, "leave out --stream, --stop and --greedy"),
+        ({"beams": 2, "stream": print}, "leave out --stream, --stop and --greedy"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(model, settings, message):
+    with pytest.raises(InputError, match=message):
+        model.sample(["the king "], **settings)
+
+
+# ---- stop strings and streaming ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def free(model):
+    """What the model says when nothing stops it; the longest text first."""
+    found = model.sample(PROMPTS, max_tokens=40, num=4, seed=1)
+    return sorted(((s, i) for i, s in enumerate(found)), key=lambda pair: -len(pair[0].text))
+
+
+def test_a_stop_string_cuts_the_text_and_the_count(model, free):
+    whole, index = free[0]
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    sample = model.sample(PROMPTS, max_tokens=40, num=4, seed=1, stop=[stop, "never said"])[index]
+    assert sample.text == whole.text[: whole.text.index(stop)]
+    assert sample.stop == "stop"
+    exact, short = (model.sample(PROMPTS, max_tokens=n, num=4, seed=1)[index] for n in (sample.tokens, sample.tokens - 1))
+    assert exact.text.startswith(sample.text)
+    assert not short.text.startswith(sample.text)
+    assert sample.logprob == pytest.approx(exact.logprob, abs=1e-3)
+
+
+def test_a_stop_string_at_once_leaves_nothing(model, free):
+    whole, index = free[0]
+    sample = model.sample(PROMPTS, max_tokens=40, num=4, seed=1, stop=[whole.text[0]])[index]
+    assert (sample.text, sample.tokens, sample.logprob, sample.stop) == ("", 0, 0, "stop")
+
+
+def test_stop_strings_that_are_not_said_change_nothing(model, free):
+    found = model.sample(PROMPTS, max_tokens=40, num=4, seed=1, stop=["never said", "nor this"])
+    for whole, index in free:
+        assert (found[index].text, found[index].tokens, found[index].stop) == (whole.text, whole.tokens, whole.stop)
+
+
+def stops_in(text: str) -> list[list[str]]:
+    """None; a long one; the beginning of a text and more; one inside another."""
+    middle = text[len(text) // 2 :]
+    return [[], [middle[:6]], [text[:2] + "never", middle[:4]], [middle[:9], middle[2:4], "zz"]]
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_streamed_pieces_make_the_text(model, free, kind):
+    stop = stops_in(free[0][0].text)[kind]
+    whole = model.sample(PROMPTS, max_tokens=40, num=4, seed=1, stop=stop)
+    pieces: dict[int, list[str]] = {i: [] for i in range(len(whole))}
+    streamed = model.sample(
+        PROMPTS, max_tokens=40, num=4, seed=1, stop=stop, stream=lambda i, piece: pieces[i].append(piece)
+    )
+    for i, sample in enumerate(whole):
+        assert "".join(pieces[i]) == streamed[i].text == sample.text
+        assert (streamed[i].tokens, streamed[i].stop) == (sample.tokens, sample.stop)
+        assert all(pieces[i])
+        assert not any(piece.endswith("\ufffd") for piece in pieces[i][:-1])
+    assert max(map(len, pieces.values())) > 3
+    if stop:
+        assert "stop" in {sample.stop for sample in whole}
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=6), max_size=3))
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+def test_nothing_is_shown_that_a_stop_string_takes_back(text, stop):
+    model = object.__new__(TextModel)
+    ends = [(text.index(s) + len(s), text.index(s)) for s in stop if s in text]
+    said, final = min(ends) if ends else (len(text) + 1, len(text))
+    for n in range(min(said, len(text) + 1)):
+        assert text[:final].startswith(model._safe(text[:n], stop))
+    assert model._safe("x" + text, []) == "x" + text
+
+
+def test_a_character_is_shown_when_its_last_byte_is_there():
+    assert utf8_so_far("caf\ufffd\ufffd") == "caf"
+    assert utf8_so_far("caf\u00e9") == "caf\u00e9"
+
+
+# ---- beam search ---------------------------------------------------------------------------------------------------
+
+
+def test_beams_are_ranked_and_at_least_as_likely_as_greedy(model):
+    found = model.sample(PROMPTS, max_tokens=6, beams=4, num=4, length_penalty=0.0)
+    greedy = model.sample(PROMPTS, max_tokens=6, greedy=True)
+    assert [s.prompt for s in found] == [p for p in PROMPTS for _ in range(4)]
+    for i, of_prompt in enumerate(greedy):
+        logprobs = [s.logprob for s in found[4 * i : 4 * i + 4]]
+        assert logprobs == sorted(logprobs, reverse=True)
+        assert logprobs[0] >= of_prompt.logprob - 1e-3
+        assert all(1 <= s.tokens <= 6 for s in found[4 * i : 4 * i + 4])
+        assert all(s.stop == ("max_tokens" if s.tokens == 6 else "eos") for s in found[4 * i : 4 * i + 4])
+    best = model.sample(PROMPTS, max_tokens=6, beams=4, length_penalty=0.0)
+    assert best == found[::4]
+
+
+def test_a_search_stays_inside_the_context(model):
+    prompt = "".join(model.tokenizer.piece(i) for i in model.tokenizer.encode(made_up_text(20))[: CONTEXT - 2])
+    found = model.sample(["the king ", prompt], max_tokens=6, beams=4)
+    assert found[1].tokens <= 2
+    (alone,) = model.sample(["the king "], max_tokens=6, beams=4)
+    assert (alone.text, alone.tokens) == (found[0].text, found[0].tokens)
+    with pytest.raises(InputError, match="fills the model's context"):
+        model.sample([prompt + "\n\n"], beams=2)
+
+
+# ---- scores --------------------------------------------------------------------------------------------------------
+
+
+def test_a_score_is_the_sum_over_the_tokens_of_a_document(model):
+    texts = ["the king ", "a storm in the forest\n", "caf\u00e9"]
+    found = model.score(texts)
+    module, params = model.run.module, model.run.params
+    for text, score in zip(texts, found, strict=True):
+        ids = [model.tokenizer.bos, *model.tokenizer.encode(text)]
+        padded = np.zeros((1, CONTEXT), np.int32)
+        padded[0, : len(ids)] = ids
+        logits = module.apply({"params": params}, padded, method=lambda m, t: m.logits(m(t)[0]))
+        logprobs = jax.nn.log_softmax(logits[0])
+        expected = sum(float(logprobs[i, token]) for i, token in enumerate(ids[1:]))
+        assert (score.text, score.tokens, score.rule) == (text, len(ids) - 1, "causal")
+        assert score.logprob == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_cannot_be_scored_is_refused(model):
+    with pytest.raises(InputError, match="text 2 is empty"):
+        model.score(["fine", ""])
+    with pytest.raises(InputError, match="rule 'pll' is not for a gpt run"):
+        model.score(["fine"], rule="pll")
+
+
+# ---- run directories -----------------------------------------------------------------------------------------------
+
+
+def test_the_newest_checkpoint_is_read(model, home):
+    assert model.run.step == 2
+    assert model.run.home == home
+    assert model.recipe == rundir.read_recipe(home)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, tiny):
+    weights = write_run(tmp_path / "run", tiny)
+    said: list[str] = []
+    whole = TextModel.load(tmp_path / "run", said.append)
+    assert (whole.run.step, said) == (2, [])
+    jax.tree.map(np.testing.assert_array_equal, whole.run.params, weights[2])
+    damage(tmp_path / "run" / "checkpoints" / "2")
+    older = TextModel.load(tmp_path / "run", said.append)
+    assert older.run.step == 1
+    jax.tree.map(np.testing.assert_array_equal, older.run.params, weights[1])
+    assert len(said) == 1
+    assert said[0].startswith("checkpoint 2 is damaged (")
+    assert said[0].endswith("falling back to the one before")
+    damage(tmp_path / "run" / "checkpoints" / "1")
+    with pytest.raises(InputError, match=r"none of the checkpoints \[2, 1\] .* can be read"):
+        TextModel.load(tmp_path / "run", said.append)
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is not a run directory: it has no recipe.json"):
+        TextModel.load(tmp_path)
+    with pytest.raises(InputError, match="absent does not exist"):
+        TextModel.load(str(tmp_path / "absent"))
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path, home):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("recipe.json", "tokenizer.model"):
+        (run / name).write_bytes((home / name).read_bytes())
+    with pytest.raises(InputError, match="run has no checkpoint yet; train it first"):
+        TextModel.load(run)
+    (run / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="run has no checkpoint yet; train it first"):
+        TextModel.load(run)
+    (run / "tokenizer.model").unlink()
+    with pytest.raises(InputError, match="cannot read the tokenizer"):
+        TextModel.load(run)
