@@ -4,11 +4,13 @@ runs/x/recipe.json         the recipe, every derived value filled in
 runs/x/tokenizer.model     sentencepiece
 runs/x/checkpoints/STEP/   orbax: params, train (optimizer and counters), meta (step, data position)
 runs/x/metrics.jsonl       a line per logged step and per evaluation
+runs/x/task.json           of a fine-tuned run: kind, labels, length
 runs/x/events/             TensorBoard
 runs/x/loss.png            the curves
 """
 
 import dataclasses
+import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from common.errors import InputError
 from common.families import make_module, tiny_inputs
 from common.recipe import Recipe
 from data.tokenizer import Tokenizer
+from model.task import TaskModel
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -76,6 +79,21 @@ def newest_whole(manager: ocp.CheckpointManager, restore: Callable[[int], T], sa
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskInfo:
+    """What a fine-tuned run was tuned for; task.json."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    length: int
+    metrics: tuple[str, ...]
+
+    @property
+    def outputs(self) -> int:
+        return {"classify": len(self.labels), "tag": len(self.labels), "span": 2}.get(self.kind, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A trained model, ready to be asked."""
 
@@ -85,6 +103,8 @@ class Run:
     module: nn.Module
     params: Any
     step: int
+    task: TaskInfo | None = None
+    """What it was fine-tuned for, if it was."""
 
 
 def read_recipe(home: Path) -> Recipe:
@@ -96,10 +116,28 @@ def read_recipe(home: Path) -> Recipe:
     return Recipe.from_json(path.read_text())
 
 
-def param_shapes(recipe: Recipe) -> Any:
-    """Shapes of a recipe's parameters, with nothing allocated."""
-    module = make_module(recipe.family, recipe.model)
-    return jax.eval_shape(lambda: module.init(jax.random.key(0), **tiny_inputs(recipe.family))["params"])
+def read_task(home: Path) -> TaskInfo | None:
+    """What the run was fine-tuned for; None if it was not."""
+    path = home / "task.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    return TaskInfo(**found | {"labels": tuple(found["labels"]), "metrics": tuple(found["metrics"])})
+
+
+def module_of(recipe: Recipe, task: TaskInfo | None = None) -> nn.Module:
+    """The module whose parameters a run holds: a family's, or that under a task's head."""
+    if task is None:
+        return make_module(recipe.family, recipe.model)
+    return TaskModel(recipe.model.resolved(), recipe.family, task.kind, task.outputs)
+
+
+def param_shapes(recipe: Recipe, task: TaskInfo | None = None) -> Any:
+    """Shapes of a run's parameters, with nothing allocated."""
+    inputs = tiny_inputs(recipe.family)
+    if task is not None:
+        inputs |= {"segments": inputs["tokens"] + 1, "types": inputs["tokens"]}
+    return jax.eval_shape(lambda: module_of(recipe, task).init(jax.random.key(0), **inputs)["params"])
 
 
 def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None) -> Run:
@@ -113,7 +151,8 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None) ->
     """
     recipe = read_recipe(home)
     tokenizer = Tokenizer.load(home / "tokenizer.model")
-    shapes = param_shapes(recipe)
+    task = read_task(home)
+    shapes = param_shapes(recipe, task)
     one = SingleDeviceSharding(jax.devices()[0])
     shardings = place(shapes) if place else jax.tree.map(lambda _: one, shapes)
     targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
@@ -127,4 +166,4 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None) ->
         found = newest_whole(manager, restore, say)
     if found is None:
         raise InputError(f"{home} has no checkpoint yet; train it first")
-    return Run(home, recipe, tokenizer, make_module(recipe.family, recipe.model), found[1], found[0])
+    return Run(home, recipe, tokenizer, module_of(recipe, task), found[1], found[0], task)

@@ -145,7 +145,7 @@ class Pairs:
         a, b = (self._sentence_start(x, begin, end) for x in (at, min(at + self.room, end)))
         if b - a < 2:  # a sentence longer than the piece
             a, b = at, min(at + self.room, end)
-        return {"piece": np.asarray(self.ids[a : min(b, a + self.room)], np.int32), "index": np.int64(index)}
+        return {"piece": np.asarray(self.ids[a:b], np.int32), "index": np.int64(index)}
 
     def _sentence_start(self, at: int, begin: int, end: int) -> int:
         """The first place from `at` on where a sentence begins."""

@@ -48,6 +48,8 @@ class Tokenizer:
         self.sp = spm.SentencePieceProcessor(model_proto=model)
         self.pad, self.unk, self.bos, self.eos = 0, 1, 2, 3
         self.mask = self.sp.piece_to_id(MASK)
+        self._byte_lengths = self.byte_lengths()
+        self._byte_lengths[self.mask] = len(MASK)
 
     def __len__(self) -> int:
         return self.sp.get_piece_size()
@@ -59,6 +61,18 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Text to ids, without bos or eos."""
         return self.sp.encode(text)
+
+    def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, first character, end) of every token; the bytes of one character share its place."""
+        raw = np.frombuffer(text.encode(), np.uint8)
+        first_bytes = np.append((raw & 0xC0) != 0x80, True)  # not in the middle of a character
+        character = np.cumsum(first_bytes) - 1
+        found, begin = [], 0
+        for token in self.encode(text):
+            end = begin + int(self._byte_lengths[token])
+            found.append((token, int(character[begin]), int(character[end - 1]) + 1))
+            begin = end
+        return found
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         return self.sp.encode(texts, num_threads=os.cpu_count() or 1)

@@ -33,6 +33,8 @@ PARAMETER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("pooler", "bias"): ("norm",),
     ("classes", "kernel"): ("embed", "classes"),
     ("classes", "bias"): ("classes",),
+    ("task_head", "kernel"): ("embed", "classes"),
+    ("task_head", "bias"): ("classes",),
 }
 NORM_AXES = {"scale": ("norm",), "bias": ("norm",)}
 

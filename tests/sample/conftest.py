@@ -37,8 +37,8 @@ class TinyGPT:
 
 @pytest.fixture(scope="session")
 def gpt(tiny) -> TinyGPT:
-    """Two layers with weights drawn at random, and no token that ends a text."""
-    cfg = dataclasses.replace(tiny, n_layers=2)
+    """One layer with weights drawn at random, and no token that ends a text."""
+    cfg = dataclasses.replace(tiny, n_layers=1)
     module = GPT(cfg)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     rng = np.random.default_rng(7)

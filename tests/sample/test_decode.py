@@ -77,13 +77,12 @@ def test_a_chain_is_followed_to_its_end(drawn_by_hand):
 
 
 def test_eos_as_the_last_token_allowed_is_eos(drawn_by_hand):
-    rows = drawn_by_hand([[2], [1]], GREEDY, 3)
-    assert [(row.tokens, row.stop) for row in rows] == [([4, 5, 0], "eos"), ([2, 4, 5], "max_tokens")]
+    rows = drawn_by_hand([[2], [1], [2], [1]], GREEDY, 3)
+    assert [(row.tokens, row.stop) for row in rows] == [([4, 5, 0], "eos"), ([2, 4, 5], "max_tokens")] * 2
 
 
 def test_both_ways_of_a_fork_are_taken(drawn_by_hand):
-    rows = [Row([3], jax.random.key(i)) for i in range(32)]
-    drawn_by_hand.decoder.generate(drawn_by_hand.model.params, rows, SAMPLING, 1)
+    rows = [row for seed in range(8) for row in drawn_by_hand([[1, 3], [2, 3], [5, 3], [6, 3]], SAMPLING, 1, seed=seed)]
     ended = [row.stop == "eos" for row in rows]
     assert 8 <= sum(ended) <= 24
     np.testing.assert_allclose([row.logprobs for row in rows], np.log(0.5), rtol=1e-5)
@@ -123,18 +122,16 @@ def test_in_chunks_it_is_the_same_text(memory, method, chunk):
 
 
 def test_a_row_stopped_from_outside_ends_and_the_others_do_not(memory):
-    prompts = PROMPTS[:3]
-
     def stop_the_second(rows):
         for row in rows:
             if row.context[:1] == [2] and len(row.tokens) >= 4:
                 row.stop = "stop"
 
-    free = memory(prompts, SAMPLING, 20, seed=4)
-    rows = memory(prompts, SAMPLING, 20, seed=4, chunk=4, after_chunk=stop_the_second)
+    free = memory(PROMPTS, SAMPLING, 20, seed=4)
+    rows = memory(PROMPTS, SAMPLING, 20, seed=4, chunk=4, after_chunk=stop_the_second)
     assert len(free[1].tokens) > 4
     assert (rows[1].tokens, rows[1].stop) == (free[1].tokens[:4], "stop")
-    assert [row.tokens for row in (rows[0], rows[2])] == [row.tokens for row in (free[0], free[2])]
+    assert [row.tokens for row in rows[:1] + rows[2:]] == [row.tokens for row in free[:1] + free[2:]]
 
 
 def test_other_keys_say_something_else(memory):

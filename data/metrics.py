@@ -1,0 +1,115 @@
+"""The papers' metrics, from scikit-learn and scipy; those of SQuAD and CoNLL by their own definition."""
+
+import collections
+import re
+import string
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from common.errors import InputError
+
+POSITIVE = {
+    "equivalent": "equivalent",
+    "not_equivalent": "equivalent",
+    "duplicate": "duplicate",
+    "not_duplicate": "duplicate",
+}
+"""The label that F1 counts in MRPC and QQP, by any label of the task."""
+
+
+def sklearn_metrics():
+    try:
+        import sklearn.metrics
+    except ModuleNotFoundError as e:
+        raise InputError(
+            "fine-tuning reports through scikit-learn, which is not installed: pip install 'bothways[finetune]'"
+        ) from e
+    return sklearn.metrics
+
+
+def normalised(answer: str) -> list[str]:
+    """Words of an answer: lower case, without punctuation and articles (arXiv 1606.05250, section 6.1)."""
+    text = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def span_scores(gold: Sequence[str], got: str) -> tuple[float, float]:
+    """(exact match, F1 of words) of an answer against the best of the accepted ones; no answer is the empty text."""
+    exact, f1, words = 0.0, 0.0, normalised(got)
+    for answer in gold or [""]:
+        right = normalised(answer)
+        exact = max(exact, float(words == right))
+        common = sum((collections.Counter(words) & collections.Counter(right)).values())
+        if not words or not right:
+            f1 = max(f1, float(words == right))
+        elif common:
+            f1 = max(f1, 2 * common / (len(words) + len(right)))
+    return exact, f1
+
+
+def entity_f1(gold: Sequence[Sequence[str]], got: Sequence[Sequence[str]]) -> float:
+    """F1 of whole entities, micro-averaged, from B-, I-, O tags (CoNLL-2003)."""
+
+    def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:
+        found, start, kind = set(), None, ""
+        for i, tag in enumerate([*tags, "O"]):
+            prefix, _, name = tag.partition("-")
+            if start is not None and (prefix != "I" or name != kind):
+                found.add((start, i, kind))
+                start = None
+            if prefix in ("B", "I") and start is None:
+                start, kind = i, name
+        return found
+
+    pairs = [(entities(a), entities(b)) for a, b in zip(gold, got, strict=True)]
+    right = sum(len(a & b) for a, b in pairs)
+    total = sum(len(a) + len(b) for a, b in pairs)
+    return 2 * right / total if total else 1.0
+
+
+def compute(metric: str, gold: Sequence, got: Sequence) -> float:
+    """One metric over items. Tags come as a list per item, spans as (accepted answers) against (answer)."""
+    if metric == "entity_f1":
+        return entity_f1(gold, got)
+    if metric in ("span_f1", "exact_match"):
+        return float(np.mean([span_scores(a, b)[metric == "span_f1"] for a, b in zip(gold, got, strict=True)]))
+    if gold and isinstance(gold[0], list):
+        gold, got = [g for item in gold for g in item], [g for item in got for g in item]
+    if metric in ("pearson", "spearman"):
+        import scipy.stats
+
+        measure = scipy.stats.pearsonr if metric == "pearson" else scipy.stats.spearmanr
+        return float(measure(gold, got).statistic) if len(set(got)) > 1 else 0.0
+    m = sklearn_metrics()
+    measures: dict[str, Callable[[], float]] = {
+        "accuracy": lambda: m.accuracy_score(gold, got),
+        "macro_f1": lambda: m.f1_score(gold, got, average="macro", zero_division=0.0),
+        "matthews": lambda: m.matthews_corrcoef(gold, got),
+        "f1": lambda: m.f1_score(
+            gold, got, pos_label=POSITIVE.get(str(gold[0]), sorted(set(gold))[-1]), zero_division=0.0
+        ),
+    }
+    return float(measures[metric]())
+
+
+def naive_bayes(train: Sequence[str], labels: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Multinomial naive Bayes on words and pairs of words: what counting alone can do."""
+    sklearn_metrics()
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.naive_bayes import MultinomialNB
+
+    words = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
+    model = MultinomialNB().fit(words.fit_transform(train), labels)
+    return list(model.predict(words.transform(texts)))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): the 95 % interval of a mean by Student's t; of one value, the value."""
+    import scipy.stats
+
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, mean, mean
+    half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    return mean, mean - half, mean + half

@@ -1,0 +1,182 @@
+"""Labelled items as model inputs, of one fixed length. The layout is BERT's and GPT-1's alike: bos A eos, bos A eos B eos."""
+
+from typing import Any
+
+import numpy as np
+
+from common.errors import InputError
+from data.tasks import Item, Task
+from data.tokenizer import Tokenizer
+
+Example = dict[str, np.ndarray]
+
+
+def wrap(a: list[int], b: list[int] | None, tokenizer: Tokenizer, length: int) -> Example:
+    """{"tokens", "segments", "types"}, each [length]; the longer text loses its end where both do not fit."""
+    a, b = list(a), None if b is None else list(b)
+    room = length - (2 if b is None else 3)
+    while len(a) + len(b or []) > room:
+        longer = a if b is None or len(a) >= len(b) else b
+        longer.pop()
+    ids = [tokenizer.bos, *a, tokenizer.eos] + ([] if b is None else [*b, tokenizer.eos])
+    fill = length - len(ids)
+    first = len(a) + 2
+    return {
+        "tokens": np.array(ids + [tokenizer.pad] * fill, np.int32),
+        "segments": np.array([1] * len(ids) + [0] * fill, np.int32),
+        "types": np.array([0] * first + [1] * (len(ids) - first) + [0] * fill, np.int32),
+    }
+
+
+def encode(item: Item, kind: str, labels: tuple[str, ...], tokenizer: Tokenizer, length: int) -> list[Example]:
+    """Model inputs of one item, with its label where it has one. Only spans of a long document give more than one."""
+    if kind in ("classify", "regress"):
+        second = tokenizer.encode(item["text_b"]) if "text_b" in item else None
+        example = wrap(tokenizer.encode(item["text"]), second, tokenizer, length)
+        label = item.get("label", 0 if kind == "regress" else labels[0])
+        value = np.float32(label) if kind == "regress" else np.int32(labels.index(label))
+        return [example | {"label": value, "weight": np.float32(1)}]
+    if kind == "tag":
+        return [encode_words(item, labels, tokenizer, length)]
+    if kind == "choice":
+        question = tokenizer.encode(item["text"])
+        each = [wrap(question, tokenizer.encode(choice), tokenizer, length) for choice in item["choices"]]
+        stacked = {k: np.stack([e[k] for e in each]) for k in each[0]}
+        return [stacked | {"label": np.int32(item.get("label", 0)), "weight": np.float32(1)}]
+    return span_windows(item, tokenizer, length)
+
+
+def encode_words(item: Item, labels: tuple[str, ...], tokenizer: Tokenizer, length: int) -> Example:
+    """Tags: a word's label stands at its first piece; all other places have weight 0. `word` is the word's index there."""
+    ids, first = [], []
+    for i, word in enumerate(item["words"]):
+        first.append(len(ids) + 1)
+        ids += tokenizer.encode((" " if i else "") + word)
+    example = wrap(ids[: length - 2], None, tokenizer, length)
+    label, weight, word_at = np.zeros(length, np.int32), np.zeros(length, np.float32), np.full(length, -1, np.int32)
+    for i, place in enumerate(first):
+        if place < length - 1:
+            label[place] = labels.index(item["label"][i]) if "label" in item else 0
+            weight[place], word_at[place] = 1, i
+    return example | {"label": label, "weight": weight, "word": word_at}
+
+
+def span_windows(item: Item, tokenizer: Tokenizer, length: int, most_question: int = 64) -> list[Example]:
+    """Questions on a document, which is cut into windows that overlap by half (BERT's SQuAD code strides likewise).
+
+    `start` and `end` are token places of the first answer, both 0 (the place of bos) where the window has none.
+    `begin_char` and `end_char` [length] map places back to the document, -1 where a place may not answer.
+    """
+    question = tokenizer.encode(item["text"])[:most_question]
+    pieces = tokenizer.encode_with_offsets(item["text_b"])
+    room = length - len(question) - 3
+    if room < 8:
+        raise InputError(
+            f"a question of {len(question)} tokens leaves {room} of {length} for its document; use a longer --length"
+        )
+    windows, at = [], 0
+    while True:
+        part = pieces[at : at + room]
+        offset = len(question) + 2
+        example = wrap(question, [p[0] for p in part], tokenizer, length)
+        begin, end = np.full(length, -1, np.int32), np.full(length, -1, np.int32)
+        for i, (_, b, e) in enumerate(part):
+            begin[offset + i], end[offset + i] = b, e
+        start = stop = 0
+        if item.get("answers"):
+            first, text = item["answers"][0]
+            inside = [offset + i for i, (_, b, e) in enumerate(part) if b < first + len(text) and e > first]
+            if inside and part[0][1] <= first and part[-1][2] >= first + len(text):
+                start, stop = inside[0], inside[-1]
+        windows.append(
+            example
+            | {
+                "start": np.int32(start),
+                "end": np.int32(stop),
+                "begin_char": begin,
+                "end_char": end,
+                "weight": np.float32(1),
+            }
+        )
+        if at + room >= len(pieces):
+            return windows
+        at += max(1, room // 2)
+
+
+class TaskRows:
+    """A random-access source of a split's examples for grain; `item_of[i]` is the item that example i comes from."""
+
+    def __init__(self, items: list[Item], task: Task, tokenizer: Tokenizer, length: int):
+        self.examples: list[Example] = []
+        self.item_of: list[int] = []
+        if task.kind == "choice" and len({len(item["choices"]) for item in items}) > 1:
+            raise InputError(f"task {task.name}: every item must have the same number of choices")
+        for i, item in enumerate(items):
+            encoded = encode(item, task.kind, task.labels, tokenizer, length)
+            self.examples += encoded
+            self.item_of += [i] * len(encoded)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[int(index)]
+
+
+def as_is(row: Example, rng: Any) -> Example:
+    """The example function of tasks: rows are examples already."""
+    return row
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    exp = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return exp / exp.sum(axis=-1, keepdims=True)
+
+
+def decisions(
+    info: Any, scores: np.ndarray, examples: list[Example], item_of: list[int], items: list[Item], longest: int = 30
+) -> list[tuple[Any, Any]]:
+    """(answer, probability) of every item, from a task head's scores.
+
+    Args:
+      info: kind and labels of the task.
+      scores: [examples, outputs]; [examples, T, outputs] for tag; [examples, T, 2] for span, start and end, with
+        places that may not answer far below; [examples * choices, 1] for choice.
+      longest: tokens in an answer span.
+
+    Returns:
+      classify: a label; regress: a number and None; tag: a label and a probability per word; choice: an index;
+      span: a piece of the document, or the empty text where no answer is likelier.
+    """
+    if info.kind == "classify":
+        p = softmax(scores)
+        return [(info.labels[int(i)], float(row[i])) for i, row in zip(p.argmax(axis=1), p, strict=True)]
+    if info.kind == "regress":
+        return [(float(s), None) for s in scores[:, 0]]
+    if info.kind == "choice":
+        p = softmax(scores.reshape(len(items), -1))
+        return [(int(i), float(row[i])) for i, row in zip(p.argmax(axis=1), p, strict=True)]
+    if info.kind == "tag":
+        found = []
+        for row, example in zip(softmax(scores), examples, strict=True):
+            places = np.flatnonzero(example["word"] >= 0)
+            best = row[places].argmax(axis=-1)
+            found.append(
+                ([info.labels[int(b)] for b in best], [float(row[p, b]) for p, b in zip(places, best, strict=True)])
+            )
+        return found
+    best_span: list[tuple[float, str, float]] = [(-np.inf, "", 0.0)] * len(items)
+    none = [np.inf] * len(items)
+    for row, example, i in zip(scores, examples, item_of, strict=True):
+        start, end = row[:, 0], row[:, 1]
+        none[i] = min(none[i], float(start[0] + end[0]))
+        places = np.flatnonzero(example["begin_char"] >= 0)
+        pairs = start[places][:, None] + end[places][None, :]
+        ahead = np.subtract.outer(np.arange(len(places)), np.arange(len(places)))
+        pairs = np.where((ahead <= 0) & (ahead > -longest), pairs, -np.inf)
+        a, b = np.unravel_index(pairs.argmax(), pairs.shape)
+        if pairs[a, b] > best_span[i][0]:
+            text = items[i]["text_b"][example["begin_char"][places[a]] : example["end_char"][places[b]]].strip()
+            p = float(softmax(start)[places[a]] * softmax(end)[places[b]])
+            best_span[i] = (float(pairs[a, b]), text, p)
+    return [(text, p) if score > none[i] else ("", 1 - p) for i, (score, text, p) in enumerate(best_span)]

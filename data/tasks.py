@@ -1,0 +1,260 @@
+"""Labelled tasks: GLUE, SQuAD and CoNLL through TFDS, files of the user's, and two on Shakespeare's plays."""
+
+import collections
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError
+from data import files, plays
+from data.corpora import quiet_tfds, unavailable
+
+Item = dict[str, Any]
+
+# name: fields of the text or pair, metrics (the first one leads), validation split. The test labels are not public.
+GLUE: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
+    "cola": (("sentence",), ("matthews",), "validation"),
+    "sst2": (("sentence",), ("accuracy",), "validation"),
+    "mrpc": (("sentence1", "sentence2"), ("f1", "accuracy"), "validation"),
+    "stsb": (("sentence1", "sentence2"), ("pearson", "spearman"), "validation"),
+    "qqp": (("question1", "question2"), ("f1", "accuracy"), "validation"),
+    "mnli": (("premise", "hypothesis"), ("accuracy",), "validation_matched"),
+    "qnli": (("question", "sentence"), ("accuracy",), "validation"),
+    "rte": (("sentence1", "sentence2"), ("accuracy",), "validation"),
+    "wnli": (("sentence1", "sentence2"), ("accuracy",), "validation"),
+}
+EMBEDDED = ("shakespeare_genre", "shakespeare_speaker")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Items by split, and what they ask.
+
+    An item holds, by kind:
+      classify: text, text_b (pairs), label (a name);   regress: the same with a number
+      tag: words, label (a name per word)
+      span: text (the question), text_b (the document), answers: [(first character, text)], none if unanswerable
+      choice: text, choices, label (the index of the right one)
+    """
+
+    name: str
+    kind: str
+    splits: dict[str, list[Item]]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+
+def load(name: str, *, text: str = "text", pair: str = "text_b", label: str = "label", seed: int = 0) -> Task:
+    """The task of this name: an embedded one, `glue/NAME`, `squad`, `squad/v2.0`, `conll2003`, or a file.
+
+    Args:
+      text, pair, label: columns of a CSV, TSV or JSONL file.
+
+    Raises:
+      InputError: no such task, unreadable files, empty fields, or a set that cannot be had here (and why).
+    """
+    if name in EMBEDDED:
+        return speeches(name)
+    if files.looks_like_files(name):
+        return from_file(name, text, pair, label, seed)
+    if name.startswith("glue/") and name[5:] in GLUE:
+        return glue(name[5:])
+    if name in ("squad", "squad/v1.1", "squad/v2.0"):
+        return squad(name)
+    if name in ("conll2003", "conll2003/conll2003"):
+        return conll()
+    known = [*EMBEDDED, *(f"glue/{g}" for g in GLUE), "squad", "squad/v2.0", "conll2003"]
+    raise InputError(f"no task {name!r}; there are {', '.join(known)}, and any CSV, TSV or JSONL file")
+
+
+def checked(task: Task) -> Task:
+    """The task, with every label of validation and test seen in training.
+
+    Raises:
+      InputError: a label that training never shows, an empty text, a split without items.
+    """
+    for split, items in task.splits.items():
+        if not items:
+            raise InputError(f"task {task.name}: the {split} split is empty")
+        for i, item in enumerate(items):
+            parts = item.get("words") or [item[k] for k in ("text", "text_b") if k in item] + item.get("choices", [])
+            if not parts or any(not str(part).strip() for part in parts):
+                raise InputError(f"task {task.name}: item {i + 1} of {split} has an empty field: {str(item)[:120]}")
+            if task.kind in ("classify", "tag"):
+                for label in item["label"] if task.kind == "tag" else [item["label"]]:
+                    if label not in task.labels:
+                        raise InputError(
+                            f"task {task.name}: item {i + 1} of {split} has the label {label!r}, which training never shows; "
+                            f"training has {', '.join(task.labels[:10])}"
+                        )
+    return task
+
+
+def seen_labels(items: list[Item]) -> tuple[str, ...]:
+    found: set[str] = set()
+    for item in items:
+        found |= set(item["label"]) if isinstance(item["label"], list) else {item["label"]}
+    return tuple(sorted(found))
+
+
+def speeches(name: str, least_words: int = 20, speakers: int = 10) -> Task:
+    """Speeches of `least_words` or more; what to tell of each is its play's genre, or which great role speaks it.
+
+    Genre: the plays held out of language modelling are the test, one of each genre; the last act's share of each
+    training play is validation. Speaker: the roles with most speeches, a tenth of each role's speeches held out
+    for validation and a tenth for test, in blocks.
+    """
+    found: dict[str, list[Item]] = {"train": [], "validation": [], "test": []}
+    by_speaker: dict[str, list[Item]] = collections.defaultdict(list)
+    for play, genre, text in plays.plays():
+        items = []
+        for block in text.split("\n\n"):
+            head, _, body = block.partition("\n")
+            if head.endswith(":") and len(body.split()) >= least_words:
+                items.append({"text": body.strip(), "label": genre})
+                by_speaker[f"{head[:-1].title()} ({play})"].append({"text": body.strip()})
+        if plays.split_of(play) == "train":
+            cut = int(len(items) * 0.9)
+            found["train"] += items[:cut]
+            found["validation"] += items[cut:]
+        else:
+            found["test"] += items
+    if name == "shakespeare_speaker":
+        found = {"train": [], "validation": [], "test": []}
+        for speaker, items in sorted(by_speaker.items(), key=lambda s: -len(s[1]))[:speakers]:
+            labelled = [item | {"label": speaker} for item in items]
+            a, b = int(len(items) * 0.8), int(len(items) * 0.9)
+            for split, part in zip(found, (labelled[:a], labelled[a:b], labelled[b:]), strict=True):
+                found[split] += part
+    return checked(Task(name, "classify", found, seen_labels(found["train"]), ("accuracy", "macro_f1")))
+
+
+def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task:
+    """A table or JSONL file: `text`, maybe `text_b`, `label`; or words and labels; question, context, answers; choices.
+
+    The files of a glob named *train*, *valid* or *dev*, and *test* are its splits; otherwise a tenth each is held out.
+    """
+    by_split: dict[str, list[tuple[Path, int, dict]]] = collections.defaultdict(list)
+    for path in files.matching(pattern):
+        if path.suffix not in (".csv", ".tsv", ".jsonl"):
+            raise InputError(f"{path}: a labelled file is .csv, .tsv or .jsonl")
+        split = next(
+            (s for w, s in (("valid", "validation"), ("dev", "validation"), ("test", "test")) if w in path.stem), "train"
+        )
+        by_split[split] += [(path, number, record) for number, record in files.records(path)]
+    records = by_split["train"]
+    if not records:
+        raise InputError(f"{pattern}: no labelled records to train on")
+    fields = records[0][2]
+    if "words" in fields:
+        kind, make = "tag", lambda r: {"words": list(r["words"]), "label": list(r["labels"])}
+    elif "context" in fields and "question" in fields:
+        kind = "span"
+
+        def make(r: dict) -> Item:
+            answers = [(a["start"], a["text"]) for a in r["answers"]]
+            return {"text": r["question"], "text_b": r["context"], "answers": answers}
+
+    elif "choices" in fields:
+        kind, make = "choice", lambda r: {"text": r[text], "choices": list(r["choices"]), "label": int(r[label])}
+    else:
+        numbers = all(is_number(str(r.get(label))) for _, _, r in records)
+        kind = "regress" if numbers and any("." in str(r[label]) for _, _, r in records) else "classify"
+
+        def make(r: dict) -> Item:
+            second = {"text_b": r[pair]} if pair in fields else {}
+            return {"text": r[text], **second, "label": float(r[label]) if kind == "regress" else str(r[label])}
+
+    def items(records: list[tuple[Path, int, dict]]) -> list[Item]:
+        made = []
+        for path, number, record in records:
+            try:
+                item = make(record)
+            except (KeyError, TypeError, ValueError) as e:
+                raise InputError(
+                    f"{path}, line {number}: {type(e).__name__} {e}; the fields are {', '.join(map(str, record))}; "
+                    "name them with --text-field, --pair-field and --label-field"
+                ) from e
+            if any(value in (None, "") for value in item.values()):
+                raise InputError(f"{path}, line {number}: an empty field in {str(record)[:100]}")
+            made.append(item)
+        return made
+
+    splits = {split: items(part) for split, part in by_split.items()}
+    if set(splits) == {"train"}:
+        rest = list(splits["train"])
+        random.Random(seed).shuffle(rest)
+        n = max(1, len(rest) // 10)
+        splits = {"train": rest[2 * n :], "validation": rest[:n], "test": rest[n : 2 * n]}
+    splits.setdefault("validation", splits.get("test", []))
+    splits.setdefault("test", splits["validation"])
+    metrics = {"classify": ("accuracy", "macro_f1"), "regress": ("pearson", "spearman"), "tag": ("entity_f1", "accuracy")}
+    metrics |= {"span": ("span_f1", "exact_match"), "choice": ("accuracy",)}
+    labels = seen_labels(splits["train"]) if kind in ("classify", "tag") else ()
+    return checked(Task(Path(pattern).stem, kind, splits, labels, metrics[kind]))
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def tfds_splits(name: str, wanted: dict[str, str]) -> tuple[dict[str, list[dict]], Any]:
+    """Records of a TFDS set by split, and its features."""
+    with quiet_tfds() as tfds:
+        import tensorflow_datasets.question_answering
+        import tensorflow_datasets.text  # noqa: F401
+
+        try:
+            builder = tfds.builder(name, file_format="array_record")
+            builder.download_and_prepare()
+        except Exception as e:
+            raise InputError(unavailable(name, e)) from e
+        return {s: list(builder.as_data_source(theirs)) for s, theirs in wanted.items()}, builder.info.features
+
+
+def glue(name: str) -> Task:
+    """A GLUE task (arXiv 1804.07461). Its test labels are not public: validation serves as test."""
+    names, metrics, validation = GLUE[name]
+    records, features = tfds_splits(f"glue/{name}", {"train": "train", "validation": validation})
+    kind = "regress" if name == "stsb" else "classify"
+
+    def item(r: dict) -> Item:
+        label = float(r["label"]) if kind == "regress" else features["label"].int2str(int(r["label"]))
+        return {key: r[field].decode() for key, field in zip(("text", "text_b"), names, strict=False)} | {"label": label}
+
+    splits = {split: [item(r) for r in part] for split, part in records.items()}
+    splits["test"] = splits["validation"]
+    labels = seen_labels(splits["train"]) if kind == "classify" else ()
+    return checked(Task(f"glue/{name}", kind, splits, labels, metrics))
+
+
+def squad(name: str) -> Task:
+    """SQuAD 1.1 (arXiv 1606.05250), or 2.0 with questions that have no answer (arXiv 1806.03822)."""
+    full = {"squad": "squad/v1.1"}.get(name, name)
+    records, _ = tfds_splits(full, {"train": "train", "validation": "validation"})
+
+    def item(r: dict) -> Item:
+        starts, texts = r["answers"]["answer_start"], r["answers"]["text"]
+        answers = [(int(s), t.decode()) for s, t in zip(starts, texts, strict=True)]
+        return {"text": r["question"].decode(), "text_b": r["context"].decode(), "answers": answers}
+
+    splits = {split: [item(r) for r in part] for split, part in records.items()}
+    return Task(name, "span", splits | {"test": splits["validation"]}, (), ("span_f1", "exact_match"))
+
+
+def conll() -> Task:
+    """CoNLL-2003 named entities."""
+    wanted = {"train": "train", "validation": "dev", "test": "test"}
+    records, features = tfds_splits("conll2003", wanted)
+    names = features["ner"].feature
+
+    def item(r: dict) -> Item:
+        return {"words": [w.decode() for w in r["tokens"]], "label": [names.int2str(int(t)) for t in r["ner"]]}
+
+    splits = {split: [item(r) for r in part if len(r["tokens"])] for split, part in records.items()}
+    return checked(Task("conll2003", "tag", splits, seen_labels(splits["train"]), ("entity_f1", "accuracy")))

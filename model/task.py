@@ -1,0 +1,79 @@
+"""A trained body with a new head: classify, regress, tag tokens, mark a span, choose."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from model.bert import BERT
+from model.config import TransformerConfig
+from model.gpt import GPT
+
+Kind = Literal["classify", "regress", "tag", "span", "choice"]
+
+
+class TaskHead(nn.Module):
+    """Dropout and one linear layer, float32."""
+
+    outputs: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: Float[jax.Array, "... D"], deterministic: bool) -> Float[jax.Array, "... O"]:
+        x = nn.Dropout(self.dropout, deterministic=deterministic)(x.astype(jnp.float32))
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.outputs), jnp.float32)
+        return x @ kernel + self.param("bias", nn.initializers.zeros, (self.outputs,), jnp.float32)
+
+
+class TaskModel(nn.Module):
+    """A GPT or BERT under a task head (arXiv 1810.04805, section 3.2; GPT-1, section 3.2).
+
+    classify, regress and choice read one vector per text: of a BERT the pooler's (or the first token's where
+    there is no pooler), of a GPT the last token's features. tag and span read every token's features.
+    """
+
+    cfg: TransformerConfig
+    family: Literal["gpt", "bert"]
+    kind: Kind
+    outputs: int
+    dropout: float = 0.1
+
+    def setup(self):
+        self.body = GPT(self.cfg) if self.family == "gpt" else BERT(self.cfg)
+        self.task_head = TaskHead(self.outputs, self.dropout)
+
+    def features(
+        self,
+        tokens: Int[jax.Array, "B T"],
+        segments: Int[jax.Array, "B T"],
+        types: Int[jax.Array, "B T"],
+        deterministic: bool = True,
+    ) -> Float[jax.Array, "B T D"]:
+        if self.family == "gpt":
+            return self.body(tokens, segments=segments, deterministic=deterministic)[0]
+        return self.body(tokens, segments=segments, types=types, deterministic=deterministic)
+
+    def __call__(
+        self,
+        tokens: Int[jax.Array, "B T"],
+        segments: Int[jax.Array, "B T"],
+        types: Int[jax.Array, "B T"],
+        deterministic: bool = True,
+    ) -> Float[jax.Array, "..."]:
+        """[B, outputs], or [B, T, outputs] for tag and span."""
+        return self.read(self.features(tokens, segments, types, deterministic), segments, deterministic)
+
+    def read(
+        self, features: Float[jax.Array, "B T D"], segments: Int[jax.Array, "B T"], deterministic: bool = True
+    ) -> Float[jax.Array, "..."]:
+        """The head's view of the features."""
+        if self.kind in ("tag", "span"):
+            return self.task_head(features, deterministic)
+        if self.family == "gpt":
+            last = jnp.sum(segments > 0, axis=1) - 1
+            summary = jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
+        else:
+            summary = self.body.pooled(features) if self.cfg.next_sentence else features[:, 0]
+        return self.task_head(summary, deterministic)

@@ -1,0 +1,281 @@
+"""Fine-tuning: a head and the whole stack on a labelled task, over a grid of learning rates and seeds."""
+
+import collections
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from common import rundir
+from common.config import MeshConfig, OptimizerConfig
+from common.errors import InputError
+from common.rundir import Run, TaskInfo
+from data import metrics, pipeline
+from data.task_examples import TaskRows, as_is, decisions
+from data.tasks import Task
+from model.loss import TokenLoss, cross_entropy
+from model.task import TaskModel
+from train import sharding
+from train.objectives import Batch, Objective, Sums, class_loss
+from train.optimizer import make_optimizer
+from train.report import say
+from train.step import TrainState, make_train_step, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rates: tuple[float, ...] = ()
+    """Empty: 2e-5, 3e-5, 5e-5 as in BERT; for bodies of less than 20M parameters 3e-4 and 1e-3."""
+    seeds: int = 3
+    length: int = 0
+    """Tokens per text. 0: the model's context."""
+    warmup_share: float = 0.1
+    weight_decay: float = 0.01
+    dropout: float = 0.1
+    lm_weight: float = 0.0
+    """Share of the language-model loss added, for causal bodies (GPT-1, section 3.2, has 0.5)."""
+    patience: int = 2
+    """Stop after so many epochs without a better validation metric."""
+    scratch: bool = True
+    """Also train the same network from random weights, over the same grid."""
+
+    def check(self, family: str, context: int) -> None:
+        """Raises InputError for numbers out of range."""
+        for name in ("epochs", "batch_size", "seeds", "patience"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.lm_weight and family != "gpt":
+            raise InputError("--lm-weight is for causal runs; a masked model has no next-token loss")
+        if not 0 <= self.length <= context:
+            raise InputError(f"length is {self.length}; it must be between 0 and the model's context, {context}")
+        if not all(rate > 0 for rate in self.learning_rates):
+            raise InputError(f"learning rates {self.learning_rates}: each must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuned:
+    run: str
+    task: str
+    metric: str
+    value: float
+    """Mean over seeds on the test split, at the learning rate that was best on validation."""
+    interval: tuple[float, float]
+    """95 %, over seeds."""
+    n: int
+    """Items of the test split."""
+    baselines: dict[str, float]
+
+
+def task_objective(kind: str, lm_weight: float) -> Objective:
+    """The loss of a task, as train/step.py wants it; with lm_weight > 0 a GPT's own loss on the same text beside it."""
+
+    def weights(batch: Batch) -> dict[str, jax.Array]:
+        found = {"task": jnp.sum(batch["weight"])}
+        return found | ({"lm": jnp.sum(batch["segments"][:, 1:] > 0).astype(jnp.float32)} if lm_weight else {})
+
+    def terms(module: TaskModel, batch: Batch, deterministic: bool) -> Sums:
+        fold = (lambda x: x.reshape(-1, x.shape[-1])) if kind == "choice" else (lambda x: x)
+        tokens, segments, types = (fold(batch[k]) for k in ("tokens", "segments", "types"))
+        features = module.features(tokens, segments, types, deterministic)
+        scores, weight = module.read(features, segments, deterministic), batch["weight"]
+        match kind:
+            case "classify":
+                task = class_loss(scores, batch["label"], weight)
+            case "choice":
+                task = class_loss(scores.reshape(batch["label"].shape[0], -1), batch["label"], weight)
+            case "regress":
+                task = TokenLoss(jnp.sum(weight * jnp.square(scores[:, 0] - batch["label"])), jnp.zeros(()))
+            case "tag":
+                task = class_loss(scores.reshape(-1, scores.shape[-1]), batch["label"].reshape(-1), weight.reshape(-1))
+            case "span":
+                start, end = (
+                    class_loss(x, batch[k], weight)
+                    for x, k in zip(span_scores(scores, batch), ("start", "end"), strict=True)
+                )
+                task = TokenLoss((start.nats + end.nats) / 2, (start.correct + end.correct) / 2)
+        sums = {"task": task}
+        if lm_weight:
+            seen = (batch["segments"][:, 1:] > 0).astype(jnp.float32)
+            lm = cross_entropy(features[:, :-1], *module.body.unembedding(), batch["tokens"][:, 1:], seen)
+            sums["lm"] = TokenLoss(lm_weight * lm.nats, lm.correct)
+        return sums
+
+    return Objective(lambda *_: (None, as_is), weights, terms)
+
+
+def span_scores(scores: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Scores [B, T] of each place to be the start and the end; only the document's places and bos may be."""
+    allowed = (batch["begin_char"] >= 0) | (jnp.arange(scores.shape[1]) == 0)
+    return tuple(jnp.where(allowed, scores[..., i].astype(jnp.float32), -1e30) for i in range(2))
+
+
+class Tuner:
+    """One task on one body: compiled once per learning rate, run for every seed."""
+
+    def __init__(self, run: Run, task: Task, cfg: FinetuneConfig):
+        self.run, self.task, self.cfg = run, task, cfg
+        self.length = cfg.length or run.recipe.model.context
+        self.info = TaskInfo(task.name, task.kind, task.labels, self.length, task.metrics)
+        self.module = TaskModel(run.recipe.model, run.recipe.family, task.kind, self.info.outputs, cfg.dropout)
+        self.rows = {split: TaskRows(items, task, run.tokenizer, self.length) for split, items in task.splits.items()}
+        self.mesh = sharding.make_mesh(MeshConfig())
+        self.batch_size = -(-cfg.batch_size // jax.device_count()) * jax.device_count()
+        self.per_epoch = max(1, len(self.rows["train"]) // self.batch_size)
+        self.objective = task_objective(task.kind, cfg.lm_weight)
+        self._predict = jax.jit(lambda params, batch: self._scores(params, batch))
+
+    def _scores(self, params: Any, batch: Batch) -> Any:
+        fold = (lambda x: x.reshape(-1, x.shape[-1])) if self.task.kind == "choice" else (lambda x: x)
+        inputs = [fold(batch[k]) for k in ("tokens", "segments", "types")]
+        scores = self.module.apply({"params": params}, *inputs)
+        return span_scores(scores, batch) if self.task.kind == "span" else scores
+
+    def fit(self, rate: float, seed: int, pretrained: bool) -> tuple[float, Any]:
+        """(best validation metric, the parameters that had it)."""
+        steps = self.per_epoch * self.cfg.epochs
+        optimizer = make_optimizer(
+            OptimizerConfig(
+                learning_rate=rate,
+                schedule="linear",
+                warmup_steps=min(steps - 1, round(self.cfg.warmup_share * steps)),
+                b2=0.999,
+                eps=1e-6,
+                weight_decay=self.cfg.weight_decay,
+            ),
+            steps,
+        )
+
+        def fresh(key: jax.Array, body: Any) -> TrainState:
+            tokens = jnp.zeros((1, 2), jnp.int32)
+            params = self.module.init(key, tokens, tokens + 1, tokens)["params"]
+            params = params | ({"body": body} if pretrained else {})
+            zero = jnp.zeros((), jnp.int32)
+            return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+        key = jax.random.key(seed)
+        shardings = state_shardings(self.mesh, jax.eval_shape(fresh, key, self.run.params))
+        state = jax.jit(fresh, out_shardings=shardings)(key, self.run.params)
+        step = make_train_step(self.module, self.objective, optimizer, self.mesh, shardings)
+        batches = pipeline.training_batches(self.rows["train"], as_is, batch_size=self.batch_size, seed=seed)
+        best, kept, worse = -np.inf, None, 0
+        for epoch in range(self.cfg.epochs):
+            for _ in range(self.per_epoch):
+                state, numbers = step(state, sharding.to_global(self.mesh, next(batches)))
+            value = self.measure(state.params, "validation")[self.task.metrics[0]]
+            if value > best:
+                best, kept, worse = value, jax.device_get(state.params), 0
+            else:
+                worse += 1
+            how = "fine-tuned" if pretrained else "from scratch"
+            say(
+                f"  {how}, rate {rate:g}, seed {seed}, epoch {epoch + 1}: loss {float(numbers['task']):.3f}, "
+                f"validation {self.task.metrics[0]} {value:.3f}"
+            )
+            if worse >= self.cfg.patience:
+                break
+        return float(best), kept
+
+    def measure(self, params: Any, split: str) -> dict[str, float]:
+        """Every metric of the task on a split."""
+        rows, items = self.rows[split], self.task.splits[split]
+        scores = []
+        for begin in range(0, len(rows), self.batch_size):
+            part = [rows[i] for i in range(begin, min(begin + self.batch_size, len(rows)))]
+            part += [part[0]] * (self.batch_size - len(part))
+            found = jax.device_get(self._predict(params, {k: np.stack([e[k] for e in part]) for k in part[0]}))
+            scores.append(np.stack(found, axis=-1) if self.task.kind == "span" else found)
+        flat = np.concatenate(scores)[: len(rows) * (len(items[0]["choices"]) if self.task.kind == "choice" else 1)]
+        got = decisions(self.info, flat, rows.examples, rows.item_of, items)
+        if self.task.kind == "span":
+            gold: list[Any] = [[text for _, text in item["answers"]] for item in items]
+        else:
+            gold = [item["label"] for item in items]
+        answers = [g[0] for g in got]
+        if self.task.kind == "tag":  # words past the length were never read
+            answers = [a + [self.task.labels[-1]] * (len(g) - len(a)) for a, g in zip(answers, gold, strict=True)]
+        return {m: metrics.compute(m, gold, answers) for m in self.task.metrics}
+
+
+def baselines_of(task: Task) -> dict[str, float]:
+    """What a guess and counting words reach on the same test split."""
+    found: dict[str, float] = {}
+    lead, test = task.metrics[0], task.splits["test"]
+    if task.kind == "classify":
+        common = collections.Counter(item["label"] for item in task.splits["train"]).most_common(1)[0][0]
+        gold = [item["label"] for item in test]
+        found["majority"] = metrics.compute(lead, gold, [common] * len(gold))
+
+        def joined(items: list[dict]) -> list[str]:
+            return [f"{item['text']} {item.get('text_b', '')}" for item in items]
+
+        guesses = metrics.naive_bayes(
+            joined(task.splits["train"]), [i["label"] for i in task.splits["train"]], joined(test)
+        )
+        found["naive_bayes"] = metrics.compute(lead, gold, guesses)
+    return found
+
+
+def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> Finetuned:
+    """Tune a run's whole stack and a new head on a task; the best run is kept in `workdir`.
+
+    Weights come from the run; the head is random. For every learning rate and seed the epoch that is best on
+    validation counts; the rate with the best mean over seeds is reported, on test.
+
+    Raises:
+      InputError: numbers out of range, or a directory that holds something already.
+    """
+    home = Path(workdir)
+    cfg.check(run.recipe.family, run.recipe.model.context)
+    if (home / "recipe.json").exists():
+        raise InputError(f"{home} holds a run already; give another directory with --workdir")
+    small = sum(x.size for x in jax.tree.leaves(run.params)) < 20_000_000
+    rates = cfg.learning_rates or ((3e-4, 1e-3) if small else (2e-5, 3e-5, 5e-5))
+    tuner, lead = Tuner(run, task, cfg), task.metrics[0]
+    counts = {split: len(items) for split, items in task.splits.items()}
+    say(f"{task.name}: {task.kind}, " + ", ".join(f"{n} {split}" for split, n in counts.items()))
+    if task.kind == "classify":
+        shares = collections.Counter(item["label"] for item in task.splits["train"])
+        say("  labels: " + ", ".join(f"{label} {n / counts['train']:.0%}" for label, n in shares.most_common()))
+    baselines = baselines_of(task)
+
+    def grid(pretrained: bool) -> tuple[list[dict[str, float]], Any, float]:
+        tried: dict[float, list[tuple[float, Any]]] = {}
+        for rate in rates:
+            tried[rate] = [tuner.fit(rate, seed, pretrained) for seed in range(cfg.seeds)]
+        best = max(tried, key=lambda rate: np.mean([value for value, _ in tried[rate]]))
+        for rate, found in tried.items():
+            mean, low, high = metrics.mean_interval([value for value, _ in found])
+            say(f"  rate {rate:g}: validation {lead} {mean:.3f} [{low:.3f}, {high:.3f}] over {cfg.seeds} seeds")
+        tests = [tuner.measure(params, "test") for _, params in tried[best]]
+        return tests, max(tried[best], key=lambda found: found[0])[1], best
+
+    tests, params, best = grid(pretrained=True)
+    if cfg.scratch:
+        scratch = [t[lead] for t in grid(pretrained=False)[0]]
+        baselines["from_scratch"] = metrics.mean_interval(scratch)[0]
+    save(home, run, params, tuner.info)
+    mean, low, high = metrics.mean_interval([t[lead] for t in tests])
+    others = {m: round(metrics.mean_interval([t[m] for t in tests])[0], 4) for m in task.metrics[1:]}
+    say(f"  best rate {best:g}; test {lead} {mean:.4f}; " + ", ".join(f"{k} {v}" for k, v in others.items()))
+    rounded = {k: round(v, 4) for k, v in baselines.items()}
+    return Finetuned(str(home), task.name, lead, round(mean, 4), (round(low, 4), round(high, 4)), counts["test"], rounded)
+
+
+def save(home: Path, run: Run, params: Any, info: TaskInfo) -> None:
+    """A fine-tuned run directory: the body's recipe and tokenizer, task.json, the parameters."""
+    home.mkdir(parents=True, exist_ok=True)
+    run.tokenizer.save(home / "tokenizer.model")
+    (home / "task.json").write_text(json.dumps(dataclasses.asdict(info), indent=2))
+    with rundir.checkpoint_manager(home, keep=1) as manager:
+        manager.save(
+            0, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave({"step": 0}))
+        )
+        manager.wait_until_finished()
+    (home / "recipe.json").write_text(run.recipe.to_json())
