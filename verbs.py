@@ -75,7 +75,14 @@ def _train(argv: list[str]) -> None:
         f"held-out loss {result.loss:.3f}{bpb}"
     )
     model = load(given.workdir)
-    if recipe.family == "bert":
+    if model.recipe.family == "bert":
+        from sample.evaluate import evaluate
+
+        for figure in evaluate(model, ["validation"]):
+            say(f"held-out {figure.metric} {figure.value:.3f} [{figure.interval[0]:.3f}, {figure.interval[1]:.3f}]")
+            if figure.metric == "bits_per_byte":
+                result = dataclasses.replace(result, bits_per_byte=figure.value)
+                shown += f"; bits per byte by the diffusion bound {figure.value:.3f}"
         texts = ["To be, or [MASK] to be", "the [MASK] of the [MASK]", "I [MASK] you,"]
         for filled in model.fill(texts, top=3, steps=2):
             guesses = [" ".join(f"{t['token']!r} {t['p']:.2f}" for t in mask) for mask in filled.masks]

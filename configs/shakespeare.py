@@ -23,7 +23,7 @@ recipes = {
             init_residual="zero",
             tie_embeddings=False,
         ),
-        data=DataConfig(corpus="shakespeare", tokenizer="unigram", vocab_size=2048),
+        data=DataConfig(corpus="shakespeare", tokenizer="unigram", vocab_size=4096),
         objective=ObjectiveConfig(kind="causal"),
         optimizer=OptimizerConfig(
             name="muon",
@@ -33,7 +33,7 @@ recipes = {
             warmup_steps=20,
             weight_decay=0.01,
         ),
-        train=TrainConfig(steps=2000, batch_size=8, eval_every=500, save_every=250, log_every=20),
+        train=TrainConfig(steps=2000, batch_size=8, eval_every=1000, save_every=500, log_every=20),
     ),
     "shakespeare_bert": Recipe(
         family="bert",
@@ -61,6 +61,6 @@ recipes = {
             warmup_steps=20,
             weight_decay=0.01,
         ),
-        train=TrainConfig(steps=2000, batch_size=16, eval_every=500, save_every=250, log_every=20),
+        train=TrainConfig(steps=1500, batch_size=16, eval_every=750, save_every=500, log_every=20),
     ),
 }

@@ -1,10 +1,15 @@
 """From rows to what a model reads: pure functions of (row, random generator). Seeded per example by the pipeline."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from common.errors import InputError
 from data.tokenizer import Vocabulary
+from data.tokens import Rows, Tokens
 
 Example = dict[str, np.ndarray]
 
@@ -119,13 +124,16 @@ class Pairs:
     Each document is cut into pieces of about `length` - 3 tokens at the ends of sentences or lines.
 
     Raises:
-      ValueError: fewer than two documents; there would be no negatives.
+      InputError: fewer than two documents; there would be no negatives.
     """
 
     def __init__(self, ids: np.ndarray, starts: np.ndarray, length: int, vocabulary: Vocabulary):
         self.ids, self.room, self.vocabulary = ids, length - 3, vocabulary
         if len(starts) < 2:
-            raise ValueError(f"next-sentence pairs need negatives from another document; there is {len(starts)} document")
+            raise InputError(
+                f"next-sentence pairs need negatives from another document, and there is {len(starts)} document; "
+                "give more files, or set --objective.next-sentence False"
+            )
         self.begins = starts + 1  # behind bos
         self.ends = np.append(starts[1:], len(ids)) - 1  # before eos
         pieces = np.maximum(1, -(-(self.ends - self.begins) // self.room))
@@ -192,6 +200,22 @@ def sentence_pair(
         "pair_weight": np.float32(1),
         **asked,
     }
+
+
+def masked_source(
+    tokens: Tokens, length: int, vocabulary: Vocabulary, masking: Masking, *, pairs: bool, separate: bool, padded: bool
+) -> tuple[Any, Callable[[Example, np.random.Generator], Example]]:
+    """Rows for masked language modelling and the function that hides some of them: sentence pairs, or running text.
+
+    Raises:
+      InputError: pairs of a text with one document only.
+    """
+    shared = {"masking": masking, "slots": masking.slots(length)}
+    if pairs:
+        source = Pairs(tokens.ids, tokens.starts, length, vocabulary)
+        return source, functools.partial(sentence_pair, source=source, **shared)
+    rows = Rows(tokens, length - 1, vocabulary.pad, separate, padded)
+    return rows, functools.partial(masked_row, vocabulary=vocabulary, **shared)
 
 
 def truncate_pair(a: np.ndarray, b: np.ndarray, room: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -41,6 +41,17 @@ def hidden_logprobs(module: nn.Module, params: Any, batch: dict[str, jax.Array])
         features = bound(batch["tokens"], batch.get("positions"), batch["segments"], batch.get("types"))
         asked = jnp.take_along_axis(features, batch["places"][..., None], axis=1)
         return token_logprobs(bound.transform(asked), *bound.unembedding(), batch["targets"])
+
+    return module.apply({"params": params}, method=run)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def next_sentence_right(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """[B] whether the next-sentence head tells a batch of pairs rightly."""
+
+    def run(bound: nn.Module) -> jax.Array:
+        features = bound(batch["tokens"], batch["positions"], batch["segments"], batch["types"])
+        return jnp.argmax(bound.next_sentence(features), axis=1) == batch["random_next"]
 
     return module.apply({"params": params}, method=run)
 
@@ -294,17 +305,26 @@ class MaskedModel:
         for i, text in enumerate(texts):
             if not text:
                 raise InputError(f"text {i + 1} is empty; there is nothing to score")
+        sequences = [self.tokenizer.encode(text) for text in texts]
+        logprobs = self.score_tokens(sequences, rule, draws)
+        return [
+            Score(text, round(float(lp), 4), len(ids), rule)
+            for text, lp, ids in zip(texts, logprobs, sequences, strict=True)
+        ]
+
+    def score_tokens(self, sequences: Sequence[list[int]], rule: str, draws: int = 32) -> np.ndarray:
+        """[sequences] what `score` gives, in nats, of texts that are tokens already."""
         room = self.context - 2
         copies: list[tuple[int, list[int], list[int], list[int], float]] = []  # text, row, places, targets, weight
-        sizes = []
-        for i, text in enumerate(texts):
-            ids = self.tokenizer.encode(text)
-            sizes.append(len(ids))
+        for i, ids in enumerate(sequences):
+            seed = zlib.crc32(np.array(ids, np.int32).tobytes())
             for begin in range(0, len(ids), room):
                 piece = self._wrap(ids[begin : begin + room])
-                make = self._bound_copies if rule == "bound" else self._pll_copies
-                copies += [(i, *copy) for copy in make(piece, rule, draws, zlib.crc32(text.encode()) + begin)]
-        totals = np.zeros(len(texts))
+                make = (
+                    self._bound_copies(piece, draws, seed + begin) if rule == "bound" else self._pll_copies(piece, rule)
+                )
+                copies += [(i, *copy) for copy in make]
+        totals = np.zeros(len(sequences))
         copies.sort(key=lambda copy: (len(copy[1]), len(copy[2])))
         for begin in range(0, len(copies), BATCH):
             batch = copies[begin : begin + BATCH]
@@ -318,9 +338,9 @@ class MaskedModel:
             logprobs = np.asarray(hidden_logprobs(self.run.module, self.run.params, inputs))
             for k, (i, _, places, _, weight) in enumerate(batch):
                 totals[i] += weight * logprobs[k, : len(places)].sum()
-        return [Score(t, round(float(lp), 4), n, rule) for t, lp, n in zip(texts, totals, sizes, strict=True)]
+        return totals
 
-    def _pll_copies(self, piece: list[int], rule: str, draws: int, seed: int):
+    def _pll_copies(self, piece: list[int], rule: str) -> Iterator[tuple[list[int], list[int], list[int], float]]:
         """A copy per token, with it hidden and, for pll_word, the rest of its word behind it."""
         starts = self.vocabulary.starts_word
         for place in range(1, len(piece) - 1):
@@ -332,7 +352,9 @@ class MaskedModel:
                 after += 1
             yield row, [place], [piece[place]], 1.0
 
-    def _bound_copies(self, piece: list[int], rule: str, draws: int, seed: int):
+    def _bound_copies(
+        self, piece: list[int], draws: int, seed: int
+    ) -> Iterator[tuple[list[int], list[int], list[int], float]]:
         """A copy per draw of t, with each token hidden with probability t; weight 1 / (t draws)."""
         rng = np.random.default_rng(seed)
         for t in (np.arange(draws) + rng.random(draws)) / draws:

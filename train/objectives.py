@@ -5,7 +5,6 @@ masked   hidden tokens ask for themselves       the encoder's mask hides nothing
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from common.config import ObjectiveConfig
-from common.errors import InputError
 from data import examples
 from data.pipeline import ExampleFn
 from data.tokenizer import Vocabulary
@@ -62,15 +60,8 @@ def masked(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Obje
     masking = examples.Masking(cfg.mask_rate, cfg.mask_share, cfg.random_share, cfg.whole_words)
 
     def source(tokens: Tokens, length: int, padded: bool) -> tuple[Any, ExampleFn]:
-        shared = {"masking": masking, "slots": masking.slots(length)}
-        if cfg.next_sentence:
-            try:
-                pairs = examples.Pairs(tokens.ids, tokens.starts, length, vocabulary)
-            except ValueError as e:
-                raise InputError(f"{e}; give more files, or set --objective.next-sentence False") from e
-            return pairs, functools.partial(examples.sentence_pair, source=pairs, **shared)
-        rows = Rows(tokens, length - 1, vocabulary.pad, separate, padded)
-        return rows, functools.partial(examples.masked_row, vocabulary=vocabulary, **shared)
+        pairs = {"pairs": cfg.next_sentence, "separate": separate, "padded": padded}
+        return examples.masked_source(tokens, length, vocabulary, masking, **pairs)
 
     def weights(batch: Batch) -> dict[str, jax.Array]:
         mlm = {"mlm": jnp.sum(batch["weights"])}

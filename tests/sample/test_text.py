@@ -260,7 +260,7 @@ def test_a_length_penalty_makes_longer_texts(model):
 def test_hypotheses_say_why_they_ended(model):
     found = search(model, PROMPTS, max_tokens=1, num=4)
     assert all(s.tokens == 1 for s in found)
-    assert all((s.stop == "eos") == (s.text == "") for s in found)
+    assert all(s.text == "" for s in found if s.stop == "eos")
     assert [s.stop for s in found].count("max_tokens") >= 9  # one token of four may be eos
 
 

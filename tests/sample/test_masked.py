@@ -1,0 +1,395 @@
+"""Asking a masked model: against plain loops over the model, and against distributions that are known exactly."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bothways
+from common import rundir
+from common.config import ObjectiveConfig
+from common.errors import InputError
+from common.families import make_module
+from common.recipe import Recipe
+from data import tokenizer as tokenizers
+from sample import masked
+from sample.masked import MaskedModel
+from tests.corpus import made_up_text
+
+CONTEXT = 24
+TEXTS = ["the castle in", "stormy birds", "COW"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """Many small programs, each run a few times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def model(tiny) -> MaskedModel:
+    """A BERT with random weights, to which special tokens and entries that are no token look likeliest."""
+    tokenizer = tokenizers.train([made_up_text(60)], "bpe", 330)
+    cfg = dataclasses.replace(tiny, n_layers=1, context=CONTEXT, vocab_size=len(tokenizer) + 5)
+    recipe = Recipe(name="tiny", family="bert", model=cfg, objective=ObjectiveConfig(kind="masked"))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(s.dtype), rundir.param_shapes(recipe))
+    params["mlm"]["bias"][[*tokenizer.special, *range(len(tokenizer), cfg.vocab_size)]] = 9
+    return MaskedModel(rundir.Run(None, recipe, tokenizer, make_module("bert", cfg), params, 0))
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(masked, "BATCH", 4)
+
+
+@pytest.fixture(scope="module")
+def read(model):
+    """Rows of one length -> features and log-probabilities, without padding."""
+
+    @jax.jit
+    def forward(params, tokens):
+        def run(bound):
+            features = bound(tokens)
+            return features, jax.nn.log_softmax(bound.logits(features))
+
+        return model.run.module.apply({"params": params}, method=run)
+
+    return lambda rows: jax.device_get(forward(model.run.params, jnp.asarray(rows)))
+
+
+# ---- score ---------------------------------------------------------------------------------------------------------
+
+
+def plain_pll(model, read, ids: list[int], words: bool) -> float:
+    """Each token given all others, but, for words, what follows it in its word."""
+    begins = [model.tokenizer.piece(t).startswith((" ", "\n")) for t in ids]
+    rows = []
+    for i in range(len(ids)):
+        row = [model.tokenizer.bos, *ids, model.tokenizer.eos]
+        row[1 + i] = model.tokenizer.mask
+        for j in range(i + 1, len(ids)):
+            if begins[j] or not words:
+                break
+            row[1 + j] = model.tokenizer.mask
+        rows.append(row)
+    _, logprobs = read(rows)
+    return float(sum(logprobs[i, 1 + i, token] for i, token in enumerate(ids)))
+
+
+@pytest.mark.parametrize("rule", ["pll", "pll_word"])
+def test_pseudo_likelihood_is_that_of_a_plain_loop(model, read, rule):
+    for text, score in zip(TEXTS, model.score(TEXTS, rule), strict=True):
+        ids = model.tokenizer.encode(text)
+        assert (score.text, score.tokens, score.rule) == (text, len(ids), rule)
+        assert score.logprob == pytest.approx(plain_pll(model, read, ids, rule == "pll_word"), rel=1e-4)
+
+
+def test_hiding_the_rest_of_a_word_is_another_score(model):
+    assert model.score(["castle"], "pll")[0].logprob != pytest.approx(model.score(["castle"])[0].logprob, rel=1e-2)
+    assert model.score(["castle"]) == model.score(["castle"], "pll_word")
+
+
+@pytest.mark.parametrize("rule", ["pll", "pll_word", "bound"])
+def test_a_text_scores_in_a_batch_what_it_scores_alone(model, rule):
+    together = model.score(TEXTS, rule, draws=5)
+    for text, score in zip(TEXTS, together, strict=True):
+        (alone,) = model.score([text], rule, draws=5)
+        assert (alone.text, alone.tokens) == (score.text, score.tokens)
+        assert alone.logprob == pytest.approx(score.logprob, rel=1e-4)
+
+
+def test_a_long_text_is_scored_in_pieces_of_the_context(model, read):
+    text = "the castle in the garden follows unforeseen storms."
+    ids = model.tokenizer.encode(text)
+    assert CONTEXT < len(ids) < 2 * CONTEXT
+    (score,) = model.score([text], "pll")
+    pieces = [plain_pll(model, read, part, False) for part in (ids[: CONTEXT - 2], ids[CONTEXT - 2 :])]
+    assert (score.tokens, score.logprob) == (len(ids), pytest.approx(sum(pieces), rel=1e-4))
+
+
+def test_what_cannot_be_scored_is_refused(model):
+    with pytest.raises(InputError, match="text 2 is empty"):
+        model.score(["fine", ""])
+    with pytest.raises(InputError, match="rule 'causal' is not for a masked run.*: pll, pll_word, bound"):
+        model.score(["fine"], "causal")
+
+
+# ---- three places and three letters: every probability is known ------------------------------------------------------
+
+
+class Known:
+    """A masked model of the letters a, b, c at three places that knows their joint distribution exactly."""
+
+    def __init__(self, monkeypatch, tiny, joint: dict[str, float], power: float = 1.0):
+        tokenizer = tokenizers.train(["abc", "bca", "cab"], "char", 16)
+        self.letters = tokenizer.encode("abc")
+        self.mask, self.joint = tokenizer.mask, joint
+        size = len(tokenizer)
+        self.table = np.full((size, size, size, 3, size), -np.inf)
+        for seen in itertools.product([*self.letters, self.mask], repeat=3):
+            fits = {s: p for s, p in joint.items() if all(m in (t, self.mask) for m, t in zip(seen, self.ids(s), strict=True))}
+            for string, p in fits.items():
+                for place, token in enumerate(self.ids(string)):
+                    self.table[*seen, place, token] = np.logaddexp(self.table[*seen, place, token], np.log(p))
+            if fits:
+                self.table[seen] = np.log(np.exp(self.table[seen]) ** power)if power == 0 else power * self.table[seen]
+                self.table[seen] -= np.logaddexp.reduce(self.table[seen], axis=-1, keepdims=True)
+        monkeypatch.setattr(masked, "hidden_logits", self.hidden_logits)
+        monkeypatch.setattr(masked, "hidden_logprobs", self.hidden_logprobs)
+        recipe = Recipe(family="bert", model=dataclasses.replace(tiny, vocab_size=size))
+        self.model = MaskedModel(rundir.Run(None, recipe, tokenizer, None, None, 0))
+        self.readings = 0
+
+    def ids(self, string: str) -> list[int]:
+        return [self.letters["abc".index(c)] for c in string]
+
+    def hidden_logits(self, module, params, tokens, segments, places):
+        self.readings += 1
+        first, second, third = (tokens[:, i, None] for i in (1, 2, 3))
+        return self.table[first, second, third, np.maximum(places - 1, 0)]
+
+    def hidden_logprobs(self, module, params, batch):
+        logits = self.hidden_logits(module, params, batch["tokens"], batch["segments"], batch["places"])
+        return np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+
+
+JOINT = {"abc": 0.3, "abb": 0.05, "cab": 0.25, "cca": 0.2, "bab": 0.15, "aaa": 0.05}
+
+
+def expected_bound(known: Known, draws: int) -> tuple[float, float]:
+    """The mean over all texts of (bound - log-likelihood), and its standard error, from five bounds of each."""
+    mean = variance = 0.0
+    for string, p in known.joint.items():
+        found = [known.model.score([string], "bound", draws=draws + i)[0].logprob - np.log(p) for i in range(5)]
+        mean += p * np.mean(found)
+        variance += p**2 * np.var(found, ddof=1) / 5
+    return mean, variance**0.5
+
+
+def test_the_bound_is_the_likelihood_where_the_conditionals_are_exact(monkeypatch, tiny):
+    monkeypatch.setattr(masked, "BATCH", 512)
+    mean, error = expected_bound(Known(monkeypatch, tiny, JOINT), draws=400)
+    assert error < 0.03
+    assert abs(mean) < 4 * error
+
+
+@pytest.mark.parametrize("power", [0.3, 3.0])
+def test_the_bound_is_below_the_likelihood_where_they_are_not(monkeypatch, tiny, power):
+    monkeypatch.setattr(masked, "BATCH", 512)
+    mean, error = expected_bound(Known(monkeypatch, tiny, JOINT, power), draws=400)
+    assert mean < -4 * error
+    assert mean < -0.1
+
+
+def test_masks_filled_one_at_a_time_agree_with_each_other(monkeypatch, tiny):
+    known = Known(monkeypatch, tiny, {"aba": 0.5, "bab": 0.5})
+    (at_once,) = known.model.fill(["[MASK][MASK][MASK]"], steps=1)
+    assert (at_once.filled, known.readings) == ("aaa", 1)  # each alone is as likely a as b
+    assert [[c["p"] for c in mask[:2]] for mask in at_once.masks] == [[0.5, 0.5]] * 3
+    (in_turn,) = known.model.fill(["[MASK][MASK][MASK]"], steps=3)
+    assert (in_turn.filled, known.readings) == ("aba", 4)
+    assert [mask[0]["p"] for mask in in_turn.masks] == [0.5, 1.0, 1.0]
+    assert known.model.fill(["b[MASK][MASK]", "[MASK]b[MASK]"])[0].filled == "bab"
+
+
+def test_the_surest_mask_is_filled_first(monkeypatch, tiny):
+    known = Known(monkeypatch, tiny, {"bab": 0.48, "abb": 0.42, "aba": 0.10})
+    for steps, filled, readings in ((1, "abb", 1), (2, "bab", 2), (3, "bab", 3), (9, "bab", 3)):
+        known.readings = 0
+        (found,) = known.model.fill(["[MASK][MASK][MASK]"], steps=steps)
+        assert found.masks[2][0] == {"token": "b", "p": 0.9}
+        assert (found.filled, known.readings) == (filled, readings)
+
+
+def test_a_text_drawn_token_by_token_has_its_probability(monkeypatch, tiny):
+    known = Known(monkeypatch, tiny, JOINT)
+    found = known.model.sample([""], max_tokens=3, chunk=3, steps=3, num=30)
+    assert len({sample.text for sample in found}) >= 4
+    for sample in found:
+        assert sample.logprob == pytest.approx(np.log(JOINT[sample.text]), abs=1e-3)
+    drawn_at_once = known.model.sample([""], max_tokens=3, chunk=3, steps=1, num=30)
+    assert not {sample.text for sample in drawn_at_once} <= set(JOINT)
+
+
+def test_sweeps_mend_what_was_drawn_at_once(monkeypatch, tiny):
+    known = Known(monkeypatch, tiny, {string: 0.9 if string == "abc" else 0.1 / 26 for string in every_string()})
+    before, after = (known.model.sample([""], max_tokens=3, chunk=3, steps=1, sweeps=n, num=20) for n in (0, 2))
+    assert [s.text for s in before] != [s.text for s in after]
+    assert all(s.tokens == 3 for s in after)
+
+
+def every_string() -> list[str]:
+    return ["".join(letters) for letters in itertools.product("abc", repeat=3)]
+
+
+# ---- fill ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_takes_the_space_before_it_along(model):
+    bos, eos, mask, encode = model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.mask, model.tokenizer.encode
+    wanted = [bos, *encode("the"), mask, *encode(" in"), eos]
+    assert model.encode_masked("the [MASK] in") == model.encode_masked("the[MASK] in") == wanted
+    assert model.encode_masked("the  [MASK] in") == [bos, *encode("the "), mask, *encode(" in"), eos]
+    assert model.encode_masked("[MASK] [MASK]") == [bos, mask, mask, eos]
+
+
+def test_candidates_are_ordinary_tokens_best_first(model, read):
+    text = "the [MASK] in the [MASK]"
+    (found,) = model.fill([text], top=7)
+    row = model.encode_masked(text)
+    _, logprobs = read([row])
+    ordinary = model.vocabulary.ordinary
+    for place, told in zip(np.flatnonzero(np.array(row) == model.tokenizer.mask), found.masks, strict=True):
+        scores = np.exp(logprobs[0, place, ordinary].astype(np.float64))
+        best = np.argsort(-scores)[:7]
+        assert [c["token"] for c in told] == [model.tokenizer.piece(t) for t in ordinary[best]]
+        assert [c["p"] for c in told] == pytest.approx((scores / scores.sum())[best], abs=2e-4)
+        assert sum(c["p"] for c in told) <= 1 + 7 * 5e-5
+        row[place] = int(ordinary[best[0]])
+    assert found.filled == model.tokenizer.decode(row[1:-1])
+    assert json.loads(json.dumps(dataclasses.asdict(found))) == dataclasses.asdict(found)
+    assert list(dataclasses.asdict(found)) == ["text", "filled", "masks"]
+
+
+def test_there_are_no_more_candidates_than_ordinary_tokens(model):
+    (found,) = model.fill(["the [MASK]"], top=10_000)
+    tokens = [model.tokenizer.piece(t) for t in model.vocabulary.ordinary]
+    assert sorted(c["token"] for c in found.masks[0]) == sorted(tokens)
+
+
+def test_texts_are_filled_together_as_alone(model):
+    texts = ["the [MASK] in the [MASK]", "[MASK]", "a [MASK][MASK][MASK] dog", "no [MASK] loves", "[MASK] bird"]
+    for steps in (1, 3):
+        together = model.fill(texts, steps=steps)
+        assert [f.text for f in together] == texts
+        assert [len(f.masks) for f in together] == [2, 1, 3, 1, 1]
+        for text, filled in zip(texts, together, strict=True):
+            (alone,) = model.fill([text], steps=steps)
+            assert alone.filled == filled.filled
+            assert "[MASK]" not in filled.filled
+
+
+def test_what_cannot_be_filled_is_refused(model):
+    with pytest.raises(InputError, match=r"there is no \[MASK\] in 'the king'; put one where a word is wanted"):
+        model.fill(["the [MASK]", "the king"])
+    with pytest.raises(InputError, match=f"the text has 32 tokens, 30 of them masks, and the model's context is {CONTEXT}"):
+        model.fill(["[MASK]" * 30])
+    assert len(model.fill(["[MASK]" * (CONTEXT - 2)])[0].masks) == CONTEXT - 2
+    for name in ("top", "steps"):
+        with pytest.raises(InputError, match=f"{name} is 0; it must be at least 1"):
+            model.fill(["[MASK]"], **{name: 0})
+
+
+# ---- sample --------------------------------------------------------------------------------------------------------
+
+QUICK = {"max_tokens": 6, "chunk": 4, "steps": 2}
+
+
+def test_a_seed_says_the_same_again_and_another_seed_something_else(model):
+    first, again, other = (model.sample(["the king"], **QUICK, seed=seed, num=2) for seed in (5, 5, 6))
+    assert first == again
+    assert len({s.text for s in first + other}) == 4
+    greedy = model.sample(["the king"], **QUICK, greedy=True, num=2)
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 7, 30])
+def test_as_many_tokens_come_as_were_asked_for(model, tokens):
+    (found,) = model.sample(["the king"], max_tokens=tokens, chunk=4, steps=1)
+    assert (found.prompt, found.tokens, found.stop) == ("the king", tokens, "max_tokens")
+    assert found.logprob < 0
+    (longer,) = model.sample(["the king"], max_tokens=32, chunk=4, steps=1)
+    whole = tokens // 4 * 4
+    ids = model.sample(["the king"], max_tokens=max(whole, 1), chunk=4, steps=1)[0].text
+    assert whole == 0 or longer.text.startswith(ids.rstrip("\ufffd"))
+
+
+def test_special_tokens_are_never_said(model):
+    for sample in model.sample(["", "the king"], max_tokens=8, chunk=4, steps=1, temperature=5.0):
+        assert np.isfinite(sample.logprob)
+        assert not any(name in sample.text for name in ("[MASK]", "[SEP]", "[CLS]", "[PAD]", "[UNK]"))
+
+
+def test_a_prompt_says_in_a_batch_what_it_says_alone(model):
+    prompts = ["the king", "", "stormy birds in the castle"]
+    together = model.sample(prompts, **QUICK, num=2, sweeps=1)
+    for i, prompt in enumerate(prompts):
+        alone = model.sample([prompt], **QUICK, num=2, sweeps=1)
+        assert [s.text for s in alone] == [s.text for s in together[2 * i : 2 * i + 2]]
+
+
+def test_a_stop_string_ends_the_text_before_it(model):
+    (whole,) = model.sample(["the king"], max_tokens=8, chunk=4, steps=2)
+    text = whole.text
+    stop = text[3:5]
+    (found,) = model.sample(["the king"], max_tokens=8, chunk=4, steps=2, stop=["never said", stop])
+    assert (found.text, found.stop) == (text[: text.index(stop)], "stop")
+    assert 0 < found.tokens < 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"max_tokens": 0}, "max-tokens is 0"),
+        ({"num": 0}, "num is 0"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"chunk": 13}, "chunk is 13; at most half of the context, 12"),
+        ({"steps": 0}, "steps is 0"),
+        ({"sweeps": -1}, "sweeps is -1"),
+        ({"stop": [""]}, "a stop string is empty"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top-p is 0.0"),
+        ({"prompts": ["the king"] * 2 + ["king " * 9]}, f"the prompt has [0-9]+ tokens, the context is {CONTEXT}"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_numbers_are_refused(model, fields, wanted):
+    with pytest.raises(InputError, match=wanted):
+        model.sample(**({"prompts": ["the king"], **QUICK} | fields))
+
+
+# ---- embed, and what a causal run refuses ----------------------------------------------------------------------------
+
+
+def test_vectors_are_the_features_of_the_first_token_and_their_mean(model, read):
+    for text, cls, mean in zip(TEXTS, model.embed(TEXTS, "cls"), model.embed(TEXTS), strict=True):
+        features, _ = read([[model.tokenizer.bos, *model.tokenizer.encode(text), model.tokenizer.eos]])
+        np.testing.assert_allclose(cls, features[0, 0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(mean, features[0].mean(axis=0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(model.embed([text])[0], mean, rtol=1e-4, atol=1e-5)
+    assert model.embed([*TEXTS, *TEXTS]).shape == (6, 22)
+
+
+def test_what_cannot_be_embedded_is_refused(model):
+    with pytest.raises(InputError, match="pool 'max' is unknown; there are cls and mean"):
+        model.embed(["fine"], "max")
+    with pytest.raises(InputError, match=f"[0-9]+ tokens, and the context is {CONTEXT}: 'king king"):
+        model.embed(["fine", "king " * 9])
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["fill", "RUN", "the [MASK]"], "a gpt run cannot fill: it reads forward only"),
+        (["embed", "RUN", "TEXTS", "--pool", "cls"], "pool 'cls' is not for a causal run: its first token sees nothing"),
+        (["sample", "RUN", "the", "--sweeps", "2"], "--sweeps is not for a gpt run, which goes left to right"),
+        (["score", "RUN", "TEXTS", "--rule", "pll"], "rule 'pll' is not for a gpt run"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_causal_run_refuses_with_its_reason(tiny, model, tmp_path, monkeypatch, capsys, argv, reason):
+    causal = rundir.Run(tmp_path, Recipe(model=tiny), model.tokenizer, make_module("gpt", tiny), None, 0)
+    monkeypatch.setattr(rundir, "load_run", lambda *_: causal)
+    (tmp_path / "texts").write_text("the king\n")
+    argv = [{"RUN": str(tmp_path), "TEXTS": str(tmp_path / "texts")}.get(a, a) for a in argv]
+    assert bothways.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert reason in err
+    assert not out
