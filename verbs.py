@@ -243,7 +243,9 @@ def _evaluate(run: Positional[Path], suites: Positional[tuple[str, ...]] = ("val
     """
     from sample.evaluate import evaluate
 
-    for figure in evaluate(load(run), suites):
+    model = load(run)
+    _able(model, "sample", "")
+    for figure in evaluate(model, suites):
         low, high = figure.interval
         _emit(figure, json, f"{figure.suite} {figure.metric} {figure.value:.4f} [{low:.4f}, {high:.4f}] (n={figure.n})")
 

@@ -1,6 +1,10 @@
-"""Small models on Shakespeare's plays, for a laptop: six plays held out whole.
+"""Small models on Shakespeare's plays, for a laptop: six plays held out whole, three for validation, three for test.
 
-bothways train shakespeare_gpt
+    bothways train shakespeare_gpt       # 2 CPU cores: about 5 minutes
+    bothways train shakespeare_bert      # 2 CPU cores: about 5 minutes
+
+The same 3 blocks of width 128 for both: what differs is `family` and `objective`. What made the difference against a
+plain small transformer is told in the README.
 """
 
 from common.config import ObjectiveConfig, OptimizerConfig, TrainConfig
@@ -8,59 +12,38 @@ from common.recipe import Recipe
 from data.config import DataConfig
 from model.config import TransformerConfig
 
+SMALL = {
+    "context": 128,
+    "n_layers": 3,
+    "d_model": 128,
+    "n_heads": 4,
+    "positions": "rotary",
+    "norm": "rms",
+    "activation": "relu2",
+    "bias": False,
+    "init_residual": "zero",
+    "tie_embeddings": False,
+}
+DATA = DataConfig(corpus="shakespeare", tokenizer="unigram", vocab_size=4096)
+OPTIMIZER = OptimizerConfig(
+    name="muon", learning_rate=0.01, adam_learning_rate=0.01, schedule="linear", warmup_steps=20, weight_decay=0.01
+)
+
 recipes = {
     "shakespeare_gpt": Recipe(
         family="gpt",
-        model=TransformerConfig(
-            context=128,
-            n_layers=3,
-            d_model=128,
-            n_heads=4,
-            positions="rotary",
-            norm="rms",
-            activation="relu2",
-            bias=False,
-            init_residual="zero",
-            tie_embeddings=False,
-        ),
-        data=DataConfig(corpus="shakespeare", tokenizer="unigram", vocab_size=4096),
+        model=TransformerConfig(**SMALL),
+        data=DATA,
         objective=ObjectiveConfig(kind="causal"),
-        optimizer=OptimizerConfig(
-            name="muon",
-            learning_rate=0.02,
-            adam_learning_rate=4e-3,
-            schedule="linear",
-            warmup_steps=20,
-            weight_decay=0.01,
-        ),
+        optimizer=OPTIMIZER,
         train=TrainConfig(steps=2000, batch_size=8, eval_every=1000, save_every=500, log_every=20),
     ),
     "shakespeare_bert": Recipe(
         family="bert",
-        model=TransformerConfig(
-            context=128,
-            n_layers=3,
-            d_model=128,
-            n_heads=4,
-            positions="rotary",
-            norm="rms",
-            activation="relu2",
-            bias=False,
-            init_residual="zero",
-            tie_embeddings=False,
-            segment_types=2,
-            next_sentence=True,
-        ),
-        data=DataConfig(corpus="shakespeare", tokenizer="unigram", vocab_size=4096),
+        model=TransformerConfig(**SMALL, segment_types=2, next_sentence=True),
+        data=DATA,
         objective=ObjectiveConfig(kind="masked", next_sentence=True),
-        optimizer=OptimizerConfig(
-            name="muon",
-            learning_rate=0.01,
-            adam_learning_rate=0.01,
-            schedule="linear",
-            warmup_steps=20,
-            weight_decay=0.01,
-        ),
+        optimizer=OPTIMIZER,
         train=TrainConfig(steps=1500, batch_size=16, eval_every=750, save_every=500, log_every=20),
     ),
 }

@@ -14,7 +14,7 @@ from data import files, plays
 from data.config import DataConfig
 
 Documents = Iterator[tuple[str, str]]
-FEW_DOCUMENTS = 20
+FEW_DOCUMENTS = 40
 """From this many documents on, whole documents are held out; below, the end of the text is."""
 
 
@@ -99,7 +99,7 @@ def hold_out(documents: list[tuple[str, str]]) -> dict[str, Documents]:
     if len(documents) >= FEW_DOCUMENTS:
         parts = {"train": [], "validation": [], "test": []}
         for i, document in enumerate(documents):
-            parts[{18: "validation", 19: "test"}.get(i % FEW_DOCUMENTS, "train")].append(document)
+            parts[{18: "validation", 19: "test"}.get(i % 20, "train")].append(document)
         return {split: iter(part) for split, part in parts.items()}
 
     def cut(text: str, low: float, high: float) -> int:

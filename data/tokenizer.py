@@ -31,7 +31,7 @@ class Vocabulary:
     ordinary: np.ndarray
     """Ids of all other tokens."""
     starts_word: np.ndarray
-    """[V] bool: begins with a space or is a line break."""
+    """[V] bool: begins with anything but a letter, a digit or an apostrophe: a space, a line break, a punctuation mark."""
     ends_sentence: np.ndarray
     """[V] bool: a line break, or ends with . ! or ?"""
 
@@ -102,7 +102,7 @@ class Tokenizer:
             self.mask,
             special,
             np.flatnonzero(~special),
-            np.array([p.startswith((" ", "\n")) for p in pieces]),
+            np.array([not (p[:1].isalnum() or p[:1] == "'" or self.sp.is_byte(i)) for i, p in enumerate(pieces)]),
             np.array([p.endswith(("\n", ".", "!", "?")) for p in pieces]) & ~special,
         )
 
@@ -176,7 +176,7 @@ def train(texts: Iterable[str], kind: str, vocab_size: int) -> Tokenizer:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            byte_fallback=kind != "char",
+            byte_fallback=True,
             character_coverage=1.0 if kind == "char" else 0.9995,
             hard_vocab_limit=kind != "char",
             max_sentence_length=1_000_000,

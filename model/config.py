@@ -111,8 +111,8 @@ class TransformerConfig:
             if not ok:
                 found.append(message)
 
-        sizes = ("context", "n_layers", "d_model", "n_heads")
-        for name in sizes:
+        want(self.context != 1, "model.context is 1; a token needs another to predict or be predicted from")
+        for name in ("context", "n_layers", "d_model", "n_heads"):
             want(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("vocab_size", "n_kv_heads", "d_head", "d_ff", "window", "segment_types"):
             want(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it cannot be negative")

@@ -18,7 +18,7 @@ from data.tokenizer import MASK
 from model.loss import token_logprobs
 from sample.decode import bucket
 from sample.method import Method, choose
-from sample.text import Sample, Score
+from sample.text import Sample, Score, cut_at_stop
 
 BATCH = 64
 Batch = dict[str, np.ndarray]
@@ -94,6 +94,10 @@ def columns(lists: Sequence[Sequence[int]], rows: int, least: int = 1) -> np.nda
     return out
 
 
+def last(ids: list[int], count: int) -> list[int]:
+    return ids[-count:] if count else []
+
+
 class MaskedModel:
     """A masked run that can be asked: `fill`, `score`, `sample`, `embed`. Made by `bothways.load`."""
 
@@ -157,7 +161,7 @@ class MaskedModel:
 
         def commit(i: int, place: int, logits: np.ndarray) -> tuple[int, float]:
             logprobs = logits - np.logaddexp.reduce(logits)
-            best = np.argsort(-logprobs, kind="stable")[:top]
+            best = np.argsort(-logprobs, kind="stable")[: min(top, np.count_nonzero(~self._barred))]
             told[i][place] = [{"token": self.tokenizer.piece(t), "p": round(float(np.exp(logprobs[t])), 4)} for t in best]
             return int(best[0]), float(logprobs[best[0]])
 
@@ -218,6 +222,8 @@ class MaskedModel:
         for name, value in (("max-tokens", max_tokens), ("num", num), ("chunk", chunk), ("steps", steps)):
             if value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
+        if sweeps < 0:
+            raise InputError(f"sweeps is {sweeps}; it cannot be negative")
         if chunk > self.context // 2:
             raise InputError(
                 f"chunk is {chunk}; at most half of the context, {self.context // 2}, can be filled at a time"
@@ -246,7 +252,7 @@ class MaskedModel:
 
         while going := [i for i, s in enumerate(stops) if not s]:
             sizes = [min(chunk, max_tokens - len(said[i])) for i in going]
-            kept = [(past[i] + said[i])[-(self.context - 2 - n) :] for i, n in zip(going, sizes, strict=True)]
+            kept = [last(past[i] + said[i], self.context - 2 - n) for i, n in zip(going, sizes, strict=True)]
             rows = [self._wrap([*k, *[self.tokenizer.mask] * n]) for k, n in zip(kept, sizes, strict=True)]
             masks = [list(range(len(k) + 1, len(k) + 1 + n)) for k, n in zip(kept, sizes, strict=True)]
             got: list[dict[int, float]] = [{} for _ in going]
@@ -276,9 +282,8 @@ class MaskedModel:
                     stops[i] = "max_tokens"
         results = []
         for i in range(len(keys)):
-            text, count = self.tokenizer.decode(said[i]), len(said[i])
-            if stops[i] == "stop":
-                text = text[: min(at for s in stop if (at := text.find(s)) >= 0)]
+            (text, stopped), count = cut_at_stop(self.tokenizer.decode(said[i]), stop), len(said[i])
+            if stopped:
                 count = next(n for n in range(count + 1) if self.tokenizer.decode(said[i][:n]).startswith(text))
             results.append(Sample(prompts[i // num], text, count, round(sum(logprobs[i][:count]), 4), stops[i]))
         return results

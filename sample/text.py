@@ -49,6 +49,12 @@ def utf8_so_far(text: str) -> str:
     return text.rstrip("\ufffd")
 
 
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text before the stop string that is complete first, whatever the chunks it came in; and whether there is one."""
+    found = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
+    return (text[: min(found)[1]], True) if found else (text, False)
+
+
 class TextModel:
     """A run that can be asked: `sample`, `score`. Made by `bothways.load`."""
 
@@ -156,9 +162,7 @@ class TextModel:
         return row.tokens[:-1] if row.tokens and row.tokens[-1] == self.tokenizer.eos else row.tokens
 
     def _cut(self, row: Row, stop: Sequence[str]) -> tuple[str, bool]:
-        text = self.tokenizer.decode(self._ids(row))
-        found = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
-        return (text[: min(found)[1]], True) if found else (text, False)  # the one complete first, in any chunking
+        return cut_at_stop(self.tokenizer.decode(self._ids(row)), stop)
 
     def _safe(self, text: str, stop: Sequence[str]) -> str:
         """What can be shown already: no half character, no beginning of a stop string."""
