@@ -95,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     except (Stopped, Diverged) as e:
         say(f"bothways {verb}: {e}")
         return 143 if isinstance(e, Stopped) else 1
+    except (NotADirectoryError, FileExistsError, IsADirectoryError, PermissionError) as e:
+        say(f"bothways {verb}: cannot use {e.filename}: {e.strerror}; name another file or directory")
+        return 2
     except Exception as e:
         if _disk_full(e):
             say(

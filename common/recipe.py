@@ -60,8 +60,12 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        """Raises InputError for fields that this version does not know."""
-        return _build(cls, json.loads(text), "recipe")
+        """Raises InputError for text that is no JSON and for fields that this version does not know."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise InputError(f"a recipe that is not JSON: {e}") from e
+        return _build(cls, values, "recipe")
 
     def differences(self, other: "Recipe") -> list[str]:
         """Fields in which two recipes make different runs, as `field: mine -> other's`."""

@@ -111,7 +111,7 @@ def read_recipe(home: Path) -> Recipe:
     """Raises InputError if the directory is no run."""
     path = home / "recipe.json"
     if not path.is_file():
-        what = "is not a run directory: it has no recipe.json" if home.is_dir() else "does not exist"
+        what = "is not a run directory: it has no recipe.json" if home.exists() else "does not exist"
         raise InputError(f"{home} {what}; give the directory that `bothways train` wrote, such as runs/shakespeare_gpt")
     return Recipe.from_json(path.read_text())
 

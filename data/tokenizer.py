@@ -192,7 +192,7 @@ def train(texts: Iterable[str], kind: str, vocab_size: int) -> Tokenizer:
                 f"set --data.vocab-size {most[1]} or less, or give more text"
             ) from e
         least = re.search(r"smaller than required_chars.*?(\d+) vs (\d+)", message)
-        if least or "required_chars" in message:
+        if least or "required_chars" in message or "(vocab_size) >= (0)" in message:
             raise InputError(
                 f"data.vocab_size is {vocab_size}, too small for the characters and 256 bytes that must be in it"
                 + (f" ({least[2]})" if least else "")

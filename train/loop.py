@@ -119,7 +119,9 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     if writes and existing is None:
         home.mkdir(parents=True, exist_ok=True)
         tokenizer.save(home / "tokenizer.model")
-        (home / "recipe.json").write_text(recipe.to_json())
+        partial = home / ".recipe.json"
+        partial.write_text(recipe.to_json())
+        partial.replace(home / "recipe.json")
 
     # ---- resume, or start -------------------------------------------------------------------------------------
     manager = rundir.checkpoint_manager(home, keep=cfg.keep)

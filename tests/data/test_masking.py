@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from common.errors import InputError
 from data.examples import Masking, Pairs, hide, masked_row, places_within, sentence_pair, truncate_pair
 from data.pipeline import training_batches
 from tests.conftest import made_up_vocabulary
@@ -293,7 +294,7 @@ def test_no_token_is_in_no_piece_however_long_the_sentences():
 
 
 def test_one_document_is_not_enough():
-    with pytest.raises(ValueError, match="negatives from another document; there is 1 document"):
+    with pytest.raises(InputError, match="negatives from another document, and there is 1 document; give more files"):
         corpus([[7, 7, 7]])
 
 

@@ -124,7 +124,13 @@ def objective():
 @pytest.fixture(scope="module")
 def bert(tiny, filled, objective):
     """Module, parameters, and jitted (params, batch) -> features and sums of the loss."""
-    fields = {"norm_position": "post", "activation": "gelu", "segment_types": 2, "embed_norm": True, "next_sentence": True}
+    fields = {
+        "norm_position": "post",
+        "activation": "gelu",
+        "segment_types": 2,
+        "embed_norm": True,
+        "next_sentence": True,
+    }
     module = make_module("bert", dataclasses.replace(tiny, n_layers=2, **fields))
     params = filled(module, jnp.zeros((1, 2), jnp.int32))
 

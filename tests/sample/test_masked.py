@@ -39,7 +39,10 @@ def model(tiny) -> MaskedModel:
     cfg = dataclasses.replace(tiny, n_layers=1, context=CONTEXT, vocab_size=len(tokenizer) + 5)
     recipe = Recipe(name="tiny", family="bert", model=cfg, objective=ObjectiveConfig(kind="masked"))
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: rng.normal(0, 0.5, s.shape).astype(s.dtype), rundir.param_shapes(recipe))
+    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(s.dtype), rundir.param_shapes(recipe))
+    params["encoder"]["embed"]["token"]["embedding"] *= 2
+    params["mlm"]["norm"]["scale"] += 1
+    params["encoder"]["stack"]["blocks"]["attention_norm"]["scale"] += 1
     params["mlm"]["bias"][[*tokenizer.special, *range(len(tokenizer), cfg.vocab_size)]] = 5
     return MaskedModel(rundir.Run(None, recipe, tokenizer, make_module("bert", cfg), params, 0))
 
@@ -88,7 +91,7 @@ def test_pseudo_likelihood_is_that_of_a_plain_loop(model, read, rule):
     for text, score in zip(TEXTS, model.score(TEXTS, rule), strict=True):
         ids = model.tokenizer.encode(text)
         assert (score.text, score.tokens, score.rule) == (text, len(ids), rule)
-        assert score.logprob == pytest.approx(plain_pll(model, read, ids, rule == "pll_word"), rel=1e-4)
+        assert score.logprob == pytest.approx(plain_pll(model, read, ids, rule == "pll_word"), abs=2e-3)
 
 
 def test_hiding_the_rest_of_a_word_is_another_score(model):
@@ -126,34 +129,39 @@ def test_what_cannot_be_scored_is_refused(model):
 
 
 class Known:
-    """A masked model of the letters a, b, c at three places that knows their joint distribution exactly."""
+    """A masked model of the letters a, b, c at three places that knows their joint distribution exactly.
 
-    def __init__(self, monkeypatch, tiny, joint: dict[str, float], power: float = 1.0):
-        tokenizer = tokenizers.train(["abc", "bca", "cab"], "char", 16)
-        self.letters = tokenizer.encode("abc")
-        self.mask, self.joint = tokenizer.mask, joint
-        size = len(tokenizer)
-        self.table = np.full((size, size, size, 3, size), -np.inf)
-        for seen in itertools.product([*self.letters, self.mask], repeat=3):
-            fits = {s: p for s, p in joint.items() if all(m in (t, self.mask) for m, t in zip(seen, self.ids(s), strict=True))}
-            for string, p in fits.items():
-                for place, token in enumerate(self.ids(string)):
-                    self.table[*seen, place, token] = np.logaddexp(self.table[*seen, place, token], np.log(p))
-            if fits:
+    Or not quite: with another `power` it is too sure or too unsure, and a blind one sees no other letter.
+    """
+
+    def __init__(self, monkeypatch, tiny, joint: dict[str, float], power: float = 1.0, blind: bool = False):
+        tokenizer = tokenizers.train(["abc", "bca", "cab"], "char", 300)
+        self.joint, size = joint, len(tokenizer)
+        letters = tokenizer.encode("abc")
+        self.code = np.full(size, 3)  # 3: hidden
+        self.code[letters] = 0, 1, 2
+        self.table = np.full((4, 4, 4, 3, size), -np.inf)  # what is seen at each place, place asked, token
+        for seen in np.ndindex(4, 4, 4):
+            for string, p in joint.items():
+                codes = ["abc".index(c) for c in string]
+                if all(s in (c, 3) for s, c in zip(seen, codes, strict=True)):
+                    for place, c in enumerate(codes):
+                        cell = (*seen, place, letters[c])
+                        self.table[cell] = np.logaddexp(self.table[cell], np.log(p))
+            if np.isfinite(self.table[seen]).any():
                 self.table[seen] *= power
                 self.table[seen] -= np.logaddexp.reduce(self.table[seen], axis=-1, keepdims=True)
+        if blind:
+            self.table[:] = self.table[3, 3, 3]
         monkeypatch.setattr(masked, "hidden_logits", self.hidden_logits)
         monkeypatch.setattr(masked, "hidden_logprobs", self.hidden_logprobs)
         recipe = Recipe(family="bert", model=dataclasses.replace(tiny, vocab_size=size))
         self.model = MaskedModel(rundir.Run(None, recipe, tokenizer, None, None, 0))
         self.readings = 0
 
-    def ids(self, string: str) -> list[int]:
-        return [self.letters["abc".index(c)] for c in string]
-
     def hidden_logits(self, module, params, tokens, segments, places):
         self.readings += 1
-        first, second, third = (tokens[:, i, None] for i in (1, 2, 3))
+        first, second, third = (self.code[tokens[:, i, None]] for i in (1, 2, 3))
         return self.table[first, second, third, np.maximum(places - 1, 0)]
 
     def hidden_logprobs(self, module, params, batch):
@@ -164,29 +172,21 @@ class Known:
 JOINT = {"abc": 0.3, "abb": 0.05, "cab": 0.25, "cca": 0.2, "bab": 0.15, "aaa": 0.05}
 
 
-def expected_bound(known: Known, draws: int) -> tuple[float, float]:
-    """The mean over all texts of (bound - log-likelihood), and its standard error, from five bounds of each."""
-    mean = variance = 0.0
-    for string, p in known.joint.items():
-        found = [known.model.score([string], "bound", draws=draws + i)[0].logprob - np.log(p) for i in range(5)]
-        mean += p * np.mean(found)
-        variance += p**2 * np.var(found, ddof=1) / 5
-    return mean, variance**0.5
+def bound_above_likelihood(known: Known) -> float:
+    """The mean over the distribution of (bound - log-likelihood), in nats; its standard error is about 0.02."""
+    found = known.model.score(list(known.joint), "bound", draws=4000)
+    return sum(p * (score.logprob - np.log(p)) for score, p in zip(found, known.joint.values(), strict=True))
 
 
 def test_the_bound_is_the_likelihood_where_the_conditionals_are_exact(monkeypatch, tiny):
     monkeypatch.setattr(masked, "BATCH", 512)
-    mean, error = expected_bound(Known(monkeypatch, tiny, JOINT), draws=400)
-    assert error < 0.03
-    assert abs(mean) < 4 * error
+    assert abs(bound_above_likelihood(Known(monkeypatch, tiny, JOINT))) < 0.06
 
 
-@pytest.mark.parametrize("power", [0.3, 3.0])
-def test_the_bound_is_below_the_likelihood_where_they_are_not(monkeypatch, tiny, power):
+@pytest.mark.parametrize("wrong", [{"power": 3.0}, {"power": 0.02}, {"blind": True}], ids=lambda w: next(iter(w)))
+def test_the_bound_is_below_the_likelihood_where_they_are_not(monkeypatch, tiny, wrong):
     monkeypatch.setattr(masked, "BATCH", 512)
-    mean, error = expected_bound(Known(monkeypatch, tiny, JOINT, power), draws=400)
-    assert mean < -4 * error
-    assert mean < -0.1
+    assert bound_above_likelihood(Known(monkeypatch, tiny, JOINT, **wrong)) < -0.15
 
 
 def test_masks_filled_one_at_a_time_agree_with_each_other(monkeypatch, tiny):
@@ -280,7 +280,9 @@ def test_texts_are_filled_together_as_alone(model):
 def test_what_cannot_be_filled_is_refused(model):
     with pytest.raises(InputError, match=r"there is no \[MASK\] in 'the king'; put one where a word is wanted"):
         model.fill(["the [MASK]", "the king"])
-    with pytest.raises(InputError, match=f"the text has 32 tokens, 30 of them masks, and the model's context is {CONTEXT}"):
+    with pytest.raises(
+        InputError, match=f"the text has 32 tokens, 30 of them masks, and the model's context is {CONTEXT}"
+    ):
         model.fill(["[MASK]" * 30])
     assert len(model.fill(["[MASK]" * (CONTEXT - 2)])[0].masks) == CONTEXT - 2
     for name in ("top", "steps"):
