@@ -80,7 +80,7 @@ def compute(metric: str, gold: Sequence, got: Sequence) -> float:
         import scipy.stats
 
         measure = scipy.stats.pearsonr if metric == "pearson" else scipy.stats.spearmanr
-        return float(measure(gold, got).statistic) if len(set(got)) > 1 else 0.0
+        return float(measure(gold, got).statistic) if min(len(set(gold)), len(set(got))) > 1 else 0.0
     m = sklearn_metrics()
     measures: dict[str, Callable[[], float]] = {
         "accuracy": lambda: m.accuracy_score(gold, got),
@@ -94,7 +94,7 @@ def compute(metric: str, gold: Sequence, got: Sequence) -> float:
 
 
 def naive_bayes(train: Sequence[str], labels: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Multinomial naive Bayes on words and pairs of words: what counting alone can do."""
+    """Multinomial naive Bayes on words: what counting alone can do."""
     sklearn_metrics()
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.naive_bayes import MultinomialNB

@@ -136,12 +136,12 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
     The files of a glob named *train*, *valid* or *dev*, and *test* are its splits; otherwise a tenth each is held out.
     """
     by_split: dict[str, list[tuple[Path, int, dict]]] = collections.defaultdict(list)
-    for path in files.matching(pattern):
+    paths = files.matching(pattern)
+    for path in paths:
         if path.suffix not in (".csv", ".tsv", ".jsonl"):
             raise InputError(f"{path}: a labelled file is .csv, .tsv or .jsonl")
-        split = next(
-            (s for w, s in (("valid", "validation"), ("dev", "validation"), ("test", "test")) if w in path.stem), "train"
-        )
+        named = (("train", "train"), ("valid", "validation"), ("dev", "validation"), ("test", "test"))
+        split = next((s for w, s in named if w in path.stem and len(paths) > 1), "train")
         by_split[split] += [(path, number, record) for number, record in files.records(path)]
     records = by_split["train"]
     if not records:
@@ -164,7 +164,10 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
 
         def make(r: dict) -> Item:
             second = {"text_b": r[pair]} if pair in fields else {}
-            return {"text": r[text], **second, "label": float(r[label]) if kind == "regress" else str(r[label])}
+            value = r[label]
+            if value not in (None, ""):
+                value = float(value) if kind == "regress" else str(value)
+            return {"text": r[text], **second, "label": value}
 
     def items(records: list[tuple[Path, int, dict]]) -> list[Item]:
         made = []
@@ -178,6 +181,9 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
                 ) from e
             if any(value in (None, "") for value in item.values()):
                 raise InputError(f"{path}, line {number}: an empty field in {str(record)[:100]}")
+            wrong = misfit(item, kind)
+            if wrong:
+                raise InputError(f"{path}, line {number}: {wrong} in {str(record)[:100]}")
             made.append(item)
         return made
 
@@ -192,7 +198,23 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
     metrics = {"classify": ("accuracy", "macro_f1"), "regress": ("pearson", "spearman"), "tag": ("entity_f1", "accuracy")}
     metrics |= {"span": ("span_f1", "exact_match"), "choice": ("accuracy",)}
     labels = seen_labels(splits["train"]) if kind in ("classify", "tag") else ()
+    if kind == "tag" and not any(name.startswith(("B-", "I-")) for name in labels):  # no entities, such as parts of speech
+        metrics["tag"] = ("accuracy", "macro_f1")
     return checked(Task(Path(pattern).stem, kind, splits, labels, metrics[kind]))
+
+
+def misfit(item: Item, kind: str) -> str:
+    """What of an item's parts does not fit together; empty if all does."""
+    parts = [*item.get("words", []), *(item[k] for k in ("text", "text_b") if k in item), *item.get("choices", [])]
+    if not all(isinstance(part, str) for part in parts):
+        return "a text that is no string"
+    if kind == "tag" and len(item["words"]) != len(item["label"]):
+        return f"{len(item['words'])} words and {len(item['label'])} labels"
+    if kind == "choice" and not 0 <= item["label"] < len(item["choices"]):
+        return f"label {item['label']} among {len(item['choices'])} choices, counted from 0,"
+    if kind == "span" and any(item["text_b"][first : first + len(text)] != text for first, text in item["answers"]):
+        return "an answer that does not stand at its start"
+    return ""
 
 
 def is_number(text: str) -> bool:

@@ -285,7 +285,7 @@ class MaskedModel:
             (text, stopped), count = cut_at_stop(self.tokenizer.decode(said[i]), stop), len(said[i])
             if stopped:
                 count = next(n for n in range(count + 1) if self.tokenizer.decode(said[i][:n]).startswith(text))
-            results.append(Sample(prompts[i // num], text, count, round(sum(logprobs[i][:count]), 4), stops[i]))
+            results.append(Sample(prompts[i // num], text, count, round(sum(logprobs[i][:count]), 3), stops[i]))
         return results
 
     # ---- score ----------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ class MaskedModel:
         sequences = [self.tokenizer.encode(text) for text in texts]
         logprobs = self.score_tokens(sequences, rule, draws)
         return [
-            Score(text, round(float(lp), 4), len(ids), rule)
+            Score(text, round(float(lp), 3), len(ids), rule)
             for text, lp, ids in zip(texts, logprobs, sequences, strict=True)
         ]
 

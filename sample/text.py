@@ -177,7 +177,7 @@ class TextModel:
         if stopped:  # the fewest tokens that hold the text
             ids = self._ids(row)
             count = next(n for n in range(len(ids) + 1) if self.tokenizer.decode(ids[:n]).startswith(text))
-        return Sample(prompt, text, count, round(float(sum(row.logprobs[:count])), 4), row.stop)
+        return Sample(prompt, text, count, round(float(sum(row.logprobs[:count])), 3), row.stop)
 
     def _search(
         self, prompts: Sequence[str], encoded: list[list[int]], beams: int, num: int, max_tokens: int, alpha: float
@@ -199,7 +199,7 @@ class TextModel:
                 ended = bool(ids) and ids[-1] == self.tokenizer.eos
                 text = self.tokenizer.decode(ids[:-1] if ended else ids)
                 stop = "eos" if ended else "max_tokens"
-                results.append(Sample(prompt, text, len(ids), round(float(logprob[i, k]), 4), stop))
+                results.append(Sample(prompt, text, len(ids), round(float(logprob[i, k]), 3), stop))
         return results
 
     def score(self, texts: Sequence[str], rule: str = "causal") -> list[Score]:
@@ -218,7 +218,7 @@ class TextModel:
         sequences = [[self.tokenizer.bos, *self.tokenizer.encode(text)] for text in texts]
         logprobs = scoring.causal_logprobs(self.run.module, self.run.params, sequences, self.recipe.model.context)
         return [
-            Score(text, round(lp, 4), len(ids) - 1, rule)
+            Score(text, round(lp, 3), len(ids) - 1, rule)
             for text, ids, lp in zip(texts, sequences, logprobs, strict=True)
         ]
 

@@ -53,8 +53,8 @@ class FinetuneConfig:
                 raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.lm_weight and family != "gpt":
             raise InputError("--lm-weight is for causal runs; a masked model has no next-token loss")
-        if not 0 <= self.length <= context:
-            raise InputError(f"length is {self.length}; it must be between 0 and the model's context, {context}")
+        if self.length and not 5 <= self.length <= context:  # two texts of a token each, and what stands around them
+            raise InputError(f"length is {self.length}; it must be between 5 and the model's context, {context}, or 0")
         if not all(rate > 0 for rate in self.learning_rates):
             raise InputError(f"learning rates {self.learning_rates}: each must be positive")
 
@@ -78,7 +78,7 @@ def task_objective(kind: str, lm_weight: float) -> Objective:
 
     def weights(batch: Batch) -> dict[str, jax.Array]:
         found = {"task": jnp.sum(batch["weight"])}
-        return found | ({"lm": jnp.sum(batch["segments"][:, 1:] > 0).astype(jnp.float32)} if lm_weight else {})
+        return found | ({"lm": jnp.sum(batch["segments"][..., 1:] > 0).astype(jnp.float32)} if lm_weight else {})
 
     def terms(module: TaskModel, batch: Batch, deterministic: bool) -> Sums:
         fold = (lambda x: x.reshape(-1, x.shape[-1])) if kind == "choice" else (lambda x: x)
@@ -102,8 +102,8 @@ def task_objective(kind: str, lm_weight: float) -> Objective:
                 task = TokenLoss((start.nats + end.nats) / 2, (start.correct + end.correct) / 2)
         sums = {"task": task}
         if lm_weight:
-            seen = (batch["segments"][:, 1:] > 0).astype(jnp.float32)
-            lm = cross_entropy(features[:, :-1], *module.body.unembedding(), batch["tokens"][:, 1:], seen)
+            seen = (segments[:, 1:] > 0).astype(jnp.float32)
+            lm = cross_entropy(features[:, :-1], *module.body.unembedding(), tokens[:, 1:], seen)
             sums["lm"] = TokenLoss(lm_weight * lm.nats, lm.correct)
         return sums
 
@@ -169,7 +169,7 @@ class Tuner:
             for _ in range(self.per_epoch):
                 state, numbers = step(state, sharding.to_global(self.mesh, next(batches)))
             value = self.measure(state.params, "validation")[self.task.metrics[0]]
-            if value > best:
+            if kept is None or value > best:
                 best, kept, worse = value, jax.device_get(state.params), 0
             else:
                 worse += 1

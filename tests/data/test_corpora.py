@@ -14,7 +14,7 @@ from data import corpora, plays
 from data.config import DataConfig
 
 HYPOTHESIS = settings(max_examples=100, deadline=None, database=None, derandomize=True)
-STORY = "".join(f"line {i} of a story\n" for i in range(100))
+STORY = "".join(f"line {i} of a {'long ' * (i % 4)}story\n" for i in range(100))
 
 
 def load(corpus: Path | str, cache: Path, **fields) -> corpora.Corpus:
@@ -410,7 +410,7 @@ def test_a_catalogue_set_that_cannot_be_prepared_here_says_why(catalogue, cache)
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("wikipdia", "wikipedia"), ("lm1", "lm1b"), ("shakespear", "shakespeare"), ("Wikipedia1/x", "wikipedia")],
+    [("wikipdia", "wikipedia"), ("lm1", "lm1b"), ("shakespear", "shakespeare"), ("wikipdia/20230601.en", "wikipedia")],
 )
 def test_an_unknown_name_suggests_the_near_one(cache, name, near):
     with pytest.raises(InputError, match=rf"no corpus '{name}': .* did you mean .*\b{near}\b"):

@@ -279,7 +279,7 @@ def test_a_tokenizer_is_trained_once_and_kept(tmp_path, monkeypatch):
     first = token_files.obtain_tokenizer(cfg, source.corpus())
     assert token_files.obtain_tokenizer(cfg, source.corpus()).fingerprint == first.fingerprint
     assert source.reads == 1
-    smaller = token_files.obtain_tokenizer(dataclasses.replace(cfg, vocab_size=20), source.corpus())
+    smaller = token_files.obtain_tokenizer(dataclasses.replace(cfg, vocab_size=270), source.corpus())
     other = token_files.obtain_tokenizer(cfg, source.corpus("b"))
     assert source.reads == 3
     assert len(smaller) == 270

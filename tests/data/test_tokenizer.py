@@ -18,7 +18,7 @@ TEXTS = [
     "once upon a time there was a small model that read both ways\n",
     "caf\u00e9 na\u00efve \u0416\u0443\u043a 12 345\n",
 ] * 8
-KINDS = ("unigram", "bpe")
+KINDS = ("unigram", "bpe", "char")
 
 # Anything but sentencepiece's own sign for a space, and the pieces in which tokenizers lose something.
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=30)
@@ -98,6 +98,7 @@ def test_special_ids_are_those_of_the_pieces(trained):
     for tokenizer in trained.values():
         names = [tokenizer.piece(i) for i in (tokenizer.pad, tokenizer.unk, tokenizer.bos, tokenizer.eos, tokenizer.mask)]
         assert names == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        assert tokenizer.special == [0, 1, 2, 3, tokenizer.mask]
 
 
 def test_mask_in_a_text_is_the_mask_token(trained):
@@ -131,19 +132,36 @@ def test_a_newline_is_one_token_and_never_part_of_another(trained):
         assert [i for i in range(len(tokenizer)) if "\n" in tokenizer.piece(i)] == newline
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "char"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_is_reproducible_byte_for_byte(trained, kind):
-    first = trained[kind] if kind in trained else tokenizers.train(TEXTS, kind, 310)
+    first = trained[kind]
     again = tokenizers.train(iter(TEXTS), kind, 310)
     assert again.model == first.model
     assert again.fingerprint == first.fingerprint
     assert tokenizers.train([*TEXTS, "zebra zebra zebra\n"], kind, 310).fingerprint != first.fingerprint
 
 
-def test_a_char_vocabulary_holds_the_characters_of_its_text():
-    tokenizer = tokenizers.train(TEXTS, "char", 310)
+def test_a_char_vocabulary_holds_the_characters_of_its_text(trained):
+    tokenizer = trained["char"]
     assert [tokenizer.piece(i) for i in tokenizer.encode("fox caf\u00e9\n")] == list("fox caf\u00e9\n")
-    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in TEXTS)
+    unknown = tokenizer.encode("\U0001f389")
+    assert [tokenizer.piece(i) for i in unknown] == ["<0xF0>", "<0x9F>", "<0x8E>", "<0x89>"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=texts)
+@HYPOTHESIS
+def test_offsets_say_where_in_the_text_each_token_is(trained, kind, text):
+    tokenizer = trained[kind]
+    found = tokenizer.encode_with_offsets(text)
+    assert [token for token, _, _ in found] == tokenizer.encode(text)
+    end = 0
+    for token, first, last in found:
+        whole = not tokenizer.sp.is_byte(token)
+        assert first == end if whole else first in (end - 1, end)
+        assert text[first:last] == tokenizer.decode([token]) if whole else last == first + 1
+        end = last
+    assert end == len(text)
 
 
 def test_a_vocabulary_is_learnt_from_the_beginning_only(monkeypatch):
@@ -158,7 +176,7 @@ def test_a_saved_tokenizer_is_the_same_again(trained, tmp_path):
     assert loaded.encode(TEXTS[0]) == trained["bpe"].encode(TEXTS[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_too_large_a_vocabulary_is_refused_with_the_largest_possible(kind):
     with pytest.raises(InputError, match=r"vocab_size is 5000, .* at most \d+ ") as refused:
         tokenizers.train(TEXTS, kind, 5000)
@@ -169,7 +187,7 @@ def test_too_large_a_vocabulary_is_refused_with_the_largest_possible(kind):
         tokenizers.train(TEXTS, kind, most + 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_too_small_a_vocabulary_is_refused_with_the_smallest_possible(kind):
     with pytest.raises(InputError, match=r"vocab_size is 100, too small .*\(\d+\)") as refused:
         tokenizers.train(TEXTS, kind, 100)
@@ -177,6 +195,8 @@ def test_too_small_a_vocabulary_is_refused_with_the_smallest_possible(kind):
     assert len(tokenizers.train(TEXTS, kind, least)) == least
     with pytest.raises(InputError, match="too small"):
         tokenizers.train(TEXTS, kind, least - 1)
+    with pytest.raises(InputError, match="vocab_size is 100, too small"):
+        tokenizers.train(TEXTS, "char", 100)
 
 
 def test_no_text_is_refused():

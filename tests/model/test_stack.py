@@ -186,7 +186,7 @@ def test_changing_a_neighbour_or_the_padding_changes_nothing(read):
     assert (other_second[5:10] != before[5:10]).any(axis=-1).all()
 
 
-@pytest.mark.parametrize("read", [("encoder", "rotary")], indirect=True)
+@pytest.mark.parametrize("read", [("encoder", "rotary")], indirect=True, ids="-".join)
 def test_a_padded_text_gives_what_it_gives_without_padding(read):
     padded = row(read, FIRST, padding=[7] * 8)
     np.testing.assert_allclose(padded[:5], row(read, FIRST, padding=[]), atol=1e-5)
