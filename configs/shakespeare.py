@@ -42,7 +42,7 @@ recipes = {
         family="bert",
         model=TransformerConfig(**SMALL, segment_types=2, next_sentence=True),
         data=DATA,
-        objective=ObjectiveConfig(kind="masked", next_sentence=True),
+        objective=ObjectiveConfig(kind="masked", mask_rate=0.3, next_sentence=True),
         optimizer=OPTIMIZER,
         train=TrainConfig(steps=1500, batch_size=16, eval_every=750, save_every=500, log_every=20),
     ),

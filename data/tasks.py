@@ -153,7 +153,7 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
         kind = "span"
 
         def make(r: dict) -> Item:
-            answers = [(a["start"], a["text"]) for a in r["answers"]]
+            answers = [(int(a["start"]), str(a["text"])) for a in r["answers"]]
             return {"text": r["question"], "text_b": r["context"], "answers": answers}
 
     elif "choices" in fields:
@@ -200,7 +200,8 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
     labels = seen_labels(splits["train"]) if kind in ("classify", "tag") else ()
     if kind == "tag" and not any(name.startswith(("B-", "I-")) for name in labels):  # no entities, such as parts of speech
         metrics["tag"] = ("accuracy", "macro_f1")
-    return checked(Task(Path(pattern).stem, kind, splits, labels, metrics[kind]))
+    name = Path(pattern).stem if Path(pattern).exists() else files.matching(pattern)[0].parent.name
+    return checked(Task(name, kind, splits, labels, metrics[kind]))
 
 
 def misfit(item: Item, kind: str) -> str:

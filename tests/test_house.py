@@ -20,7 +20,10 @@ MAY_IMPORT = {
     "sample": {"sample", "common", "model", "data"},
     "configs": {"configs", "common", "model", "data"},
 }
-SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))] + [ROOT / "bothways.py", ROOT / "verbs.py"]
+SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))] + [
+    ROOT / "bothways.py",
+    ROOT / "verbs.py",
+]
 
 
 def imports(path: Path) -> set[str]:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class FinetuneConfig:
         for name in ("epochs", "batch_size", "seeds", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.lm_weight < 0:
+            raise InputError(f"lm-weight is {self.lm_weight}; it cannot be negative")
         if self.lm_weight and family != "gpt":
             raise InputError("--lm-weight is for causal runs; a masked model has no next-token loss")
         if self.length and not 5 <= self.length <= context:  # two texts of a token each, and what stands around them
@@ -129,6 +132,7 @@ class Tuner:
         self.batch_size = -(-cfg.batch_size // jax.device_count()) * jax.device_count()
         self.per_epoch = max(1, len(self.rows["train"]) // self.batch_size)
         self.objective = task_objective(task.kind, cfg.lm_weight)
+        self._programs: dict[float, tuple[Callable, Callable]] = {}
         self._predict = jax.jit(lambda params, batch: self._scores(params, batch))
 
     def _scores(self, params: Any, batch: Batch) -> Any:
@@ -137,8 +141,10 @@ class Tuner:
         scores = self.module.apply({"params": params}, *inputs)
         return span_scores(scores, batch) if self.task.kind == "span" else scores
 
-    def fit(self, rate: float, seed: int, pretrained: bool) -> tuple[float, Any]:
-        """(best validation metric, the parameters that had it)."""
+    def programs(self, rate: float) -> tuple[Callable, Callable]:
+        """Jitted: (key, the body's parameters or None for random ones) -> state; and the train step."""
+        if rate in self._programs:
+            return self._programs[rate]
         steps = self.per_epoch * self.cfg.epochs
         optimizer = make_optimizer(
             OptimizerConfig(
@@ -155,14 +161,19 @@ class Tuner:
         def fresh(key: jax.Array, body: Any) -> TrainState:
             tokens = jnp.zeros((1, 2), jnp.int32)
             params = self.module.init(key, tokens, tokens + 1, tokens)["params"]
-            params = params | ({"body": body} if pretrained else {})
+            params = params | ({} if body is None else {"body": body})
             zero = jnp.zeros((), jnp.int32)
             return TrainState(zero, params, optimizer.init(params), zero, zero)
 
-        key = jax.random.key(seed)
-        shardings = state_shardings(self.mesh, jax.eval_shape(fresh, key, self.run.params))
-        state = jax.jit(fresh, out_shardings=shardings)(key, self.run.params)
+        shardings = state_shardings(self.mesh, jax.eval_shape(fresh, jax.random.key(0), self.run.params))
         step = make_train_step(self.module, self.objective, optimizer, self.mesh, shardings)
+        self._programs[rate] = jax.jit(fresh, out_shardings=shardings), step
+        return self._programs[rate]
+
+    def fit(self, rate: float, seed: int, pretrained: bool) -> tuple[float, Any]:
+        """(best validation metric, the parameters that had it)."""
+        fresh, step = self.programs(rate)
+        state = fresh(jax.random.key(seed), self.run.params if pretrained else None)
         batches = pipeline.training_batches(self.rows["train"], as_is, batch_size=self.batch_size, seed=seed)
         best, kept, worse = -np.inf, None, 0
         for epoch in range(self.cfg.epochs):
@@ -233,8 +244,8 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
     """
     home = Path(workdir)
     cfg.check(run.recipe.family, run.recipe.model.context)
-    if (home / "recipe.json").exists():
-        raise InputError(f"{home} holds a run already; give another directory with --workdir")
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+        raise InputError(f"{home} exists already; give another directory with --workdir")
     small = sum(x.size for x in jax.tree.leaves(run.params)) < 20_000_000
     rates = cfg.learning_rates or ((3e-4, 1e-3) if small else (2e-5, 3e-5, 5e-5))
     tuner, lead = Tuner(run, task, cfg), task.metrics[0]

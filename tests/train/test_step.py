@@ -75,7 +75,9 @@ def run(cfg, mesh_cfg, devices, steps=2, accumulate=1, optimizer=None, batches=N
 @pytest.fixture(scope="module")
 def shardable(tiny):
     """Widths that 8 devices divide; still no two axes of one size."""
-    return dataclasses.replace(tiny, vocab_size=40, d_model=32, n_heads=8, n_kv_heads=8, d_head=6, d_ff=48, norm="rms").resolved()
+    return dataclasses.replace(
+        tiny, vocab_size=40, d_model=32, n_heads=8, n_kv_heads=8, d_head=6, d_ff=48, norm="rms"
+    ).resolved()
 
 
 def config_of(family, shardable):

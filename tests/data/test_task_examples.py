@@ -1,0 +1,293 @@
+"""Labelled items as model inputs, and scores as answers."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import InputError
+from common.rundir import TaskInfo
+from data import tokenizer as tokenizers
+from data.task_examples import TaskRows, decisions, encode, wrap
+from data.tasks import Task
+from tests.corpus import made_up_text
+
+HYPOTHESIS = settings(max_examples=150, deadline=None, database=None, derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizers.train([made_up_text(60)], "bpe", 390)
+
+
+# ---- layout --------------------------------------------------------------------------------------------------------
+
+
+def test_one_text_stands_between_bos_and_eos(tokenizer):
+    bos, eos, pad = tokenizer.bos, tokenizer.eos, tokenizer.pad
+    found = wrap([7, 8, 9], None, tokenizer, 8)
+    assert found["tokens"].tolist() == [bos, 7, 8, 9, eos, pad, pad, pad]
+    assert found["segments"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert found["types"].tolist() == [0] * 8
+    assert {value.dtype for value in found.values()} == {np.dtype(np.int32)}
+
+
+def test_the_second_text_has_its_own_type_and_eos(tokenizer):
+    bos, eos, pad = tokenizer.bos, tokenizer.eos, tokenizer.pad
+    found = wrap([7, 8], [9], tokenizer, 8)
+    assert found["tokens"].tolist() == [bos, 7, 8, eos, 9, eos, pad, pad]
+    assert found["segments"].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
+    assert found["types"].tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
+
+
+@HYPOTHESIS
+@given(st.integers(0, 30), st.none() | st.integers(0, 30), st.integers(5, 24))
+def test_the_longer_text_loses_its_end(tokenizer, n, m, length):
+    a, b = list(range(100, 100 + n)), None if m is None else list(range(200, 200 + m))
+    row = wrap(a, b, tokenizer, length)
+    ids = [int(t) for t, s in zip(row["tokens"], row["segments"], strict=True) if s]
+    kept_a, kept_b = [t for t in ids if 100 <= t < 200], [t for t in ids if t >= 200]
+    assert kept_a == a[: len(kept_a)]
+    assert kept_b == (b or [])[: len(kept_b)]
+    room = length - (2 if b is None else 3)
+    assert len(kept_a) + len(kept_b) == min(room, n + (m or 0))
+    if len(kept_a) < n:
+        assert len(kept_a) + 1 >= len(kept_b)
+    if len(kept_b) < (m or 0):
+        assert len(kept_b) >= len(kept_a)
+    assert all(len(values) == length for values in row.values())
+
+
+def test_labels_of_texts(tokenizer):
+    labels = ("bad", "good")
+    (named,) = encode({"text": "the dog", "label": "good"}, "classify", labels, tokenizer, 12)
+    assert (named["label"], named["weight"]) == (1, 1)
+    (number,) = encode({"text": "the dog", "text_b": "a cat", "label": 0.25}, "regress", (), tokenizer, 12)
+    assert (number["label"], number["label"].dtype, number["types"].max()) == (0.25, np.float32, 1)
+    (asked,) = encode({"text": "the dog"}, "classify", labels, tokenizer, 12)
+    np.testing.assert_array_equal(asked["tokens"], named["tokens"])
+
+
+def test_every_choice_stands_behind_the_question(tokenizer):
+    item = {"text": "the dog", "choices": ["sees", "the cat", "king"], "label": 2}
+    (found,) = encode(item, "choice", (), tokenizer, 14)
+    assert found["label"] == 2
+    for i, choice in enumerate(item["choices"]):
+        alone = wrap(tokenizer.encode("the dog"), tokenizer.encode(choice), tokenizer, 14)
+        for name, values in alone.items():
+            np.testing.assert_array_equal(found[name][i], values)
+
+
+def test_choices_must_be_as_many_in_every_item(tokenizer):
+    items = [{"text": "t", "choices": ["a", "b", "c"][:n], "label": 0} for n in (3, 2)]
+    with pytest.raises(InputError, match="the same number of choices"):
+        TaskRows(items, Task("x", "choice", {"train": items}, (), ("accuracy",)), tokenizer, 12)
+
+
+# ---- tags ----------------------------------------------------------------------------------------------------------
+
+WORDS = st.lists(st.sampled_from("the king zebra caf\u00e9 [MASK] queen's X , storm".split()), min_size=1, max_size=12)
+
+
+@HYPOTHESIS
+@given(WORDS, st.integers(5, 40), st.data())
+def test_a_tag_stands_at_the_first_piece_of_its_word(tokenizer, words, length, data):
+    labels = ("B-x", "I-x", "O")
+    tags = [data.draw(st.sampled_from(labels)) for _ in words]
+    (found,) = encode({"words": words, "label": tags}, "tag", labels, tokenizer, length)
+    ids = tokenizer.encode(" ".join(words))[: length - 2]
+    assert tokenizer.decode(found["tokens"]) == tokenizer.decode(ids)
+    places = np.flatnonzero(found["weight"])
+    assert found["word"][places].tolist() == list(range(len(places)))
+    assert (np.delete(found["word"], places) == -1).all()
+    for place, word, tag in zip(places, words, tags, strict=False):
+        assert labels[found["label"][place]] == tag
+        assert (" " + word if place > 1 else word).startswith(tokenizer.decode([found["tokens"][place]]).rstrip("\ufffd"))
+    assert (found["tokens"][places] != tokenizer.eos).all()
+    starts = np.cumsum([1] + [len(tokenizer.encode((" " if i else "") + w)) for i, w in enumerate(words)])[:-1]
+    assert places.tolist() == [start for start in starts if start < length - 1]
+
+
+# ---- spans ---------------------------------------------------------------------------------------------------------
+
+DOCUMENT = st.lists(
+    st.sampled_from([*"the king sees a zebra in caf\u00e9 \U0001f389 \n ? castle.".split(" "), "[MASK]"]),
+    min_size=1,
+    max_size=60,
+)
+
+
+@HYPOTHESIS
+@given(DOCUMENT, st.integers(0, 10_000), st.integers(1, 4), st.integers(24, 60))
+def test_windows_of_a_document_hold_its_answer(tokenizer, words, at, size, length):
+    at %= len(words)
+    first = len(" ".join(words[:at])) + (at > 0)
+    text = " ".join(words[at : at + size])
+    document, question = " ".join(words), "the dog ?"
+    item = {"text": question, "text_b": document, "answers": [(first, text)]}
+    assert document[first : first + len(text)] == text
+    windows = encode(item, "span", (), tokenizer, length)
+    asked = tokenizer.encode(question)
+    room = length - len(asked) - 3
+    pieces = tokenizer.encode_with_offsets(document)
+    inside = [i for i, (_, b, e) in enumerate(pieces) if b < first + len(text) and e > first]
+
+    covered, last = set(), -1
+    for window in windows:
+        places = np.flatnonzero(window["begin_char"] >= 0)
+        assert places[0] == len(asked) + 2
+        assert (np.diff(places) == 1).all()
+        assert len(places) <= room
+        assert (window["types"][places] == 1).all()
+        assert (window["end_char"] >= 0).sum() == len(places)
+        assert window["tokens"][: places[0]].tolist() == [tokenizer.bos, *asked, tokenizer.eos]
+        assert window["tokens"][places[-1] + 1] == tokenizer.eos
+        spans = list(zip(window["tokens"][places], window["begin_char"][places], window["end_char"][places], strict=True))
+        begin = next(i for i in range(last + 1, len(pieces)) if pieces[i : i + len(spans)] == spans)
+        assert not covered or begin < max(covered) + 1  # windows overlap
+        covered |= set(range(begin, begin + len(spans)))
+        last = begin
+        start, end = int(window["start"]), int(window["end"])
+        if begin <= inside[0] and inside[-1] < begin + len(spans):
+            assert start
+        if start:
+            assert places[0] <= start <= end <= places[-1]
+            found = document[window["begin_char"][start] : window["end_char"][end]]
+            assert text in found
+            assert found.strip() == text.strip() or len(found) <= len(text) + 2
+        else:
+            assert end == 0
+            assert not spans[0][1] <= first <= first + len(text) <= spans[-1][2]
+    assert covered == set(range(len(pieces)))
+    if len(inside) <= room - room // 2:
+        assert any(window["start"] for window in windows)
+
+
+def test_a_question_without_an_answer_points_at_bos(tokenizer):
+    for window in encode({"text": "who", "text_b": "the king " * 20, "answers": []}, "span", (), tokenizer, 24):
+        assert (window["start"], window["end"]) == (0, 0)
+
+
+def test_a_question_that_leaves_no_room_is_refused(tokenizer):
+    with pytest.raises(InputError, match=r"leaves \d of 24 for its document; use a longer --length"):
+        encode({"text": "king queen " * 9, "text_b": "the king"}, "span", (), tokenizer, 24)
+
+
+def test_rows_know_their_items(tokenizer):
+    items = [{"text": "who", "text_b": "the king " * n, "answers": []} for n in (1, 20, 2)]
+    rows = TaskRows(items, Task("x", "span", {"train": items}, (), ()), tokenizer, 24)
+    assert sorted(set(rows.item_of)) == [0, 1, 2]
+    assert rows.item_of.count(1) > 1
+    assert len(rows) == len(rows.item_of)
+
+
+# ---- decisions -----------------------------------------------------------------------------------------------------
+
+
+def info(kind: str, *labels: str) -> TaskInfo:
+    return TaskInfo("x", kind, labels, 24, ())
+
+
+def test_the_likeliest_label():
+    scores = np.log([[0.2, 0.7, 0.1], [0.5, 0.2, 0.3]])
+    found = decisions(info("classify", "a", "b", "c"), scores, [{}] * 2, [0, 1], [{}] * 2)
+    assert found == [("b", pytest.approx(0.7)), ("a", pytest.approx(0.5))]
+
+
+def test_a_number_is_itself():
+    assert decisions(info("regress"), np.array([[0.5], [-2.0]]), [{}] * 2, [0, 1], [{}] * 2) == [
+        (0.5, None),
+        (-2.0, None),
+    ]
+
+
+def test_the_likeliest_choice_of_each_item():
+    scores = np.log([[0.25], [0.75], [0.6], [0.4]])
+    found = decisions(info("choice"), scores, [{}] * 2, [0, 1], [{}] * 2)
+    assert found == [(1, pytest.approx(0.75)), (0, pytest.approx(0.6))]
+
+
+def test_tags_are_read_where_words_begin():
+    scores = np.log([[[0.9, 0.1], [0.2, 0.8], [0.9, 0.1], [0.6, 0.4]]])
+    examples = [{"word": np.array([-1, 0, -1, 1])}]
+    ((labels, p),) = decisions(info("tag", "B-x", "O"), scores, examples, [0], [{}])
+    assert (labels, p) == (["O", "B-x"], [pytest.approx(0.8), pytest.approx(0.6)])
+
+
+def window(text: str, first: int, before: int = 3, length: int = 16) -> dict:
+    """A window whose tokens are the characters of `text`, which begins at character `first` of its document."""
+    begin, end = np.full(length, -1), np.full(length, -1)
+    begin[before : before + len(text)] = first + np.arange(len(text))
+    end[before : before + len(text)] = first + np.arange(len(text)) + 1
+    return {"begin_char": begin, "end_char": end}
+
+
+def span_scores(example: dict, high: dict[tuple[int, int], float]) -> np.ndarray:
+    """[T, 2]: zero where a place may answer, far below elsewhere, and what is said by (place, 0 start or 1 end)."""
+    scores = np.where((example["begin_char"] >= 0)[:, None], np.zeros(2), -1e30)
+    scores[0] = 0
+    for at, value in high.items():
+        scores[at] = value
+    return scores
+
+
+DOC = [{"text_b": "abcdefghij"}]
+
+
+def test_a_span_is_cut_out_of_its_document():
+    example = window("abcdefghij", 0)
+    scores = span_scores(example, {(3 + 2, 0): 6.0, (3 + 4, 1): 6.0})
+    ((text, p),) = decisions(info("span"), scores[None], [example], [0], DOC)
+    assert text == "cde"
+    assert p == pytest.approx((np.exp(6) / (np.exp(6) + 10)) ** 2)
+
+
+def test_a_span_never_ends_before_it_starts_nor_grows_too_long():
+    example = window("abcdefghij", 0)
+    backwards = span_scores(example, {(3 + 4, 0): 6.0, (3 + 2, 1): 6.0, (3 + 6, 1): 5.0})
+    assert decisions(info("span"), backwards[None], [example], [0], DOC)[0][0] == "efg"
+    far = span_scores(example, {(3, 0): 6.0, (3 + 3, 1): 6.0, (3 + 2, 1): 5.0})
+    assert decisions(info("span"), far[None], [example], [0], DOC, longest=4)[0][0] == "abcd"
+    assert decisions(info("span"), far[None], [example], [0], DOC, longest=3)[0][0] == "abc"
+
+
+def test_no_answer_where_bos_is_likelier():
+    example = window("abcdefghij", 0)
+    scores = span_scores(example, {(0, 0): 7.0, (0, 1): 6.0, (5, 0): 6.0, (6, 1): 6.0})
+    ((text, p),) = decisions(info("span"), scores[None], [example], [0], DOC)
+    assert text == ""
+    assert 0 < p < 1
+
+
+def test_the_best_window_of_each_document_answers():
+    examples = [window("abcdef", 0), window("efghij", 4), window("xyz", 0)]
+    nothing = {(0, 0): 9.0, (0, 1): 9.0}
+    scores = [
+        span_scores(examples[0], nothing),
+        span_scores(examples[1], {(3 + 1, 0): 5.0, (3 + 2, 1): 5.0}),
+        span_scores(examples[2], {(3, 0): 1.0, (3, 1): 1.0}),
+    ]
+    found = decisions(info("span"), np.stack(scores), examples, [0, 0, 1], [*DOC, {"text_b": "xyz"}])
+    assert [text for text, _ in found] == ["fg", "x"]
+
+
+def test_decisions_undo_encoding(tokenizer):
+    """Scores that point at the right places give the right answers."""
+    rng = random.Random(0)
+    words = "the king sees a zebra in caf\u00e9 castle".split()
+    for _ in range(30):
+        document = [rng.choice(words) for _ in range(rng.randint(1, 40))]
+        at = rng.randrange(len(document))
+        first = len(" ".join(document[:at])) + (at > 0)
+        item = {"text": "who ?", "text_b": " ".join(document), "answers": [(first, document[at])]}
+        examples = encode(item, "span", (), tokenizer, 32)
+        scores = np.stack([span_scores(e, {(int(e["start"]), 0): 9.0, (int(e["end"]), 1): 9.0}) for e in examples])
+        here = [i for i, e in enumerate(examples) if e["start"]]
+        scores[here, 0] = 0
+        for i in set(range(len(examples))) - set(here):
+            scores[i, 0] = 17.9  # a window without the answer may be sure of it, as long as one that has it is not
+        scores[here[0]] += 0.1
+        ((text, _),) = decisions(info("span"), scores, examples, [0] * len(examples), [item])
+        assert text == document[at]

@@ -1,0 +1,288 @@
+"""Fine-tuning: a head and the whole stack learn what a word decides, and the run that is left can be asked."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import bothways
+from common.errors import InputError
+from sample.predict import TaskPredictor
+from tests.train.bodies import LENGTH, batch_of, body, dog_task, params_of, write
+from train import finetune as tuning
+from train.finetune import FinetuneConfig, Tuner, finetune, task_objective
+
+FAMILIES = ("gpt", "bert")
+KINDS = ("classify", "regress", "tag", "span", "choice")
+QUICK = FinetuneConfig(epochs=1, batch_size=16, learning_rates=(1e-2,), seeds=1, scratch=False, dropout=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """Many small programs, each run a few times, on one device."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        make_mesh, devices = tuning.sharding.make_mesh, jax.devices()[:1]
+        patch.setattr(tuning.sharding, "make_mesh", lambda cfg: make_mesh(cfg, devices))
+        patch.setattr(tuning.jax, "device_count", lambda: 1)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def bodies(tiny):
+    return {family: body(family, tiny) for family in FAMILIES}
+
+
+def changed(new, old) -> list[str]:
+    """Paths of the parameters that differ."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old), strict=True)
+    return [jax.tree_util.keystr(path) for (path, a), b in pairs if not np.array_equal(a, b)]
+
+
+# ---- learning ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_word_that_decides_is_learned_and_the_run_predicts_it(bodies, family, tmp_path):
+    task, home = dog_task("classify", train=160), tmp_path / "tuned"
+    result = finetune(bodies[family], task, home, dataclasses.replace(QUICK, epochs=6, patience=6))
+    assert result.value >= 0.9
+    assert result.interval[0] <= result.value <= result.interval[1]
+    assert set(result.baselines) == {"majority", "naive_bayes"}
+    assert result.baselines["majority"] < result.baselines["naive_bayes"] == 1
+    assert (result.run, result.task, result.metric, result.n) == (str(home), "dogs", "accuracy", 24)
+    run = bothways.load(home)
+    assert isinstance(run, TaskPredictor)
+    found = run.predict([item["text"] for item in task.splits["test"]])
+    assert all(p.label in task.labels and 0.5 <= p.p <= 1 for p in found)
+    right = [p.label == item["label"] for p, item in zip(found, task.splits["test"], strict=True)]
+    assert np.mean(right) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "wanted"),
+    [("tag", "gpt", 0.9), ("regress", "gpt", 0.8), ("span", "bert", 0.8), ("choice", "bert", 0.8)],
+)
+def test_every_kind_of_task_is_learned(bodies, kind, family, wanted):
+    tuner = Tuner(bodies[family], dog_task(kind, train=96), dataclasses.replace(QUICK, epochs=8, patience=8))
+    best, params = tuner.fit(1e-2, 0, pretrained=True)
+    assert best >= wanted
+    assert tuner.measure(params, "validation")[tuner.task.metrics[0]] == pytest.approx(best)
+    assert tuner.measure(params, "test")[tuner.task.metrics[0]] >= wanted - 0.1
+
+
+@pytest.fixture(scope="module")
+def tuners(bodies):
+    """One that is compiled once, for each family."""
+    cfg = dataclasses.replace(QUICK, epochs=5, patience=2, weight_decay=0.0)
+    return {family: Tuner(run, dog_task("classify"), cfg) for family, run in bodies.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_reaches_the_whole_stack(tuners, bodies, family):
+    _, params = tuners[family].fit(1e-2, 0, pretrained=True)
+    stack = {"gpt": "decoder", "bert": "encoder"}[family]
+    old = bodies[family].params[stack]
+    moved = changed(params["body"][stack], old)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(old)]
+    assert len(paths) > 10
+    assert [path for path in paths if path not in moved] == []
+
+
+def test_weights_come_from_the_run_unless_from_scratch(tuners, bodies):
+    fresh, _ = tuners["gpt"].programs(1e-2)
+    tuned, scratch = (fresh(jax.random.key(3), body).params for body in (bodies["gpt"].params, None))
+    assert changed(tuned["body"], bodies["gpt"].params) == []
+    assert "['decoder']['embed']['token']['embedding']" in changed(scratch["body"], bodies["gpt"].params)
+    assert changed(tuned["task_head"], scratch["task_head"]) == []
+    assert changed(fresh(jax.random.key(4), bodies["gpt"].params).params["task_head"], tuned["task_head"]) != []
+
+
+def test_what_is_compiled_serves_every_seed(tuners):
+    assert tuners["gpt"].programs(1e-2)[1] is tuners["gpt"].programs(1e-2)[1]
+    assert tuners["gpt"].programs(1e-2)[1] is not tuners["gpt"].programs(1e-3)[1]
+
+
+def test_training_stops_when_validation_gets_no_better(tuners, monkeypatch):
+    values, seen = iter([0.5, 0.6, 0.6, 0.55, 0.9]), []
+
+    def measure(self, params, split):
+        seen.append(jax.device_get(params))
+        return {"accuracy": next(values)}
+
+    monkeypatch.setattr(Tuner, "measure", measure)
+    best, params = tuners["gpt"].fit(1e-2, 1, pretrained=True)
+    assert (best, len(seen)) == (0.6, 4)
+    assert changed(params, seen[1]) == []
+    assert changed(params, seen[0]) != []
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------
+
+
+def losses(tuner, weight: float):
+    """(params) -> the loss, and every term and weight, on the first items."""
+    objective, batch = task_objective(tuner.task.kind, weight), batch_of(tuner, "train")
+
+    def found(params):
+        totals = objective.weights(batch)
+        sums = tuner.module.apply({"params": params}, method=lambda bound: objective.terms(bound, batch, True))
+        shares = {name: term.nats / totals[name] for name, term in sums.items()}
+        return sum(shares.values()), (shares, totals)
+
+    return found
+
+
+def test_the_language_model_loss_stands_beside_the_task_and_moves_the_body(bodies):
+    tuner = Tuner(bodies["gpt"], dog_task("classify"), QUICK)
+    params = params_of(tuner)
+    alone, with_lm = (jax.jit(jax.grad(losses(tuner, weight), has_aux=True))(params) for weight in (0.0, 0.5))
+    assert set(alone[1][0]) == {"task"}
+    assert with_lm[1][0]["task"] == pytest.approx(float(alone[1][0]["task"]), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone[0]["task_head"], with_lm[0]["task_head"])
+    added = jax.tree.map(lambda x, y: x - y, with_lm[0]["body"], alone[0]["body"])
+    assert sum(float(np.abs(x).sum()) for x in jax.tree.leaves(added)) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["classify", "choice"])
+def test_the_language_model_loss_counts_every_token_but_the_first(bodies, kind):
+    tuner = Tuner(bodies["gpt"], dog_task(kind, train=16), QUICK)
+    batch, params = batch_of(tuner, "train"), params_of(tuner)
+    _, (shares, totals) = jax.jit(losses(tuner, 0.5))(params)
+    tokens, segments = (batch[name].reshape(-1, LENGTH) for name in ("tokens", "segments"))
+    assert totals == {"task": 8, "lm": sum((row > 0).sum() - 1 for row in segments)}
+
+    def logprobs(bound):
+        return jax.nn.log_softmax(bound.logits(bound(tokens, segments=segments)[0]))
+
+    table = np.asarray(jax.jit(lambda p: bodies["gpt"].module.apply({"params": p}, method=logprobs))(params["body"]))
+    asked = [table[b, t, tokens[b, t + 1]] for b, t in np.argwhere(segments[:, 1:] > 0)]
+    assert float(shares["lm"]) == pytest.approx(-0.5 * np.mean(asked), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_filling_a_batch_changes_no_score(bodies, kind, monkeypatch):
+    task, seen = dog_task(kind, train=8, held=13), []
+    decide = tuning.decisions
+    monkeypatch.setattr(
+        tuning, "decisions", lambda info, scores, *rest: seen.append(scores) or decide(info, scores, *rest)
+    )
+    found = []
+    for size in (1, 8):
+        tuner = Tuner(bodies["bert"], task, dataclasses.replace(QUICK, batch_size=size))
+        found.append(tuner.measure(params_of(tuner), "test"))
+    np.testing.assert_allclose(*seen, rtol=1e-4, atol=1e-5)
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert set(found[0]) == set(task.metrics)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_filling_a_text_changes_no_score(bodies, family):
+    task, scores = dog_task("classify", train=8), []
+    for length in (12, LENGTH):
+        tuner = Tuner(bodies[family], task, dataclasses.replace(QUICK, length=length))
+        scores.append(jax.device_get(tuner._predict(params_of(tuner), batch_of(tuner, "train"))))
+    assert np.std(scores[0]) > 0.01
+    np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-5)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("bert", {"lm_weight": 0.5}, "--lm-weight is for causal runs"),
+        (
+            "gpt",
+            {"length": LENGTH + 1},
+            f"length is {LENGTH + 1}; it must be between 5 and the model's context, {LENGTH}",
+        ),
+        ("gpt", {"length": 2}, "length is 2"),
+        ("gpt", {"epochs": 0}, "epochs is 0; it must be at least 1"),
+        ("gpt", {"batch_size": 0}, "batch-size is 0"),
+        ("gpt", {"learning_rates": (1e-3, -1.0)}, "each must be positive"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(bodies, tmp_path, family, fields, message):
+    with pytest.raises(InputError, match=message):
+        finetune(bodies[family], dog_task("classify"), tmp_path / "new", dataclasses.replace(QUICK, **fields))
+    assert not (tmp_path / "new").exists()
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+TEXTS = ["the king dog", "the queen", "dog ship storm"]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    path = tmp_path_factory.mktemp("labelled") / "dogs.csv"
+    items = dog_task("classify").splits["train"]
+    path.write_text("text,label\n" + "".join(f"{item['text']},{item['label']}\n" for item in items))
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def tuned(request, bodies, labelled, tmp_path_factory):
+    """(body, fine-tuned run) as directories, and what was printed."""
+    import contextlib
+    import io
+
+    base = tmp_path_factory.mktemp("runs")
+    write(bodies[request.param], base / "body")
+    argv = ["finetune", str(base / "body"), labelled, "--workdir", str(base / "tuned"), "--epochs", "1", "--json"]
+    argv += ["--learning-rates", "1e-2", "--batch-size", "16"]
+    argv += ["--no-scratch", "--seeds", "2"] if request.param == "bert" else ["--lm-weight", "0.5", "--seeds", "1"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert bothways.main(argv) == 0
+    return base / "body", base / "tuned", out.getvalue()
+
+
+def test_finetune_prints_one_json_object(tuned):
+    result = json.loads(tuned[2])
+    assert list(result) == ["run", "task", "metric", "value", "interval", "n", "baselines"]
+    assert (result["run"], result["task"], result["metric"], result["n"]) == (str(tuned[1]), "dogs", "accuracy", 6)
+    assert 0 <= result["value"] <= 1
+    assert result["interval"][0] <= result["value"] <= result["interval"][1]
+    causal = bothways.load(tuned[0]).recipe.family == "gpt"
+    assert set(result["baselines"]) == {"majority", "naive_bayes"} | ({"from_scratch"} if causal else set())
+
+
+def test_predict_reads_a_line_each(tuned, tmp_path, capfd):
+    (tmp_path / "lines.txt").write_text("".join(text + "\n" for text in TEXTS))
+    assert bothways.main(["predict", str(tuned[1]), str(tmp_path / "lines.txt"), "--json"]) == 0
+    found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [list(f) for f in found] == [["text", "label", "p"]] * 3
+    assert [f["text"] for f in found] == TEXTS
+    assert {f["label"] for f in found} <= {"dog", "none"}
+    assert [dataclasses.asdict(p) for p in bothways.load(tuned[1]).predict(TEXTS)] == found
+    (tmp_path / "lines.txt").write_text("one\ttwo\tthree\n")
+    assert bothways.main(["predict", str(tuned[1]), str(tmp_path / "lines.txt")]) == 2
+    assert "wanted a text, or two texts separated by a tab" in capfd.readouterr().err
+
+
+def test_a_run_that_is_not_tuned_does_not_predict(tuned, tmp_path, capfd):
+    (tmp_path / "lines.txt").write_text("the king\n")
+    assert bothways.main(["predict", str(tuned[0]), str(tmp_path / "lines.txt")]) == 2
+    assert "is not fine-tuned; `bothways finetune` makes a run that predicts" in capfd.readouterr().err
+
+
+def test_a_tuned_run_only_predicts(tuned, labelled, tmp_path, capfd):
+    (tmp_path / "lines.txt").write_text("the king\n")
+    for argv in (["sample", "the king"], ["fill", "the [MASK]"], ["score", str(tmp_path / "lines.txt")], ["evaluate"]):
+        assert bothways.main([argv[0], str(tuned[1]), *argv[1:]]) == 2
+        assert "is fine-tuned for dogs, and can `predict`; ask the run it came from" in capfd.readouterr().err
+    assert bothways.main(["finetune", str(tuned[1]), labelled, "--workdir", str(tmp_path / "again")]) == 2
+    assert "is fine-tuned already, for dogs; start from the run it came from" in capfd.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_directory_that_holds_a_run_is_left_alone(tuned, labelled, capfd):
+    before = {path: path.stat().st_mtime_ns for path in tuned[1].rglob("*")}
+    assert bothways.main(["finetune", str(tuned[0]), labelled, "--workdir", str(tuned[1])]) == 2
+    assert "holds a run already; give another directory with --workdir" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tuned[1].rglob("*")} == before
