@@ -25,7 +25,7 @@ def attend(
     """
     B, T, H, K = q.shape
     G = k.shape[2]
-    q, k, v = ((x * K**-0.5 if x is q else x).transpose(0, 2, 1, 3) for x in (q, k, v))  # heads before places
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * K**-0.5, k, v))  # heads before places
     scores = jnp.einsum("bgnk,bgsk->bgns", q.reshape(B, G, H // G * T, K), k, preferred_element_type=jnp.float32)
     scores = scores.reshape(B, H, T, -1)
     scores = jnp.where(mask.dense()[:, None], scores, -1e30)

@@ -144,6 +144,13 @@ def test_attention_is_the_formula_with_grouped_heads():
     np.testing.assert_allclose(jax.jit(attend)(q, k, v, mask), wanted, atol=1e-5)
 
 
+def test_attention_of_one_array_on_itself():
+    """The same array as queries, keys and values is scaled as queries only."""
+    x = jnp.asarray(normal(1, 4, 2, 5))
+    mask = Mask.self_attention(jnp.arange(4)[None], causal=True)
+    np.testing.assert_array_equal(attend(x, x, x, mask), attend(x, x + 0, x + 0, mask))
+
+
 def test_a_query_that_sees_nothing_is_finite_and_so_is_its_gradient():
     nobody = Mask.self_attention(jnp.arange(3)[None], causal=True, segments=jnp.array([[1, 0, 0]]))
     q, k, v = (jnp.asarray(normal(1, 3, 2, 5)) for _ in range(3))
