@@ -12,6 +12,7 @@ runs/x/loss.png            the curves
 import dataclasses
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,14 @@ def quiet_orbax() -> None:
     """Orbax logs each save, and each failure that it raises too, and warns of what this code does on purpose."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="orbax")
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _show_exception
+
+
+def _show_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """As Python does; but when a save fails, tensorstore's threads find orbax's event loop closed: that says nothing."""
+    if "Event loop is closed" not in str(error):
+        sys.__excepthook__(kind, error, trace)
 
 
 def checkpoint_manager(home: Path, *, keep: int | None = None, read_only: bool = False) -> ocp.CheckpointManager:

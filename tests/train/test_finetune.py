@@ -284,5 +284,5 @@ def test_a_tuned_run_only_predicts(tuned, labelled, tmp_path, capfd):
 def test_a_directory_that_holds_a_run_is_left_alone(tuned, labelled, capfd):
     before = {path: path.stat().st_mtime_ns for path in tuned[1].rglob("*")}
     assert bothways.main(["finetune", str(tuned[0]), labelled, "--workdir", str(tuned[1])]) == 2
-    assert "holds a run already; give another directory with --workdir" in capfd.readouterr().err
+    assert "exists already; give another directory with --workdir" in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in tuned[1].rglob("*")} == before
