@@ -14,7 +14,7 @@ from common import rundir
 
 ARGS = (
     "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context 16 --data.vocab-size 320 --train.batch-size 8 "
-    "--train.steps 200 --train.eval-every 100 --train.save-every 5 --train.eval-rows 8 --optimizer.warmup-steps 1"
+    "--train.steps 300 --train.eval-every 100 --train.save-every 5 --train.eval-rows 8 --optimizer.warmup-steps 1"
 ).split()
 
 
@@ -34,7 +34,7 @@ def test_sigkill_three_times(text_file, cache_dir, tmp_path):
         had = len(list((home / "checkpoints").glob("*"))) if home.exists() else 0
         while run.poll() is None and len(list(home.glob("checkpoints/*"))) <= had and not _moved(home, run):
             time.sleep(0.05)
-        time.sleep(rng.random())
+        time.sleep(rng.random() / 2)
         if run.poll() is not None:
             break  # it was faster than we were: fewer kills, the same end
         run.send_signal(signal.SIGKILL)

@@ -11,7 +11,7 @@ import pytest
 
 from model.attention import Attention, attend
 from model.axes import path_names
-from model.block import ACTIVATIONS, MLP
+from model.block import ACTIVATIONS, MLP, Block
 from model.decoder import Decoder
 from model.embed import Embedding
 from model.gpt import GPT
@@ -176,6 +176,28 @@ def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(tiny_with, filled
 
     assert change(tiny_with(qk_norm=True, bias=False)) < 1e-3
     assert change(tiny_with(qk_norm=False, bias=False)) > 1e-1
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_block_normalises_before_or_after_each_sublayer(tiny_with, filled, norm_position):
+    """pre: x + f(norm(x)), the stream itself is never normalised; post: norm(x + f(x)) (arXiv 1706.03762, section 3.1)."""
+    cfg, x, positions = tiny_with(norm_position=norm_position), normal(1, 5, 22), jnp.arange(5)[None]
+    mask = Mask.self_attention(positions, causal=True)
+    params = filled(Block(cfg), x, mask, positions)
+
+    @jax.jit
+    def by_hand(params, x):
+        sublayers = {
+            "attention": lambda y: Attention(cfg).apply({"params": params["attention"]}, y, mask, positions)[0],
+            "mlp": lambda y: MLP(cfg).apply({"params": params["mlp"]}, y),
+        }
+        for name, f in sublayers.items():
+            norm = functools.partial(Norm(cfg).apply, {"params": params[f"{name}_norm"]})
+            x = x + f(norm(x)) if norm_position == "pre" else norm(x + f(x))
+        return x
+
+    got, _ = jax.jit(Block(cfg).apply)({"params": params}, x, mask, positions)
+    np.testing.assert_allclose(got, by_hand(params, x), atol=1e-5)
 
 
 @pytest.mark.parametrize("all_else", [{}, {"qk_norm": True, "activation": "swiglu", "embed_norm": True}])
