@@ -1,6 +1,7 @@
 """The command line: results on standard output, everything else on standard error, exit codes that mean something."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -200,7 +201,8 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(tiny_args, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); sys.exit(bothways.main(sys.argv[1:]))"
     )
     argv = ["train", *tiny_args, "--workdir", str(home)]
-    done = subprocess.run([sys.executable, "-c", limited, *argv], capture_output=True, text=True, check=False)
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}  # cut short too: not the tests' own
+    done = subprocess.run([sys.executable, "-c", limited, *argv], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "the disk is full" in done.stderr
     assert "Traceback" not in done.stderr
