@@ -39,6 +39,7 @@ def quiet_orbax() -> None:
     warnings.filterwarnings("ignore", module="orbax")
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _show_exception
+        sys.unraisablehook = lambda u: _show_exception(u.exc_type, u.exc_value or u.exc_type(), u.exc_traceback)
 
 
 def _show_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
