@@ -63,7 +63,9 @@ def causal_logprobs(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pair_logprobs(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+def pair_logprobs(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """[B] log-probability of each row's targets, in nats."""
+
     def run(bound: nn.Module) -> jax.Array:
         names = ("tokens", "source", "positions", "segments", "source_positions", "source_segments")
         features = bound(*(batch[name] for name in names))
@@ -98,5 +100,5 @@ def target_logprobs(
         rows = [packed([np.array(sources[i])], [np.array(targets[i])], S, T, 0) for i in chosen]
         rows += [rows[0]] * (bucket(len(rows), 1) - len(rows))
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        found[chosen] = np.asarray(_pair_logprobs(module, params, batch))[: len(chosen)]
+        found[chosen] = np.asarray(pair_logprobs(module, params, batch))[: len(chosen)]
     return found.tolist()

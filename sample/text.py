@@ -252,21 +252,23 @@ class TextModel:
         for i, text in enumerate(texts):
             if not text:
                 raise InputError(f"text {i + 1} is empty; there is nothing to score")
-        bos, eos, context = self.tokenizer.bos, self.tokenizer.eos, self.recipe.model.context
         if self.has_source:
             pairs = [text.split("\t") for text in texts]
             if any(len(pair) != 2 or not all(pair) for pair in pairs):
                 raise InputError("an encoder-decoder scores a target after its source: give `source TAB target` per line")
-            sources = [[*self.tokenizer.encode(source), eos] for source, _ in pairs]
-            sequences = [[bos, *self.tokenizer.encode(target), eos] for _, target in pairs]
-            logprobs = scoring.target_logprobs(self.run.module, self.run.params, sources, sequences, context)
+            logprobs, counts = self.score_pairs(pairs)
         else:
-            sequences = [[bos, *self.tokenizer.encode(text)] for text in texts]
-            logprobs = scoring.causal_logprobs(self.run.module, self.run.params, sequences, context)
-        return [
-            Score(text, round(lp, 3), len(ids) - 1, rule)
-            for text, ids, lp in zip(texts, sequences, logprobs, strict=True)
-        ]
+            sequences = [[self.tokenizer.bos, *self.tokenizer.encode(text)] for text in texts]
+            logprobs = scoring.causal_logprobs(self.run.module, self.run.params, sequences, self.recipe.model.context)
+            counts = [len(ids) - 1 for ids in sequences]
+        return [Score(text, round(lp, 3), n, rule) for text, lp, n in zip(texts, logprobs, counts, strict=True)]
+
+    def score_pairs(self, pairs: Sequence[Sequence[str]]) -> tuple[list[float], list[int]]:
+        """Of every (source, target) the log-probability of the target and its end, in nats, and how many tokens they are."""
+        encode, bos, eos = self.tokenizer.encode, self.tokenizer.bos, self.tokenizer.eos
+        sources, targets = [[*encode(a), eos] for a, _ in pairs], [[bos, *encode(b), eos] for _, b in pairs]
+        arguments = (self.run.module, self.run.params, sources, targets, self.recipe.model.context)
+        return scoring.target_logprobs(*arguments), [len(ids) - 1 for ids in targets]
 
     def embed(self, texts: Sequence[str], pool: str = "mean") -> np.ndarray:
         """[texts, D] float32: the mean of the last features over all tokens; the encoder's, where there is one.
