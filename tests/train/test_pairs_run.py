@@ -1,0 +1,170 @@
+"""Encoder-decoders learn to copy and to reverse, and their runs can be asked."""
+
+import dataclasses
+import functools
+import json
+import random
+
+import numpy as np
+import pytest
+
+import bothways
+from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from common.errors import InputError
+from common.recipe import Recipe
+from data.config import DataConfig
+from model.config import TransformerConfig
+from sample.evaluate import evaluate, held_out_pairs
+
+MODEL = TransformerConfig(
+    context=16, n_layers=1, d_model=48, n_heads=4, norm="rms", activation="relu2", bias=False, init_residual="zero"
+)
+TASKS = {"copy": lambda text: text, "reversal": lambda text: text[::-1]}
+
+
+@pytest.fixture(scope="module")
+def learn(tmp_path_factory, cache_dir):
+    """Task -> a run that has seen 2,400 strings of 3 to 6 letters and their copies or reversals."""
+    return functools.cache(lambda task: learnt_run(task, tmp_path_factory.mktemp(task), cache_dir))
+
+
+@pytest.fixture(scope="module")
+def reversing(learn):
+    return learn("reversal")
+
+
+def learnt_run(task, home, cache_dir):
+    rng = random.Random(0)
+    strings = {"".join(rng.choice("abcdefgh") for _ in range(rng.randint(3, 6))) for _ in range(3200)}
+    table = [f"{text}\t{TASKS[task](text)}" for text in sorted(strings, key=lambda s: s[::-1])[:2800]]
+    rng.shuffle(table)
+    (home / "pairs.tsv").write_text("\n".join(["source\ttarget", *table, ""]))
+    recipe = Recipe(
+        name=task,
+        family="seq2seq",
+        model=MODEL,
+        data=DataConfig(
+            corpus=str(home / "pairs.tsv"),
+            source_field="source",
+            target_field="target",
+            tokenizer="char",
+            vocab_size=320,
+            cache=str(cache_dir),
+        ),
+        objective=ObjectiveConfig(kind="pairs"),
+        optimizer=OptimizerConfig(
+            name="muon", learning_rate=0.02, schedule="linear", warmup_steps=20, weight_decay=0.0, b2=0.95
+        ),
+        train=TrainConfig(steps=240, batch_size=32, eval_every=240, save_every=80, keep=3, log_every=40),
+        mesh=MeshConfig(),
+    )
+    bothways.train(recipe, workdir=home / "run")
+    return bothways.load(home / "run")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_all_held_out_strings_are_copied_or_reversed(learn, task):
+    model = learn(task)
+    pairs = held_out_pairs(model, "test")
+    assert len(pairs) > 100
+    said = model.sample([source for source, _ in pairs], greedy=True)
+    assert [s.text for s in said] == [TASKS[task](source) for source, _ in pairs]
+    assert {s.stop for s in said} == {"eos"}
+
+
+def test_figures_of_translations(reversing):
+    model = reversing
+    told = []
+    figures = {f.metric: f for f in evaluate(model, ["validation"], told.append)}
+    assert figures["chrf"].value == pytest.approx(100)
+    assert figures["copy_chrf"].value < 60
+    assert figures["loss"].value < 0.05
+    assert figures["bleu"].n > 100
+    assert any("tok:13a" in line for line in told)
+
+
+def test_beams_say_the_same_for_any_batch_and_one_beam_is_greedy(reversing):
+    model = reversing
+    sources = ["abc", "hgfedc", "bbaa"]
+    best = model.sample(sources, beams=4, num=4)
+    assert [s.prompt for s in best[::4]] == sources
+    for i, source in enumerate(sources):
+        alone = model.sample([source], beams=4, num=4)
+        assert [s.text for s in alone] == [s.text for s in best[4 * i : 4 * i + 4]]
+        np.testing.assert_allclose([s.logprob for s in alone], [s.logprob for s in best[4 * i : 4 * i + 4]], atol=0.002)
+        pairs = [f"{source}\t{s.text}" for s in alone if s.stop == "eos" and s.text]
+        scores = {f"{source}\t{s.text}": s.logprob for s in alone}
+        for score in model.score(pairs):
+            assert score.logprob == pytest.approx(scores[score.text], abs=0.01)
+    greedy, one = model.sample(sources, greedy=True), model.sample(sources, beams=1)
+    assert [(s.text, s.tokens, s.stop) for s in greedy] == [(s.text, s.tokens, s.stop) for s in one]
+
+
+def test_a_file_of_sources_is_answered_in_its_order(reversing, tmp_path, capsys):
+    model = reversing
+    sources = ["abc", "hgfedc", "bb", "aabbcc", "h"]
+    (tmp_path / "sources.txt").write_text("\n".join(sources) + "\n")
+    assert bothways.main(["sample", str(model.run.home), "--source", str(tmp_path / "sources.txt"), "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [a["prompt"] for a in answers] == sources
+    assert [a["text"] for a in answers[:2]] == [s[::-1] for s in sources[:2]]
+
+
+def test_what_an_encoder_decoder_cannot_do_is_said(reversing, capsys):
+    model = reversing
+    home = str(model.run.home)
+    for argv, message in (
+        (["sample", home, ""], "a source is empty"),
+        (["sample", home, "abcdefgh" * 3], "the source has 25 tokens and the model's context is 16"),
+        (["fill", home, "a[MASK]c"], "cannot fill"),
+        (["sample", home, "abc", "--chunk", "3"], "--chunk is not for a seq2seq run"),
+    ):
+        assert bothways.main(argv) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(InputError, match="source TAB target"):
+        model.score(["no tab here"])
+
+
+def test_checkpoints_are_averaged_when_the_recipe_says_so(reversing):
+    """The mean of three checkpoints, against the mean taken here by hand; the run itself is left as it was."""
+    import jax
+
+    from common import rundir
+
+    home = reversing.run.home
+    recipe = rundir.read_recipe(home)
+    averaging = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, average=3))
+    each = {}
+    with rundir.checkpoint_manager(home, read_only=True) as manager:
+        for step in (80, 160, 240):
+            shapes = rundir.param_shapes(recipe)
+            each[step] = manager.restore(
+                step, args=rundir.ocp.args.Composite(params=rundir.ocp.args.StandardRestore(shapes))
+            )["params"]
+    try:
+        (home / "recipe.json").write_text(averaging.to_json())
+        averaged = rundir.load_run(home, print).params
+    finally:
+        (home / "recipe.json").write_text(recipe.to_json())
+    jax.tree.map(
+        lambda mean, *parts: np.testing.assert_allclose(mean, np.mean(parts, axis=0), rtol=1e-5, atol=1e-7),
+        averaged,
+        *each.values(),
+    )
+    assert rundir.load_run(home, print).step == 240
+
+
+def test_a_text_with_hidden_spans_trains_and_is_asked(tiny_recipe, tmp_path):
+    recipe = dataclasses.replace(
+        tiny_recipe,
+        family="seq2seq",
+        objective=ObjectiveConfig(kind="spans"),
+        train=dataclasses.replace(tiny_recipe.train, eval_rows=0),
+        model=dataclasses.replace(MODEL, context=32),
+    )
+    found = bothways.train(recipe, workdir=tmp_path / "run")
+    model = bothways.load(found.run)
+    figures = {f.metric: f.value for f in evaluate(model, ["validation"])}
+    assert figures["loss"] == pytest.approx(found.loss, rel=1e-3)
+    assert figures["bits_per_byte"] == pytest.approx(found.bits_per_byte, rel=1e-3)
+    assert model.sample(["the [MASK] sat."], max_tokens=5, greedy=True)[0].tokens <= 5
