@@ -38,6 +38,9 @@ class Recipe:
                         f" times train.accumulate={self.train.accumulate}: set --train.batch-size to a multiple of "
                         f"{shards * self.train.accumulate}, or change the mesh"
                     )
+            for name, length in (("model.context", self.model.context), ("train.short_length", self.train.short_length)):
+                if length % sizes["context"]:
+                    found.append(f"{name}={length} is not divisible by mesh.context={sizes['context']}")
             kind, wanted = self.objective.kind, {"gpt": "causal", "bert": "masked"}[self.family]
             if kind != wanted:
                 found.append(f"objective.kind={kind} is not for a {self.family}: its mask reads {wanted}; set {wanted}")

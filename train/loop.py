@@ -114,7 +114,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
         return init_state(module, tiny_inputs(recipe.family), optimizer, cfg.seed)
 
     shapes = jax.eval_shape(fresh)
-    shardings = state_shardings(mesh, shapes)
+    shardings = state_shardings(mesh, shapes, recipe.mesh.max_copied)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
     if writes and existing is None:
         home.mkdir(parents=True, exist_ok=True)
