@@ -56,6 +56,30 @@ def _disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def _peer_lost(verb: str, error: BaseException) -> bool:
+    """Whether a run of several processes ended because one of them has gone; says so."""
+    import jax
+
+    lost = jax.distributed.is_initialized() and isinstance(error, jax.errors.JaxRuntimeError)
+    if lost:
+        say(
+            f"bothways {verb}: another process of this run has gone ({str(error).splitlines()[0][:200]}); "
+            "run the same command on every host again: it goes on from the last checkpoint"
+        )
+    return lost
+
+
+def _leave(code: int) -> int:
+    """The exit code; but of several processes one that failed ends here, since JAX would first wait for the others."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done, 2 bad input, 1 anything else, 143 stopped by SIGTERM and saved."""
     argv = sys.argv[1:] if argv is None else argv
@@ -104,9 +128,10 @@ def main(argv: list[str] | None = None) -> int:
                 f"bothways {verb}: the disk is full; free some space and run the same command again: "
                 "it goes on from the last checkpoint"
             )
-            return 2
-        traceback.print_exc()
-        return 1
+            return _leave(2)
+        if not _peer_lost(verb, e):
+            traceback.print_exc()
+        return _leave(1)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def _train(argv: list[str]) -> None:
             return
         raise InputError("train wants a recipe first: bothways train RECIPE [--workdir DIR] [--SECTION.FIELD VALUE ...]")
     base = find(argv[0])
+    from train.hosts import HostsConfig, start
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
@@ -64,16 +65,25 @@ def _train(argv: list[str]) -> None:
         """The run directory: made, or gone on with."""
         json: bool = False
         """Print the result as one JSON object."""
+        hosts: HostsConfig = HostsConfig()
 
     given = tyro.cli(Arguments, prog=f"bothways train {argv[0]}", args=argv[1:], default=Arguments(base))
+    start(given.hosts)
+    import jax
+
     from train.loop import train
 
     result = train(given.recipe, given.workdir)
+    if jax.process_index() > 0:
+        return
     bpb = f", {result.bits_per_byte:.3f} bits per byte" if result.bits_per_byte is not None else ""
     shown = (
         f"{result.run}: {result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s; "
         f"held-out loss {result.loss:.3f}{bpb}"
     )
+    if jax.process_count() > 1:  # one process cannot open a run that others still hold together
+        _emit(result, given.json, shown)
+        return
     model = load(given.workdir)
     if model.recipe.family == "bert":
         from sample.evaluate import evaluate

@@ -104,9 +104,7 @@ def _refuse_copies(mesh: Mesh, shapes: Any, shardings: Any, limit: float) -> Non
     """Raises InputError where each device would hold much more than its part of fsdp * tensor."""
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
     beyond, total = {}, 0
-    for (path, leaf), placed in zip(
-        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
-    ):
+    for (path, leaf), placed in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True):
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         total += size
         held = math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -39,9 +39,7 @@ def table() -> str:
         placed = sharding.parameter_shardings(mesh, shapes, MeshConfig.max_copied)
         on = " ".join(f"{axis}={size}" for axis, size in sizes.items())
         lines.append(f"{name}, vocabulary {vocab_size:,}, on {on}")
-        for (path, leaf), where in zip(
-            jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placed), strict=True
-        ):
+        for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placed), strict=True):
             axes = " ".join(axis or "-" for axis in where.spec)
             whole, part = (" ".join(map(str, shape)) for shape in (leaf.shape, where.shard_shape(leaf.shape)))
             lines.append(f"  {'/'.join(path_names(path)):50} {whole:20} {axes:16} {part}")
