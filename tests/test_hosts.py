@@ -10,7 +10,6 @@ import sys
 import time
 
 import jax
-import jax
 import pytest
 
 from common.recipe import Recipe
