@@ -10,7 +10,8 @@ from data.config import DataConfig
 from model.config import TransformerConfig
 
 # Fields that may differ between a run and its continuation: where and how often, not what.
-FREE = ("mesh", "train.log_every", "train.keep", "train.eval_every", "train.eval_rows", "train.save_every", "data.cache")
+HOW_OFTEN = ("log_every", "keep", "eval_every", "eval_rows", "save_every")
+FREE = ("mesh", "model.attention", "data.cache", *(f"train.{name}" for name in HOW_OFTEN))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,6 +63,8 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     tell = say if writes else lambda _: None
     began = time.monotonic()
     recipe.check(jax.device_count())
+    if recipe.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise InputError(f"model.attention=cudnn is for GPUs, and this is a {jax.default_backend()}; set auto")
     existing = rundir.read_recipe(home) if (home / "recipe.json").exists() else None
 
     # ---- data -------------------------------------------------------------------------------------------------

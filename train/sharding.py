@@ -47,7 +47,7 @@ def device_grid(sizes: dict[str, int], devices: list) -> np.ndarray:
       InputError: `data` does not divide among the slices.
     """
     # Nodes of GPUs count as slices too, but all of their network is fit for fsdp.
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if sizes["data"] % slices:
         raise InputError(
             f"mesh.data={sizes['data']} is not divisible by the {slices} slices that are here; between slices only "
