@@ -59,7 +59,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
       Stopped: SIGTERM came; everything is saved.
       Diverged: the loss was not finite for train.max_bad_steps steps in a row.
     """
-    home, cfg, writes = Path(workdir), recipe.train, jax.process_index() == 0
+    home, cfg, writes = rundir.directory(workdir), recipe.train, jax.process_index() == 0
     tell = say if writes else lambda _: None
     began = time.monotonic()
     recipe.check(jax.device_count())
@@ -137,6 +137,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
             meta=ocp.args.JsonSave({"step": step, "position": cfg.batch_at(step)[0], "seed": cfg.seed}),
         )
         manager.save(step, args=items, metrics=metrics)
+        reporter.upload()
 
     # ---- steps ------------------------------------------------------------------------------------------------
     pending: tuple[int, dict[str, jax.Array], int] | None = None

@@ -1,5 +1,6 @@
 """Where everything lives: two tables from logical axes to mesh axes, one for parameters, one for activations."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -140,6 +141,31 @@ def optimizer_shardings(mesh: Mesh, state_shapes: Any, param_shapes: Any, param_
         return copied
 
     return jax.tree_util.tree_map_with_path(place, state_shapes)
+
+
+def shardings_for_reading(shapes: Any, cfg: MeshConfig) -> Any:
+    """Where a trained model's parameters lie when it is asked, on this host's devices.
+
+    With all axes 1 that is the first device, if they take less than half of its memory; else all, each with its part of
+    the heads as far as those divide.
+
+    Raises:
+      InputError: as parameter_shardings does.
+    """
+    devices = jax.local_devices()
+    sizes = cfg.sizes(len(devices))
+    wanted = math.prod(sizes.values())
+    if wanted > len(devices):
+        raise InputError(f"mesh {sizes} wants {wanted} devices, and this host has {len(devices)}")
+    if wanted > 1:
+        return parameter_shardings(make_mesh(cfg, devices[:wanted]), shapes)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    if size > memory / 2:
+        for tensor in (n for n in range(len(devices), 0, -1) if len(devices) % n == 0):
+            with contextlib.suppress(InputError):
+                return parameter_shardings(make_mesh(MeshConfig(1, len(devices) // tensor, tensor), devices), shapes)
+    return parameter_shardings(make_mesh(MeshConfig(1), devices[:1]), shapes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
