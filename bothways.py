@@ -56,24 +56,24 @@ def _disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def _peer_lost(verb: str, error: BaseException) -> bool:
-    """Whether a run of several processes ended because one of them has gone; says so."""
+def _several_processes() -> bool:
     import jax
 
-    lost = jax.distributed.is_initialized() and isinstance(error, jax.errors.JaxRuntimeError)
-    if lost:
-        say(
-            f"bothways {verb}: another process of this run has gone ({str(error).splitlines()[0][:200]}); "
-            "run the same command on every host again: it goes on from the last checkpoint"
-        )
-    return lost
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _peer_lost(error: BaseException) -> bool:
+    """Whether a run of several processes ended because one of them has gone."""
+    import jax
+
+    signs = ("gloo", "connection", "heartbeat", "unavailable", "coordination", "barrier")
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error).lower() for sign in signs)
+    return lost and _several_processes()
 
 
 def _leave(code: int) -> int:
     """The exit code; but of several processes one that failed ends here, since JAX would first wait for the others."""
-    import jax
-
-    if jax.distributed.is_initialized():
+    if _several_processes():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -129,7 +129,12 @@ def main(argv: list[str] | None = None) -> int:
                 "it goes on from the last checkpoint"
             )
             return _leave(2)
-        if not _peer_lost(verb, e):
+        if _peer_lost(e):
+            say(
+                f"bothways {verb}: another process of this run has gone ({str(e).splitlines()[0][:200]}); "
+                "run the same command on every host again: it goes on from the last checkpoint"
+            )
+        else:
             traceback.print_exc()
         return _leave(1)
 
