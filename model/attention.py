@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from model.axes import constrain_activation
+from model.axes import constrain_activation, placement
 from model.cache import LayerCache
 from model.config import TransformerConfig
-from model.kernels import KERNELS, choose
+from model.kernels import KERNELS, Q_AXES, choose
 from model.layers import Norm, Projection, rotate
 from model.mask import Mask
 
@@ -34,7 +34,11 @@ def attend(
         return KERNELS[chosen](q, k, v, mask)
     B, T, H, K = q.shape
     G = k.shape[2]
+    at = placement(q.shape, *Q_AXES)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * K**-0.5, k, v))  # heads before places
+    # The heads of a group are one long row of queries, unless their places are spread: then k and v are repeated.
+    if at and at.spec[1] and G < H:
+        k, v, G = jnp.repeat(k, H // G, axis=1), jnp.repeat(v, H // G, axis=1), H
     scores = jnp.einsum("bgnk,bgsk->bgns", q.reshape(B, G, H // G * T, K), k, preferred_element_type=jnp.float32)
     scores = scores.reshape(B, H, T, -1)
     scores = jnp.where(mask.dense()[:, None], scores, -1e30)

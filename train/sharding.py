@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from common.config import MeshConfig
 from common.errors import InputError
@@ -165,7 +165,7 @@ def shardings_for_reading(shapes: Any, cfg: MeshConfig) -> Any:
         for tensor in (n for n in range(len(devices), 0, -1) if len(devices) % n == 0):
             with contextlib.suppress(InputError):
                 return parameter_shardings(make_mesh(MeshConfig(1, len(devices) // tensor, tensor), devices), shapes)
-    return parameter_shardings(make_mesh(MeshConfig(1), devices[:1]), shapes)
+    return jax.tree.map(lambda _: SingleDeviceSharding(devices[0]), shapes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -11,7 +11,7 @@ from common.config import MeshConfig
 from common.families import make_module
 from model import kernels
 from model.attention import attend
-from model.axes import activations_placed_by
+from model.axes import activations_placed_by, constrain_activation
 from model.mask import Mask
 from train import sharding
 
@@ -134,3 +134,22 @@ def test_the_configuration_chooses(field, calls, family, tiny_with):
 
     assert ("pallas_call" in program(True)) == calls
     assert "pallas_call" not in program(False)
+
+
+@pytest.mark.parametrize("name", ["packed causal window", "bidirectional"])
+def test_xla_on_a_mesh_with_spread_places_equals_the_reference(name, eight_devices):
+    """And no device holds all of a row's scores, though heads share keys and values."""
+    mask = MASKS[name]
+    wanted = outcome(reference, mask)
+    mesh = sharding.make_mesh(MeshConfig(2, 1, 1, 4), eight_devices)
+    with activations_placed_by(sharding.place_activations(mesh)):
+
+        def spread(q, k, v, mask):
+            q = constrain_activation(q, *kernels.Q_AXES)
+            k, v = (constrain_activation(x, *kernels.K_AXES) for x in (k, v))
+            return attend(q, k, v, mask)
+
+        same(outcome(spread, mask), wanted)
+        program = jax.jit(lambda *inputs: spread(*inputs, mask)).lower(*inputs(mask)[:3]).compile().as_text()
+    assert f"{T // 4},{T}]" in program
+    assert f"{T},{T}]" not in program
