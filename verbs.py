@@ -15,15 +15,14 @@ from common.recipe import Recipe
 from configs import find
 
 Positional = tyro.conf.Positional
-
+ONE = MeshConfig(data=1)
+PROMPTS = 512
+"""Prompts that are answered before the first is shown."""
 
 if TYPE_CHECKING:
     from sample.masked import MaskedModel
     from sample.predict import TaskPredictor
     from sample.text import TextModel
-
-
-ONE = MeshConfig(data=1)
 
 
 def load(home: str | Path, mesh: MeshConfig = ONE) -> "TextModel | MaskedModel | TaskPredictor":
@@ -84,15 +83,14 @@ def _train(argv: list[str]) -> None:
     from train.loop import train
 
     result = train(given.recipe, given.workdir)
-    if jax.process_index() > 0:
-        return
     bpb = f", {result.bits_per_byte:.3f} bits per byte" if result.bits_per_byte is not None else ""
     shown = (
         f"{result.run}: {result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s; "
         f"held-out loss {result.loss:.3f}{bpb}"
     )
     if jax.process_count() > 1:  # one process cannot open a run that others still hold together
-        _emit(result, given.json, shown)
+        if jax.process_index() == 0:
+            _emit(result, given.json, shown)
         return
     model = load(given.workdir)
     if model.recipe.family == "bert":
@@ -107,6 +105,14 @@ def _train(argv: list[str]) -> None:
         for filled in model.fill(texts, top=3, steps=2):
             guesses = [" ".join(f"{t['token']!r} {t['p']:.2f}" for t in mask) for mask in filled.masks]
             say(f"--- {filled.text}\n    {filled.filled}     {' | '.join(guesses)}")
+    elif model.recipe.family == "seq2seq":
+        from sample.evaluate import evaluate, held_out_pairs
+
+        for figure in evaluate(model, ["validation"], say):
+            say(f"held-out {figure.metric} {figure.value:.2f} [{figure.interval[0]:.2f}, {figure.interval[1]:.2f}]")
+        for source, target in held_out_pairs(model, "validation")[:3]:
+            made = model.sample([source], beams=4)[0].text
+            say(f"--- {source}\n    said:   {made}" + (f"\n    wanted: {target}" if target else ""))
     else:
         speech = model.sample([""], max_tokens=250, temperature=0.8, top_p=0.95)[0]
         say(f"--- what it says, unprompted:\n{speech.text.strip()}\n---")
@@ -116,13 +122,15 @@ def _train(argv: list[str]) -> None:
 def _sample(
     run: Positional[str],
     prompts: Positional[tuple[str, ...]],
-    max_tokens: int = 256,
+    source: Path | None = None,
+    max_tokens: int | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
     greedy: bool = False,
     beams: int | None = None,
+    length_penalty: float = 0.6,
     num: int = 1,
     seed: int = 0,
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
@@ -133,18 +141,22 @@ def _sample(
     mesh: MeshConfig = ONE,
     json: bool = False,
 ) -> None:
-    """Continue text: token by token, or, with a masked model, by chunks of masks at its end.
+    """Continue text: token by token, or, with a masked model, by chunks of masks at its end. With an encoder-decoder,
+    write what follows from a source, such as its translation.
 
     Args:
         run: A run directory.
-        prompts: Texts to continue; "" starts a document.
-        max_tokens: Most tokens per continuation.
+        prompts: Texts to continue; "" starts a document. Of an encoder-decoder: sources.
+        source: A file with a source per line (encoder-decoders); the results keep its order.
+        max_tokens: Most tokens per continuation; 256, or 50 more than the source has.
         temperature: Below 1 sharper, above 1 flatter; 0 is greedy.
         top_k: Draw among the K most likely tokens; 0 is off.
         top_p: Draw among the fewest tokens that hold this probability; 1 is off.
         min_p: Leave out tokens less likely than this share of the most likely; 0 is off.
         greedy: Always the most likely token.
-        beams: Width of a beam search instead of sampling (causal models).
+        beams: Width of a beam search instead of sampling (causal models; encoder-decoders search with 4 unless
+            another method is asked for).
+        length_penalty: What a beam search's log-probabilities are divided by grows with length to this power.
         num: Continuations of each prompt.
         seed: The same seed gives the same text.
         stop: End before this string; may be given several times.
@@ -155,41 +167,44 @@ def _sample(
         mesh: Devices to spread the parameters over.
         json: One JSON object per result.
     """
+    if source is not None:
+        prompts = (*prompts, *_lines(source))
     if not prompts:
         raise InputError('sample wants at least one prompt after the run: bothways sample RUN "ROMEO:"')
     if stream and (len(prompts) * num > 1 or json):
         raise InputError("--stream shows one continuation as plain text: give one prompt, and neither --num nor --json")
     model = load(run, mesh)
     _able(model, "sample", "")
-    masked = model.recipe.family == "bert"
-    chosen = {"beams": beams, "chunk": chunk, "steps": steps, "sweeps": sweeps, "stream": stream or None}
+    family = model.recipe.family
+    masked = family == "bert"
+    if source is not None and family != "seq2seq":
+        raise InputError(f"--source is for encoder-decoders; a {family} run goes on from a prompt: give it as an argument")
+    other_method = greedy or stream or stop or temperature != 1.0 or top_k or top_p != 1.0 or min_p
+    if family == "seq2seq" and beams is None and not other_method:
+        beams = 4
+    chosen = {"max_tokens": max_tokens, "beams": beams, "chunk": chunk, "steps": steps, "sweeps": sweeps, "stream": stream or None}
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     wrong = set(options) & ({"beams", "stream"} if masked else {"chunk", "steps", "sweeps"})
     if wrong:
         why = "fills chunks of masks and never goes left to right" if masked else "goes left to right and has no masks"
-        raise InputError(f"--{min(wrong)} is not for a {model.recipe.family} run, which {why}")
+        raise InputError(f"--{min(wrong)} is not for a {family} run, which {why}")
+    if not masked:
+        options["length_penalty"] = length_penalty
     if stream:
-        print(prompts[0], end="", flush=True)
+        print("" if family == "seq2seq" else prompts[0], end="", flush=True)
         options["stream"] = lambda _, piece: print(piece, end="", flush=True)
-    results = model.sample(
-        prompts,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        greedy=greedy,
-        num=num,
-        seed=seed,
-        stop=stop,
-        **options,
-    )
-    if stream:
-        print()
-        return
-    for i, result in enumerate(results):
-        head = f"--- {i + 1} of {len(results)}\n" if len(results) > 1 else ""
-        _emit(result, json, f"{head}{result.prompt}{result.text}")
+    options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "greedy": greedy}
+    count = len(prompts) * num
+    for begin in range(0, len(prompts), PROMPTS):  # what row i says does not depend on its neighbours
+        results = model.sample(prompts[begin : begin + PROMPTS], num=num, seed=seed, stop=stop, **options)
+        if stream:
+            print()
+            return
+        for i, result in enumerate(results, begin * num + 1):
+            head = f"--- {i} of {count}\n" if count > 1 and source is None else ""
+            _emit(result, json, result.text if family == "seq2seq" else f"{head}{result.prompt}{result.text}")
+        if len(prompts) > PROMPTS:
+            say(f"{min(begin + PROMPTS, len(prompts)):,} of {len(prompts):,} done")
 
 
 def _fill(
@@ -206,9 +221,11 @@ def _fill(
     """
     if not texts:
         raise InputError('fill wants at least one text after the run: bothways fill RUN "To be, or [MASK] to be"')
-    for result in _able(load(run), "fill", "reads forward only, so what follows a mask could not help")(
-        texts, top=top, steps=steps
-    ):
+    why = "was not asked to restore single tokens; where it learnt to restore spans, `sample` tells them"
+    model = load(run)
+    if model.recipe.family == "gpt":
+        why = "reads forward only, so what follows a mask could not help"
+    for result in _able(model, "fill", why)(texts, top=top, steps=steps):
         lines = ["  " + "  ".join(f"{c['token']!r} {c['p']:.3f}" for c in mask) for mask in result.masks]
         _emit(result, json, "\n".join([result.filled, *lines]))
 
@@ -239,22 +256,19 @@ def _able(model: Any, verb: str, why: str) -> Callable[..., Any]:
     return getattr(model, verb)
 
 
-def _score(
-    run: Positional[str], file: Positional[Path | None] = None, rule: str = "", mesh: MeshConfig = ONE, json: bool = False
-) -> None:
+def _score(run: Positional[str], file: Positional[Path | None] = None, rule: str = "", json: bool = False) -> None:
     """How likely each line is.
 
     Args:
         run: A run directory.
         file: A text per line; without it, standard input.
-        rule: causal (the default of causal models), the log-probability of a text read forward; pll, each token given
-            all others; pll_word (the default of masked models), the rest of its word hidden too; bound, a lower bound
-            on the log-probability.
-        mesh: Devices to spread the parameters over.
+        rule: causal (the default of causal models), the log-probability of a text read forward (of encoder-decoders, of
+            the target in `source TAB target`); pll, each token given all others; pll_word (the default of masked
+            models), the rest of its word hidden too; bound, a lower bound on the log-probability.
         json: One JSON object per line (the plain form shows log-probability, tokens, text).
     """
     texts = _lines(file)
-    for result in _able(load(run, mesh), "score", "")(texts, **({"rule": rule} if rule else {})):
+    for result in _able(load(run), "score", "")(texts, **({"rule": rule} if rule else {})):
         _emit(result, json, f"{result.logprob:10.3f}  {result.tokens:4d}  {result.text}")
 
 
@@ -270,7 +284,7 @@ def _evaluate(run: Positional[str], suites: Positional[tuple[str, ...]] = ("vali
 
     model = load(run)
     _able(model, "sample", "")
-    for figure in evaluate(model, suites):
+    for figure in evaluate(model, suites, say):
         low, high = figure.interval
         _emit(figure, json, f"{figure.suite} {figure.metric} {figure.value:.4f} [{low:.4f}, {high:.4f}] (n={figure.n})")
 

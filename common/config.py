@@ -6,10 +6,13 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    kind: Literal["causal", "masked"] = "causal"
-    """causal: predict the next token. masked: predict hidden tokens from both sides."""
+    kind: Literal["causal", "masked", "pairs", "spans"] = "causal"
+    """causal: predict the next token. masked: predict hidden tokens from both sides. Of encoder-decoders, pairs:
+    predict a target after its source; spans: restore hidden spans of plain text."""
     mask_rate: float = 0.15
-    """Share of the tokens that a masked objective chooses."""
+    """Share of the tokens that `masked` and `spans` choose."""
+    span_length: float = 3.0
+    """Mean tokens in a hidden span."""
     mask_share: float = 0.8
     """Share of the chosen that become [MASK]."""
     random_share: float = 0.1
@@ -25,6 +28,8 @@ class ObjectiveConfig:
         found = []
         if not 0 <= self.label_smoothing < 1:
             found.append(f"objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
+        if self.span_length < 1:
+            found.append(f"objective.span_length is {self.span_length}; a span has at least 1 token")
         if not 0 < self.mask_rate < 1:
             found.append(f"objective.mask_rate is {self.mask_rate}; it must be between 0 and 1")
         if min(self.mask_share, self.random_share) < 0 or self.mask_share + self.random_share > 1 + 1e-9:
@@ -104,6 +109,8 @@ class TrainConfig:
     save_every: int = 500
     keep: int = 2
     """Newest checkpoints kept; the best on held-out text is kept besides."""
+    average: int = 1
+    """Newest checkpoints averaged when the run is read (arXiv 1706.03762, section 6.1)."""
 
     def problems(self) -> list[str]:
         found = []
@@ -115,6 +122,7 @@ class TrainConfig:
             "eval_every",
             "save_every",
             "keep",
+            "average",
             "max_bad_steps",
         ):
             if getattr(self, name) < 1:

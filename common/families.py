@@ -6,8 +6,11 @@ import jax.numpy as jnp
 from model.bert import BERT
 from model.config import TransformerConfig
 from model.gpt import GPT
+from model.seq2seq import Seq2Seq
 
-FAMILIES: dict[str, type[nn.Module]] = {"gpt": GPT, "bert": BERT}
+FAMILIES: dict[str, type[nn.Module]] = {"gpt": GPT, "bert": BERT, "seq2seq": Seq2Seq}
+OBJECTIVES: dict[str, tuple[str, ...]] = {"gpt": ("causal",), "bert": ("masked",), "seq2seq": ("pairs", "spans")}
+"""What each family can be asked, by its mask."""
 
 
 def make_module(family: str, cfg: TransformerConfig) -> nn.Module:
@@ -17,4 +20,5 @@ def make_module(family: str, cfg: TransformerConfig) -> nn.Module:
 
 def tiny_inputs(family: str) -> dict:
     """Inputs just large enough to initialise parameters from."""
-    return {"tokens": jnp.zeros((1, 2), jnp.int32)}
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return {"tokens": tokens} | ({"source": tokens} if family == "seq2seq" else {})

@@ -6,18 +6,19 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from common.errors import InputError
+from common.families import OBJECTIVES
 from data.config import DataConfig
 from model.config import TransformerConfig
 
 # Fields that may differ between a run and its continuation: where and how often, not what.
-HOW_OFTEN = ("log_every", "keep", "eval_every", "eval_rows", "save_every")
+HOW_OFTEN = ("log_every", "keep", "average", "eval_every", "eval_rows", "save_every")
 FREE = ("mesh", "model.attention", "data.cache", *(f"train.{name}" for name in HOW_OFTEN))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     name: str = ""
-    family: Literal["gpt", "bert"] = "gpt"
+    family: Literal["gpt", "bert", "seq2seq"] = "gpt"
     model: TransformerConfig = TransformerConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -42,9 +43,22 @@ class Recipe:
             for name, length in (("model.context", self.model.context), ("train.short_length", self.train.short_length)):
                 if length % sizes["context"]:
                     found.append(f"{name}={length} is not divisible by mesh.context={sizes['context']}")
-            kind, wanted = self.objective.kind, {"gpt": "causal", "bert": "masked"}[self.family]
-            if kind != wanted:
-                found.append(f"objective.kind={kind} is not for a {self.family}: its mask reads {wanted}; set {wanted}")
+            kind, wanted = self.objective.kind, OBJECTIVES[self.family]
+            if kind not in wanted:
+                found.append(
+                    f"objective.kind={kind} is not for a {self.family}, whose mask serves {' or '.join(wanted)}; "
+                    f"set --objective.kind {wanted[0]}"
+                )
+            if (kind == "pairs") != bool(self.data.source_field):
+                found.append(
+                    f"objective.kind={kind} and data.source_field={self.data.source_field!r} disagree: pairs, and only "
+                    "pairs, need data.source_field and data.target_field"
+                )
+            if self.train.average > self.train.keep:
+                found.append(
+                    f"train.average={self.train.average} checkpoints cannot be averaged of train.keep={self.train.keep}; "
+                    "keep more"
+                )
             if self.objective.next_sentence and not self.model.next_sentence:
                 found.append("objective.next_sentence needs the head: set --model.next-sentence True")
             if self.objective.next_sentence and self.model.segment_types not in (0, 2):

@@ -203,7 +203,17 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None) ->
         def restore(step: int) -> Any:
             return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(targets)))["params"]
 
-        found = newest_whole(manager, restore, say)
+        def average(step: int) -> Any:
+            """This checkpoint, or the mean of it and those before it where the recipe averages."""
+            steps = [s for s in sorted(manager.all_steps()) if s <= step][-recipe.train.average :]
+            found = [restore(s) for s in steps]
+            return (
+                found[0]
+                if len(found) == 1
+                else jax.jit(lambda trees: jax.tree.map(lambda *x: sum(x) / len(x), *trees))(found)
+            )
+
+        found = newest_whole(manager, average if task is None else restore, say)
     if found is None:
         raise InputError(f"{home} has no checkpoint yet; train it first")
     return Run(home, recipe, tokenizer, module_of(recipe, task), found[1], found[0], task)

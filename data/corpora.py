@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from data import files, plays
+from data import bibles, files, plays
 from data.config import DataConfig
 
 Documents = Iterator[tuple[str, str]]
@@ -90,16 +90,16 @@ def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], ca
     return Corpus(name, key, read)
 
 
-def hold_out(documents: list[tuple[str, str]]) -> dict[str, Documents]:
-    """Splits of a corpus that has none: every 20th document for validation and for test, or the end of the text.
+def hold_out(documents: list[tuple[str, str]], paired: bool = False) -> dict[str, Documents]:
+    """Splits of a corpus that has none: every 20th document or pair for validation and for test, or the end of the text.
 
     With few documents the last tenth of each is held out, half for validation and half for test, cut at a line
-    where one ends near.
+    where one ends near. Pairs are never cut.
     """
-    if len(documents) >= FEW_DOCUMENTS:
+    if paired or len(documents) >= FEW_DOCUMENTS:
         parts = {"train": [], "validation": [], "test": []}
         for i, document in enumerate(documents):
-            parts[{18: "validation", 19: "test"}.get(i % 20, "train")].append(document)
+            parts[{18: "validation", 19: "test"}.get((i // 2 if paired else i) % 20, "train")].append(document)
         return {split: iter(part) for split, part in parts.items()}
 
     def cut(text: str, low: float, high: float) -> int:
@@ -132,13 +132,35 @@ def load(cfg: DataConfig) -> Corpus:
             return {split: iter(part) for split, part in parts.items()}
 
         corpus = prepared("shakespeare", key, splits, cache)
+    elif cfg.corpus == "bibles":
+        corpus = from_bibles(cfg, cache)
     elif files.looks_like_files(cfg.corpus):
         corpus = from_files(cfg, cache)
     else:
         corpus = from_tfds(cfg)
-    if cfg.validation and cfg.corpus == "shakespeare":
-        raise InputError("data.validation is for files and TFDS names; shakespeare has its own held-out plays")
+    if cfg.corpus in ("shakespeare", "bibles"):
+        if cfg.validation:
+            raise InputError(f"data.validation is for files and TFDS names; {cfg.corpus} has its own held-out text")
+        if (cfg.corpus == "bibles") != bool(cfg.source_field):
+            raise InputError(
+                "the corpus 'bibles' is pairs: set --data.source-field kjv --data.target-field web"
+                if cfg.corpus == "bibles"
+                else "the corpus 'shakespeare' is plain text and has no pairs; leave out data.source_field and target_field"
+            )
     return corpus
+
+
+def from_bibles(cfg: DataConfig, cache: Path) -> Corpus:
+    found = list(bibles.verses(cfg.source_field or "kjv", cfg.target_field or "web"))
+    key = hashlib.sha256("\0".join(f"{a}\0{b}" for _, a, b in found).encode()).hexdigest()[:16]
+
+    def splits() -> dict[str, Documents]:
+        parts: dict[str, list[tuple[str, str]]] = {split: [] for split in Corpus.splits}
+        for number, *texts in found:
+            parts[bibles.split_of(number)] += [(str(number), text) for text in texts]
+        return {split: iter(part) for split, part in parts.items()}
+
+    return prepared("bibles", key, splits, cache)
 
 
 def from_files(cfg: DataConfig, cache: Path) -> Corpus:
@@ -147,20 +169,30 @@ def from_files(cfg: DataConfig, cache: Path) -> Corpus:
     both = set(paths) & set(held)
     if both:
         raise InputError(f"{sorted(map(str, both))[0]} is in data.corpus and in data.validation; hold out other files")
-    found = [(name, text) for name, text in files.documents(paths, cfg.text_field) if text.strip()]
+
+    def read(paths: list[Path]) -> list[tuple[str, str]]:
+        if cfg.source_field:
+            return list(files.pairs(paths, cfg.source_field, cfg.target_field))
+        return [(name, text) for name, text in files.documents(paths, cfg.text_field) if text.strip()]
+
+    found, validation = read(paths), read(held)
     if not found:
         raise InputError(f"the corpus {cfg.corpus!r} is empty: {len(paths)} file(s), no text")
-    validation = [(name, text) for name, text in files.documents(held, cfg.text_field) if text.strip()]
     if held and not validation:
         raise InputError(f"data.validation {cfg.validation!r} is empty: {len(held)} file(s), no text")
-    key = files.fingerprint(paths + held, cfg.text_field, str(len(paths)))
+    key = files.fingerprint(paths + held, *fields(cfg), str(len(paths)))
 
     def splits() -> dict[str, Documents]:
         if held:
             return {"train": iter(found), "validation": iter(validation), "test": iter(validation)}
-        return hold_out(found)
+        return hold_out(found, paired=bool(cfg.source_field))
 
     return prepared("files", key, splits, cache)
+
+
+def fields(cfg: DataConfig) -> tuple[str, ...]:
+    """The fields that are read: one of plain text, two of pairs."""
+    return (cfg.source_field, cfg.target_field) if cfg.source_field else (cfg.text_field,)
 
 
 def from_tfds(cfg: DataConfig) -> Corpus:
@@ -190,22 +222,28 @@ def from_tfds(cfg: DataConfig) -> Corpus:
         except Exception as e:
             raise InputError(unavailable(cfg.corpus, e)) from e
         names = list(builder.info.splits)
-        if cfg.text_field not in builder.info.features:
-            raise InputError(
-                f"TFDS {cfg.corpus} has no field {cfg.text_field!r}; it has {', '.join(builder.info.features)}; "
-                "choose one with --data.text-field"
-            )
+        for field in fields(cfg):
+            if field not in builder.info.features:
+                raise InputError(
+                    f"TFDS {cfg.corpus} has no field {field!r}; it has {', '.join(builder.info.features)}; choose with "
+                    + ("--data.source-field and --data.target-field" if cfg.source_field else "--data.text-field")
+                )
         whole = {"train": "train[:98%]", "validation": "train[98%:99%]", "test": "train[99%:]"}
         held = next((n for n in ("validation", "test") if n in names), None)
         slices = {s: (s if s in names else held) if held else whole[s] for s in Corpus.splits}
-        key = files.fingerprint(held_out, builder.info.full_name, cfg.text_field)
+        key = files.fingerprint(held_out, builder.info.full_name, *fields(cfg))
 
     def read(split: str) -> Documents:
         if split == "validation" and held_out:
-            yield from files.documents(held_out, cfg.text_field)
+            if cfg.source_field:
+                yield from files.pairs(held_out, cfg.source_field, cfg.target_field)
+            else:
+                yield from files.documents(held_out, cfg.text_field)
             return
         for i, record in enumerate(builder.as_data_source(slices[split])):
-            yield f"{split}:{i}", record[cfg.text_field].decode("utf-8", errors="replace")
+            texts = [record[field].decode("utf-8", errors="replace") for field in fields(cfg)]
+            if all(text.strip() for text in texts):
+                yield from ((f"{split}:{i}", text) for text in texts)
 
     return Corpus(cfg.corpus, key, read)
 

@@ -41,6 +41,11 @@ def places_within(segments: np.ndarray) -> np.ndarray:
     return index - np.maximum.accumulate(np.where(first, index, 0)).astype(np.int32)
 
 
+def as_is(row: Example, rng: np.random.Generator) -> Example:
+    """For sources whose rows are what the model reads already."""
+    return row
+
+
 def causal(row: Example, rng: np.random.Generator) -> Example:
     """Next-token prediction: a row of T + 1 tokens into T inputs and T targets.
 

@@ -103,10 +103,32 @@ def documents(paths: list[Path], text_field: str) -> Iterator[tuple[str, str]]:
             yield path.name, read_utf8(path)
             continue
         for number, record in records(path):
-            text = record.get(text_field)
-            if not isinstance(text, str):
-                raise InputError(
-                    f"{path}, line {number}: no text under {text_field!r}; the fields are "
-                    f"{', '.join(map(str, record))}; choose one with --data.text-field"
-                )
-            yield f"{path.name}:{number}", text
+            yield f"{path.name}:{number}", text_of(record, text_field, "--data.text-field", path, number)
+
+
+def pairs(paths: list[Path], source_field: str, target_field: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of the records' sources and targets in turn: document 2i is a source, 2i + 1 its target.
+
+    Raises:
+      InputError: files without fields, records without these two, or an empty text.
+    """
+    for path in paths:
+        if path.suffix not in (".jsonl", ".csv", ".tsv"):
+            raise InputError(f"{path}: pairs of source and target come from .jsonl, .csv or .tsv files")
+        for number, record in records(path):
+            for field, flag in ((source_field, "--data.source-field"), (target_field, "--data.target-field")):
+                text = text_of(record, field, flag, path, number)
+                if not text.strip():
+                    raise InputError(f"{path}, line {number}: the text under {field!r} is empty")
+                yield f"{path.name}:{number}", text
+
+
+def text_of(record: dict, field: str, flag: str, path: Path, number: int) -> str:
+    """Raises InputError if the record has no text under this name."""
+    text = record.get(field)
+    if not isinstance(text, str):
+        raise InputError(
+            f"{path}, line {number}: no text under {field!r}; the fields are "
+            f"{', '.join(map(str, record))}; choose one with {flag}"
+        )
+    return text

@@ -123,11 +123,6 @@ class TaskRows:
         return self.examples[int(index)]
 
 
-def as_is(row: Example, rng: Any) -> Example:
-    """The example function of tasks: rows are examples already."""
-    return row
-
-
 def softmax(scores: np.ndarray) -> np.ndarray:
     exp = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return exp / exp.sum(axis=-1, keepdims=True)

@@ -29,6 +29,8 @@ class Tokens:
     """Where each document begins, [documents] int64."""
     bytes: int
     """UTF-8 bytes of the text."""
+    home: Path | None = None
+    """Where the files are, and where what is made from them may be kept."""
 
 
 def obtain_tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
@@ -69,7 +71,7 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
     if meta["bytes"] == 0:
         raise InputError(f"the {split} split of {corpus.name} is empty; give more text, or --data.validation FILE")
     ids = np.memmap(home / "ids.bin", dtype=meta["dtype"], mode="r")
-    return Tokens(ids, np.load(home / "starts.npy"), meta["bytes"])
+    return Tokens(ids, np.load(home / "starts.npy"), meta["bytes"], home)
 
 
 def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None:

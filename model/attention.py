@@ -18,18 +18,18 @@ from model.mask import Mask
 def attend(
     q: Float[jax.Array, "B T H K"],
     k: Float[jax.Array, "B S G K"],
-    v: Float[jax.Array, "B S G K"],
+    v: Float[jax.Array, "B S G W"],
     mask: Mask,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
     kernel: str = "auto",
-) -> Float[jax.Array, "B T H K"]:
+) -> Float[jax.Array, "B T H W"]:
     """Scaled dot-product attention (arXiv 1706.03762, section 3.2.1); query heads share G key-value heads.
 
     The kernel is chosen by device, mask and shape (model/kernels.py); none of them knows dropout of probabilities.
     What follows here is their reference, for XLA. The softmax is in float32. A query that may see nothing gets an
     average that no loss looks at, not NaN.
     """
-    chosen = choose(kernel, q, k, mask) if dropout is None else "xla"
+    chosen = choose(kernel, q, k, v, mask) if dropout is None else "xla"
     if chosen != "xla":
         return KERNELS[chosen](q, k, v, mask)
     B, T, H, K = q.shape
@@ -45,7 +45,7 @@ def attend(
     probabilities = jax.nn.softmax(scores, axis=-1)
     probabilities = (dropout(probabilities) if dropout else probabilities).astype(v.dtype).reshape(B, G, H // G * T, -1)
     y = jnp.einsum("bgns,bgsk->bgnk", probabilities, v)
-    return y.reshape(B, H, T, K).transpose(0, 2, 1, 3)
+    return y.reshape(B, H, T, -1).transpose(0, 2, 1, 3)
 
 
 class Attention(nn.Module):
@@ -56,7 +56,8 @@ class Attention(nn.Module):
       mask: which keys each query may see.
       positions: [B, T], for rotary positions.
       cache, length: where this layer's past is kept and how much of it each row has; None in training.
-      memory: [B, S, D], the encoder's output, for cross-attention; None for self-attention.
+      memory: for cross-attention the encoder's output [B, S, D], or what `keys_values` made of it before; None for
+        self-attention.
 
     Returns:
       [B, T, D] and the cache with T more places, or None.
@@ -64,7 +65,21 @@ class Attention(nn.Module):
 
     cfg: TransformerConfig
 
-    @nn.compact
+    def setup(self):
+        cfg = self.cfg
+        self.query = Projection(cfg, (cfg.n_heads, cfg.d_head))
+        self.key = Projection(cfg, (cfg.n_kv_heads, cfg.d_head))
+        self.value = Projection(cfg, (cfg.n_kv_heads, cfg.d_value))
+        if cfg.qk_norm:
+            self.query_norm, self.key_norm = Norm(cfg, rms=True), Norm(cfg, rms=True)
+        self.dropout = nn.Dropout(cfg.dropout_attention)
+        self.out = Projection(cfg, (cfg.d_model,), n_in=2, residual=True)
+
+    def keys_values(self, source: Float[jax.Array, "B S D"]) -> LayerCache:
+        """What is looked at, before positions."""
+        k, v = self.key(source), self.value(source)
+        return LayerCache(self.key_norm(k) if self.cfg.qk_norm else k, v)
+
     def __call__(
         self,
         x: Float[jax.Array, "B T D"],
@@ -72,17 +87,14 @@ class Attention(nn.Module):
         positions: Int[jax.Array, "B T"],
         cache: LayerCache | None = None,
         length: Int[jax.Array, " B"] | None = None,
-        memory: Float[jax.Array, "B S D"] | None = None,
+        memory: Float[jax.Array, "B S D"] | LayerCache | None = None,
         deterministic: bool = True,
         rotary_base: float | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], LayerCache | None]:
         cfg = self.cfg
-        source = x if memory is None else memory
-        q = Projection(cfg, (cfg.n_heads, cfg.d_head), name="query")(x)
-        k = Projection(cfg, (cfg.n_kv_heads, cfg.d_head), name="key")(source)
-        v = Projection(cfg, (cfg.n_kv_heads, cfg.d_head), name="value")(source)
-        if cfg.qk_norm:
-            q, k = Norm(cfg, rms=True, name="query_norm")(q), Norm(cfg, rms=True, name="key_norm")(k)
+        q = self.query_norm(self.query(x)) if cfg.qk_norm else self.query(x)
+        seen = memory if isinstance(memory, LayerCache) else self.keys_values(x if memory is None else memory)
+        k, v = seen.k, seen.v
         if cfg.positions == "rotary" and memory is None:
             base = rotary_base or cfg.rotary_base
             q, k = rotate(q, positions, base), rotate(k, positions, base)
@@ -93,7 +105,6 @@ class Attention(nn.Module):
             cache = cache.write(k, v, length)
             k, v = cache.k, cache.v
         dropping = cfg.dropout_attention > 0 and not deterministic
-        dropout = nn.Dropout(cfg.dropout_attention, deterministic=False) if dropping else None
+        dropout = (lambda p: self.dropout(p, deterministic=False)) if dropping else None
         y = attend(q, k, v, mask, dropout, cfg.attention)
-        y = Projection(cfg, (cfg.d_model,), n_in=2, residual=True, name="out")(y)
-        return y, cache
+        return self.out(y), cache

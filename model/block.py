@@ -77,7 +77,8 @@ class Block(nn.Module):
 
         def cross_attention(y: jax.Array) -> jax.Array:
             attention = Attention(cfg, name="cross")
-            return attention(y, memory_mask, positions, memory=memory, deterministic=deterministic)[0]
+            seen = memory if cache is None else cache.memory
+            return attention(y, memory_mask, positions, memory=seen, deterministic=deterministic)[0]
 
         x = residual(x, "attention", self_attention)
         if self.cross:

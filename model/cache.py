@@ -13,17 +13,19 @@ class LayerCache:
     """Keys and values of one layer, by position."""
 
     k: Float[jax.Array, "B S G K"]
-    v: Float[jax.Array, "B S G K"]
+    v: Float[jax.Array, "B S G W"]
+    memory: "LayerCache | None" = None
+    """Of a decoder under an encoder: the keys and values of what the encoder said."""
 
     def write(
-        self, k: Float[jax.Array, "B T G K"], v: Float[jax.Array, "B T G K"], start: Int[jax.Array, " B"]
+        self, k: Float[jax.Array, "B T G K"], v: Float[jax.Array, "B T G W"], start: Int[jax.Array, " B"]
     ) -> "LayerCache":
         """T new places per row, each row from its own `start`."""
 
         def put(row: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), (at, 0, 0))
 
-        return LayerCache(jax.vmap(put)(self.k, k, start), jax.vmap(put)(self.v, v, start))
+        return self.replace(k=jax.vmap(put)(self.k, k, start), v=jax.vmap(put)(self.v, v, start))
 
 
 @flax.struct.dataclass
@@ -32,23 +34,31 @@ class Cache:
 
     layers: tuple[LayerCache, ...]
     length: Int[jax.Array, " B"]
+    memory_segments: Int[jax.Array, "B S"] | None = None
+    """Of a decoder under an encoder: 1 where the source is, 0 where it is padded."""
 
     @classmethod
     def empty(cls, cfg: TransformerConfig, batch: int, size: int) -> "Cache":
         """Room for `size` tokens in each of `batch` rows."""
         cfg = cfg.resolved()
-        shape = (batch, size, cfg.n_kv_heads, cfg.d_head)
 
-        def zeros() -> jax.Array:
-            return jnp.zeros(shape, cfg.compute_dtype)
+        def zeros(width: int) -> jax.Array:
+            return jnp.zeros((batch, size, cfg.n_kv_heads, width), cfg.compute_dtype)
 
-        layers = tuple(LayerCache(zeros(), zeros()) for _ in range(cfg.n_layers))
+        layers = tuple(LayerCache(zeros(cfg.d_head), zeros(cfg.d_value)) for _ in range(cfg.n_layers))
         return cls(layers, jnp.zeros((batch,), jnp.int32))
 
     @property
     def size(self) -> int:
         return self.layers[0].k.shape[1]
 
-    def take(self, rows: Int[jax.Array, " N"]) -> "Cache":
-        """The rows at these indices: how a beam search follows its survivors."""
-        return jax.tree.map(lambda x: x[rows], self)
+    def take(self, rows: Int[jax.Array, " N"], *, memory: bool = True) -> "Cache":
+        """The rows at these indices: how a beam search follows its survivors.
+
+        Args:
+          memory: False leaves what is known of the sources where it is: the survivors share it with the dead.
+        """
+        if memory:
+            return jax.tree.map(lambda x: x[rows], self)
+        layers = tuple(layer.replace(k=layer.k[rows], v=layer.v[rows]) for layer in self.layers)
+        return self.replace(layers=layers, length=self.length[rows])

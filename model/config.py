@@ -26,6 +26,8 @@ class TransformerConfig:
     """G, heads of keys and values (grouped queries, arXiv 2305.13245). 0: as many as n_heads."""
     d_head: int = 0
     """K, the width of one head. 0: d_model / n_heads."""
+    d_value: int = 0
+    """W, the width of one head's values. 0: d_head."""
     d_ff: int = 0
     """F, the width inside the MLP. 0: 4 d_model."""
 
@@ -63,8 +65,9 @@ class TransformerConfig:
     dropout_residual: float = 0.0
     """Dropout on each sub-layer's output before it joins the residual stream."""
 
-    init: Literal["normal", "fan_in"] = "normal"
-    """Kernels: normal with init_std, or with 1/sqrt(fan in). Embeddings always use init_std."""
+    init: Literal["normal", "fan_in", "xavier"] = "normal"
+    """Kernels: normal with init_std, with 1/sqrt(fan in), or with sqrt(2 / (fan in + fan out)) (Glorot, Bengio 2010).
+    Embeddings always use init_std."""
     init_std: float = 0.02
     init_residual: Literal["same", "depth", "zero"] = "depth"
     """Projections that write to the residual stream: as the others; times 1/sqrt(2L) (GPT-2); or zero."""
@@ -80,10 +83,12 @@ class TransformerConfig:
 
     def resolved(self) -> "TransformerConfig":
         """The same function with every derived size filled in."""
+        d_head = self.d_head or self.d_model // max(self.n_heads, 1)
         return dataclasses.replace(
             self,
             n_kv_heads=self.n_kv_heads or self.n_heads,
-            d_head=self.d_head or self.d_model // max(self.n_heads, 1),
+            d_head=d_head,
+            d_value=self.d_value or d_head,
             d_ff=self.d_ff or 4 * self.d_model,
         )
 
@@ -116,7 +121,7 @@ class TransformerConfig:
         want(self.context != 1, "model.context is 1; a token needs another to predict or be predicted from")
         for name in ("context", "n_layers", "d_model", "n_heads"):
             want(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("vocab_size", "n_kv_heads", "d_head", "d_ff", "window", "segment_types"):
+        for name in ("vocab_size", "n_kv_heads", "d_head", "d_value", "d_ff", "window", "segment_types"):
             want(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it cannot be negative")
         for name in ("dropout_embed", "dropout_attention", "dropout_residual"):
             want(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")

@@ -16,6 +16,8 @@ class Decoder(Transformer):
     segments: [B, T], 1, 2 ... for the documents packed into a row, 0 for padding; None: one document.
     prefix: [B], how many first tokens of each row see each other both ways; None: none (arXiv 1910.10683, 3.2.1).
     cache: the past; None in training.
+    memory: [B, S, D], an encoder's output, for the cross-attention of training; a cache brings what it was made into.
+    memory_segments: [B, S], segments of the memory: a token looks at the source of its own segment; 0 is padding.
 
     Returns:
       features [B, T, D], and the cache with T more tokens or None.
@@ -28,6 +30,8 @@ class Decoder(Transformer):
         segments: Int[jax.Array, "B T"] | None = None,
         prefix: Int[jax.Array, " B"] | None = None,
         cache: Cache | None = None,
+        memory: Float[jax.Array, "B S D"] | None = None,
+        memory_segments: Int[jax.Array, "B S"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
         if cache is None:
@@ -38,4 +42,9 @@ class Decoder(Transformer):
             mask = Mask.cached(positions, cache.size, prefix)
         if self.cfg.positions == "learned":
             positions = jnp.minimum(positions, self.cfg.context - 1)  # a padded prompt may reach past the table
-        return self.read(tokens, mask, positions, cache=cache, deterministic=deterministic)
+        memory_mask = None
+        if self.cross:
+            memory_segments = memory_segments if cache is None else cache.memory_segments
+            memory_mask = Mask.cross(jnp.ones_like(tokens) if segments is None else segments, memory_segments)
+        seen = {"cache": cache, "memory": memory, "memory_mask": memory_mask}
+        return self.read(tokens, mask, positions, **seen, deterministic=deterministic)

@@ -34,7 +34,7 @@ class GPT(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
         """Features [B, T, D] and the cache; arguments as in model/decoder.py."""
-        features, cache = self.decoder(tokens, positions, segments, prefix, cache, deterministic)
+        features, cache = self.decoder(tokens, positions, segments, prefix, cache, deterministic=deterministic)
         self.unembedding()  # so that init makes every parameter
         return features, cache
 

@@ -29,12 +29,12 @@ def platform() -> str:
     return place.mesh.devices.flat[0].platform if place else jax.default_backend()
 
 
-def choose(wanted: str, q: jax.Array, k: jax.Array, mask: Mask) -> str:
+def choose(wanted: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> str:
     """The kernel for these arguments: `wanted`, or with auto that of the device, if it knows them; else xla."""
     if wanted == "auto":
         wanted = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "xla")
     knows = {"splash": _splash_knows, "cudnn": _cudnn_knows}.get(wanted)
-    return wanted if knows and knows(q, k, mask) else "xla"
+    return wanted if knows and knows(q, k, v, mask) else "xla"
 
 
 def _by_places(mask: Mask) -> bool:
@@ -45,7 +45,7 @@ def _by_places(mask: Mask) -> bool:
 # ---- splash -----------------------------------------------------------------------------------------------------
 
 
-def _splash_knows(q: jax.Array, k: jax.Array, mask: Mask) -> bool:
+def _splash_knows(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> bool:
     T, S = _shard_lengths(q, k)
     return _by_places(mask) and T % LANES == 0 and S % LANES == 0
 
@@ -84,8 +84,8 @@ def _splash_kernel(T: int, S: int, heads: int, causal: bool, window: int, q_shar
 
 
 def splash(
-    q: Float[jax.Array, "B T H K"], k: Float[jax.Array, "B S G K"], v: Float[jax.Array, "B S G K"], mask: Mask
-) -> Float[jax.Array, "B T H K"]:
+    q: Float[jax.Array, "B T H K"], k: Float[jax.Array, "B S G K"], v: Float[jax.Array, "B S G W"], mask: Mask
+) -> Float[jax.Array, "B T H W"]:
     """Pallas' splash attention; on no TPU it is interpreted, slowly. On a mesh each device has its rows, heads, queries."""
     B, T, H, K = q.shape
     S = k.shape[1]
@@ -119,9 +119,10 @@ def splash(
 # ---- cuDNN ------------------------------------------------------------------------------------------------------
 
 
-def _cudnn_knows(q: jax.Array, k: jax.Array, mask: Mask) -> bool:
+def _cudnn_knows(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> bool:
     T, S, K = q.shape[1], k.shape[1], q.shape[3]
-    return q.dtype in (jnp.bfloat16, jnp.float16) and K % 8 == 0 and K <= 128 and T % 2 == 0 and S % 2 == 0
+    heads = v.shape[3] == K and K % 8 == 0 and K <= 128
+    return q.dtype in (jnp.bfloat16, jnp.float16) and heads and T % 2 == 0 and S % 2 == 0
 
 
 def cudnn(

@@ -24,7 +24,8 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg, dtype = self.cfg, x.dtype
         inputs, features = x.shape[x.ndim - self.n_in :], tuple(self.features)
-        std = cfg.init_std if cfg.init == "normal" else float(np.prod(inputs)) ** -0.5
+        fan_in, fan_out = float(np.prod(inputs)), float(np.prod(features))
+        std = {"normal": cfg.init_std, "fan_in": fan_in**-0.5, "xavier": (2 / (fan_in + fan_out)) ** 0.5}[cfg.init]
         if self.residual and cfg.init_residual == "depth":
             std *= (2 * cfg.n_layers) ** -0.5
         zero = self.residual and cfg.init_residual == "zero"

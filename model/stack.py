@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from model.attention import Attention
 from model.block import Block
-from model.cache import Cache
+from model.cache import Cache, LayerCache
 from model.config import TransformerConfig
 from model.mask import Mask
 
@@ -34,7 +35,18 @@ class Stack(nn.Module):
     cfg: TransformerConfig
     cross: bool = False
 
-    @nn.compact
+    def setup(self):
+        self.block = Block(self.cfg, cross=self.cross, parent=None)
+        self.blocks = self.param("blocks", self.init_blocks)
+
+    def remember(self, memory: Float[jax.Array, "B S D"]) -> tuple[LayerCache, ...]:
+        """What every layer's cross-attention looks at, computed once per source."""
+        attention = Attention(self.cfg, parent=None)
+        return tuple(
+            attention.apply({"params": params["cross"]}, memory, method="keys_values")
+            for params in split_layers(self.blocks, self.cfg.n_layers)
+        )
+
     def __call__(
         self,
         x: Float[jax.Array, "B T D"],
@@ -45,9 +57,7 @@ class Stack(nn.Module):
         memory_mask: Mask | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
-        cfg = self.cfg
-        block = Block(cfg, cross=self.cross, parent=None)
-        blocks = self.param("blocks", self.init_blocks, block)
+        cfg, block, blocks = self.cfg, self.block, self.blocks
         dropout_key = None if deterministic else self.make_rng("dropout")
 
         def run(x, params, layer, like, layer_cache=None):
@@ -80,16 +90,16 @@ class Stack(nn.Module):
             x, layer_cache = run(x, params, layer, layer, layer_cache)
             new_layers.append(layer_cache)
         if cache is not None:
-            cache = Cache(tuple(new_layers), cache.length + x.shape[1])
+            cache = cache.replace(layers=tuple(new_layers), length=cache.length + x.shape[1])
         return x, cache
 
-    def init_blocks(self, rng: jax.Array, block: Block) -> dict:
+    def init_blocks(self, rng: jax.Array) -> dict:
         cfg = self.cfg
         x, positions = jnp.zeros((1, 1, cfg.d_model)), jnp.zeros((1, 1), jnp.int32)
         mask = Mask.self_attention(positions, causal=True)
 
         def init(key: jax.Array) -> dict:
             memory = (x, Mask.cross(positions, positions)) if self.cross else (None, None)
-            return block.init(key, x, mask, positions, None, None, *memory)["params"]
+            return self.block.init(key, x, mask, positions, None, None, *memory)["params"]
 
         return jax.vmap(init)(jax.random.split(rng, cfg.n_layers))

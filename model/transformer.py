@@ -23,9 +23,12 @@ class Transformer(nn.Module):
 
     cfg: TransformerConfig
     cross: bool = False
+    """Whether the blocks attend to an encoder's output too."""
+    shared: Embedding | None = None
+    """An embedding that another Transformer has already; None: one of its own."""
 
     def setup(self):
-        self.embed = Embedding(self.cfg)
+        self.embed = Embedding(self.cfg) if self.shared is None else self.shared
         self.stack = Stack(self.cfg, cross=self.cross)
         if self.cfg.norm_position == "pre":
             self.final_norm = Norm(self.cfg)

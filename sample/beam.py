@@ -22,7 +22,7 @@ def length_penalty(length: jax.Array, alpha: float) -> jax.Array:
 
 @flax.struct.dataclass
 class Beams:
-    """K live hypotheses and the K best finished ones of every row, each best first."""
+    """Live hypotheses and finished ones of every row, K in all, each best first; empty places score NEVER."""
 
     cache: Cache
     logits: Float[jax.Array, "B K V"]
@@ -38,8 +38,9 @@ class Beams:
 def make_beam_search(forward: Forward, logits: Logits, eos: int) -> Callable[..., Beams]:
     """A jitted (params, cache, logits [B, V], limit [B], beams, alpha) -> Beams, from prefilled rows.
 
-    A row's hypotheses end with `eos` or at its limit. The result's `done` holds them, sorted by score:
-    log-probability over length penalty.
+    A row has K places. In each step the most likely extensions take those that are left; one that ends, with `eos`
+    or at the row's limit, keeps its place. So a beam of 1 is greedy decoding, and one that holds everything is
+    exhaustive search. The result's `done` holds the finished, sorted by score: log-probability over length penalty.
     """
 
     @functools.partial(jax.jit, static_argnames=("beams", "alpha", "size"))
@@ -65,13 +66,13 @@ def make_beam_search(forward: Forward, logits: Logits, eos: int) -> Callable[...
         )
 
         def going(s: Beams) -> jax.Array:
-            # A live hypothesis can at best keep its log-probability and reach the longest length.
-            best = s.live_logprob[:, 0] / length_penalty(limit.astype(jnp.float32), alpha)
-            return jnp.any((s.count < limit) & (best > s.done_score[:, -1]))
+            return jnp.any((s.count < limit) & (s.live_logprob[:, 0] > NEVER / 2))
 
         def step(s: Beams) -> Beams:
             logprob = s.live_logprob[..., None] + jax.nn.log_softmax(s.logits, axis=-1)
-            top, index = jax.lax.top_k(logprob.reshape(B, K * V), min(2 * K, K * V))
+            top, index = jax.lax.top_k(logprob.reshape(B, K * V), K)
+            places = K - jnp.sum(s.done_score > NEVER / 2, axis=1)
+            top = jnp.where(jnp.arange(K) < places[:, None], top, NEVER)
             beam, token = index // V, index % V
             texts = s.live[pick, beam].at[:, :, s.count].set(token)
             length = s.count + 1
@@ -86,7 +87,7 @@ def make_beam_search(forward: Forward, logits: Logits, eos: int) -> Callable[...
 
             live_logprob, kept = jax.lax.top_k(jnp.where(ends, NEVER, top), K)
             source, next_token = beam[pick, kept], token[pick, kept]
-            cache = s.cache.take((pick * K + source).reshape(-1))
+            cache = s.cache.take((pick * K + source).reshape(-1), memory=False)
             features, cache = forward(params, next_token.reshape(-1, 1), cache)
             return Beams(
                 cache=cache,

@@ -1,8 +1,8 @@
 """Continuing text: prefill in one pass, then one jitted loop over the batch.
 
 The model is a callback (params, tokens [B, T], cache) -> (features of all T places, cache); the `Decoder` below
-drives it without knowing its family. Each row has its own length, its own random key and
-its own stop, so what a row says does not depend on its neighbours.
+drives it without knowing its family. What an encoder makes of a row's source is in the cache from the start. Each
+row has its own length, its own random key and its own stop, so what a row says does not depend on its neighbours.
 """
 
 import dataclasses
@@ -21,6 +21,9 @@ from sample.method import Method, choose
 
 Forward = Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]
 Logits = Callable[[Any, jax.Array], jax.Array]
+Source = tuple[Int[jax.Array, "B S"], Int[jax.Array, "B S"]]
+"""Tokens and segments of sources; a segment of 0 is padding."""
+Begin = Callable[[Any, int, int, Source | None], Cache]
 
 
 def bucket(n: int, least: int = 16) -> int:
@@ -51,6 +54,8 @@ class Row:
 
     context: list[int]
     key: jax.Array
+    source: list[int] = dataclasses.field(default_factory=list)
+    """What an encoder reads; empty where there is no encoder."""
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     stop: str = ""
@@ -63,20 +68,20 @@ class Decoder:
     Args:
       forward: the model with a cache.
       logits: (params, features [B, D]) -> [B, V].
-      empty_cache: (batch, size) -> Cache.
+      begin: (params, batch, size, source) -> Cache without tokens; source is None where rows have none.
       context: longest sequence of the model.
       eos: the token that ends a row.
     """
 
-    def __init__(
-        self, forward: Forward, logits: Logits, empty_cache: Callable[[int, int], Cache], context: int, eos: int
-    ):
+    def __init__(self, forward: Forward, logits: Logits, begin: Begin, context: int, eos: int):
         self.context, self.eos = context, eos
 
         @functools.partial(jax.jit, static_argnames="size")
-        def prefill(params: Any, tokens: jax.Array, lengths: jax.Array, limit: jax.Array, size: int) -> State:
+        def prefill(
+            params: Any, tokens: jax.Array, lengths: jax.Array, limit: jax.Array, source: Source | None, size: int
+        ) -> State:
             B = tokens.shape[0]
-            features, cache = forward(params, tokens, empty_cache(B, size))
+            features, cache = forward(params, tokens, begin(params, B, size, source))
             last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)[:, 0]
             cache = cache.replace(length=lengths)  # what a padded place wrote lies behind, and is overwritten
             zeros = jnp.zeros((B, size), jnp.int32)
@@ -121,8 +126,14 @@ class Decoder:
         tokens = np.zeros((B, longest), np.int32)
         for i, row in enumerate(rows):
             tokens[i, : lengths[i]] = row.context
-        fill = B - len(rows)
-        state = self.prefill(params, tokens, np.array(lengths + [1] * fill), np.array([*limits] + [0] * fill), size)
+        fill, source = B - len(rows), None
+        if rows[0].source:
+            shape = (B, bucket(max(len(row.source) for row in rows)))
+            source = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+            for i, row in enumerate(rows):
+                source[0][i, : len(row.source)], source[1][i, : len(row.source)] = row.source, 1
+        limit = np.array([*limits] + [0] * fill)
+        state = self.prefill(params, tokens, np.array(lengths + [1] * fill), limit, source, size)
         keys = jnp.stack([row.key for row in rows] + [rows[0].key] * fill)
         said = np.array([len(row.tokens) for row in rows] + [0] * fill)
         return state, keys, said
@@ -132,12 +143,12 @@ class Decoder:
         params: Any,
         rows: list[Row],
         method: Method,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         *,
         chunk: int = 0,
         after_chunk: Callable[[list[Row]], None] = lambda rows: None,
     ) -> None:
-        """Give every row up to max_tokens tokens.
+        """Give every row up to max_tokens tokens, one number for all or one for each.
 
         A row that fills the context goes on from the last half of it.
 
@@ -145,15 +156,16 @@ class Decoder:
           chunk: hand back after every so many tokens; 0: only at the end.
           after_chunk: sees the rows then, and may set their `stop`.
         """
+        most = {id(row): int(n) for row, n in zip(rows, np.broadcast_to(max_tokens, len(rows)), strict=True)}
         while going := [row for row in rows if not row.stop]:
             for row in going:
                 if len(row.context) >= self.context:
                     row.context = row.context[-(self.context // 2) :]
-            limits = [min(max_tokens - len(row.tokens), self.context - len(row.context)) for row in going]
+            limits = [min(most[id(row)] - len(row.tokens), self.context - len(row.context)) for row in going]
             state, keys, said = self.start(params, going, limits)
             had = [len(row.tokens) for row in going]
             while True:
-                state = self.run(params, state, keys, said, method, jnp.int32(chunk or max_tokens))
+                state = self.run(params, state, keys, said, method, jnp.int32(chunk or max(limits)))
                 count, tokens, logprobs = jax.device_get((state.count, state.tokens, state.logprobs))
                 for i, row in enumerate(going):
                     if row.stop:
@@ -163,7 +175,7 @@ class Decoder:
                     row.logprobs += logprobs[i, new].tolist()
                     if row.tokens and row.tokens[-1] == self.eos:
                         row.stop = "eos"
-                    elif len(row.tokens) >= max_tokens:
+                    elif len(row.tokens) >= most[id(row)]:
                         row.stop = "max_tokens"
                 after_chunk(going)
                 stopped = np.array([bool(row.stop) for row in going] + [True] * (len(state.ended) - len(going)))

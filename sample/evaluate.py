@@ -1,12 +1,13 @@
 """Figures of a run on held-out text, each with its interval."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from common.errors import InputError
-from data import corpora, examples, pipeline, tokens
+from data import corpora, examples, pairs, pipeline, tokens
 from data.tokens import Tokens
 from sample import score as scoring
 from sample.masked import MaskedModel, hidden_logprobs, next_sentence_right
@@ -38,12 +39,20 @@ def ratio(suite: str, metric: str, above: np.ndarray, below: np.ndarray) -> Figu
     return Figure(suite, metric, float(above.sum() / below.sum()), ratio_interval(above, below), len(above))
 
 
-def evaluate(model: TextModel | MaskedModel, suites: Sequence[str]) -> list[Figure]:
+def evaluate(
+    model: TextModel | MaskedModel, suites: Sequence[str], say: Callable[[str], None] = lambda _: None
+) -> list[Figure]:
     """Figures on splits of the run's own corpus.
 
     Of a causal run: loss (nats per token) and bits_per_byte. Of a masked run: mlm, the loss at hidden places;
     unigram, what knowing only how often each token occurs in training gives at the same places; nsp_accuracy; and
     bits_per_byte by the diffusion bound, which shares its scale with a causal run's (see MaskedModel.score).
+
+    Of an encoder-decoder: loss and bits_per_byte of targets given their sources; of pairs also bleu and chrf of its
+    translations (beam 4, length penalty 0.6), beside copy_bleu and copy_chrf, those of the sources themselves.
+
+    Args:
+      say: told what else a reader of the figures should know, such as sacrebleu's signatures.
 
     Raises:
       InputError: no such suite, or a corpus that cannot be read.
@@ -56,13 +65,71 @@ def evaluate(model: TextModel | MaskedModel, suites: Sequence[str]) -> list[Figu
     train = tokens.prepare(corpus, "train", model.tokenizer, cfg.cache)
     figures = []
     for suite in suites:
+        if model.recipe.objective.kind == "pairs":
+            figures += pair_figures(model, suite, say)
+            continue
         held = tokens.prepare(corpus, suite, model.tokenizer, cfg.cache)
         figures += (
             masked_figures(model, suite, held, train)
             if isinstance(model, MaskedModel)
+            else span_figures(model, suite, held)
+            if model.recipe.objective.kind == "spans"
             else causal_figures(model, suite, held)
         )
     return figures
+
+
+def held_out_pairs(model: TextModel, suite: str) -> list[tuple[str, str]]:
+    """(source, target) of every pair of a split; of a run that restores spans, a few sources with masks in them."""
+    if model.recipe.objective.kind == "spans":
+        texts = ("To be, or [MASK] to be", "I pray you, [MASK] me the [MASK].", "My [MASK], I am your servant.")
+        return [(text, "") for text in texts]
+    texts = [text for _, text in corpora.load(model.recipe.data).documents(suite)]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def pair_figures(model: TextModel, suite: str, say: Callable[[str], None]) -> list[Figure]:
+    from sacrebleu.metrics import BLEU, CHRF
+
+    found, context = held_out_pairs(model, suite), model.recipe.model.context
+    lengths = [max(len(model.tokenizer.encode(text)) + 1 for text in pair) for pair in found]
+    fitting = [pair for pair, length in zip(found, lengths, strict=True) if length <= context]
+    if len(fitting) < len(found):
+        say(f"{len(found) - len(fitting)} of {len(found)} pairs are longer than the context of {context} and left out")
+    if not fitting:
+        raise InputError(f"no pair of the {suite} split fits into model.context={context} tokens")
+    sources, targets = (list(side) for side in zip(*fitting, strict=True))
+    logprobs, tokens_of = model.score_pairs(fitting)
+    nats, count = -np.array(logprobs), np.array(tokens_of)
+    size = np.array([len(target.encode()) for target in targets])
+    figures = [ratio(suite, "loss", nats, count), ratio(suite, "bits_per_byte", nats / np.log(2), size)]
+    said = [sample.text for sample in model.sample(sources, beams=4, length_penalty=0.6)]
+    for metric, scorer in (("bleu", BLEU()), ("chrf", CHRF())):
+        for name, texts in ((metric, said), (f"copy_{metric}", sources)):
+            score = scorer.corpus_score(texts, [targets], n_bootstrap=1000)
+            interval = (score._mean - score._ci, score._mean + score._ci)
+            figures.append(Figure(suite, name, score.score, interval, len(targets)))
+        say(f"{metric}: {scorer.get_signature()}")
+    return figures
+
+
+def span_figures(model: TextModel, suite: str, held: Tokens) -> list[Figure]:
+    recipe, lengths = model.recipe, model.tokenizer.byte_lengths()
+    ask = recipe.objective
+    rows = pairs.Spans(
+        held, recipe.model.context, model.tokenizer.vocabulary(), ask.mask_rate, ask.span_length, padded=True
+    )
+    example, nats, count, size = functools.partial(pairs.corrupted, source=rows), [], [], []
+    for batch in pipeline.evaluation_batches(rows, example, batch_size=32, seed=recipe.train.seed):
+        real = batch["weights"].sum(axis=1) > 0
+        nats += (-np.asarray(scoring.pair_logprobs(model.run.module, model.run.params, batch)))[real].tolist()
+        count += batch["weights"].sum(axis=1)[real].tolist()
+        size += (lengths[batch["targets"]] * batch["weights"]).sum(axis=1)[real].tolist()
+    nats = np.array(nats)
+    return [
+        ratio(suite, "loss", nats, np.array(count)),
+        ratio(suite, "bits_per_byte", nats / np.log(2), np.array(size)),
+    ]
 
 
 def causal_figures(model: TextModel, suite: str, held: Tokens) -> list[Figure]:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.errors import InputError
+from data.pairs import packed
 from model.loss import token_logprobs
 from sample.decode import bucket
 
@@ -58,3 +60,45 @@ def causal_logprobs(
         for row, (i, _) in enumerate(batch):
             totals[i] += logprobs[row]
     return totals.tolist()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def pair_logprobs(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """[B] log-probability of each row's targets, in nats."""
+
+    def run(bound: nn.Module) -> jax.Array:
+        names = ("tokens", "source", "positions", "segments", "source_positions", "source_segments")
+        features = bound(*(batch[name] for name in names))
+        return jnp.sum(token_logprobs(features, *bound.unembedding(), batch["targets"]) * batch["weights"], axis=1)
+
+    return module.apply({"params": params}, method=run)
+
+
+def target_logprobs(
+    module: nn.Module,
+    params: Any,
+    sources: list[list[int]],
+    targets: list[list[int]],
+    context: int,
+    batch_size: int = 32,
+) -> list[float]:
+    """log p(target tokens 1.. | its token 0, the source) of every pair, in nats.
+
+    Raises:
+      InputError: a side of more than `context` tokens.
+    """
+    for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        if max(len(source), len(target) - 1) > context:
+            raise InputError(
+                f"pair {i + 1} has {len(source)} and {len(target) - 1} tokens, and the model's context is {context}"
+            )
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]) + len(targets[i]))
+    found = np.zeros(len(sources))
+    for begin in range(0, len(order), batch_size):
+        chosen = order[begin : begin + batch_size]
+        S, T = (bucket(max(len(side[i]) for i in chosen)) for side in (sources, targets))
+        rows = [packed([np.array(sources[i])], [np.array(targets[i])], S, T, 0) for i in chosen]
+        rows += [rows[0]] * (bucket(len(rows), 1) - len(rows))
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        found[chosen] = np.asarray(pair_logprobs(module, params, batch))[: len(chosen)]
+    return found.tolist()

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ import numpy as np
 from common.errors import InputError
 from common.rundir import Run, directory, load_run
 from model.cache import Cache
+from model.seq2seq import Seq2Seq
 from sample import score as scoring
 from sample.beam import make_beam_search
-from sample.decode import Decoder, Row, bucket
+from sample.decode import Decoder, Row, Source, bucket
 from sample.method import Method
+
+BATCH = 128
+"""Rows, or hypotheses, that are decoded together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,13 @@ class Score:
     rule: str
 
 
+def batched(rows: list[Row], size: int = BATCH) -> Iterator[list[Row]]:
+    """Rows of about the same length together, at most so many at once."""
+    ordered = sorted(rows, key=lambda row: len(row.context) + len(row.source))
+    for begin in range(0, len(ordered), max(1, size)):
+        yield ordered[begin : begin + max(1, size)]
+
+
 def utf8_so_far(text: str) -> str:
     """Text without the character that its last bytes have only begun."""
     return text.rstrip("\ufffd")
@@ -62,14 +73,21 @@ class TextModel:
         self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer
         module, cfg = run.module, run.recipe.model
 
+        self.has_source = run.recipe.family == "seq2seq"
+
         def forward(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-            return module.apply({"params": params}, tokens, cache=cache)
+            return module.apply({"params": params}, tokens, cache=cache, method="decode" if self.has_source else None)
+
+        def begin(params: Any, batch: int, size: int, source: Source | None) -> Cache:
+            if source is None:
+                return Cache.empty(cfg, batch, size)
+            return module.apply({"params": params}, *source, size, method="begin")
 
         def logits(params: Any, features: jax.Array) -> jax.Array:
             real = module.apply({"params": params}, features, method="logits")
             return real.at[..., len(self.tokenizer) :].set(-jnp.inf)  # rows of the table that are no token
 
-        self._decoder = Decoder(forward, logits, lambda b, s: Cache.empty(cfg, b, s), cfg.context, self.tokenizer.eos)
+        self._decoder = Decoder(forward, logits, begin, cfg.context, self.tokenizer.eos)
         self._beams = make_beam_search(forward, logits, self.tokenizer.eos)
 
     @classmethod
@@ -78,24 +96,30 @@ class TextModel:
         return cls(load_run(directory(home), say))
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """A prompt's ids; of an empty one the token that opens a document.
+        """What is read of a prompt: its ids, or the token that opens a document; a source's ids and the end of it.
 
         Raises:
-          InputError: longer than the model's context.
+          InputError: longer than the model's context; or an empty source.
         """
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.bos]
+        ids = self.tokenizer.encode(prompt)
+        if self.has_source and not ids:
+            raise InputError("a source is empty; an encoder-decoder needs something to read")
+        ids = [*ids, self.tokenizer.eos] if self.has_source else ids or [self.tokenizer.bos]
         if len(ids) > self.recipe.model.context:
             raise InputError(
-                f"the prompt has {len(ids)} tokens and the model's context is {self.recipe.model.context}; "
-                f"shorten it: {prompt[:40]!r}..."
+                f"the {'source' if self.has_source else 'prompt'} has {len(ids)} tokens and the model's context is "
+                f"{self.recipe.model.context}; shorten it: {prompt[:40]!r}..."
             )
         return ids
+
+    def _row(self, ids: list[int], key: jax.Array) -> Row:
+        return Row([self.tokenizer.bos], key, source=ids) if self.has_source else Row(list(ids), key)
 
     def sample(
         self,
         prompts: Sequence[str],
         *,
-        max_tokens: int = 256,
+        max_tokens: int | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -108,12 +132,13 @@ class TextModel:
         stop: Sequence[str] = (),
         stream: Callable[[int, str], None] | None = None,
     ) -> list[Sample]:
-        """Continue every prompt `num` times.
+        """Continue every prompt `num` times; with an encoder-decoder, the prompt is the source of what is written.
 
         Draw n of a prompt depends on (seed, n) and the prompt alone, never on the batch around it.
 
         Args:
-          max_tokens: per continuation. Beyond the model's context, the text goes on from the last half of it.
+          max_tokens: per continuation; None: 256, or 50 more than the source has (arXiv 1706.03762, section 6.1).
+            Beyond the model's context, the text goes on from the last half of it, or ends where there is a source.
           beams: width of a beam search instead of sampling; `num` best hypotheses are returned.
           stop: a continuation ends before the first of these strings.
           stream: called with (index of the result, new piece of text) while it is being made.
@@ -125,7 +150,7 @@ class TextModel:
           InputError: numbers out of range, or a prompt longer than the context.
         """
         for name, value in (("max-tokens", max_tokens), ("num", num)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
         if any(not s for s in stop):
             raise InputError("a stop string is empty; every text contains it")
@@ -138,7 +163,7 @@ class TextModel:
         base = jax.random.key(seed)
         texts = [zlib.crc32(prompt.encode()) for prompt in prompts]
         keys = [jax.random.fold_in(jax.random.fold_in(base, text), n) for text in texts for n in range(num)]
-        rows = [Row(list(encoded[i // num]), key) for i, key in enumerate(keys)]
+        rows = [self._row(encoded[i // num], key) for i, key in enumerate(keys)]
         shown = [""] * len(rows)
         index = {id(row): i for i, row in enumerate(rows)}
 
@@ -155,8 +180,15 @@ class TextModel:
                         shown[i] = ready
 
         chunk = 4 if stream else 32 if stop else 0
-        self._decoder.generate(self.run.params, rows, method, max_tokens, chunk=chunk, after_chunk=after_chunk)
+        for batch in batched(rows):
+            most = [self._most(row, max_tokens) for row in batch]
+            self._decoder.generate(self.run.params, batch, method, most, chunk=chunk, after_chunk=after_chunk)
         return [self._result(prompts[i // num], row, stop) for i, row in enumerate(rows)]
+
+    def _most(self, row: Row, max_tokens: int | None) -> int:
+        if not self.has_source:
+            return max_tokens or 256
+        return min(max_tokens or len(row.source) - 1 + 50, self.recipe.model.context - 1)
 
     def _ids(self, row: Row) -> list[int]:
         return row.tokens[:-1] if row.tokens and row.tokens[-1] == self.tokenizer.eos else row.tokens
@@ -180,32 +212,37 @@ class TextModel:
         return Sample(prompt, text, count, round(float(sum(row.logprobs[:count])), 3), row.stop)
 
     def _search(
-        self, prompts: Sequence[str], encoded: list[list[int]], beams: int, num: int, max_tokens: int, alpha: float
+        self, prompts: Sequence[str], encoded: list[list[int]], beams: int, num: int, max_tokens: int | None, alpha: float
     ) -> list[Sample]:
         if num > beams:
             raise InputError(f"num is {num}: a search with --beams {beams} has no more than {beams} hypotheses")
-        limits = [min(max_tokens, self.recipe.model.context - len(ids)) for ids in encoded]
-        if min(limits) < 1:
-            raise InputError("a prompt fills the model's context; beam search does not go beyond it")
-        rows = [Row(ids, jax.random.key(0)) for ids in encoded]
-        state, _, _ = self._decoder.start(self.run.params, rows, limits)
-        size = bucket(max(limits))
-        found = self._beams(self.run.params, state.cache, state.logits, state.limit, beams=beams, alpha=alpha, size=size)
-        done, length, logprob = jax.device_get((found.done, found.done_length, found.done_logprob))
-        results = []
-        for i, prompt in enumerate(prompts):
-            for k in range(num):
-                ids = done[i, k, : length[i, k]].tolist()
-                ended = bool(ids) and ids[-1] == self.tokenizer.eos
-                text = self.tokenizer.decode(ids[:-1] if ended else ids)
-                stop = "eos" if ended else "max_tokens"
-                results.append(Sample(prompt, text, len(ids), round(float(logprob[i, k]), 3), stop))
-        return results
+        rows = [self._row(ids, jax.random.key(0)) for ids in encoded]
+        results: dict[int, list[Sample]] = {}
+        index = {id(row): i for i, row in enumerate(rows)}
+        for batch in batched(rows, BATCH // beams):
+            limits = [min(self._most(r, max_tokens), self.recipe.model.context - len(r.context)) for r in batch]
+            if min(limits) < 1:
+                raise InputError("a prompt fills the model's context; beam search does not go beyond it")
+            state, _, _ = self._decoder.start(self.run.params, batch, limits)
+            how = {"beams": beams, "alpha": alpha, "size": bucket(max(limits))}
+            found = self._beams(self.run.params, state.cache, state.logits, state.limit, **how)
+            done, length, logprob = jax.device_get((found.done, found.done_length, found.done_logprob))
+            for i, row in enumerate(batch):
+                hypotheses = [done[i, k, : length[i, k]].tolist() for k in range(num)]
+                made = zip(hypotheses, logprob[i].tolist(), strict=False)
+                results[index[id(row)]] = [self._hypothesis(prompts[index[id(row)]], ids, lp) for ids, lp in made]
+        return [sample for i in range(len(rows)) for sample in results[i]]
+
+    def _hypothesis(self, prompt: str, ids: list[int], logprob: float) -> Sample:
+        ended = bool(ids) and ids[-1] == self.tokenizer.eos
+        text = self.tokenizer.decode(ids[:-1] if ended else ids)
+        return Sample(prompt, text, len(ids), round(logprob, 3), "eos" if ended else "max_tokens")
 
     def score(self, texts: Sequence[str], rule: str = "causal") -> list[Score]:
         """Log-probability of every text as a document of its own.
 
-        Rule causal: the sum over tokens of log p(token | those before it, in a context that opens a document).
+        Rule causal: the sum over tokens of log p(token | those before it, in a context that opens a document). With an
+        encoder-decoder a text is `source TAB target`, and the target's tokens and its end count, given the source.
 
         Raises:
           InputError: an empty text, or a rule that the family does not know.
@@ -215,22 +252,35 @@ class TextModel:
         for i, text in enumerate(texts):
             if not text:
                 raise InputError(f"text {i + 1} is empty; there is nothing to score")
-        sequences = [[self.tokenizer.bos, *self.tokenizer.encode(text)] for text in texts]
-        logprobs = scoring.causal_logprobs(self.run.module, self.run.params, sequences, self.recipe.model.context)
-        return [
-            Score(text, round(lp, 3), len(ids) - 1, rule)
-            for text, ids, lp in zip(texts, sequences, logprobs, strict=True)
-        ]
+        if self.has_source:
+            pairs = [text.split("\t") for text in texts]
+            if any(len(pair) != 2 or not all(pair) for pair in pairs):
+                raise InputError("an encoder-decoder scores a target after its source: give `source TAB target` per line")
+            logprobs, counts = self.score_pairs(pairs)
+        else:
+            sequences = [[self.tokenizer.bos, *self.tokenizer.encode(text)] for text in texts]
+            logprobs = scoring.causal_logprobs(self.run.module, self.run.params, sequences, self.recipe.model.context)
+            counts = [len(ids) - 1 for ids in sequences]
+        return [Score(text, round(lp, 3), n, rule) for text, lp, n in zip(texts, logprobs, counts, strict=True)]
+
+    def score_pairs(self, pairs: Sequence[Sequence[str]]) -> tuple[list[float], list[int]]:
+        """Of every (source, target) the log-probability of the target and its end, in nats, and how many tokens they are."""
+        encode, bos, eos = self.tokenizer.encode, self.tokenizer.bos, self.tokenizer.eos
+        sources, targets = [[*encode(a), eos] for a, _ in pairs], [[bos, *encode(b), eos] for _, b in pairs]
+        arguments = (self.run.module, self.run.params, sources, targets, self.recipe.model.context)
+        return scoring.target_logprobs(*arguments), [len(ids) - 1 for ids in targets]
 
     def embed(self, texts: Sequence[str], pool: str = "mean") -> np.ndarray:
-        """[texts, D] float32: the mean of the last features over all tokens.
+        """[texts, D] float32: the mean of the last features over all tokens; the encoder's, where there is one.
 
         Raises:
           InputError: a text longer than the context; or pool cls, since a first token sees nothing behind it.
         """
         if pool != "mean":
             raise InputError(f"pool {pool!r} is not for a causal run: its first token sees nothing of the text; use mean")
-        rows = [[self.tokenizer.bos, *self.tokenizer.encode(text)] for text in texts]
+        bos, eos = [self.tokenizer.bos], [self.tokenizer.eos]
+        encoded = [self.tokenizer.encode(text) for text in texts]
+        rows = [ids + eos if self.has_source else bos + ids for ids in encoded]
         found = []
         for text, ids in zip(texts, rows, strict=True):
             if len(ids) > self.recipe.model.context:
@@ -250,6 +300,9 @@ class TextModel:
 @functools.partial(jax.jit, static_argnums=0)
 def mean_features(module: Any, params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
     """[B, D] the mean of the features over each row's tokens."""
-    features, _ = module.apply({"params": params}, tokens, segments=segments)
+    if isinstance(module, Seq2Seq):
+        features = module.apply({"params": params}, tokens, segments, method="encode")
+    else:
+        features, _ = module.apply({"params": params}, tokens, segments=segments)
     real = (segments > 0)[..., None]
     return jnp.sum(features.astype(jnp.float32) * real, axis=1) / jnp.sum(real, axis=1)

@@ -17,7 +17,8 @@ from common.config import MeshConfig, OptimizerConfig
 from common.errors import InputError
 from common.rundir import Run, TaskInfo
 from data import metrics, pipeline
-from data.task_examples import TaskRows, as_is, decisions
+from data.examples import as_is
+from data.task_examples import TaskRows, decisions
 from data.tasks import Task
 from model.loss import TokenLoss, cross_entropy
 from model.task import TaskModel

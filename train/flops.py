@@ -22,7 +22,7 @@ PEAK_FLOPS = {
 def layer_multiplies(cfg: TransformerConfig) -> int:
     """Multiplications per token in one block's matrix products, attention scores aside."""
     cfg = cfg.resolved()
-    attention = 2 * cfg.d_model * cfg.d_head * (cfg.n_heads + cfg.n_kv_heads)
+    attention = cfg.d_model * (cfg.d_head + cfg.d_value) * (cfg.n_heads + cfg.n_kv_heads)
     mlp = cfg.d_model * cfg.d_ff * (3 if cfg.gated else 2)
     return attention + mlp
 
@@ -42,6 +42,18 @@ def training_flops_per_token(cfg: TransformerConfig, *, causal: bool, predicted_
         window = cfg.layer_window(layer) or cfg.context
         reach = min(window, cfg.context)
         seen = reach - reach * reach / (2 * cfg.context) if causal else min(2 * reach, cfg.context)
-        pairs += 2 * cfg.n_heads * cfg.d_head * seen
+        pairs += cfg.n_heads * (cfg.d_head + cfg.d_value) * seen
     head = predicted_share * cfg.vocab_size * cfg.d_model
     return 6 * (cfg.n_layers * layer_multiplies(cfg) + pairs + head)
+
+
+def seq2seq_flops_per_token(cfg: TransformerConfig) -> float:
+    """The same for an encoder-decoder, per token of source and target together, where rows have as many of each.
+
+    The decoder has cross-attention besides: its projections, and every target token looks at all of the source.
+    """
+    cfg = cfg.resolved()
+    attention = cfg.d_model * (cfg.d_head + cfg.d_value) * (cfg.n_heads + cfg.n_kv_heads)
+    cross = attention + cfg.n_heads * (cfg.d_head + cfg.d_value) * cfg.context
+    encoder = training_flops_per_token(cfg, causal=False, predicted_share=0.0)
+    return (encoder + training_flops_per_token(cfg, causal=True) + 6 * cfg.n_layers * cross) / 2

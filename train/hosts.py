@@ -6,6 +6,7 @@ part in checkpoints. The run directory is one that all of them see.
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 import warnings
@@ -22,6 +23,8 @@ from common.errors import InputError
 
 A_DAY = 24 * 60 * 60
 """Longest wait, in seconds, for process 0 to prepare a corpus."""
+
+_turns = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +73,19 @@ def start(cfg: HostsConfig) -> None:
 @contextlib.contextmanager
 def first() -> Iterator[None]:
     """Process 0 goes through this block first: what it prepares on a shared disk the others find there."""
+    turn = f"bothways first {next(_turns)}"  # every process comes here equally often
     if jax.process_index() > 0:
-        _wait("first")
+        _wait(turn)
     try:
         yield
     finally:
         if jax.process_index() == 0:
-            _wait("first")
+            _wait(turn)
 
 
 def _wait(name: str) -> None:
     if jax.process_count() > 1:
-        everyone = set(range(jax.process_count()))
-        multihost.sync_global_processes(f"bothways {name}", timeout=A_DAY, processes=everyone)
+        multihost.sync_global_processes(name, timeout=A_DAY, processes=set(range(jax.process_count())))
 
 
 def agree(values: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from common.recipe import Recipe
 from data import corpora, pipeline, tokens
 from data.tokenizer import Tokenizer
 from train import hosts, sharding
-from train.flops import PEAK_FLOPS, training_flops_per_token
+from train.flops import PEAK_FLOPS, seq2seq_flops_per_token, training_flops_per_token
 from train.objectives import make_objective
 from train.optimizer import make_optimizer
 from train.report import Reporter, say
@@ -85,8 +85,10 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
             + "\ntrain into another directory with --workdir DIR, or delete this one"
         )
     objective = make_objective(recipe.objective, tokenizer.vocabulary(), recipe.data.separate_documents)
-    sources = {length: objective.source(text, length, False) for length in {recipe.model.context, cfg.short_length} - {0}}
-    held_out = objective.source(held_text, recipe.model.context, True)
+    lengths = {recipe.model.context, cfg.short_length} - {0}
+    with hosts.first():  # how pairs are packed into rows is kept too
+        sources = {length: objective.source(text, length, False) for length in lengths}
+        held_out = objective.source(held_text, recipe.model.context, True)
 
     # ---- model, optimizer, mesh -------------------------------------------------------------------------------
     mesh = sharding.make_mesh(recipe.mesh)
@@ -115,6 +117,8 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
         f"{count:,} parameters, {len(text.ids):,} tokens of text, rows of {recipe.model.context}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)" + (f", resumed at step {start}" if start else "")
     )
+    if note := getattr(sources[recipe.model.context][0], "note", ""):
+        tell(note)
     train_step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=cfg.accumulate, seed=cfg.seed)
     evaluate = Evaluator(recipe, objective, module, tokenizer, held_out, mesh, shardings.params)
     reporter = Reporter(home, cfg.steps, start, writes)
@@ -153,7 +157,8 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
                 state, metrics = train_step(state, batch)
                 if pending:  # the metrics of the step before, read while this one runs
                     _report(reporter, meter, *pending, cfg)
-                pending, done = (step + 1, metrics, batch["tokens"].size), step + 1
+                size = sum(batch[name].size for name in ("tokens", "source") if name in batch)
+                pending, done = (step + 1, metrics, size), step + 1
                 last = done == cfg.steps
                 held, stopping = None, stop_at(done)
                 evaluating = done % cfg.eval_every == 0 or last
@@ -233,7 +238,10 @@ class Meter:
     def __init__(self, recipe: Recipe):
         causal = recipe.objective.kind == "causal"
         share = 1.0 if causal else recipe.objective.mask_rate
-        self.flops = training_flops_per_token(recipe.model, causal=causal, predicted_share=share)
+        if recipe.family == "seq2seq":
+            self.flops = seq2seq_flops_per_token(recipe.model)
+        else:
+            self.flops = training_flops_per_token(recipe.model, causal=causal, predicted_share=share)
         self.peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self.tokens = 0
         self.clock: float | None = None

@@ -2,9 +2,12 @@
 
 causal   every token asks for the next one      the decoder's mask hides what comes after
 masked   hidden tokens ask for themselves       the encoder's mask hides nothing
+pairs    as causal, after a source              the decoder sees all of what the encoder made of it
+spans    as pairs, with hidden spans of a text for targets
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from common.config import ObjectiveConfig
-from data import examples
+from data import examples, pairs
 from data.pipeline import ExampleFn
 from data.tokenizer import Vocabulary
 from data.tokens import Rows, Tokens
@@ -80,13 +83,40 @@ def masked(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Obje
     return Objective(source, weights, terms)
 
 
+def after_source(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Objective:
+    """Next-token prediction of a target behind its source (arXiv 1706.03762); the source is a text's other language,
+    or the text with spans hidden (arXiv 1910.10683, section 3.1.4)."""
+
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Any, ExampleFn]:
+        if cfg.kind == "pairs":
+            return pairs.PackedPairs(tokens, length, vocabulary), examples.as_is
+        rows = pairs.Spans(tokens, length, vocabulary, cfg.mask_rate, cfg.span_length, padded)
+        return rows, functools.partial(pairs.corrupted, source=rows)
+
+    def weights(batch: Batch) -> dict[str, jax.Array]:
+        return {"nll": jnp.sum(batch["weights"])}
+
+    def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
+        names = ("tokens", "source", "positions", "segments", "source_positions", "source_segments")
+        features = module(*(batch[name] for name in names), deterministic)
+        smoothing = 0.0 if deterministic else cfg.label_smoothing
+        return {"nll": cross_entropy(features, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
+
+    return Objective(source, weights, terms)
+
+
 def class_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenLoss:
     """Cross-entropy over a few classes: logits [B, C], labels [B], weights [B]."""
     nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
     return TokenLoss(jnp.sum(weights * nats), jnp.sum(weights * (jnp.argmax(logits, axis=1) == labels)))
 
 
-OBJECTIVES: dict[str, Callable[[ObjectiveConfig, Vocabulary, bool], Objective]] = {"causal": causal, "masked": masked}
+OBJECTIVES: dict[str, Callable[[ObjectiveConfig, Vocabulary, bool], Objective]] = {
+    "causal": causal,
+    "masked": masked,
+    "pairs": after_source,
+    "spans": after_source,
+}
 
 
 def make_objective(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool = True) -> Objective:

@@ -62,8 +62,8 @@ def test_defaults_and_recipes_have_no_problems():
 def test_derived_sizes():
     """Zero means derived; what is given stays; resolving twice is resolving once."""
     derived = TransformerConfig(d_model=60, n_heads=5).resolved()
-    assert (derived.n_kv_heads, derived.d_head, derived.d_ff) == (5, 12, 240)
-    given = TransformerConfig(d_model=60, n_heads=5, n_kv_heads=1, d_head=7, d_ff=11)
+    assert (derived.n_kv_heads, derived.d_head, derived.d_value, derived.d_ff) == (5, 12, 12, 240)
+    given = TransformerConfig(d_model=60, n_heads=5, n_kv_heads=1, d_head=7, d_value=3, d_ff=11)
     assert given.resolved() == given
     assert derived.resolved() == derived
 
@@ -100,6 +100,7 @@ OTHER = {  # field: another value, and what else must hold for the field to matt
     "n_heads": (4, {}),
     "n_kv_heads": (1, {}),
     "d_head": (8, {}),
+    "d_value": (8, {}),
     "d_ff": (34, {}),
     "rotary_base": (500.0, {"positions": "rotary"}),
     "rotary_base_local": (500.0, {"positions": "rotary"}),

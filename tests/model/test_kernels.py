@@ -42,17 +42,17 @@ MASKS = {
 PREFIX = Mask.self_attention(PLACES, causal=True, prefix=jnp.array([3, 0, 256, 9]))
 
 
-def inputs(mask: Mask, dtype=jnp.float32) -> tuple[jax.Array, ...]:
+def inputs(mask: Mask, dtype=jnp.float32, width: int = K) -> tuple[jax.Array, ...]:
+    """Queries, keys, values of this width, and weights for the output."""
+    queries = mask.q_positions.shape[1]
+    shapes = (B, queries, H, K), (B, T, G, K), (B, T, G, width), (B, queries, H, width)
     keys = jax.random.split(jax.random.key(0), 4)
-    lengths = (mask.q_positions.shape[1], T, T, mask.q_positions.shape[1])
-    return tuple(
-        jax.random.normal(key, (B, length, heads, K), dtype) for key, length, heads in zip(keys, lengths, (H, G, G, H), strict=True)
-    )  # fmt: skip
+    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
 
 
-def outcome(kernel, mask: Mask) -> tuple:
+def outcome(kernel, mask: Mask, width: int = K) -> tuple:
     """Output and gradients, where a query sees something."""
-    q, k, v, weight = inputs(mask)
+    q, k, v, weight = inputs(mask, width=width)
     weight = weight * mask.dense().any(-1)[:, :, None, None]
 
     def loss(q, k, v):
@@ -74,9 +74,9 @@ def same(found, wanted):
 @pytest.mark.parametrize("name", MASKS)
 def test_splash_equals_the_reference(name):
     mask = MASKS[name]
-    q, k, *_ = inputs(mask)
-    assert kernels.choose("splash", q, k, mask) == "splash"
-    same(outcome(kernels.splash, mask), outcome(reference, mask))
+    q, k, v, _ = inputs(mask)
+    assert kernels.choose("splash", q, k, v, mask) == "splash"
+    same(outcome(kernels.splash, mask, 24), outcome(reference, mask, 24))
 
 
 @pytest.mark.parametrize("name", ["packed causal window", "bidirectional"])
@@ -92,28 +92,28 @@ def test_splash_on_a_mesh_equals_the_reference(name, eight_devices):
 def test_cudnn_is_told_the_same_mask(name):
     """Without a GPU, XLA computes from the arguments that cuDNN would get."""
     mask = (MASKS | {"prefix": PREFIX})[name]
-    q, k, *_ = inputs(mask, jnp.bfloat16)
-    assert kernels.choose("cudnn", q, k, mask) == "cudnn"
+    q, k, v, _ = inputs(mask, jnp.bfloat16)
+    assert kernels.choose("cudnn", q, k, v, mask) == "cudnn"
     same(outcome(lambda *args: kernels.cudnn(*args, implementation="xla"), mask), outcome(reference, mask))
 
 
 def test_what_a_kernel_does_not_know_is_left_to_xla():
-    q, k, *_ = inputs(CAUSAL)
-    assert kernels.choose("auto", q, k, CAUSAL) == "xla"  # this is a CPU
-    assert kernels.choose("splash", q, k, PREFIX) == "xla"
-    assert kernels.choose("splash", q[:, :100], k, BOTH) == "xla"
-    assert kernels.choose("splash", q[:, :1], k, Mask.cached(PLACES[:, :1] + 9, T)) == "xla"
-    assert kernels.choose("cudnn", q, k, CAUSAL) == "xla"  # float32
+    q, k, v, _ = inputs(CAUSAL)
+    assert kernels.choose("auto", q, k, v, CAUSAL) == "xla"  # this is a CPU
+    assert kernels.choose("splash", q, k, v, PREFIX) == "xla"
+    assert kernels.choose("splash", q[:, :100], k, v, BOTH) == "xla"
+    assert kernels.choose("splash", q[:, :1], k, v, Mask.cached(PLACES[:, :1] + 9, T)) == "xla"
+    assert kernels.choose("cudnn", q, k, v, CAUSAL) == "xla"  # float32
     unordered = dataclasses.replace(CAUSAL, ordered=False)
-    assert kernels.choose("splash", q, k, unordered) == "xla"
+    assert kernels.choose("splash", q, k, v, unordered) == "xla"
 
 
 @pytest.mark.parametrize(("device", "kernel"), [("tpu", "splash"), ("gpu", "cudnn"), ("cpu", "xla")])
 def test_the_device_chooses(device, kernel, monkeypatch):
     monkeypatch.setattr(kernels, "platform", lambda: device)
-    q, k, *_ = inputs(CAUSAL, jnp.bfloat16)
-    assert kernels.choose("auto", q, k, CAUSAL) == kernel
-    assert kernels.choose("xla", q, k, CAUSAL) == "xla"
+    q, k, v, _ = inputs(CAUSAL, jnp.bfloat16)
+    assert kernels.choose("auto", q, k, v, CAUSAL) == kernel
+    assert kernels.choose("xla", q, k, v, CAUSAL) == "xla"
 
 
 @pytest.mark.parametrize(("field", "calls"), [("auto", False), ("xla", False), ("splash", True)])

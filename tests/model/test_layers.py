@@ -219,8 +219,9 @@ def test_bias_false_leaves_no_bias(tiny_with, all_else):
 def initial(tiny):
     """Initial parameters of a model whose sizes all differ and are large enough to measure a deviation on."""
     wide = dataclasses.replace(
-        tiny, vocab_size=301, context=211, d_model=66, n_heads=14, n_kv_heads=7, d_head=10, d_ff=230, activation="swiglu"
+        tiny, vocab_size=301, context=211, d_model=66, n_heads=14, n_kv_heads=7, d_head=10, d_value=10, d_ff=230
     )
+    wide = dataclasses.replace(wide, activation="swiglu")
 
     @functools.cache
     def init(init: str, init_residual: str) -> dict[str, np.ndarray]:
@@ -233,6 +234,8 @@ def initial(tiny):
 INSIDE = ["attention/query", "attention/key", "attention/value", "mlp/up", "mlp/gate"]
 RESIDUAL = ["attention/out", "mlp/down"]
 FAN_IN = dict.fromkeys(INSIDE, 66) | {"attention/out": 14 * 10, "mlp/down": 230}
+FAN_OUT = {"attention/query": 140, "attention/key": 70, "attention/value": 70, "attention/out": 66}
+FAN_OUT |= {"mlp/up": 230, "mlp/gate": 230, "mlp/down": 66}
 
 
 @pytest.mark.parametrize(
@@ -240,6 +243,7 @@ FAN_IN = dict.fromkeys(INSIDE, 66) | {"attention/out": 14 * 10, "mlp/down": 230}
     [
         ("fan_in", "same", {n: f**-0.5 for n, f in FAN_IN.items()}, 1.0),
         ("normal", "depth", dict.fromkeys(FAN_IN, 0.5), 6**-0.5),  # 1/sqrt(2L), L = 3
+        ("xavier", "same", {n: (2 / (f + FAN_OUT[n])) ** 0.5 for n, f in FAN_IN.items()}, 1.0),
         ("fan_in", "zero", {n: f**-0.5 for n, f in FAN_IN.items()}, 0.0),
     ],
 )

@@ -50,5 +50,5 @@ def gpt(tiny) -> TinyGPT:
     def logits(params, features):
         return module.apply({"params": params}, features, method="logits")
 
-    decoder = Decoder(forward, logits, lambda batch, size: Cache.empty(cfg, batch, size), cfg.context, eos=-1)
+    decoder = Decoder(forward, logits, lambda params, batch, size, source: Cache.empty(cfg, batch, size), cfg.context, eos=-1)
     return TinyGPT(module, params, decoder)

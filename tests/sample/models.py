@@ -38,7 +38,7 @@ class Known:
         return tokens
 
 
-def empty_cache(batch: int, size: int) -> Cache:
+def empty_cache(params, batch: int, size: int, source=None) -> Cache:
     zeros = jnp.zeros((batch, size, 1, 1))
     return Cache((LayerCache(zeros, zeros),), jnp.zeros((batch,), jnp.int32))
 

@@ -9,7 +9,7 @@ import pytest
 
 from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from common.families import FAMILIES, make_module, tiny_inputs
-from data import examples
+from data import examples, pairs
 from tests.conftest import made_up_vocabulary
 from train import sharding
 from train.objectives import make_objective
@@ -52,8 +52,23 @@ def masked_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.nd
     return {k: np.stack([m[k] for m in made]) for k in made[0]}
 
 
-BATCHES = {"gpt": causal_batch, "bert": masked_batch}
-OBJECTIVES = {"gpt": ObjectiveConfig(), "bert": ObjectiveConfig(kind="masked", next_sentence=True)}
+def pairs_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.ndarray]:
+    """Two pairs in a row, and padding in most, of source and target at different places."""
+    rng = np.random.default_rng(seed)
+
+    def texts(*lengths: int) -> list[np.ndarray]:
+        return [rng.integers(5, vocab, n) for n in lengths]
+
+    made = [pairs.packed(texts(5, 9 - i % 4), texts(4 + i % 3, 8), LENGTH, LENGTH, 0) for i in range(rows)]
+    return {k: np.stack([m[k] for m in made]) for k in made[0]}
+
+
+BATCHES = {"gpt": causal_batch, "bert": masked_batch, "seq2seq": pairs_batch}
+OBJECTIVES = {
+    "gpt": ObjectiveConfig(),
+    "bert": ObjectiveConfig(kind="masked", next_sentence=True),
+    "seq2seq": ObjectiveConfig(kind="pairs"),
+}
 
 
 def run(cfg, mesh_cfg, devices, steps=2, accumulate=1, optimizer=None, batches=None, family="gpt"):
@@ -89,7 +104,7 @@ def shardable(tiny):
 
 def config_of(family, shardable):
     """The family's own norm, activation and embeddings."""
-    if family == "gpt":
+    if family != "bert":
         return shardable
     bert = {"norm_position": "post", "activation": "gelu", "segment_types": 2, "embed_norm": True, "next_sentence": True}
     return dataclasses.replace(shardable, **bert)

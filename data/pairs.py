@@ -1,0 +1,172 @@
+"""Rows for an encoder-decoder: pairs packed into rows of sources and targets, and text with spans to be restored."""
+
+import numpy as np
+
+from common.errors import InputError
+from data.examples import Example, places_within
+from data.tokenizer import Vocabulary
+from data.tokens import Rows, Tokens
+
+OPEN_ROWS = 64
+"""Rows that still take pairs while others are being packed."""
+
+
+def pack(lengths: np.ndarray, room: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """First-fit packing of pairs, in random order, into rows with `room` tokens for sources and as many for targets.
+
+    Args:
+      lengths: [pairs, 2] tokens of each source and target, none above room.
+
+    Returns:
+      [pairs] the pairs in the order of the rows, and [rows + 1] where each row begins in it.
+    """
+    left = np.full((OPEN_ROWS, 2), room)
+    held: list[list[int]] = [[] for _ in range(OPEN_ROWS)]
+    rows: list[list[int]] = []
+    for pair in np.random.default_rng(seed).permutation(len(lengths)):
+        fits = np.flatnonzero((left >= lengths[pair]).all(axis=1))
+        at = fits[0] if len(fits) else int(left.min(axis=1).argmin())
+        if not len(fits):  # the fullest row is closed
+            rows.append(held[at])
+            held[at], left[at] = [], room
+        held[at].append(int(pair))
+        left[at] -= lengths[pair]
+    rows += [row for row in held if row]
+    order = np.array([pair for row in rows for pair in row], np.int64)
+    return order, np.cumsum([0, *map(len, rows)])
+
+
+class PackedPairs:
+    """Pairs of documents, 2i the source and 2i + 1 its target, several to a row: a random-access source.
+
+    A source ends with eos; a target is read from bos on and predicts its own tokens and eos. Segments keep the pairs
+    of a row apart. Pairs with more than `length` tokens on a side are left out.
+
+    Raises:
+      InputError: no pair fits into a row.
+    """
+
+    def __init__(self, tokens: Tokens, length: int, vocabulary: Vocabulary):
+        self.tokens, self.length, self.pad = tokens, length, vocabulary.pad
+        ends = np.append(tokens.starts[1:], len(tokens.ids))
+        lengths = (ends - tokens.starts - 1).reshape(-1, 2)  # without bos
+        fitting = np.flatnonzero((lengths <= length).all(axis=1))
+        if not len(fitting):
+            raise InputError(
+                f"each of the {len(lengths)} pairs has a side of more than model.context={length} tokens; "
+                f"the shortest needs --model.context {lengths.max(axis=1).min()}"
+            )
+        self.order, self.first = self._plan(lengths[fitting], length)
+        self.order = fitting[self.order]
+        self.left_out = len(lengths) - len(fitting)
+        self.padding = 1 - lengths[fitting].sum() / (2 * length * len(self))
+
+    def _plan(self, lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """`pack`, done once for a set of token files and kept beside them."""
+        kept = self.tokens.home and self.tokens.home / f"packed-{length}.npz"
+        if kept and kept.exists():
+            found = np.load(kept)
+            return found["order"], found["first"]
+        order, first = pack(lengths, length)
+        if kept:
+            partial = kept.with_suffix(".partial.npz")
+            np.savez(partial, order=order, first=first)
+            partial.replace(kept)
+        return order, first
+
+    @property
+    def note(self) -> str:
+        """What is worth knowing of the rows, for a person."""
+        dropped = f", {self.left_out} pairs too long left out" if self.left_out else ""
+        return f"{len(self.order):,} pairs in {len(self):,} rows, {self.padding:.1%} padding{dropped}"
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def _text(self, document: int) -> np.ndarray:
+        starts = self.tokens.starts
+        end = starts[document + 1] if document + 1 < len(starts) else len(self.tokens.ids)
+        return np.asarray(self.tokens.ids[starts[document] : end], np.int32)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        pairs = self.order[self.first[index] : self.first[index + 1]]
+        sources = [self._text(2 * pair)[1:] for pair in pairs]
+        targets = [self._text(2 * pair + 1) for pair in pairs]
+        return packed(sources, targets, self.length, self.length, self.pad)
+
+
+def packed(sources: list[np.ndarray], targets: list[np.ndarray], room: int, target_room: int, pad: int) -> Example:
+    """A row of several pairs. A target [bos, tokens, eos] becomes inputs without its last and targets without its first."""
+
+    def filled(parts: list[np.ndarray], room: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, numbers = np.concatenate(parts), np.repeat(np.arange(1, len(parts) + 1), [len(p) for p in parts])
+        spare = (0, room - len(ids))
+        return np.pad(ids, spare, constant_values=pad).astype(np.int32), np.pad(numbers, spare).astype(np.int32)
+
+    source, source_segments = filled(sources, room)
+    tokens, segments = filled([t[:-1] for t in targets], target_room)
+    return {
+        "source": source,
+        "source_segments": source_segments,
+        "source_positions": places_within(source_segments),
+        "tokens": tokens,
+        "targets": filled([t[1:] for t in targets], target_room)[0],
+        "segments": segments,
+        "positions": places_within(segments),
+        "weights": (segments > 0).astype(np.float32),
+    }
+
+
+class Spans:
+    """Rows of running text in which spans will be hidden (T5, arXiv 1910.10683, section 3.1.4).
+
+    The hidden tokens leave the source, one [MASK] in the place of each span; the target tells them in order, each
+    span behind a [MASK]. So the source is shorter than the text; rows are as long as makes it `length` tokens.
+    """
+
+    def __init__(self, tokens: Tokens, length: int, vocabulary: Vocabulary, rate: float, mean_span: float, padded: bool):
+        self.vocabulary, self.rate, self.mean_span, self.length = vocabulary, rate, mean_span, length
+        room = next(n for n in range(2 * length, 1, -1) if self.counts(n)[0] <= length)
+        self.target_length = self.counts(room)[1]
+        self.rows = Rows(tokens, room - 1, vocabulary.pad, False, padded)
+
+    def counts(self, room: int) -> tuple[int, int]:
+        """Tokens of source and target, each with its eos, made of `room` tokens of text."""
+        hidden, spans = self.hidden(room)
+        return room - hidden + spans + 1, hidden + spans + 1
+
+    def hidden(self, room: int) -> tuple[int, int]:
+        """How many tokens are hidden of so many, in how many spans."""
+        hidden = min(max(1, round(room * self.rate)), room - 1)
+        return hidden, min(max(1, round(hidden / self.mean_span)), room - hidden)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        return {"text": row["tokens"][row["segments"] > 0]}
+
+
+def parts(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`total` cut at random into `count` parts of at least 1, every way equally likely."""
+    cuts = np.sort(rng.permutation(total - 1)[: count - 1]) + 1
+    return np.diff(np.concatenate([[0], cuts, [total]]))
+
+
+def corrupted(row: Example, rng: np.random.Generator, source: Spans) -> Example:
+    """A row of text with spans hidden: text and spans take turns, beginning with text; the lengths are random."""
+    v, text = source.vocabulary, row["text"]
+    if len(text) < 2:  # a last row's single token: nothing to ask
+        return packed([text], [np.array([v.bos, v.eos])], source.length, source.target_length, v.pad)
+    hidden, spans = source.hidden(len(text))
+    stay, go = parts(len(text) - hidden, spans, rng), parts(hidden, spans, rng)
+    inverse = np.repeat(np.tile([False, True], spans), np.stack([stay, go], axis=1).reshape(-1))
+    first = inverse & ~np.concatenate([[False], inverse[:-1]])
+    shown = np.where(first, v.mask, text)[~inverse | first]
+    ends = np.cumsum(np.stack([stay, go], axis=1).reshape(-1))
+    told = [np.concatenate([[v.mask], text[a:b]]) for a, b in zip(ends[::2], ends[1::2], strict=True)]
+    target = np.concatenate([[v.bos], *told, [v.eos]])
+    return packed([np.append(shown, v.eos)], [target], source.length, source.target_length, v.pad)

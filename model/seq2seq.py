@@ -1,0 +1,70 @@
+"""The encoder-decoder Transformer: an encoder reads the source both ways, a decoder writes the target after it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from model.cache import Cache
+from model.config import TransformerConfig
+from model.decoder import Decoder
+from model.embed import Embedding
+from model.encoder import Encoder
+from model.heads import LMHead, logits_of
+
+
+class Seq2Seq(nn.Module):
+    """The Transformer of arXiv 1706.03762 and, by its configuration, of its descendants.
+
+    Source and target share one embedding, and with tie_embeddings the output layer too (section 3.4). n_layers
+    counts the encoder's layers, and the decoder has as many.
+    """
+
+    cfg: TransformerConfig
+
+    def setup(self):
+        self.embed = Embedding(self.cfg)
+        self.encoder = Encoder(self.cfg, shared=self.embed)
+        self.decoder = Decoder(self.cfg, cross=True, shared=self.embed)
+        if not self.cfg.tie_embeddings:
+            self.lm_head = LMHead(self.cfg)
+
+    def __call__(
+        self,
+        tokens: Int[jax.Array, "B T"],
+        source: Int[jax.Array, "B S"],
+        positions: Int[jax.Array, "B T"] | None = None,
+        segments: Int[jax.Array, "B T"] | None = None,
+        source_positions: Int[jax.Array, "B S"] | None = None,
+        source_segments: Int[jax.Array, "B S"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[jax.Array, "B T D"]:
+        """Features [B, T, D] of the target's tokens; segments pair the texts packed into a row with their sources."""
+        source_segments = jnp.ones_like(source) if source_segments is None else source_segments
+        memory = self.encoder(source, source_positions, source_segments, deterministic=deterministic)
+        seen = {"memory": memory, "memory_segments": source_segments}
+        features, _ = self.decoder(tokens, positions, segments, **seen, deterministic=deterministic)
+        self.unembedding()  # so that init makes every parameter
+        return features
+
+    def begin(self, source: Int[jax.Array, "B S"], source_segments: Int[jax.Array, "B S"], size: int) -> Cache:
+        """A cache with room for `size` target tokens per row; keys and values of the source are computed here, once."""
+        memory = self.encoder(source, segments=source_segments)
+        cache = Cache.empty(self.cfg, source.shape[0], size)
+        layers = zip(cache.layers, self.decoder.stack.remember(memory), strict=True)
+        return cache.replace(layers=tuple(a.replace(memory=b) for a, b in layers), memory_segments=source_segments)
+
+    def decode(self, tokens: Int[jax.Array, "B T"], cache: Cache) -> tuple[Float[jax.Array, "B T D"], Cache]:
+        """Features [B, T, D] of more target tokens, and the cache with them."""
+        return self.decoder(tokens, cache=cache)
+
+    def encode(self, source: Int[jax.Array, "B S"], source_segments: Int[jax.Array, "B S"]) -> Float[jax.Array, "B S D"]:
+        """The encoder's features alone."""
+        return self.encoder(source, segments=source_segments)
+
+    def unembedding(self) -> tuple[Float[jax.Array, "V D"], None]:
+        """The output layer: a vector per token, and no bias."""
+        return (self.embed.token.embedding if self.cfg.tie_embeddings else self.lm_head.embedding), None
+
+    def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
+        return logits_of(features, *self.unembedding())
