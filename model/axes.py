@@ -59,16 +59,27 @@ def logical_axes(names: tuple[str, ...]) -> tuple[str, ...]:
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 _constrain: contextvars.ContextVar[Constrain | None] = contextvars.ContextVar("constrain", default=None)
+_devices: contextvars.ContextVar[int | None] = contextvars.ContextVar("devices", default=None)
 
 
 @contextlib.contextmanager
-def activations_constrained_by(constrain: Constrain) -> Iterator[None]:
-    """While tracing inside, `constrain_activation` calls this. Outside it does nothing."""
-    token = _constrain.set(constrain)
+def activations_constrained_by(constrain: Constrain, devices: int | None = None) -> Iterator[None]:
+    """While tracing inside, `constrain_activation` calls this. Outside it does nothing.
+
+    Args:
+      devices: how many share the computation, which need not be those of this process; None: all that are here.
+    """
+    token, count = _constrain.set(constrain), _devices.set(devices)
     try:
         yield
     finally:
         _constrain.reset(token)
+        _devices.reset(count)
+
+
+def devices_in_use() -> int:
+    """How many devices share the computation that is being traced."""
+    return _devices.get() or jax.device_count()
 
 
 def constrain_activation(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -21,7 +21,8 @@ from common.recipe import Recipe
 from data import corpora, pipeline, tokens
 from data.tokenizer import Tokenizer
 from train import sharding
-from train.flops import PEAK_FLOPS, training_flops_per_token
+from train.chips import PEAK_FLOPS
+from train.flops import recipe_flops_per_token
 from train.objectives import make_objective
 from train.optimizer import make_optimizer
 from train.report import Reporter, say
@@ -252,9 +253,7 @@ class Meter:
     """Tokens per second and MFU, evaluations and the first step's compilation left out."""
 
     def __init__(self, recipe: Recipe):
-        causal = recipe.objective.kind == "causal"
-        share = 1.0 if causal else recipe.objective.mask_rate
-        self.flops = training_flops_per_token(recipe.model, causal=causal, predicted_share=share)
+        self.flops = recipe_flops_per_token(recipe)
         self.peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self.tokens = 0
         self.clock: float | None = None

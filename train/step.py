@@ -75,7 +75,7 @@ def make_train_step(
         return grads, metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with activations_constrained_by(sharding.constrain(mesh)):
+        with activations_constrained_by(sharding.constrain(mesh), mesh.size):
             totals = {name: jnp.maximum(w, 1e-9) for name, w in objective.weights(batch).items()}
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             if accumulate == 1:
@@ -123,7 +123,7 @@ def make_eval_step(module: nn.Module, objective: Objective, mesh: Mesh, param_sh
         def run(bound: nn.Module) -> Any:
             return objective.terms(bound, batch, True)
 
-        with activations_constrained_by(sharding.constrain(mesh)):
+        with activations_constrained_by(sharding.constrain(mesh), mesh.size):
             sums, weights = module.apply({"params": params}, method=run), objective.weights(batch)
         return {name: (term.nats, term.correct, weights[name]) for name, term in sums.items()}
 
