@@ -59,6 +59,30 @@ def _disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def _several_processes() -> bool:
+    import jax
+
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _peer_lost(error: BaseException) -> bool:
+    """Whether a run of several processes ended because one of them has gone."""
+    import jax
+
+    signs = ("gloo", "connection", "heartbeat", "unavailable", "coordination", "barrier")
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error).lower() for sign in signs)
+    return lost and _several_processes()
+
+
+def _leave(code: int) -> int:
+    """The exit code; but of several processes one that failed ends here, since JAX would first wait for the others."""
+    if _several_processes():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done, 2 bad input, 1 anything else, 143 stopped by SIGTERM and saved."""
     argv = sys.argv[1:] if argv is None else argv
@@ -107,9 +131,15 @@ def main(argv: list[str] | None = None) -> int:
                 f"bothways {verb}: the disk is full; free some space and run the same command again: "
                 "it goes on from the last checkpoint"
             )
-            return 2
-        traceback.print_exc()
-        return 1
+            return _leave(2)
+        if _peer_lost(e):
+            say(
+                f"bothways {verb}: another process of this run has gone ({str(e).splitlines()[0][:200]}); "
+                "run the same command on every host again: it goes on from the last checkpoint"
+            )
+        else:
+            traceback.print_exc()
+        return _leave(1)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import verbs_scale
+from common.config import MeshConfig
 from common.errors import InputError
 from common.recipe import Recipe
 from configs import find
@@ -23,14 +24,23 @@ if TYPE_CHECKING:
     from sample.text import TextModel
 
 
-def load(home: str | Path) -> "TextModel | MaskedModel | TaskPredictor":
-    """A trained run, ready to be asked: `sample` and `score`; `fill` and `embed` where its family can."""
-    from common.rundir import load_run
+ONE = MeshConfig(data=1)
+
+
+def load(home: str | Path, mesh: MeshConfig = ONE) -> "TextModel | MaskedModel | TaskPredictor":
+    """A trained run, ready to be asked: `sample` and `score`; `fill` and `embed` where its family can.
+
+    Args:
+      mesh: how to spread its parameters over this host's devices; with all axes 1 they lie on the first device, or,
+        where that cannot hold them, on all.
+    """
+    from common.rundir import directory, load_run
     from sample.masked import MaskedModel
     from sample.predict import TaskPredictor
     from sample.text import TextModel
+    from train.sharding import shardings_for_reading
 
-    run = load_run(Path(home), say)
+    run = load_run(directory(home), say, lambda shapes: shardings_for_reading(shapes, mesh))
     if run.task is not None:
         return TaskPredictor(run)
     return MaskedModel(run) if run.recipe.family == "bert" else TextModel(run)
@@ -57,24 +67,34 @@ def _train(argv: list[str]) -> None:
             return
         raise InputError("train wants a recipe first: bothways train RECIPE [--workdir DIR] [--SECTION.FIELD VALUE ...]")
     base = find(argv[0])
+    from train.hosts import HostsConfig, start
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
         recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-        workdir: Path = Path("runs") / base.name
+        workdir: str = f"runs/{base.name}"
         """The run directory: made, or gone on with."""
         json: bool = False
         """Print the result as one JSON object."""
+        hosts: HostsConfig = HostsConfig()
 
     given = tyro.cli(Arguments, prog=f"bothways train {argv[0]}", args=argv[1:], default=Arguments(base))
+    start(given.hosts)
+    import jax
+
     from train.loop import train
 
     result = train(given.recipe, given.workdir)
+    if jax.process_index() > 0:
+        return
     bpb = f", {result.bits_per_byte:.3f} bits per byte" if result.bits_per_byte is not None else ""
     shown = (
         f"{result.run}: {result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s; "
         f"held-out loss {result.loss:.3f}{bpb}"
     )
+    if jax.process_count() > 1:  # one process cannot open a run that others still hold together
+        _emit(result, given.json, shown)
+        return
     model = load(given.workdir)
     if model.recipe.family == "bert":
         from sample.evaluate import evaluate
@@ -95,7 +115,7 @@ def _train(argv: list[str]) -> None:
 
 
 def _sample(
-    run: Positional[Path],
+    run: Positional[str],
     prompts: Positional[tuple[str, ...]],
     max_tokens: int = 256,
     temperature: float = 1.0,
@@ -111,6 +131,7 @@ def _sample(
     steps: int | None = None,
     sweeps: int | None = None,
     stream: bool = False,
+    mesh: MeshConfig = ONE,
     json: bool = False,
 ) -> None:
     """Continue text: token by token, or, with a masked model, by chunks of masks at its end.
@@ -132,13 +153,14 @@ def _sample(
         steps: Readings in which a chunk is filled, the surest token first (masked models; 16).
         sweeps: Times each token of a chunk is drawn again afterwards (masked models; 0).
         stream: Show the text while it is made (causal models).
+        mesh: Devices to spread the parameters over.
         json: One JSON object per result.
     """
     if not prompts:
         raise InputError('sample wants at least one prompt after the run: bothways sample RUN "ROMEO:"')
     if stream and (len(prompts) * num > 1 or json):
         raise InputError("--stream shows one continuation as plain text: give one prompt, and neither --num nor --json")
-    model = load(run)
+    model = load(run, mesh)
     _able(model, "sample", "")
     masked = model.recipe.family == "bert"
     chosen = {"beams": beams, "chunk": chunk, "steps": steps, "sweeps": sweeps, "stream": stream or None}
@@ -172,7 +194,7 @@ def _sample(
 
 
 def _fill(
-    run: Positional[Path], texts: Positional[tuple[str, ...]], top: int = 5, steps: int = 1, json: bool = False
+    run: Positional[str], texts: Positional[tuple[str, ...]], top: int = 5, steps: int = 1, json: bool = False
 ) -> None:
     """Fill every [MASK] of a text.
 
@@ -192,7 +214,7 @@ def _fill(
         _emit(result, json, "\n".join([result.filled, *lines]))
 
 
-def _embed(run: Positional[Path], file: Positional[Path | None] = None, pool: str = "mean", json: bool = False) -> None:
+def _embed(run: Positional[str], file: Positional[Path | None] = None, pool: str = "mean", json: bool = False) -> None:
     """A vector per line.
 
     Args:
@@ -218,7 +240,9 @@ def _able(model: Any, verb: str, why: str) -> Callable[..., Any]:
     return getattr(model, verb)
 
 
-def _score(run: Positional[Path], file: Positional[Path | None] = None, rule: str = "", json: bool = False) -> None:
+def _score(
+    run: Positional[str], file: Positional[Path | None] = None, rule: str = "", mesh: MeshConfig = ONE, json: bool = False
+) -> None:
     """How likely each line is.
 
     Args:
@@ -227,14 +251,15 @@ def _score(run: Positional[Path], file: Positional[Path | None] = None, rule: st
         rule: causal (the default of causal models), the log-probability of a text read forward; pll, each token given
             all others; pll_word (the default of masked models), the rest of its word hidden too; bound, a lower bound
             on the log-probability.
+        mesh: Devices to spread the parameters over.
         json: One JSON object per line (the plain form shows log-probability, tokens, text).
     """
     texts = _lines(file)
-    for result in _able(load(run), "score", "")(texts, **({"rule": rule} if rule else {})):
+    for result in _able(load(run, mesh), "score", "")(texts, **({"rule": rule} if rule else {})):
         _emit(result, json, f"{result.logprob:10.3f}  {result.tokens:4d}  {result.text}")
 
 
-def _evaluate(run: Positional[Path], suites: Positional[tuple[str, ...]] = ("validation",), json: bool = False) -> None:
+def _evaluate(run: Positional[str], suites: Positional[tuple[str, ...]] = ("validation",), json: bool = False) -> None:
     """Held-out loss and bits per byte, with 95 % intervals.
 
     Args:
@@ -252,9 +277,9 @@ def _evaluate(run: Positional[Path], suites: Positional[tuple[str, ...]] = ("val
 
 
 def _finetune(
-    run: Positional[Path],
+    run: Positional[str],
     task: Positional[str],
-    workdir: Path | None = None,
+    workdir: str | None = None,
     epochs: int = 3,
     batch_size: int = 32,
     learning_rates: tuple[float, ...] = (),
@@ -287,16 +312,16 @@ def _finetune(
         label_field: The column that holds the label.
         json: Print the result as one JSON object.
     """
-    from common.rundir import load_run
+    from common.rundir import directory, load_run
     from data import tasks
     from train.finetune import FinetuneConfig
     from train.finetune import finetune as run_finetuning
 
-    body = load_run(run, say)
+    body = load_run(directory(run), say)
     if body.task is not None:
         raise InputError(f"{run} is fine-tuned already, for {body.task.name}; start from the run it came from")
     labelled = tasks.load(task, text=text_field, pair=pair_field, label=label_field)
-    home = workdir or Path("runs") / f"{run.name}-{labelled.name.replace('/', '-')}"
+    home = workdir or f"runs/{body.home.name}-{labelled.name.replace('/', '-')}"
     cfg = FinetuneConfig(
         epochs=epochs,
         batch_size=batch_size,
@@ -317,7 +342,7 @@ def _finetune(
     )
 
 
-def _predict(run: Positional[Path], file: Positional[Path | None] = None, json: bool = False) -> None:
+def _predict(run: Positional[str], file: Positional[Path | None] = None, json: bool = False) -> None:
     """Labels, numbers, tags, spans or choices from a fine-tuned run.
 
     Args:
@@ -325,11 +350,11 @@ def _predict(run: Positional[Path], file: Positional[Path | None] = None, json: 
         file: An item per line, its parts separated by tabs; without it, standard input.
         json: One JSON object per line.
     """
-    from common.rundir import load_run
+    from common.rundir import directory, load_run
     from sample.predict import TaskPredictor
 
     lines = _lines(file)
-    for result in TaskPredictor(load_run(run, say)).predict(lines):
+    for result in TaskPredictor(load_run(directory(run), say)).predict(lines):
         _emit(result, json, f"{result.label}\t{result.p}\t{result.text}")
 
 

@@ -162,7 +162,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; the product is the number of devices. -1 once: whatever is left."""
+    """Devices along each axis; the product is the number of devices. -1 once: whatever is left.
+
+    Where the devices are several slices with a slow network between them, `data` goes across it.
+    """
 
     data: int = -1
     """Batch rows are spread; parameters are copied."""
@@ -170,17 +173,27 @@ class MeshConfig:
     """Batch rows are spread, and so are parameters and optimizer state (arXiv 2004.13336, 1910.02054)."""
     tensor: int = 1
     """Heads, MLP and vocabulary are spread (arXiv 1909.08053)."""
+    context: int = 1
+    """The places of each row are spread; attention gathers keys and values (arXiv 2407.21783, section 3.3.2)."""
+    max_copied: float = 0.1
+    """Largest share of the parameter bytes that a device may hold beyond its part of fsdp * tensor."""
+
+    def axes(self) -> dict[str, int]:
+        """Axis sizes as given, in the order of the mesh."""
+        return {name: getattr(self, name) for name in ("data", "fsdp", "tensor", "context")}
 
     def sizes(self, devices: int) -> dict[str, int]:
         """Axis sizes on so many devices; the sizes multiply to `devices`, or `problems` says why not."""
-        sizes = dataclasses.asdict(self)
+        sizes = self.axes()
         known = 1
         for size in sizes.values():
             known *= size if size > 0 else 1
         return {name: size if size > 0 else max(1, devices // known) for name, size in sizes.items()}
 
     def problems(self, devices: int) -> list[str]:
-        given = dataclasses.asdict(self)
+        given = self.axes()
+        if not 0 <= self.max_copied <= 1:
+            return [f"mesh.max_copied is {self.max_copied}; it must be in [0, 1]"]
         if any(size == 0 or size < -1 for size in given.values()) or list(given.values()).count(-1) > 1:
             return [f"mesh {given}: every axis must be at least 1, and -1 may stand once for the rest"]
         product = 1

@@ -10,7 +10,8 @@ from data.config import DataConfig
 from model.config import TransformerConfig
 
 # Fields that may differ between a run and its continuation: where and how often, not what.
-FREE = ("mesh", "train.log_every", "train.keep", "train.eval_every", "train.eval_rows", "train.save_every", "data.cache")
+HOW_OFTEN = ("log_every", "keep", "eval_every", "eval_rows", "save_every")
+FREE = ("mesh", "model.attention", "data.cache", *(f"train.{name}" for name in HOW_OFTEN))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Recipe:
                         f" times train.accumulate={self.train.accumulate}: set --train.batch-size to a multiple of "
                         f"{shards * self.train.accumulate}, or change the mesh"
                     )
+            for name, length in (("model.context", self.model.context), ("train.short_length", self.train.short_length)):
+                if length % sizes["context"]:
+                    found.append(f"{name}={length} is not divisible by mesh.context={sizes['context']}")
             kind, wanted = self.objective.kind, {"gpt": "causal", "bert": "masked"}[self.family]
             if kind != wanted:
                 found.append(f"objective.kind={kind} is not for a {self.family}: its mask reads {wanted}; set {wanted}")

@@ -1,5 +1,7 @@
 """A run directory describes itself: recipe.json, tokenizer, checkpoints, metrics. Training writes it, all others read it.
 
+It lies on a disk, or on a bucket: gs://bucket/runs/x (etils.epath, orbax and tensorboardX each go there themselves).
+
 runs/x/recipe.json         the recipe, every derived value filled in
 runs/x/tokenizer.model     sentencepiece
 runs/x/checkpoints/STEP/   orbax: params, train (optimizer and counters), meta (step, data position)
@@ -12,6 +14,7 @@ runs/x/loss.png            the curves
 import dataclasses
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,6 +24,7 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from common.errors import InputError
@@ -31,6 +35,31 @@ from model.task import TaskModel
 
 T = TypeVar("T")
 Say = Callable[[str], None]
+
+
+def directory(home: str | os.PathLike) -> Path:
+    """A run directory by its name: a path on disk, or gs://, s3:// on a bucket, which has the same methods.
+
+    Raises:
+      InputError: the bucket cannot be reached from here.
+    """
+    name = os.fspath(home)
+    if "://" not in name:
+        return Path(name)
+    try:
+        path = epath.Path(name)
+        path.exists()
+    except Exception as e:  # what is missing or refused differs from bucket to bucket
+        raise InputError(
+            f"cannot reach {name} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); "
+            "for gs:// install gcsfs and google-cloud-storage, and log in with gcloud auth application-default login"
+        ) from e
+    return path
+
+
+def on_bucket(home: Path) -> bool:
+    """Whether files here cannot be added to, only written whole."""
+    return "://" in str(home)
 
 
 def quiet_orbax() -> None:
@@ -62,7 +91,8 @@ def checkpoint_manager(home: Path, *, keep: int | None = None, read_only: bool =
         preservation_policy=policy, read_only=read_only, create=not read_only, step_prefix=None, save_root_metadata=False
     )
     names = ("params", "train", "meta")
-    return ocp.CheckpointManager(home.absolute() / "checkpoints", options=options, item_names=names)
+    home = home if on_bucket(home) else home.absolute()
+    return ocp.CheckpointManager(home / "checkpoints", options=options, item_names=names)
 
 
 def newest_whole(manager: ocp.CheckpointManager, restore: Callable[[int], T], say: Say) -> tuple[int, T] | None:
@@ -120,7 +150,7 @@ class Run:
 def read_recipe(home: Path) -> Recipe:
     """Raises InputError if the directory is no run."""
     path = home / "recipe.json"
-    if not path.is_file():
+    if not path.exists():
         what = "is not a run directory: it has no recipe.json" if home.exists() else "does not exist"
         raise InputError(f"{home} {what}; give the directory that `bothways train` wrote, such as runs/shakespeare_gpt")
     return Recipe.from_json(path.read_text())
@@ -129,7 +159,7 @@ def read_recipe(home: Path) -> Recipe:
 def read_task(home: Path) -> TaskInfo | None:
     """What the run was fine-tuned for; None if it was not."""
     path = home / "task.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     found = json.loads(path.read_text())
     return TaskInfo(**found | {"labels": tuple(found["labels"]), "metrics": tuple(found["metrics"])})
@@ -163,7 +193,7 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None) ->
     tokenizer = Tokenizer.load(home / "tokenizer.model")
     task = read_task(home)
     shapes = param_shapes(recipe, task)
-    one = SingleDeviceSharding(jax.devices()[0])
+    one = SingleDeviceSharding(jax.local_devices()[0])
     shardings = place(shapes) if place else jax.tree.map(lambda _: one, shapes)
     targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
     if not (home / "checkpoints").is_dir():

@@ -124,7 +124,7 @@ class Tokenizer:
     def load(cls, path: Path) -> "Tokenizer":
         """Raises InputError if there is no such file, it is no sentencepiece model, or it lacks the specials."""
         try:
-            tokenizer = cls(Path(path).read_bytes())
+            tokenizer = cls(path.read_bytes())
         except OSError as e:
             raise InputError(f"cannot read the tokenizer {path}: {e.strerror}") from e
         except RuntimeError as e:

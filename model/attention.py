@@ -1,5 +1,7 @@
 """Attention: projections, rotary positions, grouped queries, and the one place where a kernel is chosen."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from jaxtyping import Float, Int
 from model.axes import constrain_activation
 from model.cache import LayerCache
 from model.config import TransformerConfig
+from model.kernels import KERNELS, choose
 from model.layers import Norm, Projection, rotate
 from model.mask import Mask
 
@@ -17,19 +20,26 @@ def attend(
     k: Float[jax.Array, "B S G K"],
     v: Float[jax.Array, "B S G K"],
     mask: Mask,
-    dropout=lambda probabilities: probabilities,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+    kernel: str = "auto",
 ) -> Float[jax.Array, "B T H K"]:
     """Scaled dot-product attention (arXiv 1706.03762, section 3.2.1); query heads share G key-value heads.
 
-    The softmax is in float32. A query that may see nothing gets an average that no loss looks at, not NaN.
+    The kernel is chosen by device, mask and shape (model/kernels.py); none of them knows dropout of probabilities.
+    What follows here is their reference, for XLA. The softmax is in float32. A query that may see nothing gets an
+    average that no loss looks at, not NaN.
     """
+    chosen = choose(kernel, q, k, mask) if dropout is None else "xla"
+    if chosen != "xla":
+        return KERNELS[chosen](q, k, v, mask)
     B, T, H, K = q.shape
     G = k.shape[2]
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * K**-0.5, k, v))  # heads before places
     scores = jnp.einsum("bgnk,bgsk->bgns", q.reshape(B, G, H // G * T, K), k, preferred_element_type=jnp.float32)
     scores = scores.reshape(B, H, T, -1)
     scores = jnp.where(mask.dense()[:, None], scores, -1e30)
-    probabilities = dropout(jax.nn.softmax(scores, axis=-1)).astype(v.dtype).reshape(B, G, H // G * T, -1)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    probabilities = (dropout(probabilities) if dropout else probabilities).astype(v.dtype).reshape(B, G, H // G * T, -1)
     y = jnp.einsum("bgns,bgsk->bgnk", probabilities, v)
     return y.reshape(B, H, T, K).transpose(0, 2, 1, 3)
 
@@ -78,7 +88,8 @@ class Attention(nn.Module):
         if cache is not None:
             cache = cache.write(k, v, length)
             k, v = cache.k, cache.v
-        dropout = nn.Dropout(cfg.dropout_attention, deterministic=deterministic)
-        y = attend(q, k, v, mask, dropout)
+        dropping = cfg.dropout_attention > 0 and not deterministic
+        dropout = nn.Dropout(cfg.dropout_attention, deterministic=False) if dropping else None
+        y = attend(q, k, v, mask, dropout, cfg.attention)
         y = Projection(cfg, (cfg.d_model,), n_in=2, residual=True, name="out")(y)
         return y, cache

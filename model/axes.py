@@ -5,6 +5,7 @@ import contextvars
 from collections.abc import Callable, Iterator
 
 import jax
+from jax.sharding import NamedSharding
 
 # (module, leaf) -> axis names. A parameter under "blocks" has one more axis in front, "layers".
 PARAMETER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
@@ -57,32 +58,34 @@ def logical_axes(names: tuple[str, ...]) -> tuple[str, ...]:
     return (("layers",) if "blocks" in names else ()) + axes
 
 
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
-_constrain: contextvars.ContextVar[Constrain | None] = contextvars.ContextVar("constrain", default=None)
-_devices: contextvars.ContextVar[int | None] = contextvars.ContextVar("devices", default=None)
+# (shape, logical axes) -> where an activation of this shape lies
+Place = Callable[[tuple[int, ...], tuple[str | None, ...]], NamedSharding]
+_place: contextvars.ContextVar[Place | None] = contextvars.ContextVar("place", default=None)
 
 
 @contextlib.contextmanager
-def activations_constrained_by(constrain: Constrain, devices: int | None = None) -> Iterator[None]:
-    """While tracing inside, `constrain_activation` calls this. Outside it does nothing.
-
-    Args:
-      devices: how many share the computation, which need not be those of this process; None: all that are here.
-    """
-    token, count = _constrain.set(constrain), _devices.set(devices)
+def activations_placed_by(place: Place) -> Iterator[None]:
+    """While tracing inside, `constrain_activation` and `placement` ask this. Outside they do nothing."""
+    token = _place.set(place)
     try:
         yield
     finally:
-        _constrain.reset(token)
-        _devices.reset(count)
+        _place.reset(token)
+
+
+def placement(shape: tuple[int, ...], *axes: str | None) -> NamedSharding | None:
+    """Where an activation with these logical axes lies; None where nothing is spread."""
+    place = _place.get()
+    return place(shape, axes) if place else None
 
 
 def devices_in_use() -> int:
-    """How many devices share the computation that is being traced."""
-    return _devices.get() or jax.device_count()
+    """How many devices share the computation that is being traced, which need not be those of this process."""
+    placed = placement(())
+    return placed.mesh.size if placed else jax.device_count()
 
 
 def constrain_activation(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell whoever shards the computation which logical axes x has."""
-    constrain = _constrain.get()
-    return x if constrain is None else constrain(x, axes)
+    sharding = placement(x.shape, *axes)
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

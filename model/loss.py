@@ -81,7 +81,7 @@ def _forward(features, table, bias, targets, weights, smoothing, pieces, with_gr
     def piece(carry, inputs):
         sums, d_table, d_bias = carry
         x, y, w = inputs
-        logits = constrain_activation(logits_of(x, narrow, bias), "batch", None, "vocab")
+        logits = constrain_activation(logits_of(x, narrow, bias), "batch", "length", "vocab")
         top = jnp.max(logits, axis=-1, keepdims=True)
         exp = jnp.exp(logits - top)
         total = jnp.sum(exp, axis=-1, keepdims=True)
@@ -109,10 +109,11 @@ def _forward(features, table, bias, targets, weights, smoothing, pieces, with_gr
     if pieces == 1:
         (sums, d_table, d_bias), dx = piece(carry, inputs)
     else:
-        cut = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(B, pieces, T // pieces, *a.shape[2:]), 1, 0), inputs)
+        # Piece n takes places n, n + pieces, ...: where the places are spread, each device cuts its own.
+        cut = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(B, T // pieces, pieces, *a.shape[2:]), 2, 0), inputs)
         (sums, d_table, d_bias), dx = jax.lax.scan(piece, carry, cut)
         if with_gradient:
-            dx = jnp.moveaxis(dx, 0, 1).reshape(B, T, D)
+            dx = jnp.moveaxis(dx, 0, 2).reshape(B, T, D)
     return (sums[0], sums[1]), (dx, d_table, None if bias is None else d_bias)
 
 

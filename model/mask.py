@@ -31,6 +31,9 @@ class Mask:
     """Keys at positions below this are visible to all queries of the row, even in a causal mask."""
     causal: bool = flax.struct.field(pytree_node=False, default=False)
     window: int = flax.struct.field(pytree_node=False, default=0)
+    ordered: bool = flax.struct.field(pytree_node=False, default=False)
+    """Queries and keys are the same tokens, and positions count up by one along each segment: a kernel may compare
+    places in the row instead."""
 
     @classmethod
     def self_attention(
@@ -41,8 +44,11 @@ class Mask:
         segments: Int[jax.Array, "B T"] | None = None,
         prefix: Int[jax.Array, " B"] | None = None,
     ) -> "Mask":
-        """Tokens that look at each other: `causal=True` reads forward only (GPT), False both ways (BERT)."""
-        return cls(positions, positions, segments, segments, prefix, causal=causal)
+        """Tokens that look at each other: `causal=True` reads forward only (GPT), False both ways (BERT).
+
+        Positions count up by one along each segment, as those of packed rows do.
+        """
+        return cls(positions, positions, segments, segments, prefix, causal=causal, ordered=True)
 
     @classmethod
     def cached(cls, q_positions: Int[jax.Array, "B T"], size: int, prefix: Int[jax.Array, " B"] | None = None) -> "Mask":

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.errors import InputError
-from common.rundir import Run, load_run
+from common.rundir import Run, directory, load_run
 from model.cache import Cache
 from sample import score as scoring
 from sample.beam import make_beam_search
@@ -75,7 +75,7 @@ class TextModel:
     @classmethod
     def load(cls, home: str | Path, say: Callable[[str], None] = print) -> "TextModel":
         """Restore a run directory. Raises InputError if it is none."""
-        return cls(load_run(Path(home), say))
+        return cls(load_run(directory(home), say))
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """A prompt's ids; of an empty one the token that opens a document.

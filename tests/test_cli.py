@@ -124,6 +124,16 @@ def test_parameters_that_the_mesh_does_not_divide(capfd, tiny_args, tmp_path):
     assert "heads=2 is not divisible by mesh.tensor=8" in err
 
 
+def test_a_kernel_for_another_device(capfd, tiny_args):
+    assert "cudnn is for GPUs, and this is a cpu" in refused(capfd, "train", *tiny_args, "--model.attention", "cudnn")
+
+
+def test_hosts_that_are_told_in_part(capfd, tiny_args):
+    err = refused(capfd, "train", *tiny_args, "--hosts.count", "2")
+    assert "count=2" in err
+    assert "--hosts.coordinator ADDRESS:PORT" in err
+
+
 def test_an_empty_corpus(capfd, tiny_args, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     assert "is empty" in refused(capfd, "train", *tiny_args, "--data.corpus", str(tmp_path / "empty.txt"))

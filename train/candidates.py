@@ -52,7 +52,10 @@ def held(parameters: list[tuple[tuple[int, ...], tuple[str, ...]]], sizes: dict[
 
 
 def meshes(topology: Topology) -> list[dict[str, int]]:
-    """Every way to factor the devices into data, fsdp and tensor; slices are joined by `data` only."""
+    """Every way to factor the devices into data, fsdp and tensor; slices are joined by `data` only.
+
+    `context` is left to whoever has rows so long that nothing else helps.
+    """
     n, found = topology.devices_count, []
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     for tensor in (d for d in divisors if d <= 64):
@@ -75,7 +78,8 @@ def guess(recipe: Recipe, topology: Topology, sizes: dict[str, int], mine: float
     tokens = rows * cfg.context
     state = mine * (4 + (4 if recipe.optimizer.name in ("lion", "adafactor") else 8) + (8 if pieces > 1 else 4))
     wide = (2 * cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head + cfg.d_ff * (3 if cfg.gated else 2)
-    scores = rows * cfg.n_heads / tensor * cfg.context**2
+    kernel = chip.dimensions > 1 and not cfg.dropout_attention and cfg.context % 128 == 0  # splash holds no scores
+    scores = 0.0 if kernel else rows * cfg.n_heads / tensor * cfg.context**2
     kept = {"full": 2 * cfg.d_model, "dots": 6 * cfg.d_model + 2 * wide / tensor}
     kept["none"] = kept["dots"] + 12 * cfg.d_model + 2 * wide / tensor + 6 * scores / tokens
     working = tokens * (12 * cfg.d_model + 6 * wide / tensor) + 14 * scores
@@ -128,7 +132,7 @@ def candidates(recipe: Recipe, topology: Topology) -> list[Guess]:
             for remat in REMAT:
                 model = dataclasses.replace(base.model, remat=remat, scan_layers=base.model.n_layers > 4)
                 train = dataclasses.replace(base.train, accumulate=accumulate)
-                changed = dataclasses.replace(base, model=model, train=train, mesh=MeshConfig(**sizes))
+                changed = dataclasses.replace(base, model=model, train=train, mesh=dataclasses.replace(recipe.mesh, **sizes))
                 found.append(guess(with_ramp(changed, shards * accumulate), topology, sizes, mine))
     return sorted(found, key=lambda g: (g.memory > 0.9 * topology.chip.memory, g.seconds, g.memory))
 

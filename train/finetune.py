@@ -242,7 +242,7 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
     Raises:
       InputError: numbers out of range, or a directory that holds something already.
     """
-    home = Path(workdir)
+    home = rundir.directory(workdir)
     cfg.check(run.recipe.family, run.recipe.model.context)
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise InputError(f"{home} exists already; give another directory with --workdir")

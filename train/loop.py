@@ -3,16 +3,15 @@
 import contextlib
 import dataclasses
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from common import rundir
 from common.errors import Diverged, InputError, Stopped
@@ -20,7 +19,7 @@ from common.families import make_module, tiny_inputs
 from common.recipe import Recipe
 from data import corpora, pipeline, tokens
 from data.tokenizer import Tokenizer
-from train import sharding
+from train import hosts, sharding
 from train.chips import PEAK_FLOPS
 from train.flops import recipe_flops_per_token
 from train.objectives import make_objective
@@ -38,26 +37,6 @@ class Result:
     bits_per_byte: float | None
     seconds: float
     tokens_per_second: float
-
-
-@contextlib.contextmanager
-def sigterm_noticed() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether SIGTERM came. The signal itself no longer ends the process."""
-    came = False
-
-    def notice(*_: Any) -> None:
-        nonlocal came
-        came = True
-
-    try:
-        before = signal.signal(signal.SIGTERM, notice)
-    except ValueError:  # not in the main thread: whoever runs the thread handles signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: came
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def resolve(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
@@ -81,19 +60,25 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
       Stopped: SIGTERM came; everything is saved.
       Diverged: the loss was not finite for train.max_bad_steps steps in a row.
     """
-    home, cfg, writes = Path(workdir), recipe.train, jax.process_index() == 0
+    home, cfg, writes = rundir.directory(workdir), recipe.train, jax.process_index() == 0
+    tell = say if writes else lambda _: None
     began = time.monotonic()
     recipe.check(jax.device_count())
+    if recipe.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise InputError(f"model.attention=cudnn is for GPUs, and this is a {jax.default_backend()}; set auto")
     existing = rundir.read_recipe(home) if (home / "recipe.json").exists() else None
 
     # ---- data -------------------------------------------------------------------------------------------------
-    corpus = corpora.load(recipe.data)
-    if existing is not None:
-        tokenizer = Tokenizer.load(home / "tokenizer.model")
-    else:
-        say(f"reading {recipe.data.corpus}, preparing its tokenizer and token rows in {recipe.data.cache}")
-        tokenizer = tokens.obtain_tokenizer(recipe.data, corpus)
+    with hosts.first():
+        corpus = corpora.load(recipe.data)
+        if existing is not None:
+            tokenizer = Tokenizer.load(home / "tokenizer.model")
+        else:
+            tell(f"reading {recipe.data.corpus}, preparing its tokenizer and token rows in {recipe.data.cache}")
+            tokenizer = tokens.obtain_tokenizer(recipe.data, corpus)
+        text, held_text = (tokens.prepare(corpus, s, tokenizer, recipe.data.cache) for s in ("train", "validation"))
     recipe = resolve(recipe, tokenizer)
+    hosts.agree({"recipe": recipe.to_json(), "text": corpus.fingerprint, "tokenizer": tokenizer.fingerprint})
     if existing is not None and (changed := existing.differences(recipe)):
         raise InputError(
             f"{home} holds a run of another recipe; its recipe -> yours:\n"
@@ -101,9 +86,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
             + "\ntrain into another directory with --workdir DIR, or delete this one"
         )
     objective = make_objective(recipe.objective, tokenizer.vocabulary(), recipe.data.separate_documents)
-    text = tokens.prepare(corpus, "train", tokenizer, recipe.data.cache)
     sources = {length: objective.source(text, length, False) for length in {recipe.model.context, cfg.short_length} - {0}}
-    held_text = tokens.prepare(corpus, "validation", tokenizer, recipe.data.cache)
     held_out = objective.source(held_text, recipe.model.context, True)
 
     # ---- model, optimizer, mesh -------------------------------------------------------------------------------
@@ -115,7 +98,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
         return init_state(module, tiny_inputs(recipe.family), optimizer, cfg.seed)
 
     shapes = jax.eval_shape(fresh)
-    shardings = state_shardings(mesh, shapes)
+    shardings = state_shardings(mesh, shapes, recipe.mesh.max_copied)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
     if writes and existing is None:
         home.mkdir(parents=True, exist_ok=True)
@@ -129,7 +112,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     start, state = _restore(manager, shapes, shardings) or (0, None)
     if state is None:
         state = jax.jit(fresh, out_shardings=shardings)()
-    say(
+    tell(
         f"{count:,} parameters, {len(text.ids):,} tokens of text, rows of {recipe.model.context}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)" + (f", resumed at step {start}" if start else "")
     )
@@ -137,13 +120,13 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     evaluate = Evaluator(recipe, objective, module, tokenizer, held_out, mesh, shardings.params)
     reporter = Reporter(home, cfg.steps, start, writes)
     meter = Meter(recipe)
-    host = {"host": jax.process_index(), "hosts": jax.process_count()}
 
     def batches(step: int) -> Iterator[dict[str, np.ndarray]]:
         row, size = cfg.batch_at(step)
         length = cfg.short_length if step < cfg.short_steps else recipe.model.context
         rows, example = sources[length]
-        return pipeline.training_batches(rows, example, batch_size=size, seed=cfg.seed, position=row, **host)
+        mine = sharding.local_rows(mesh, size)
+        return pipeline.training_batches(rows, example, batch_size=size, seed=cfg.seed, position=row, mine=mine)
 
     def save(step: int, metrics: dict[str, float] | None) -> None:
         if step in manager.all_steps():
@@ -155,13 +138,14 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
             meta=ocp.args.JsonSave({"step": step, "position": cfg.batch_at(step)[0], "seed": cfg.seed}),
         )
         manager.save(step, args=items, metrics=metrics)
+        reporter.upload()
 
     # ---- steps ------------------------------------------------------------------------------------------------
     pending: tuple[int, dict[str, jax.Array], int] | None = None
     held: dict[str, float] | None = None
     new_shape_at = {first for first, _, _ in cfg.stages()} | {cfg.short_steps}
     try:
-        with sigterm_noticed() as terminated:
+        with hosts.sigterm_noticed() as stop_at:
             iterator = batches(start)
             for step in range(start, cfg.steps):
                 if step in new_shape_at and step > start:
@@ -172,7 +156,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
                     _report(reporter, meter, *pending, cfg)
                 pending, done = (step + 1, metrics, batch["tokens"].size), step + 1
                 last = done == cfg.steps
-                held, stopping = None, _any_host(terminated())
+                held, stopping = None, stop_at(done)
                 evaluating = done % cfg.eval_every == 0 or last
                 if evaluating or stopping:
                     _report(reporter, meter, *pending, cfg)
@@ -213,11 +197,6 @@ def _restore(manager: ocp.CheckpointManager, shapes: TrainState, shardings: Trai
             if step > found[0]:
                 manager.delete(step)  # damaged: the run writes this step again
     return found
-
-
-def _any_host(flag: bool) -> bool:
-    """Whether any host says so; all hosts get the same answer."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def _shown_held(held: dict[str, float]) -> str:
@@ -289,7 +268,8 @@ class Evaluator:
     def __init__(self, recipe, objective, module, tokenizer, source, mesh, param_shardings):
         self.recipe, self.source, self.mesh = recipe, source, mesh
         self.step = make_eval_step(module, objective, mesh, param_shardings)
-        self.lengths = tokenizer.byte_lengths()
+        lengths = tokenizer.byte_lengths()
+        self.count_bytes = jax.jit(lambda targets, weights: jnp.sum(jnp.where(weights > 0, jnp.asarray(lengths)[targets], 0)))
 
     def __call__(self, params: Any) -> dict[str, float]:
         cfg = self.recipe.train
@@ -297,23 +277,17 @@ class Evaluator:
         shards = sizes["data"] * sizes["fsdp"]
         batch_size = max(shards, cfg.batch_size // shards * shards)
         sums: dict[str, np.ndarray] = {}
-        size = np.zeros(1)
-        for batch in pipeline.evaluation_batches(
-            *self.source,
-            batch_size=batch_size,
-            seed=cfg.seed,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-            limit=cfg.eval_rows,
-        ):
-            size += (self.lengths[batch["targets"]] * (batch["weights"] > 0)).sum()
-            for name, term in self.step(params, sharding.to_global(self.mesh, batch)).items():
+        size = 0
+        mine = sharding.local_rows(self.mesh, batch_size)
+        options = {"batch_size": batch_size, "seed": cfg.seed, "limit": cfg.eval_rows, "mine": mine}
+        for rows in pipeline.evaluation_batches(*self.source, **options):
+            batch = sharding.to_global(self.mesh, rows)
+            size += int(self.count_bytes(batch["targets"], batch["weights"]))
+            for name, term in self.step(params, batch).items():
                 sums[name] = sums.get(name, 0) + np.array([float(x) for x in term])
-        if jax.process_count() > 1:
-            size = multihost_utils.process_allgather(size).sum(axis=0)
         held = {name: nats / weight for name, (nats, _, weight) in sums.items()}
         held["loss"] = sum(held.values())
         held |= {f"{name}_accuracy": correct / weight for name, (_, correct, weight) in sums.items()}
         if "nll" in sums:
-            held["bits_per_byte"] = float(sums["nll"][0] / math.log(2) / size[0])
+            held["bits_per_byte"] = float(sums["nll"][0] / math.log(2) / size)
         return {name: float(value) for name, value in held.items()}

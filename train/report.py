@@ -1,5 +1,6 @@
 """What a run shows of itself: a progress bar, metrics.jsonl, TensorBoard, a plot."""
 
+import io
 import json
 import sys
 import time
@@ -8,6 +9,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from common import rundir
+
+UPLOAD_EVERY = 30
+"""Seconds between two writings of metrics.jsonl to a bucket, whose files cannot be added to."""
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -33,7 +39,12 @@ class Reporter:
         if not active:
             return
         self._drop_lines_after(start)
-        self.lines = self.path.open("a")
+        self.bucket = rundir.on_bucket(home)
+        self.lines = (
+            io.StringIO(self.path.read_text() if self.path.exists() else "") if self.bucket else self.path.open("a")
+        )
+        self.lines.seek(0, io.SEEK_END)
+        self.uploaded = time.monotonic()
         self.events = self._tensorboard(start)
         columns = [
             TextColumn("{task.description}"),
@@ -64,7 +75,11 @@ class Reporter:
     def _tensorboard(self, start: int) -> Any:
         from tensorboardX import SummaryWriter
 
-        return SummaryWriter(str(self.home / "events"), purge_step=start + 1 if start else None)
+        try:
+            return SummaryWriter(str(self.home / "events"), purge_step=start + 1 if start else None)
+        except ImportError as e:
+            say(f"no TensorBoard events: {e}")
+            return None
 
     def log(self, step: int, metrics: dict[str, float], shown: str) -> None:
         """One line of metrics, and what the progress bar says beside it."""
@@ -72,11 +87,20 @@ class Reporter:
             return
         self.lines.write(json.dumps({"step": step, **metrics}) + "\n")
         self.lines.flush()
-        for name, value in metrics.items():
-            self.events.add_scalar(name, value, step)
+        if time.monotonic() - self.uploaded > UPLOAD_EVERY:
+            self.upload()
+        if self.events:
+            for name, value in metrics.items():
+                self.events.add_scalar(name, value, step)
         self.progress.update(self.task, completed=step, shown=shown)
         if not err.is_terminal:
             say(f"step {step}: {shown}")
+
+    def upload(self) -> None:
+        """Bring metrics.jsonl up to date on a bucket."""
+        if self.active and self.bucket:
+            self.path.write_text(self.lines.getvalue())
+            self.uploaded = time.monotonic()
 
     def note(self, message: str) -> None:
         if self.active:
@@ -89,8 +113,10 @@ class Reporter:
     def close(self) -> None:
         if self.active:
             self.progress.stop()
+            self.upload()
             self.lines.close()
-            self.events.close()
+            if self.events:
+                self.events.close()
 
     def plot(self) -> None:
         """loss.png: training loss by step, held-out bits per byte or loss beside it."""
@@ -125,7 +151,8 @@ class Reporter:
             more = right.get_legend_handles_labels()
             handles, labels = handles + more[0], labels + more[1]
         left.legend(handles, labels)
-        figure.savefig(self.home / "loss.png", dpi=120)
+        with (self.home / "loss.png").open("wb") as out:
+            figure.savefig(out, dpi=120, format="png")
         plt.close(figure)
 
 

@@ -1,15 +1,17 @@
 """Where everything lives: two tables from logical axes to mesh axes, one for parameters, one for activations."""
 
+import contextlib
 import math
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.config import MeshConfig
 from common.errors import InputError
-from model.axes import logical_axes, path_names
+from model.axes import Place, logical_axes, path_names
 
 MeshAxes = str | tuple[str, ...]
 
@@ -21,9 +23,10 @@ PARAMETERS: dict[str, MeshAxes] = {
     "ff": "tensor",
     "vocab": "tensor",
 }
-# Activations.
+# Activations. `keys`, the places of keys and values, is not named: every device of `context` holds them all.
 ACTIVATIONS: dict[str, MeshAxes] = {
     "batch": ("data", "fsdp"),
+    "length": "context",
     "heads": "tensor",
     "kv_heads": "tensor",
     "ff": "tensor",
@@ -32,11 +35,31 @@ ACTIVATIONS: dict[str, MeshAxes] = {
 
 
 def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh of a configuration over all devices; on one device it is 1x1x1 and the code is the same."""
+    """The mesh of a configuration over all devices; on one device it is 1x1x1x1 and the code is the same."""
     devices = jax.devices() if devices is None else devices
     sizes = cfg.sizes(len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes)
+    return Mesh(device_grid(sizes, devices), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+
+
+def device_grid(sizes: dict[str, int], devices: list) -> np.ndarray:
+    """Devices in the shape of the mesh, neighbours close together; of several TPU slices, each has its part of `data`.
+
+    Raises:
+      InputError: `data` does not divide among the slices.
+    """
+    # Nodes of GPUs count as slices too, but all of their network is fit for fsdp.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if sizes["data"] % slices:
+        raise InputError(
+            f"mesh.data={sizes['data']} is not divisible by the {slices} slices that are here; between slices only "
+            f"gradients may travel: set --mesh.data to a multiple of {slices}"
+        )
+    if slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    within = sizes | {"data": sizes["data"] // slices}
+    across = {name: slices if name == "data" else 1 for name in sizes}
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(within.values()), tuple(across.values()), devices, allow_split_physical_axes=True
     )
 
 
@@ -45,14 +68,16 @@ def spec(table: dict[str, MeshAxes], axes: tuple[str | None, ...]) -> PartitionS
     return PartitionSpec(*(table.get(axis) if axis else None for axis in axes))
 
 
-def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
+def parameter_shardings(mesh: Mesh, shapes: Any, max_copied: float = 1.0) -> Any:
     """A sharding for every parameter.
 
     Args:
       shapes: tree of arrays or shapes, as from jax.eval_shape.
+      max_copied: as in MeshConfig.
 
     Raises:
-      InputError: an axis does not divide; names the parameter and the division, before anything is compiled.
+      InputError: an axis does not divide, or too much would be copied; names the parameters with the numbers,
+        before anything is compiled.
     """
     problems = []
 
@@ -63,7 +88,8 @@ def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
             parts = mesh.shape[axis] if axis else 1
             if size % parts:
                 problems.append(
-                    f"{'/'.join(names)} {leaf.shape}: {logical}={size} is not divisible by mesh.{axis}={parts}"
+                    f"{'/'.join(names)} {leaf.shape}: {logical}={size} is not divisible by mesh.{axis}={parts}; "
+                    f"{-(-size // parts) * parts} would be"
                 )
         return NamedSharding(mesh, partition)
 
@@ -71,7 +97,28 @@ def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
     if problems:
         shown = "\n".join(f"  - {p}" for p in problems[:8])
         raise InputError(f"this mesh cannot hold the model; change the mesh or the widths:\n{shown}")
+    _refuse_copies(mesh, shapes, shardings, max_copied)
     return shardings
+
+
+def _refuse_copies(mesh: Mesh, shapes: Any, shardings: Any, limit: float) -> None:
+    """Raises InputError where each device would hold much more than its part of fsdp * tensor."""
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    beyond, total = {}, 0
+    for (path, leaf), placed in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True):
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        total += size
+        held = math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        beyond[f"{'/'.join(path_names(path))} {leaf.shape}"] = held - size / parts
+    share = sum(beyond.values()) / total
+    if share > limit:
+        worst = sorted(beyond, key=beyond.get, reverse=True)[:4]
+        shown = "\n".join(f"  - {name}: {beyond[name] / total:.1%}" for name in worst)
+        raise InputError(
+            f"beyond its part of fsdp*tensor={parts}, each device would hold copies of {share:.1%} of the parameter "
+            f"bytes, and mesh.max_copied is {limit:.1%}; spread with fsdp rather than tensor, or raise it; "
+            f"most:\n{shown}"
+        )
 
 
 def optimizer_shardings(mesh: Mesh, state_shapes: Any, param_shapes: Any, param_shardings: Any) -> Any:
@@ -96,25 +143,59 @@ def optimizer_shardings(mesh: Mesh, state_shapes: Any, param_shapes: Any, param_
     return jax.tree_util.tree_map_with_path(place, state_shapes)
 
 
+def shardings_for_reading(shapes: Any, cfg: MeshConfig) -> Any:
+    """Where a trained model's parameters lie when it is asked, on this host's devices.
+
+    With all axes 1 that is the first device, if they take less than half of its memory; else all, each with its part of
+    the heads as far as those divide.
+
+    Raises:
+      InputError: as parameter_shardings does.
+    """
+    devices = jax.local_devices()
+    sizes = cfg.sizes(len(devices))
+    wanted = math.prod(sizes.values())
+    if wanted > len(devices):
+        raise InputError(f"mesh {sizes} wants {wanted} devices, and this host has {len(devices)}")
+    if wanted > 1:
+        return parameter_shardings(make_mesh(cfg, devices[:wanted]), shapes)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    if size > memory / 2:
+        for tensor in (n for n in range(len(devices), 0, -1) if len(devices) % n == 0):
+            with contextlib.suppress(InputError):
+                return parameter_shardings(make_mesh(MeshConfig(1, len(devices) // tensor, tensor), devices), shapes)
+    return parameter_shardings(make_mesh(MeshConfig(1), devices[:1]), shapes)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(ACTIVATIONS, ("batch",)))
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch this host's devices hold, in order: [rows] indices.
+
+    Hosts that share a row (`tensor` or `context` reaches over both) each hold it.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[place] for place in places]))
+
+
 def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This host's rows [B / hosts, ...] as part of global arrays [B, ...] over the mesh."""
+    """This host's rows, those of `local_rows`, as part of global arrays [B, ...] over the mesh."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
-def constrain(mesh: Mesh):
-    """For model.axes.activations_constrained_by: pins activations to the mesh by the table above."""
+def place_activations(mesh: Mesh) -> Place:
+    """For model.axes.activations_placed_by: the table above; an axis that does not divide is left whole."""
 
-    def apply(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    def place(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         partition = spec(ACTIVATIONS, axes)
         fits = [
             axis if axis is not None and size % math.prod(mesh.shape[a] for a in np.atleast_1d(axis)) == 0 else None
-            for size, axis in zip(x.shape, partition, strict=True)
+            for size, axis in zip(shape, partition, strict=True)
         ]
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fits)))
+        return NamedSharding(mesh, PartitionSpec(*fits))
 
-    return apply
+    return place

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from model.axes import activations_constrained_by
+from model.axes import activations_placed_by
 from train import sharding
 from train.objectives import Batch, Objective
 
@@ -36,10 +36,10 @@ def init_state(module: nn.Module, inputs: Batch, optimizer: optax.GradientTransf
     return TrainState(zero, params, optimizer.init(params), zero, zero)
 
 
-def state_shardings(mesh: Mesh, shapes: TrainState) -> TrainState:
+def state_shardings(mesh: Mesh, shapes: TrainState, max_copied: float = 1.0) -> TrainState:
     """A sharding for every leaf of the state. Raises InputError as parameter_shardings does."""
     copied = NamedSharding(mesh, PartitionSpec())
-    params = sharding.parameter_shardings(mesh, shapes.params)
+    params = sharding.parameter_shardings(mesh, shapes.params, max_copied)
     opt_state = sharding.optimizer_shardings(mesh, shapes.opt_state, shapes.params, params)
     return TrainState(copied, params, opt_state, copied, copied)
 
@@ -75,7 +75,7 @@ def make_train_step(
         return grads, metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with activations_constrained_by(sharding.constrain(mesh), mesh.size):
+        with activations_placed_by(sharding.place_activations(mesh)):
             totals = {name: jnp.maximum(w, 1e-9) for name, w in objective.weights(batch).items()}
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             if accumulate == 1:
@@ -123,7 +123,7 @@ def make_eval_step(module: nn.Module, objective: Objective, mesh: Mesh, param_sh
         def run(bound: nn.Module) -> Any:
             return objective.terms(bound, batch, True)
 
-        with activations_constrained_by(sharding.constrain(mesh), mesh.size):
+        with activations_placed_by(sharding.place_activations(mesh)):
             sums, weights = module.apply({"params": params}, method=run), objective.weights(batch)
         return {name: (term.nats, term.correct, weights[name]) for name, term in sums.items()}
 

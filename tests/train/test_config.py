@@ -37,8 +37,8 @@ def test_steps_for_rows(rows):
 
 
 def test_mesh_fills_the_rest():
-    assert MeshConfig(-1, 2, 2).sizes(8) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert MeshConfig().sizes(1) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert MeshConfig(-1, 2, 2).sizes(8) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    assert MeshConfig().sizes(1) == {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
     assert MeshConfig(3, 1, 1).problems(8)
     assert MeshConfig(-1, 3, 1).problems(8)
     assert MeshConfig(-1, -1, 1).problems(8)
@@ -62,6 +62,14 @@ def test_a_batch_that_the_mesh_does_not_divide(tiny_recipe):
     uneven = dataclasses.replace(tiny_recipe, train=dataclasses.replace(tiny_recipe.train, batch_size=12))
     with pytest.raises(InputError, match=r"a batch of 12 rows does not divide into data\*fsdp=8 parts.*multiple of 8"):
         uneven.check(8)
+
+
+def test_rows_that_the_context_axis_does_not_divide(tiny_recipe):
+    train = dataclasses.replace(tiny_recipe.train, short_length=6, short_steps=1)
+    recipe = dataclasses.replace(tiny_recipe, train=train, mesh=MeshConfig(2, 1, 1, 4))
+    with pytest.raises(InputError, match="train.short_length=6 is not divisible by mesh.context=4") as e:
+        recipe.check(8)
+    assert "model.context" not in str(e.value)
 
 
 def test_recipes_survive_json():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig
-from common.families import make_module, tiny_inputs
+from common.families import FAMILIES, make_module, tiny_inputs
 from data import examples
 from tests.conftest import made_up_vocabulary
 from train import sharding
@@ -16,7 +16,15 @@ from train.objectives import make_objective
 from train.optimizer import make_optimizer
 from train.step import init_state, make_eval_step, make_train_step, state_shardings
 
-ROWS, LENGTH = 16, 13
+ROWS, LENGTH = 16, 14  # the context axis divides the length
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_without_optimization():
+    """Compiling these programs well takes longer than running them badly; they are spread all the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def causal_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.ndarray]:
@@ -74,10 +82,9 @@ def run(cfg, mesh_cfg, devices, steps=2, accumulate=1, optimizer=None, batches=N
 
 @pytest.fixture(scope="module")
 def shardable(tiny):
-    """Widths that 8 devices divide; still no two axes of one size."""
-    return dataclasses.replace(
-        tiny, vocab_size=40, d_model=32, n_heads=8, n_kv_heads=8, d_head=6, d_ff=48, norm="rms"
-    ).resolved()
+    """Widths that 8 devices divide, still no two axes of one size; dense and windowed layers."""
+    wide = dataclasses.replace(tiny, vocab_size=40, d_model=32, n_heads=8, n_kv_heads=8, d_head=6, d_ff=48, norm="rms")
+    return dataclasses.replace(wide, n_layers=2, layer_pattern=("dense", "local"), window=4).resolved()
 
 
 def config_of(family, shardable):
@@ -88,7 +95,7 @@ def config_of(family, shardable):
     return dataclasses.replace(shardable, **bert)
 
 
-@pytest.fixture(scope="module", params=["gpt", "bert"])
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
 def family(request):
     return request.param
 
@@ -103,9 +110,12 @@ def close(a, b, tolerance=2e-5):
 
 
 @pytest.mark.parametrize(
-    "mesh", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=lambda m: "data{}-fsdp{}-tensor{}".format(*m)
+    "mesh",
+    [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (2, 1, 2, 2)],
+    ids="data{0[0]}-fsdp{0[1]}-tensor{0[2]}-context{0[3]}".format,
 )
 def test_sharded_equals_unsharded(mesh, family, shardable, alone, eight_devices):
+    """Losses, norms of gradients, and after two steps parameters and Adam's moments, which hold the gradients."""
     state, metrics, evaluated = run(config_of(family, shardable), MeshConfig(*mesh), eight_devices, family=family)
     close(state.params, alone[0].params)
     close(state.opt_state, alone[0].opt_state)
@@ -130,7 +140,7 @@ def test_parameters_are_really_spread(shardable, eight_devices):
 
     state = jax.jit(fresh, out_shardings=state_shardings(mesh, jax.eval_shape(fresh)))()
     kernel = state.params["decoder"]["stack"]["blocks"]["mlp"]["up"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (3, 32 // 4, 48 // 2)
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 32 // 4, 48 // 2)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
     assert len(moments) >= 2
     assert all(m.sharding == kernel.sharding for m in moments)
@@ -170,14 +180,6 @@ def test_dropout_differs_between_steps_and_not_between_runs(shardable, eight_dev
     _, b, _ = run(cfg, MeshConfig(), eight_devices[:1], batches=[batch, batch], optimizer=still)
     assert a == b
     assert abs(a[0]["loss"] - a[1]["loss"]) > 1e-3
-
-
-def test_a_mesh_that_does_not_divide_names_the_parameter(tiny, eight_devices):
-    mesh = sharding.make_mesh(MeshConfig(1, 1, 8), eight_devices)
-    module = make_module("gpt", tiny)
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), **tiny_inputs("gpt"))["params"])
-    with pytest.raises(ValueError, match=r"query/bias \(3, 2, 6\): heads=2 is not divisible by mesh.tensor=8"):
-        sharding.parameter_shardings(mesh, shapes)
 
 
 def test_label_smoothing_is_for_training_only(shardable, eight_devices):

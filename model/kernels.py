@@ -1,0 +1,149 @@
+"""Attention kernels that never hold the scores: which masks and shapes each knows, and how it is told.
+
+splash   TPU, Pallas: causality, windows and segments, by block; what is hidden is not computed
+cudnn    GPU, cuDNN's flash attention: causality and windows before it by structure, all else as a drawn mask
+
+Both read causality and windows off the places in the row, so a mask must be `ordered` (model/mask.py).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float
+
+from model.axes import placement
+from model.mask import Mask
+
+LANES = 128
+"""Splash cuts rows into blocks of a multiple of so many places."""
+
+Q_AXES, K_AXES = ("batch", "length", "heads", "head"), ("batch", "keys", "kv_heads", "head")
+
+
+def platform() -> str:
+    """Where the computation that is being traced will run: cpu, gpu or tpu."""
+    place = placement((1,), None)
+    return place.mesh.devices.flat[0].platform if place else jax.default_backend()
+
+
+def choose(wanted: str, q: jax.Array, k: jax.Array, mask: Mask) -> str:
+    """The kernel for these arguments: `wanted`, or with auto that of the device, if it knows them; else xla."""
+    if wanted == "auto":
+        wanted = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "xla")
+    knows = {"splash": _splash_knows, "cudnn": _cudnn_knows}.get(wanted)
+    return wanted if knows and knows(q, k, mask) else "xla"
+
+
+def _by_places(mask: Mask) -> bool:
+    """Whether places in the row say as much as positions do."""
+    return mask.prefix is None and (mask.ordered or not (mask.causal or mask.window))
+
+
+# ---- splash -----------------------------------------------------------------------------------------------------
+
+
+def _splash_knows(q: jax.Array, k: jax.Array, mask: Mask) -> bool:
+    T, S = _shard_lengths(q, k)
+    return _by_places(mask) and T % LANES == 0 and S % LANES == 0
+
+
+def _shard_lengths(q: jax.Array, k: jax.Array) -> tuple[int, int]:
+    """T and S on one device."""
+    shards = placement(q.shape, *Q_AXES)
+    return (shards.shard_shape(q.shape)[1] if shards else q.shape[1]), k.shape[1]
+
+
+@functools.cache
+def _splash_kernel(T: int, S: int, heads: int, causal: bool, window: int, q_shards: int, interpret: bool):
+    """The kernel for this structure, `q_shards` devices sharing the T queries of a row."""
+    near = None if not window else window - 1
+    if causal or window:
+        mask = splash_attention_mask.LocalMask((T, S), (near, 0 if causal else near), offset=0, shard_count=q_shards)
+    else:
+        mask = splash_attention_mask.FullMask((T, S))
+    block_q, block_k = (next(b for b in (512, 256, LANES) if n % b == 0) for n in (T // q_shards, S))
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block_q,
+        block_kv=block_k,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_k,
+        block_q_dq=block_q,
+        block_kv_dq=block_k,
+    )
+    with jax.ensure_compile_time_eval():
+        return splash_attention_kernel.make_splash_mha(
+            splash_attention_mask.MultiHeadMask([mask] * heads),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=q_shards,
+            interpret=interpret,
+        )
+
+
+def splash(
+    q: Float[jax.Array, "B T H K"], k: Float[jax.Array, "B S G K"], v: Float[jax.Array, "B S G K"], mask: Mask
+) -> Float[jax.Array, "B T H K"]:
+    """Pallas' splash attention; on no TPU it is interpreted, slowly. On a mesh each device has its rows, heads, queries."""
+    B, T, H, K = q.shape
+    S = k.shape[1]
+    q_segments, k_segments = mask.q_segments, mask.k_segments
+    if k_segments is None:
+        k_segments = jnp.ones((B, S), jnp.int32)
+    if q_segments is None:
+        q_segments, k_segments = jnp.ones((B, T), jnp.int32), (k_segments > 0).astype(jnp.int32)
+    q_at, k_at = placement(q.shape, *Q_AXES), placement(k.shape, *K_AXES)
+    t, h = q_at.shard_shape(q.shape)[1:3] if q_at else (T, H)
+    banded = mask.causal or mask.window  # else every device's queries see alike, and the kernel is that of its own
+    shards = T // t if banded else 1
+    kernel = _splash_kernel(t * shards, S, h, mask.causal, mask.window, shards, platform() != "tpu")
+
+    def rows(kernel, q, k, v, q_segments, k_segments):
+        def row(q, k, v, q_segments, k_segments):
+            heads_first = (x.swapaxes(0, 1) for x in (q, k, v))
+            return kernel(*heads_first, splash_attention_kernel.SegmentIds(q_segments, k_segments)).swapaxes(0, 1)
+
+        return jax.vmap(row)(q, k, v, q_segments, k_segments)
+
+    if q_at:
+        along = q_at.spec[1]
+        mesh, q_row, k_row = q_at.mesh, PartitionSpec(q_at.spec[0], along), PartitionSpec(q_at.spec[0])
+        kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, along if banded else None)))
+        specs = (kernel_spec, q_at.spec, k_at.spec, k_at.spec, q_row, k_row)
+        rows = jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=q_at.spec, check_vma=False)
+    return rows(kernel, q * K**-0.5, k, v, q_segments, k_segments)
+
+
+# ---- cuDNN ------------------------------------------------------------------------------------------------------
+
+
+def _cudnn_knows(q: jax.Array, k: jax.Array, mask: Mask) -> bool:
+    T, S, K = q.shape[1], k.shape[1], q.shape[3]
+    return q.dtype in (jnp.bfloat16, jnp.float16) and K % 8 == 0 and K <= 128 and T % 2 == 0 and S % 2 == 0
+
+
+def cudnn(
+    q: Float[jax.Array, "B T H K"],
+    k: Float[jax.Array, "B S G K"],
+    v: Float[jax.Array, "B S G K"],
+    mask: Mask,
+    implementation: str = "cudnn",
+) -> Float[jax.Array, "B T H K"]:
+    """cuDNN's flash attention. `implementation="xla"` computes the same from the same arguments, where no GPU is."""
+    causal = mask.causal and _by_places(mask)
+    window = mask.window if causal else 0
+    structured = causal and mask.k_segments is None and mask.q_positions.shape == mask.k_positions.shape
+    drawn = None if structured or _sees_all(mask) else mask.dense()[:, None]
+    near = (window - 1, 0) if window else None
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=drawn, is_causal=causal, local_window_size=near, implementation=implementation
+    )
+
+
+def _sees_all(mask: Mask) -> bool:
+    return not (mask.causal or mask.window) and mask.k_segments is None
+
+
+KERNELS = {"splash": splash, "cudnn": cudnn}

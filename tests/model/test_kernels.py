@@ -1,0 +1,136 @@
+"""Every kernel computes what the drawn mask says, for every mask that it claims; interpreted where its device is not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.config import MeshConfig
+from common.families import make_module
+from model import kernels
+from model.attention import attend
+from model.axes import activations_placed_by
+from model.mask import Mask
+from train import sharding
+
+B, T, H, G, K = 4, 256, 4, 2, 8
+
+
+def packed(lengths: list[list[int]]) -> tuple[jax.Array, jax.Array]:
+    """(positions, segments) of rows of documents; what is left at the end of a row is padding."""
+    rows = [[(p, s) for s, n in enumerate(row, 1) for p in range(n)] for row in lengths]
+    rows = [row + [(p, 0) for p in range(T - len(row))] for row in rows]
+    return tuple(jnp.asarray(np.array(rows)[..., i], jnp.int32) for i in range(2))
+
+
+PLACES = jnp.tile(jnp.arange(T), (B, 1))
+POSITIONS, SEGMENTS = packed([[256], [100, 156], [3, 200, 13], [130, 40]])
+CAUSAL, BOTH = (Mask.self_attention(PLACES, causal=causal) for causal in (True, False))
+MASKS = {
+    "causal": CAUSAL,
+    "bidirectional": BOTH,
+    "causal window": CAUSAL.windowed(70),
+    "bidirectional window": BOTH.windowed(70),
+    "packed causal": Mask.self_attention(POSITIONS, causal=True, segments=SEGMENTS),
+    "packed bidirectional": Mask.self_attention(POSITIONS, causal=False, segments=SEGMENTS),
+    "packed causal window": Mask.self_attention(POSITIONS, causal=True, segments=SEGMENTS).windowed(33),
+    "cross": Mask.cross(SEGMENTS[:, 128:], SEGMENTS),
+    "hidden keys": Mask(PLACES[:, :128] * 0, PLACES * 0, k_segments=SEGMENTS),
+}
+PREFIX = Mask.self_attention(PLACES, causal=True, prefix=jnp.array([3, 0, 256, 9]))
+
+
+def inputs(mask: Mask, dtype=jnp.float32) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    lengths = (mask.q_positions.shape[1], T, T, mask.q_positions.shape[1])
+    return tuple(
+        jax.random.normal(key, (B, length, heads, K), dtype) for key, length, heads in zip(keys, lengths, (H, G, G, H), strict=True)
+    )  # fmt: skip
+
+
+def outcome(kernel, mask: Mask) -> tuple:
+    """Output and gradients, where a query sees something."""
+    q, k, v, weight = inputs(mask)
+    weight = weight * mask.dense().any(-1)[:, :, None, None]
+
+    def loss(q, k, v):
+        y = kernel(q, k, v, mask) * (weight != 0)
+        return jnp.sum(y * weight), y
+
+    (_, y), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return y, grads
+
+
+def reference(q, k, v, mask):
+    return attend(q, k, v, mask, kernel="xla")
+
+
+def same(found, wanted):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, wanted)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_splash_equals_the_reference(name):
+    mask = MASKS[name]
+    q, k, *_ = inputs(mask)
+    assert kernels.choose("splash", q, k, mask) == "splash"
+    same(outcome(kernels.splash, mask), outcome(reference, mask))
+
+
+@pytest.mark.parametrize("name", ["packed causal window", "bidirectional"])
+def test_splash_on_a_mesh_equals_the_reference(name, eight_devices):
+    """Rows, heads and places are all spread."""
+    mesh = sharding.make_mesh(MeshConfig(2, 1, 2, 2), eight_devices)
+    wanted = outcome(reference, MASKS[name])
+    with activations_placed_by(sharding.place_activations(mesh)):
+        same(outcome(kernels.splash, MASKS[name]), wanted)
+
+
+@pytest.mark.parametrize("name", [*MASKS, "prefix"])
+def test_cudnn_is_told_the_same_mask(name):
+    """Without a GPU, XLA computes from the arguments that cuDNN would get."""
+    mask = (MASKS | {"prefix": PREFIX})[name]
+    q, k, *_ = inputs(mask, jnp.bfloat16)
+    assert kernels.choose("cudnn", q, k, mask) == "cudnn"
+    same(outcome(lambda *args: kernels.cudnn(*args, implementation="xla"), mask), outcome(reference, mask))
+
+
+def test_what_a_kernel_does_not_know_is_left_to_xla():
+    q, k, *_ = inputs(CAUSAL)
+    assert kernels.choose("auto", q, k, CAUSAL) == "xla"  # this is a CPU
+    assert kernels.choose("splash", q, k, PREFIX) == "xla"
+    assert kernels.choose("splash", q[:, :100], k, BOTH) == "xla"
+    assert kernels.choose("splash", q[:, :1], k, Mask.cached(PLACES[:, :1] + 9, T)) == "xla"
+    assert kernels.choose("cudnn", q, k, CAUSAL) == "xla"  # float32
+    unordered = dataclasses.replace(CAUSAL, ordered=False)
+    assert kernels.choose("splash", q, k, unordered) == "xla"
+
+
+@pytest.mark.parametrize(("device", "kernel"), [("tpu", "splash"), ("gpu", "cudnn"), ("cpu", "xla")])
+def test_the_device_chooses(device, kernel, monkeypatch):
+    monkeypatch.setattr(kernels, "platform", lambda: device)
+    q, k, *_ = inputs(CAUSAL, jnp.bfloat16)
+    assert kernels.choose("auto", q, k, CAUSAL) == kernel
+    assert kernels.choose("xla", q, k, CAUSAL) == "xla"
+
+
+@pytest.mark.parametrize(("field", "calls"), [("auto", False), ("xla", False), ("splash", True)])
+@pytest.mark.parametrize("family", ["gpt", "bert"])
+def test_the_configuration_chooses(field, calls, family, tiny_with):
+    """Dropout of probabilities, in training, is left to XLA."""
+    module = make_module(family, tiny_with(context=128, attention=field, dropout_attention=0.1))
+    tokens = jnp.ones((1, 128), jnp.int32)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens)["params"])
+
+    def program(deterministic: bool) -> str:
+        def run(params):
+            return module.apply(
+                {"params": params}, tokens, deterministic=deterministic, rngs={"dropout": jax.random.key(0)}
+            )
+
+        return str(jax.make_jaxpr(run)(params))
+
+    assert ("pallas_call" in program(True)) == calls
+    assert "pallas_call" not in program(False)

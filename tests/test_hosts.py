@@ -1,0 +1,108 @@
+"""Several processes are one run: the same losses, one end for all, and a checkpoint that any other number goes on from."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from common.recipe import Recipe
+from train.loop import train
+
+STEPS, SAVE = 120, 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_without_optimization():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_recipe) -> Recipe:
+    """Long enough to be stopped twice on the way."""
+    every = {"steps": STEPS, "save_every": SAVE, "eval_every": STEPS, "eval_rows": 8}
+    return dataclasses.replace(tiny_recipe, train=dataclasses.replace(tiny_recipe.train, **every))
+
+
+@pytest.fixture(scope="module")
+def alone(recipe, tmp_path_factory) -> list[float]:
+    """The losses of one process that nobody interrupts."""
+    home = tmp_path_factory.mktemp("alone")
+    train(recipe, home / "run")
+    return losses(home / "run")
+
+
+def losses(home) -> list[float]:
+    """Of every step, in order."""
+    rows = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+class Processes:
+    """A run by `count` processes of one device each."""
+
+    def __init__(self, count: int, recipe: Recipe, home, *flags: str):
+        path = home.parent / "tiny.py"
+        (home.parent / "tiny.json").write_text(recipe.to_json())
+        path.write_text(
+            "from pathlib import Path\nfrom common.recipe import Recipe\n"
+            f"recipes = {{'tiny': Recipe.from_json(Path({str(home.parent / 'tiny.json')!r}).read_text())}}\n"
+        )
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_PROCESSES": str(count)}
+        argv = [sys.executable, "-m", "bothways", "train", str(path), "--workdir", str(home), *flags]
+        argv += ["--hosts.coordinator", f"localhost:{port}", "--hosts.heartbeat", "10"]
+        self.logs = [home.parent / f"{home.name}-{count}-{index}.log" for index in range(count)]
+        self.all = []
+        for index, log in enumerate(self.logs):
+            with log.open("w") as out:
+                mine = env | {"JAX_PROCESS_ID": str(index)}
+                self.all.append(subprocess.Popen(argv, env=mine, stdout=subprocess.DEVNULL, stderr=out))
+
+    def reach(self, home, step: int) -> None:
+        """Wait until this step is in the metrics."""
+        path = home / "metrics.jsonl"
+        while not path.exists() or f'"step": {step},' not in path.read_text():
+            assert all(p.poll() is None for p in self.all), self.said()
+            time.sleep(0.02)
+
+    def ends(self) -> list[int]:
+        return [process.wait(60) for process in self.all]
+
+    def said(self) -> str:
+        return "\n".join(log.read_text()[-2000:] for log in self.logs)
+
+
+def test_four_then_two_then_one(recipe, alone, tmp_path):
+    home = tmp_path / "run"
+    four = Processes(4, recipe, home, "--mesh.data", "2", "--mesh.fsdp", "2")
+    four.reach(home, 3)
+    four.all[2].send_signal(signal.SIGTERM)
+    assert four.ends() == [143] * 4, four.said()
+    (stopped,) = (int(path.name) for path in (home / "checkpoints").iterdir())
+    assert all(f"stopped by SIGTERM at step {stopped}" in log.read_text() for log in four.logs)
+    assert losses(home) == pytest.approx(alone[:stopped], rel=1e-4)
+
+    two = Processes(2, recipe, home, "--mesh.tensor", "2")  # both hold every row, and half of every head
+    saved = (stopped // SAVE + 1) * SAVE
+    two.reach(home, saved + 3)
+    two.all[1].send_signal(signal.SIGKILL)
+    assert two.ends() == [1, -signal.SIGKILL], two.said()
+    assert "another process of this run has gone" in two.logs[0].read_text()
+    assert losses(home) == pytest.approx(alone[: len(losses(home))], rel=1e-3)
+
+    train(recipe, home)  # on eight devices of one process
+    assert losses(home) == pytest.approx(alone, rel=1e-3)

@@ -1,0 +1,114 @@
+"""A run opens wherever it is asked: on one device or many, whatever it was trained on; from a disk or from a bucket."""
+
+import dataclasses
+import json
+
+import fsspec
+import jax
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+import bothways
+from common import rundir
+from common.config import MeshConfig
+from common.errors import InputError
+from tests.train.bodies import body, write
+from train import sharding
+from train.loop import train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_without_optimization():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+MESH = MeshConfig(1, 2, 2)
+
+
+def shards(params) -> set[int]:
+    """On how many devices the parameters lie."""
+    return {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)}
+
+
+def same(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.parametrize("family", ["gpt", "bert"])
+def test_one_device_to_four_and_back(family, tiny, tmp_path):
+    made = body(family, tiny)
+    write(made, tmp_path / "one")
+    one, four = bothways.load(tmp_path / "one"), bothways.load(tmp_path / "one", MESH)
+    assert (shards(one.run.params), shards(four.run.params)) == ({1}, {4})
+    kernel = four.run.params[{"gpt": "decoder", "bert": "encoder"}[family]]["stack"]["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (1, 22 // 2, 26 // 2)
+    same(four.run.params, made.params)
+
+    write(dataclasses.replace(made, params=four.run.params), tmp_path / "four")  # a checkpoint of four devices
+    back = bothways.load(tmp_path / "four")
+    assert shards(back.run.params) == {1}
+    same(back.run.params, made.params)
+
+    texts = ["the dog sees", "the king"]
+    for model in (four, back):
+        for found, wanted in zip(model.score(texts), one.score(texts), strict=True):
+            assert found.logprob == pytest.approx(wanted.logprob, rel=1e-4)
+    if family == "gpt":
+        wanted, found = (m.sample(["the dog"], max_tokens=5, greedy=True)[0] for m in (one, four))
+        assert found.text == wanted.text
+        assert found.logprob == pytest.approx(wanted.logprob, rel=1e-4)
+
+
+def test_what_one_device_cannot_hold_is_spread_over_all(tiny, monkeypatch):
+    shapes = jax.eval_shape(lambda: body("gpt", tiny, n_heads=4, n_kv_heads=4, d_model=24).params)
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes))
+    for memory, devices in ((None, 1), (3 * size, 1), (size, 8)):
+        device = type(jax.devices()[0])
+        monkeypatch.setattr(device, "memory_stats", lambda _, n=memory: n and {"bytes_limit": n})
+        found = sharding.shardings_for_reading(shapes, MeshConfig(1))
+        assert {len(s.device_set) for s in jax.tree.leaves(found)} == {devices}
+    assert found["decoder"]["stack"]["blocks"]["mlp"]["up"]["kernel"].mesh.shape["tensor"] == 2  # of 26, 390 and 4
+    with pytest.raises(InputError, match="wants 16 devices, and this host has 8"):
+        sharding.shardings_for_reading(shapes, MeshConfig(2, 8))
+
+
+class Bucket(MemoryFileSystem):
+    """Stands in for Google's storage: the same names, kept in memory, and no file can be added to."""
+
+    protocol = ("gs", "gcs")
+    store: dict = {}
+    pseudo_dirs = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).removeprefix("gs://").strip("/")
+
+    def _open(self, path, mode="rb", **options):
+        assert "a" not in mode, "a bucket's files can only be written whole"
+        return super()._open(path, mode, **options)
+
+
+def test_a_run_directory_on_a_bucket(tiny_recipe, tmp_path, monkeypatch):
+    """All but the arrays, which tensorstore would write to a real bucket by itself: here they lie on disk."""
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    manager = rundir.checkpoint_manager
+    monkeypatch.setattr(rundir, "checkpoint_manager", lambda home, **kwargs: manager(tmp_path, **kwargs))
+    Bucket().mkdir("gs://bucket/runs")
+    home = rundir.directory("gs://bucket/runs/x")
+    short = dataclasses.replace(tiny_recipe, train=dataclasses.replace(tiny_recipe.train, steps=4, save_every=2))
+    train(short, "gs://bucket/runs/x")
+    assert {"recipe.json", "tokenizer.model", "metrics.jsonl", "loss.png"} <= {path.name for path in home.iterdir()}
+    lines = (home / "metrics.jsonl").read_text()
+    assert [row["step"] for row in map(json.loads, lines.splitlines()) if "loss" in row] == [1, 2, 3, 4]
+    train(short, "gs://bucket/runs/x")  # complete: nothing is added
+    assert (home / "metrics.jsonl").read_text() == lines
+    (home / "checkpoints").mkdir()  # where a real bucket would hold the arrays
+    assert bothways.load("gs://bucket/runs/x").recipe == rundir.read_recipe(home)
+
+
+def test_a_bucket_that_cannot_be_reached(monkeypatch):
+    with pytest.raises(InputError, match=r"cannot reach s3://nowhere/x .*install"):
+        rundir.directory("s3://nowhere/x")

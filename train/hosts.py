@@ -1,0 +1,126 @@
+"""Many processes as one run: JAX's multi-controller runtime, started by what the cluster, the environment or flags say.
+
+Every process runs the same program on its own devices. Process 0 alone writes metrics, plots and the recipe; all take
+part in checkpoints. The run directory is one that all of them see.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+from common.errors import InputError
+
+A_DAY = 24 * 60 * 60
+"""Longest wait, in seconds, for process 0 to prepare a corpus."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """How processes find each other. Cloud TPU, GKE, Slurm and Open MPI say it themselves."""
+
+    coordinator: str = ""
+    """ADDRESS:PORT of process 0. Empty: JAX_COORDINATOR_ADDRESS, or what the cluster says, or a run of one process."""
+    count: int = 0
+    """Processes. 0: JAX_NUM_PROCESSES, or what the cluster says. 1: one process, whatever the cluster says."""
+    index: int = -1
+    """Number of this process, from 0. -1: JAX_PROCESS_ID, or what the cluster says."""
+    heartbeat: int = 100
+    """Seconds without a sign of life after which a process counts as lost and the run ends."""
+
+
+def start(cfg: HostsConfig) -> None:
+    """Join the other processes; does nothing where there are none, or where they are joined already.
+
+    Raises:
+      InputError: some of address, count and index are known, and not the others.
+    """
+    if cfg.count == 1 or jax.distributed.is_initialized():
+        return
+    address = cfg.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count = cfg.count or int(os.environ.get("JAX_NUM_PROCESSES", 0)) or None
+    index = cfg.index if cfg.index >= 0 else int(os.environ.get("JAX_PROCESS_ID", -1))
+    told = {"coordinator_address": address or None, "num_processes": count, "process_id": index if index >= 0 else None}
+    explicit = any(value is not None for value in told.values())
+    try:
+        with warnings.catch_warnings(action="ignore"):  # a pod without the package that would tell of its neighbours
+            jax.distributed.initialize(
+                **told, heartbeat_timeout_seconds=cfg.heartbeat, shutdown_timeout_seconds=cfg.heartbeat
+            )
+    except (ValueError, RuntimeError) as e:
+        if explicit:
+            raise InputError(
+                f"cannot join the other processes with coordinator={address} count={count} index={index} ({e}); give "
+                "--hosts.coordinator ADDRESS:PORT --hosts.count N --hosts.index I, the same but for I on every host"
+            ) from e
+        alone = isinstance(e, ValueError) or "before any JAX calls" in str(e)  # no cluster; or JAX runs already
+        if not alone:
+            raise
+
+
+@contextlib.contextmanager
+def first() -> Iterator[None]:
+    """Process 0 goes through this block first: what it prepares on a shared disk the others find there."""
+    if jax.process_index() > 0:
+        _wait("first")
+    try:
+        yield
+    finally:
+        if jax.process_index() == 0:
+            _wait("first")
+
+
+def _wait(name: str) -> None:
+    if jax.process_count() > 1:
+        everyone = set(range(jax.process_count()))
+        multihost.sync_global_processes(f"bothways {name}", timeout=A_DAY, processes=everyone)
+
+
+def agree(values: dict[str, str]) -> None:
+    """Raises InputError, on all processes, where they do not have the same values."""
+    if jax.process_count() == 1:
+        return
+    mine = np.array([zlib.crc32(value.encode()) for value in values.values()], np.uint32)
+    everyone = multihost_utils.process_allgather(mine)
+    differ = [name for name, column in zip(values, everyone.T, strict=True) if len(set(column.tolist())) > 1]
+    if differ:
+        raise InputError(
+            f"the {jax.process_count()} processes differ in {', '.join(differ)}; start all with the same arguments and "
+            "the same files, on a disk that they share, or with --data.tokenizer FILE"
+        )
+
+
+@contextlib.contextmanager
+def sigterm_noticed() -> Iterator[Callable[[int], bool]]:
+    """A function (step) -> whether to save and stop there, which every process calls once a step.
+
+    The signal itself no longer ends the process. Of several processes any may get it; JAX's coordination service tells
+    the others, and all stop at the same step.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    came = False
+
+    def notice(*_: Any) -> None:
+        nonlocal came
+        came = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, notice)
+    except ValueError:  # not in the main thread: whoever runs the thread handles signals
+        yield lambda _: False
+        return
+    try:
+        yield lambda _: came
+    finally:
+        signal.signal(signal.SIGTERM, before)
