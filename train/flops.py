@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from common.recipe import Recipe
 from model.config import TransformerConfig
@@ -44,32 +45,36 @@ def recipe_flops_per_token(recipe: Recipe) -> float:
     return training_flops_per_token(recipe.model, causal=causal, predicted_share=share)
 
 
-def executed_flops(jaxpr: Any) -> float:
+def executed_flops(jaxpr: Any) -> np.ndarray:
     """FLOPs of all matrix products in a traced program, over all devices, loops counted as often as they turn.
 
     More than the model's: what is recomputed counts again, and so do scores that a mask hides. A loop of unknown
     length counts once; of the branches of a conditional, the dearest counts.
+
+    Returns:
+      [2]: all of them, and those inside Pallas kernels.
     """
-    total = 0.0
+    total = np.zeros(2)
     for eqn in jaxpr.eqns:
-        inner = [getattr(j, "jaxpr", j) for j in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(j)]
+        leaves = jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
+        inner = [executed_flops(getattr(j, "jaxpr", j)) for j in leaves if _is_jaxpr(j)]
         match eqn.primitive.name:
             case "dot_general":
                 (contracted, _), _ = eqn.params["dimension_numbers"]
                 width = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-                total += 2.0 * width * math.prod(eqn.outvars[0].aval.shape)
+                total[0] += 2.0 * width * math.prod(eqn.outvars[0].aval.shape)
             case "scan":
-                total += eqn.params["length"] * sum(executed_flops(j) for j in inner)
+                total += eqn.params["length"] * sum(inner)
             case "cond":
-                total += max((executed_flops(j) for j in inner), default=0.0)
+                total += max(inner, key=lambda pair: pair[0])
             case "shard_map":
-                total += eqn.params["mesh"].size * sum(executed_flops(j) for j in inner)
+                total += eqn.params["mesh"].size * sum(inner)
             case "pallas_call":
                 estimate = eqn.params.get("cost_estimate")
-                turns = math.prod(eqn.params["grid_mapping"].grid)
-                total += estimate.flops if estimate else turns * sum(executed_flops(j) for j in inner)
+                turns = math.prod(n for n in eqn.params["grid_mapping"].grid if isinstance(n, int))
+                total += estimate.flops if estimate else turns * sum(inner)[0]
             case _:
-                total += sum(executed_flops(j) for j in inner)
+                total += sum(inner)
     return total
 
 

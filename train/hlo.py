@@ -85,12 +85,14 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
             if head := _COMPUTATION.match(line):
                 current = found.setdefault(head[2], [])
                 entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
         elif match := _INSTRUCTION.match(line):
             root, name, shape, kind, rest = match.groups()
             operands = re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])
             current.append(Instruction(name, shapes_of(shape), kind, operands, rest, bool(root)))
+        elif current:
+            current[-1].rest += line  # what describes a kernel of one's own goes over several lines
     return found, entry
 
 

@@ -60,7 +60,8 @@ class Plan:
     mfu_bound: float
     """The highest model FLOP utilisation to expect: flops_per_step / (step_seconds * peak of all chips)."""
     scheduled_seconds: float | None
-    """The compiler's own estimate of the computation, without waiting for the network; None where it gives none."""
+    """The compiler's own estimate of the computation, kernels of one's own (attention) at the chip's peak, without
+    waiting for the network; None where it gives none."""
     mfu_expected: float | None
     """As mfu_bound, with the longest of scheduled_seconds and the three."""
     tokens_per_second: float
@@ -86,7 +87,7 @@ def plan(recipe: Recipe, topology: Topology, before: Recipe | None = None) -> Pl
     step, state, batch, placed = abstract_step(recipe, mesh)
     began = time.monotonic()
     traced = step.trace(state, batch)
-    per_device = executed_flops(traced.jaxpr.jaxpr) / mesh.size
+    executed, kernels = executed_flops(traced.jaxpr.jaxpr)
     parts = {
         "parameters": _bytes_per_device(state.params, placed.params),
         "optimizer": _bytes_per_device(state.opt_state, placed.opt_state),
@@ -116,7 +117,8 @@ def plan(recipe: Recipe, topology: Topology, before: Recipe | None = None) -> Pl
         memory=parts,
         memory_per_chip=used,
         fits=compiled is not None and used <= topology.chip.memory,
-        executed=per_device * mesh.size,
+        executed=executed,
+        kernels=kernels,
         traffic=traffic,
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
         compile_seconds=time.monotonic() - began,
@@ -255,6 +257,7 @@ def _roofline(
     mesh: Mesh,
     *,
     executed: float,
+    kernels: float,
     traffic: hlo.Traffic | None,
     **known: Any,
 ) -> Plan:
@@ -269,8 +272,8 @@ def _roofline(
         times["network"] = sum(row["seconds"] for row in collectives)
     bound_by = max(times, key=lambda name: times[name] or 0.0)
     longest = times[bound_by] or 0.0
-    scheduled = traffic.cycles / chip.clock if traffic and traffic.cycles and chip.clock else None
     peak = topology.chips * chip.flops
+    scheduled = traffic.cycles / chip.clock + kernels / peak if traffic and traffic.cycles and chip.clock else None
     return Plan(
         recipe=recipe.name,
         topology=topology.name,
