@@ -81,7 +81,7 @@ def guess(recipe: Recipe, topology: Topology, sizes: dict[str, int], mine: float
     kernel = chip.dimensions > 1 and not cfg.dropout_attention and cfg.context % 128 == 0  # splash holds no scores
     scores = 0.0 if kernel else rows * cfg.n_heads / tensor * cfg.context**2
     kept = {"full": 2 * cfg.d_model, "dots": 6 * cfg.d_model + 2 * wide / tensor}
-    kept["none"] = kept["dots"] + 12 * cfg.d_model + 2 * wide / tensor + 6 * scores / tokens
+    kept["none"] = kept["dots"] + 45 * cfg.d_model + 2 * wide / tensor + 6 * scores / tokens
     working = tokens * (12 * cfg.d_model + 6 * wide / tensor) + 14 * scores
     whole = 2 * (2 * layer_multiplies(cfg)) / tensor
     logits = 6 * min(2.0**27, tokens * cfg.vocab_size / tensor)
@@ -164,6 +164,8 @@ def flags(before: Recipe, after: Recipe) -> str:
         old, new = getattr(before, section), getattr(after, section)
         for field in dataclasses.fields(new):
             value = getattr(new, field.name)
+            name = field.name.replace("_", "-")
             if value != getattr(old, field.name):
-                said.append(f"--{section}.{field.name.replace('_', '-')} {value}")
+                switch = f"--{section}.{'' if value else 'no-'}{name}"
+                said.append(switch if isinstance(value, bool) else f"--{section}.{name} {value}")
     return " ".join(said)

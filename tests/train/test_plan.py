@@ -243,6 +243,18 @@ def test_more_pieces_and_more_recomputing_take_less_memory():
     assert memory("none", 1) > memory("dots", 1) > memory("full", 1) > memory("full", 2)
 
 
+def test_the_flags_that_are_told_give_the_layout_that_was_planned():
+    from verbs_scale import PlanOptions, _parse
+
+    for name in ("gpt2_xl", "gpt3_175b"):
+        recipe, topology = find(name), Topology.parse("v5p:8x8x8")
+        best = candidates(recipe, topology)[0].recipe
+        said = flags(recipe, best).split()
+        assert _parse("plan", [name, "--topology", "v5p:8x8x8", *said], PlanOptions, "")[1] == best
+        back = flags(best, dataclasses.replace(recipe, mesh=best.mesh))
+        assert "--model.no-scan-layers" in back or best.model.scan_layers == recipe.model.scan_layers
+
+
 def test_a_ramp_that_begins_higher_ends_after_as_many_rows():
     recipe = find("gpt3_13b")
     raised = with_ramp(recipe, 128)
