@@ -19,7 +19,7 @@ from train import hlo, sharding
 from train.candidates import candidates, flags, guess, held, meshes, parameter_axes, with_ramp
 from train.chips import CHIPS, Topology
 from train.flops import executed_flops, recipe_flops_per_token
-from train.plan import collective_seconds, plan, search
+from train.plan import between_slices, collective_seconds, plan, search
 
 # A loop of 7 turns that gathers 3 x 5 bfloat16 from 2 x 2 devices, and a reduction outside; written as a TPU's compiler
 # writes: the gather appears again in a fusion that it overlaps with, a kernel describes itself over several lines, and
@@ -148,6 +148,7 @@ def test_collective_seconds():
     across = [at(0, 0, 0, slice_index=i) for i in range(2)]
     over = collective_seconds(hlo.Collective("all-reduce", 1e9, (0, 1), 1), two, across)
     assert over == pytest.approx(2 * 1e9 / 2 / CHIPS["v5e"].network)
+    assert between_slices(two, 1e9)["seconds"] == pytest.approx(over)
 
 
 def test_topologies():
