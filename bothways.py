@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING
 import tyro
 
 from common.errors import Diverged, InputError, Stopped
+from common.platform import leave_absent_tpu_alone
 from common.recipe import Recipe
 from configs import find
 from verbs import VERBS, load, say
 
 if TYPE_CHECKING:
     from train.loop import Result
+
+leave_absent_tpu_alone()
 
 __all__ = ["InputError", "Recipe", "load", "main", "recipe", "train"]
 
@@ -100,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         _keep_compiled_programs()
         run = VERBS[verb][0]
-        if verb == "train":
+        if verb in ("train", "plan", "launch"):  # a recipe first, then its fields
             run(rest)
         else:
             tyro.cli(run, prog=f"bothways {verb}", args=rest)

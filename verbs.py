@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+import verbs_scale
 from common.config import MeshConfig
 from common.errors import InputError
 from common.recipe import Recipe
@@ -396,5 +397,7 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "score": (_score, "how likely each line of a file is"),
     "finetune": (_finetune, "train a head and the whole stack on a labelled task"),
     "predict": (_predict, "labels from a fine-tuned run"),
+    "plan": (verbs_scale.plan, "what a recipe would need on chips that are not here"),
+    "launch": (verbs_scale.launch, "start a recipe on a slice or a cluster"),
     "evaluate": (_evaluate, "held-out loss and bits per byte of a run"),
 }

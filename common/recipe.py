@@ -63,6 +63,11 @@ class Recipe:
                 found.append("objective.next_sentence needs the head: set --model.next-sentence True")
             if self.objective.next_sentence and self.model.segment_types not in (0, 2):
                 found.append(f"pairs have 2 segment types, and model.segment_types={self.model.segment_types}")
+            if self.objective.label_smoothing and self.model.vocab_multiple > 1:
+                found.append(
+                    f"objective.label_smoothing={self.objective.label_smoothing} spreads over all rows of the token "
+                    f"table; with model.vocab_multiple={self.model.vocab_multiple} some stand for no token: set one to 0 or 1"
+                )
             if self.train.short_length > self.model.context:
                 found.append(f"train.short_length={self.train.short_length} > model.context={self.model.context}")
             if self.train.steps <= self.optimizer.warmup_steps:

@@ -21,13 +21,17 @@ def names() -> dict[str, Recipe]:
 
 
 def find(name: str) -> Recipe:
-    """The recipe of this name in configs/, or the one in this Python file.
+    """The recipe of this name in configs/, or the one in this Python file, or a run's recipe.json.
 
     Raises:
       InputError: there is none; says which names come near.
     """
     if name.endswith(".py"):
         return _from_file(Path(name))
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise InputError(f"no recipe file {name}")
+        return Recipe.from_json(Path(name).read_text())
     known = names()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -14,7 +14,8 @@ What was chosen where the paper is silent or contradicts itself:
   - Batches are given in round numbers of tokens; here they are rows of 2048: 256, 512, 1024, 1600.
   - Common Crawl, WebText2, Books and Wikipedia in the paper's mixture are not public; C4 stands in.
 
-    bothways train gpt3_small --model.scan-layers True --model.remat dots
+    bothways plan gpt3_13b --topology v5p:4x4x8
+    bothways train gpt3_small
 """
 
 import dataclasses

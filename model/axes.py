@@ -79,6 +79,12 @@ def placement(shape: tuple[int, ...], *axes: str | None) -> NamedSharding | None
     return place(shape, axes) if place else None
 
 
+def devices_in_use() -> int:
+    """How many devices share the computation that is being traced, which need not be those of this process."""
+    placed = placement(())
+    return placed.mesh.size if placed else jax.device_count()
+
+
 def constrain_activation(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell whoever shards the computation which logical axes x has."""
     sharding = placement(x.shape, *axes)

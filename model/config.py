@@ -17,6 +17,9 @@ class TransformerConfig:
 
     vocab_size: int = 0
     """V. 0: as large as the tokenizer's vocabulary."""
+    vocab_multiple: int = 1
+    """Rows of token tables are filled up to a multiple of this, so that they divide among devices. A filling row
+    stands for no token: its score is -1e30, and it counts as a parameter."""
     context: int = 1024
     """Longest row of tokens, and the number of learned positions."""
     n_layers: int = 12
@@ -99,6 +102,11 @@ class TransformerConfig:
         return jnp.dtype(self.dtype)
 
     @property
+    def table_rows(self) -> int:
+        """V, filled up."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
     def gated(self) -> bool:
         return self.activation in ("swiglu", "geglu")
 
@@ -119,7 +127,7 @@ class TransformerConfig:
                 found.append(message)
 
         want(self.context != 1, "model.context is 1; a token needs another to predict or be predicted from")
-        for name in ("context", "n_layers", "d_model", "n_heads"):
+        for name in ("context", "n_layers", "d_model", "n_heads", "vocab_multiple"):
             want(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("vocab_size", "n_kv_heads", "d_head", "d_value", "d_ff", "window", "segment_types"):
             want(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it cannot be negative")

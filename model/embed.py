@@ -32,7 +32,7 @@ class Embedding(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.token = Table(cfg, cfg.vocab_size)
+        self.token = Table(cfg, cfg.table_rows)
         if cfg.positions == "learned":
             self.position = Table(cfg, cfg.context)
         if cfg.segment_types:

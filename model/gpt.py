@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from model.cache import Cache
 from model.config import TransformerConfig
 from model.decoder import Decoder
-from model.heads import LMHead, logits_of
+from model.heads import LMHead, filling_hidden, logits_of
 
 
 class GPT(nn.Module):
@@ -38,9 +38,10 @@ class GPT(nn.Module):
         self.unembedding()  # so that init makes every parameter
         return features, cache
 
-    def unembedding(self) -> tuple[Float[jax.Array, "V D"], None]:
-        """The output layer: a vector per token, and no bias."""
-        return (self.decoder.token_table() if self.cfg.tie_embeddings else self.lm_head.embedding), None
+    def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"] | None]:
+        """The output layer: a vector per token; no bias but the one that hides what fills up the table."""
+        table = self.decoder.token_table() if self.cfg.tie_embeddings else self.lm_head.embedding
+        return table, filling_hidden(self.cfg, None)
 
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
         return logits_of(features, *self.unembedding())

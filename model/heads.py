@@ -17,7 +17,7 @@ class LMHead(nn.Module):
 
     def setup(self):
         init = nn.initializers.normal(self.cfg.init_std)
-        self.embedding = self.param("embedding", init, (self.cfg.vocab_size, self.cfg.d_model), jnp.float32)
+        self.embedding = self.param("embedding", init, (self.cfg.table_rows, self.cfg.d_model), jnp.float32)
 
 
 class MLMTransform(nn.Module):
@@ -28,7 +28,7 @@ class MLMTransform(nn.Module):
     def setup(self):
         self.dense = Projection(self.cfg, (self.cfg.d_model,))
         self.norm = Norm(self.cfg)
-        self.bias = self.param("bias", nn.initializers.zeros, (self.cfg.vocab_size,), jnp.float32)
+        self.bias = self.param("bias", nn.initializers.zeros, (self.cfg.table_rows,), jnp.float32)
 
     def __call__(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
         return self.norm(ACTIVATIONS[self.cfg.activation](self.dense(features)))
@@ -48,6 +48,14 @@ class NextSentence(nn.Module):
 
     def __call__(self, features: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B 2"]:
         return self.classes(self.pool(features))
+
+
+def filling_hidden(cfg: TransformerConfig, bias: Float[jax.Array, " V"] | None) -> Float[jax.Array, " V"] | None:
+    """The output bias with the rows that stand for no token made impossible (TransformerConfig.vocab_multiple)."""
+    if cfg.table_rows == cfg.vocab_size:
+        return bias
+    real = jnp.arange(cfg.table_rows) < cfg.vocab_size
+    return jnp.where(real, 0.0 if bias is None else bias, -1e30)
 
 
 def logits_of(

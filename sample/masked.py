@@ -105,7 +105,7 @@ class MaskedModel:
         self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer
         self.vocabulary = self.tokenizer.vocabulary()
         self.context = run.recipe.model.context
-        self._barred = np.zeros(run.recipe.model.vocab_size, bool)
+        self._barred = np.zeros(run.recipe.model.table_rows, bool)
         self._barred[self.tokenizer.special] = True
         self._barred[len(self.tokenizer) :] = True
 

@@ -10,7 +10,7 @@ from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainCon
 from data.config import DataConfig
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("common", "model", "data", "train", "sample", "configs")
+FOLDERS = ("common", "model", "data", "train", "sample", "configs", "launch")
 # What each folder may import. `common` holds recipe and run directory: it stands between the families and the verbs.
 MAY_IMPORT = {
     "model": {"model"},
@@ -19,10 +19,12 @@ MAY_IMPORT = {
     "train": {"train", "common", "model", "data"},
     "sample": {"sample", "common", "model", "data"},
     "configs": {"configs", "common", "model", "data"},
+    "launch": {"launch", "train.chips", "common"},
 }
 SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))] + [
     ROOT / "bothways.py",
     ROOT / "verbs.py",
+    ROOT / "verbs_scale.py",
 ]
 
 

@@ -1,22 +1,13 @@
-"""Model FLOPs from the shapes, and what chips can do at most."""
+"""FLOPs: the model's from its shapes, and those of a program from its trace."""
 
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from common.recipe import Recipe
 from model.config import TransformerConfig
-
-# Dense bfloat16 FLOP/s of one device, as jax.Device.device_kind names it. Sources: Google Cloud TPU system
-# architecture pages; NVIDIA data sheets for A100, H100 and H200 SXM (without sparsity).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def layer_multiplies(cfg: TransformerConfig) -> int:
@@ -57,3 +48,49 @@ def seq2seq_flops_per_token(cfg: TransformerConfig) -> float:
     cross = attention + cfg.n_heads * (cfg.d_head + cfg.d_value) * cfg.context
     encoder = training_flops_per_token(cfg, causal=False, predicted_share=0.0)
     return (encoder + training_flops_per_token(cfg, causal=True) + 6 * cfg.n_layers * cross) / 2
+
+
+def recipe_flops_per_token(recipe: Recipe) -> float:
+    """training_flops_per_token of a recipe, at its full context; of an encoder-decoder, seq2seq_flops_per_token."""
+    if recipe.family == "seq2seq":
+        return seq2seq_flops_per_token(recipe.model)
+    causal = recipe.objective.kind == "causal"
+    share = 1.0 if causal else recipe.objective.mask_rate
+    return training_flops_per_token(recipe.model, causal=causal, predicted_share=share)
+
+
+def executed_flops(jaxpr: Any) -> np.ndarray:
+    """FLOPs of all matrix products in a traced program, over all devices, loops counted as often as they turn.
+
+    More than the model's: what is recomputed counts again, and so do scores that a mask hides. A loop of unknown
+    length counts once; of the branches of a conditional, the dearest counts.
+
+    Returns:
+      [2]: all of them, and those inside Pallas kernels.
+    """
+    total = np.zeros(2)
+    for eqn in jaxpr.eqns:
+        leaves = jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
+        inner = [executed_flops(getattr(j, "jaxpr", j)) for j in leaves if _is_jaxpr(j)]
+        match eqn.primitive.name:
+            case "dot_general":
+                (contracted, _), _ = eqn.params["dimension_numbers"]
+                width = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+                total[0] += 2.0 * width * math.prod(eqn.outvars[0].aval.shape)
+            case "scan":
+                total += eqn.params["length"] * sum(inner)
+            case "cond":
+                total += max(inner, key=lambda pair: pair[0])
+            case "shard_map":
+                total += eqn.params["mesh"].size * sum(inner)
+            case "pallas_call":
+                estimate = eqn.params.get("cost_estimate")
+                turns = math.prod(n for n in eqn.params["grid_mapping"].grid if isinstance(n, int))
+                total += estimate.flops if estimate else turns * sum(inner)[0]
+            case _:
+                total += sum(inner)
+    return total
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(getattr(x, "jaxpr", x), "eqns")

@@ -20,7 +20,8 @@ from common.recipe import Recipe
 from data import corpora, pipeline, tokens
 from data.tokenizer import Tokenizer
 from train import hosts, sharding
-from train.flops import PEAK_FLOPS, seq2seq_flops_per_token, training_flops_per_token
+from train.chips import PEAK_FLOPS
+from train.flops import recipe_flops_per_token
 from train.objectives import make_objective
 from train.optimizer import make_optimizer
 from train.report import Reporter, say
@@ -236,12 +237,7 @@ class Meter:
     """Tokens per second and MFU, evaluations and the first step's compilation left out."""
 
     def __init__(self, recipe: Recipe):
-        causal = recipe.objective.kind == "causal"
-        share = 1.0 if causal else recipe.objective.mask_rate
-        if recipe.family == "seq2seq":
-            self.flops = seq2seq_flops_per_token(recipe.model)
-        else:
-            self.flops = training_flops_per_token(recipe.model, causal=causal, predicted_share=share)
+        self.flops = recipe_flops_per_token(recipe)
         self.peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self.tokens = 0
         self.clock: float | None = None
@@ -278,7 +274,9 @@ class Evaluator:
         self.recipe, self.source, self.mesh = recipe, source, mesh
         self.step = make_eval_step(module, objective, mesh, param_shardings)
         lengths = tokenizer.byte_lengths()
-        self.count_bytes = jax.jit(lambda targets, weights: jnp.sum(jnp.where(weights > 0, jnp.asarray(lengths)[targets], 0)))
+        self.count_bytes = jax.jit(
+            lambda targets, weights: jnp.sum(jnp.where(weights > 0, jnp.asarray(lengths)[targets], 0))
+        )
 
     def __call__(self, params: Any) -> dict[str, float]:
         cfg = self.recipe.train

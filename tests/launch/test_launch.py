@@ -1,0 +1,216 @@
+"""Launching: what is written is what the launchers take, every shell word is quoted, bad input is refused."""
+
+import dataclasses
+import io
+import json
+import shlex
+import subprocess
+import tarfile
+
+import pytest
+
+import bothways
+from common.config import MeshConfig
+from common.errors import InputError
+from common.recipe import Recipe
+from configs import find
+from launch.job import GPUs, code_archive
+from launch.start import prepare, start
+
+GCP = {"bucket": "gs://some-bucket/runs", "project": "some-project", "zone": "us-west4-a"}
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return dataclasses.replace(find("gpt2_small"), mesh=MeshConfig(data=-1, fsdp=8))
+
+
+def bash_accepts(script: str) -> bool:
+    return subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("on", "topology", "options"),
+    [
+        ("tpu", "v5e-16", {**GCP, "spot": True}),
+        ("tpu", "v4:2x2x4", {**GCP, "slices": 2}),
+        ("gke", "7x:2x2x4", {"bucket": GCP["bucket"]}),
+        ("sky", "v6e-16", {**GCP, "spot": True}),
+        ("sky", "h100:2x8", {"bucket": GCP["bucket"]}),
+        ("slurm", "h100:2x8", {"bucket": "/shared/runs", "partition": "big"}),
+    ],
+)
+def test_every_script_and_command_is_bash(recipe, on, topology, options):
+    job, launch = prepare(recipe, on, topology, **options)
+    scripts = [text for name, text in launch.files.items() if name.endswith(".sh")]
+    manifests = [json.loads(text) for name, text in launch.files.items() if not name.endswith(".sh")]
+    scripts += [m["run"] for m in manifests if "run" in m]
+    scripts += [m["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"][2]
+                for m in manifests if m.get("kind") == "JobSet"]  # fmt: skip
+    assert any(f"train recipe.json --workdir {job.workdir}" in script for script in scripts)
+    assert all(bash_accepts(text) for text in [*scripts, *launch.commands, launch.stop])
+    assert not bash_accepts("if true; then")
+
+
+def test_a_word_with_a_space_stays_one_word(recipe):
+    nasty = "gs://some-bucket/it's;rm"
+    job, launch = prepare(recipe, "tpu", "v5e-16", **{**GCP, "bucket": nasty})
+    upload = shlex.split(launch.commands[0])
+    assert upload[-1] == f"{nasty}/gpt2-small/"
+    line = next(line for line in launch.files["host.sh"].splitlines() if "bothways train" in line)
+    assert shlex.split(line)[-2] == job.workdir
+
+
+def run_host_script(tmp_path, recipe, body: str) -> tuple[int, list[str]]:
+    """The host script with a bothways that does `body`; its exit code and the files it leaves."""
+    bucket = str(tmp_path / "shared")
+    job, launch = prepare(recipe, "slurm", "gpu:2x8", bucket=bucket)
+    home = tmp_path / "shared" / job.name
+    environment = home / f"env-{job.code_name}"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "ready").touch()
+    program = environment / "bin" / "bothways"
+    program.write_text(f"#!/bin/bash\n{body}\n")
+    program.chmod(0o755)
+    script = launch.files["host.sh"].replace("sleep 30", "sleep 0")
+    code = subprocess.run(["bash", "-c", script], capture_output=True).returncode
+    return code, sorted(p.name for p in home.iterdir() if not p.name.startswith("env"))
+
+
+def test_the_host_script_tries_again_after_a_crash(tmp_path, recipe):
+    crash_twice = 'echo x >> tries; [ $(wc -l < tries) -ge 3 ] || exit 1; echo "$@" > asked'
+    assert run_host_script(tmp_path, recipe, crash_twice) == (0, ["asked", "done", "tries"])
+    asked = (tmp_path / "shared" / "gpt2-small" / "asked").read_text().split()
+    assert asked == ["train", "recipe.json", "--workdir", str(tmp_path / "shared" / "gpt2-small" / "run")]
+
+
+@pytest.mark.parametrize(("code", "left"), [(2, ["failed", "tries"]), (143, ["tries"])])
+def test_bad_input_and_a_preemption_are_not_tried_again(tmp_path, recipe, code, left):
+    assert run_host_script(tmp_path, recipe, f"echo x >> tries; exit {code}") == (code, left)
+    assert (tmp_path / "shared" / "gpt2-small" / "tries").read_text() == "x\n"
+
+
+def test_a_signal_reaches_the_training(tmp_path, recipe):
+    """A preemption notice goes to the script; the run behind it saves and ends with 143, and so does the script."""
+    saves = "trap 'touch saved; exit 143' TERM; kill -TERM $PPID; while :; do sleep 0.05; done"
+    code, left = run_host_script(tmp_path, recipe, saves)
+    assert code == 143
+    assert left == ["saved"]
+
+
+def test_queued_resource_names_the_slice(recipe):
+    watch = prepare(recipe, "tpu", "v5p:2x2x4", slices=2, **GCP)[1].files["watch.sh"]
+    create = next(line for line in watch.splitlines() if " create " in line)
+    words = shlex.split(create.strip().removeprefix('"")').removesuffix(";;"))
+    for flag, value in {"--accelerator-type": "v5p-32", "--node-count": "2", "--zone": "us-west4-a"}.items():
+        assert words[words.index(flag) + 1] == value
+    assert "--spot" not in words
+    assert "--spot" in prepare(recipe, "tpu", "v5p-32", spot=True, **GCP)[1].files["watch.sh"]
+
+
+def test_jobset_has_a_pod_for_every_host(recipe):
+    text = prepare(recipe, "gke", "v5e:4x4", slices=2, bucket=GCP["bucket"], spot=True)[1].files["jobset.json"]
+    spec = json.loads(text)["spec"]["replicatedJobs"][0]
+    pod = spec["template"]["spec"]["template"]["spec"]
+    assert (spec["replicas"], spec["template"]["spec"]["parallelism"]) == (2, 4)
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+def test_jobset_template_is_a_valid_job(recipe):
+    """Against Kubernetes' own schema of a Job; the JobSet around it is a custom resource that no package describes."""
+    validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+    manifest = json.loads(prepare(recipe, "gke", "v4:2x2x4", bucket=GCP["bucket"])[1].files["jobset.json"])
+    template = manifest["spec"]["replicatedJobs"][0]["template"]
+    inner = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **template}
+    validate.validate(inner, validate.latest_version(), strict=True)
+    inner["spec"]["parallelism"] = "four"
+    with pytest.raises(validate.ValidationError):
+        validate.validate(inner, validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("topology", ["v5e-16", "h100:2x8"])
+def test_task_is_one_that_skypilot_reads(recipe, topology):
+    sky = pytest.importorskip("sky", reason="pip install 'skypilot[gcp]'")
+    text = prepare(recipe, "sky", topology, spot=True, **GCP)[1].files["task.yaml"]
+    task = sky.Task.from_yaml_config(json.loads(text))
+    assert task.num_nodes == (2 if ":" in topology else 1)
+    assert all(r.use_spot and r.zone == "us-west4-a" for r in task.resources)
+
+
+def test_the_code_that_travels_is_this_tree():
+    data = code_archive()
+    assert data == code_archive()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        names = set(tar.getnames())
+    assert {"bothways/pyproject.toml", "bothways/bothways.py", "bothways/launch/job.py"} <= names
+    assert not any("tests/" in name or "__pycache__" in name for name in names)
+
+
+def test_the_recipe_that_travels_is_the_recipe(recipe, tmp_path):
+    job, launch = prepare(recipe, "gke", "v5e-16", bucket=GCP["bucket"])
+    told = start("gke", job, launch, tmp_path / "x", dry_run=True)
+    assert not told.started
+    assert not (tmp_path / "x").exists()
+    path = tmp_path / "recipe.json"
+    path.write_text(told.files["recipe.json"])
+    assert find(str(path)) == recipe
+
+
+def test_commands_run_in_order_where_the_files_lie(recipe, tmp_path):
+    job, launch = prepare(recipe, "gke", "v5e-16", bucket=GCP["bucket"])
+    runs = dataclasses.replace(launch, commands=("ls > seen", "cat recipe.json > second"), needs=("bash",))
+    assert start("gke", job, runs, tmp_path / "x", dry_run=False).started
+    assert {job.code_name, "jobset.json", "recipe.json"} <= set((tmp_path / "x" / "seen").read_text().split())
+    assert Recipe.from_json((tmp_path / "x" / "second").read_text()) == recipe
+    with pytest.raises(InputError, match="ended with 7"):
+        start("gke", job, dataclasses.replace(runs, commands=("exit 7",)), tmp_path / "x", dry_run=False)
+
+
+@pytest.mark.parametrize(
+    ("on", "topology", "options", "said"),
+    [
+        ("tpu", "v5e-16", {}, "gs://NAME"),
+        ("tpu", "v5e-16", {"bucket": "/not/a/bucket"}, "is not a bucket"),
+        ("tpu", "v5e-16", {"bucket": "gs://some-bucket"}, "--project and --zone"),
+        ("tpu", "v5e-17", GCP, "no slice of 17 chips"),
+        ("tpu", "h100:2x8", GCP, "no TPU"),
+        ("tpu", "7x:2x2x4", GCP, "--on gke"),
+        ("slurm", "v5e-16", {"bucket": "/shared"}, "KIND:NODESxGPUS"),
+        ("slurm", "h100:2x8", {"bucket": "gs://some-bucket"}, "all nodes share"),
+        ("sky", "v5e-16", {**GCP, "slices": 2}, "one slice"),
+        ("gke", "v5e-16", {"bucket": "gs://some-bucket", "name": "No_Good"}, "lower-case"),
+        ("gke", "v5e:2x2", {"bucket": "gs://some-bucket"}, "multiply"),
+    ],
+)
+def test_bad_input_says_what_to_change(recipe, on, topology, options, said):
+    with pytest.raises(InputError, match=said):
+        prepare(recipe, on, topology, **options)
+
+
+def test_a_missing_launcher_is_named(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    job, launch = prepare(recipe, "tpu", "v5e-16", **GCP)
+    with pytest.raises(InputError, match="calls gcloud, which is not here"):
+        start("tpu", job, launch, tmp_path / "x", dry_run=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_gpus_are_nodes_times_gpus():
+    assert GPUs.parse("H100:4x8") == GPUs("h100", 4, 8)
+    assert GPUs.parse("h100:4x8").devices_count == 32
+
+
+def test_the_command_line_prints_what_it_would_do(capfd):
+    argv = ["launch", "gpt2_small", "--on", "slurm", "--topology", "h100:2x8", "--bucket", "/shared", "--dry-run"]
+    assert bothways.main([*argv, "--json", "--mesh.fsdp", "8"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert (told["started"], told["workdir"]) == (False, "/shared/gpt2-small/run")
+    assert json.loads(told["files"]["recipe.json"])["mesh"]["fsdp"] == 8
+    assert bothways.main([*argv, "--train.stepz", "3"]) == 2
+    capfd.readouterr()
+    assert bothways.main(argv) == 0
+    shown = capfd.readouterr().out
+    assert "sbatch --chdir=/shared/gpt2-small" in shown
+    assert bash_accepts(shown.split("# ---- in ")[1].split("\n", 1)[1])

@@ -1,0 +1,52 @@
+"""libtpu may be installed to plan with: where no TPU is attached, JAX is kept from looking for one."""
+
+import glob
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from common.platform import leave_absent_tpu_alone
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """What is chosen on a machine with libtpu and these files; None where nothing is."""
+
+    def on(*files: str, libtpu: bool = True, platforms: str | None = None) -> str | None:
+        found: list[str] = []
+        monkeypatch.setattr(jax.config, "update", lambda name, value: found.append(value))
+        monkeypatch.setattr(type(jax.config), "jax_platforms", platforms, raising=False)
+        monkeypatch.setattr(glob, "glob", lambda pattern: [f for f in files if f.startswith(pattern.split("[")[0])])
+        monkeypatch.setattr(os.path, "exists", lambda path: path in files)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: libtpu or None)
+        for name in ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE"):
+            monkeypatch.delenv(name, raising=False)
+        leave_absent_tpu_alone()
+        return found[0] if found else None
+
+    return on
+
+
+def test_without_a_tpu_jax_does_not_look_for_one(chosen):
+    assert chosen() == "cpu"
+    assert chosen("/dev/nvidiactl") == "cuda,cpu"
+
+
+def test_a_tpu_and_a_choice_are_left_alone(chosen):
+    assert chosen("/dev/accel0") is None
+    assert chosen("/dev/vfio/0") is None
+    assert chosen(libtpu=False) is None
+    assert chosen(platforms="cpu") is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[plan]'")
+def test_nothing_is_said_on_standard_error():
+    quiet = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_PLATFORMS", "TPU_"))}
+    code = "import bothways, jax; print(jax.devices()[0].platform)"
+    done = subprocess.run([sys.executable, "-c", code], env=quiet, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in ("cpu", "gpu", "tpu")
+    assert done.stderr == ""

@@ -1,0 +1,398 @@
+"""What a recipe would need on chips that are not here: its real train step, compiled ahead of time, and a roofline."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from common.config import MeshConfig
+from common.errors import InputError
+from common.families import make_module, tiny_inputs
+from common.recipe import Recipe
+from data.tokenizer import Vocabulary
+from data.tokens import Tokens
+from model.config import TransformerConfig
+from train import hlo, sharding
+from train.candidates import candidates, flags
+from train.chips import GIB, Topology, quiet_stderr, usual_shape
+from train.flops import executed_flops, recipe_flops_per_token
+from train.objectives import make_objective
+from train.optimizer import make_optimizer
+from train.step import TrainState, init_state, make_train_step, state_shardings
+
+DAY = 86_400.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes, FLOPs and seconds are of one training step with the full batch at the full context."""
+
+    recipe: str
+    topology: str
+    slices: int
+    mesh: dict[str, int]
+    chips: int
+    flags: str
+    """What to add to `bothways train RECIPE` to get what was compiled."""
+    parameters: int
+    tokens_per_step: int
+    fits: bool
+    memory_per_chip: float
+    memory_limit: float
+    memory: dict[str, float]
+    """What memory_per_chip is made of."""
+    flops_per_step: float
+    """The model's, forward and backward (arXiv 2204.02311, appendix B)."""
+    executed_flops: float
+    """With what is recomputed, and with scores that the mask hides."""
+    compute_seconds: float
+    memory_seconds: float | None
+    network_seconds: float | None
+    bound_by: str
+    step_seconds: float
+    """The longest of the three: all that overlaps perfectly."""
+    mfu_bound: float
+    """The highest model FLOP utilisation to expect: flops_per_step / (step_seconds * peak of all chips)."""
+    scheduled_seconds: float | None
+    """The compiler's own estimate of the computation, kernels of one's own (attention) at the chip's peak, without
+    waiting for the network; None where it gives none."""
+    mfu_expected: float | None
+    """As mfu_bound, with the longest of scheduled_seconds and the three."""
+    tokens_per_second: float
+    days: float
+    """To the recipe's end, at step_seconds; shorter rows and smaller batches count by their FLOPs."""
+    collectives: tuple[dict[str, Any], ...]
+    compile_seconds: float
+    notes: tuple[str, ...]
+
+
+def plan(recipe: Recipe, topology: Topology, before: Recipe | None = None) -> Plan:
+    """Compile a recipe's train step for a topology with the recipe's own mesh.
+
+    Args:
+      before: the recipe as a person named it, for `Plan.flags`.
+
+    Raises:
+      InputError: the recipe cannot run on so many chips, the mesh cannot hold it, or libtpu is missing.
+    """
+    recipe = with_vocabulary(recipe)
+    recipe.check(topology.devices_count)
+    mesh = sharding.make_mesh(recipe.mesh, topology.devices())
+    step, state, batch, placed = abstract_step(recipe, mesh)
+    began = time.monotonic()
+    traced = step.trace(state, batch)
+    executed, kernels = executed_flops(traced.jaxpr.jaxpr)
+    parts = {
+        "parameters": _bytes_per_device(state.params, placed.params),
+        "optimizer": _bytes_per_device(state.opt_state, placed.opt_state),
+    }
+    compiled, used, notes = compile_quietly(traced.lower())
+    traffic, said = read_text(compiled, mesh.size) if compiled else (None, [])
+    notes += said
+    if compiled:
+        stats = compiled.memory_analysis()
+        parts["batch"] = max(0.0, stats.argument_size_in_bytes - sum(parts.values()))
+        parts["activations, gradients and temporaries"] = float(stats.temp_size_in_bytes)
+        parts["program"] = float(stats.generated_code_size_in_bytes)
+        used = sum(parts.values())
+    elif used:
+        parts["activations, gradients and temporaries"] = max(0.0, used - sum(parts.values()))
+    each = topology.chip.devices
+    parts = {name: each * size for name, size in parts.items()}
+    used *= each
+    if used > topology.chip.memory and compiled:
+        notes.append("it compiled, but with more memory than a chip has")
+    return _roofline(
+        recipe,
+        topology,
+        mesh,
+        flags=flags(with_vocabulary(before or recipe), recipe),
+        notes=notes,
+        memory=parts,
+        memory_per_chip=used,
+        fits=compiled is not None and used <= topology.chip.memory,
+        executed=executed,
+        kernels=kernels,
+        traffic=traffic,
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
+        compile_seconds=time.monotonic() - began,
+    )
+
+
+def abstract_step(recipe: Recipe, mesh: Mesh) -> tuple[Any, TrainState, dict[str, Any], TrainState]:
+    """The jitted train step, the shapes of its arguments, and the shardings of the state."""
+    model = planned_model(recipe.model, mesh.devices.flat[0].platform)
+    recipe = dataclasses.replace(recipe, model=model)
+    vocabulary = made_up_vocabulary(model.vocab_size)
+    objective = make_objective(recipe.objective, vocabulary, recipe.data.separate_documents)
+    module, optimizer = make_module(recipe.family, model), make_optimizer(recipe.optimizer, recipe.train.steps)
+    state = jax.eval_shape(lambda: init_state(module, tiny_inputs(recipe.family), optimizer, 0))
+    placed = state_shardings(mesh, state)
+    step = make_train_step(module, objective, optimizer, mesh, placed, accumulate=recipe.train.accumulate)
+    length, rows = model.context, recipe.train.batch_size
+    source, example = objective.source(made_up_tokens(length, model.vocab_size), length, False)
+    one = example(source[0], np.random.default_rng(0))
+    batch = {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype) for name, x in one.items()}
+    return step, state, batch, placed
+
+
+def with_vocabulary(recipe: Recipe) -> Recipe:
+    """A model that follows its tokenizer takes the size that the tokenizer is asked to have."""
+    size = recipe.model.vocab_size or recipe.data.vocab_size
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=size))
+
+
+def planned_model(model: TransformerConfig, platform: str) -> TransformerConfig:
+    """As it will be on the chips: `auto` is what they take it for, and not what this machine does."""
+    dtype = ("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype
+    return dataclasses.replace(model.resolved(), dtype=dtype)
+
+
+def made_up_vocabulary(size: int) -> Vocabulary:
+    """Enough of a vocabulary to make an example whose shapes are right."""
+    ids = np.arange(size)
+    special = ids < 5
+    return Vocabulary(0, 2, 3, 4, special, ids[~special], ids % 3 == 0, ids % 7 == 0)
+
+
+def made_up_tokens(length: int, vocab_size: int) -> Tokens:
+    """Documents of twice `length` made-up tokens."""
+    documents, size = 4, 2 * length + 2
+    ids = 5 + np.arange(documents * size) % (vocab_size - 5)
+    return Tokens(ids.astype(np.int32), np.arange(0, len(ids), size), len(ids))
+
+
+def compile_quietly(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, float, list[str]]:
+    """The compiled program, or None and the bytes it would need on a device; and what there is to say."""
+    try:
+        with quiet_stderr():
+            return lowered.compile(), 0.0, []
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        found = re.search(r"(?:Used|required [^(]*\()\s*([\d.]+)([KMGT]?)", str(e))
+        used = float(found[1]) * units[found[2]] if found else 0.0
+        return None, used, ["it does not fit, so nothing is known of what travels"]
+
+
+def read_text(compiled: jax.stages.Compiled, devices: int) -> tuple[hlo.Traffic | None, list[str]]:
+    """Traffic of a compiled program; None where its text cannot be had."""
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as e:  # the largest programs do not fit into one message
+        return None, [f"the program's text cannot be read ({str(e).splitlines()[0][:80]}): the roofline is of compute only"]
+    traffic = hlo.read(text or "", devices)
+    loops = f"{traffic.endless} loops of unknown length are counted once"
+    return traffic, [loops] if traffic.endless else []
+
+
+def _bytes_per_device(shapes: Any, shardings: Any) -> float:
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return float(sum(math.prod(_shard(placed, leaf.shape)) * leaf.dtype.itemsize for leaf, placed in leaves))
+
+
+def _shard(placed: NamedSharding, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return placed.shard_shape(shape)
+
+
+def collective_seconds(collective: hlo.Collective, topology: Topology, devices: list) -> float:
+    """How long a collective takes at best, once.
+
+    Rings over every axis of the torus that the group spans, all at once; data goes both ways round where the axis
+    is closed. Of a gathered array of V bytes each device receives V (1 - 1/g); a reduction sends it twice, a scatter
+    once (jax-ml.github.io/scaling-book, "Sharded matrices"). Across slices a device's part of V goes through its share
+    of the data-centre network.
+    """
+    chip = topology.chip
+    group = [devices[i] for i in collective.group if i < len(devices)]
+    slices = len({getattr(d, "slice_index", 0) or 0 for d in group})
+    within = len(group) // slices
+    rate = 0.0
+    places = np.array([list(getattr(d, "coords", (d.id,))) for d in group])
+    for axis in range(min(places.shape[1], len(topology.shape))):
+        along = np.unique(places[:, axis])
+        if len(along) > 1:
+            stride = int(np.min(np.diff(along)))  # others share the links between
+            ring = topology.wraps(axis) and len(along) * stride == topology.shape[axis]
+            rate += chip.link / chip.devices * (2 if ring else 1) / stride
+    share = {"all-reduce": 2.0, "all-to-all": 0.5, "ragged-all-to-all": 0.5}.get(collective.kind, 1.0)
+    size = collective.bytes
+    if collective.kind == "collective-permute":
+        return size / (chip.network / chip.devices if slices > 1 else rate or chip.link)
+    # On one chip, between its two devices, nothing goes through a link.
+    seconds = share * size * (1 - 1 / within) / rate if within > 1 and rate else 0.0
+    if slices > 1:
+        seconds += share * size / within * (1 - 1 / slices) / (chip.network / chip.devices)
+    return seconds
+
+
+def _mesh_axes(mesh: Mesh, group: tuple[int, ...]) -> str:
+    """The axes of the mesh along which a group lies, such as data+fsdp."""
+    places = np.array(np.unravel_index(np.array(group) % mesh.size, mesh.devices.shape))
+    return "+".join(name for name, along in zip(mesh.axis_names, places, strict=True) if len(np.unique(along)) > 1)
+
+
+def summed_collectives(traffic: hlo.Traffic, topology: Topology, mesh: Mesh) -> tuple[dict[str, Any], ...]:
+    """Collectives by kind and mesh axes: bytes and seconds of a step, the slowest first."""
+    devices, rows = list(mesh.devices.flat), {}
+    for c in traffic.collectives:
+        row = rows.setdefault((c.kind, _mesh_axes(mesh, c.group)), {"bytes": 0.0, "seconds": 0.0, "times": 0})
+        row["bytes"] += c.bytes * c.times
+        row["times"] += c.times
+        row["seconds"] += c.times * collective_seconds(c, topology, devices)
+    found = [{"kind": kind, "axes": axes, **row} for (kind, axes), row in rows.items()]
+    return tuple(sorted(found, key=lambda row: -row["seconds"]))
+
+
+def between_slices(topology: Topology, parameters: float) -> dict[str, Any]:
+    """The gradients' way over the data-centre network, which a program for several slices does not spell out.
+
+    Args:
+      parameters: bytes of parameters, hence of float32 gradients, per chip.
+    """
+    share = 1 - 1 / topology.slices
+    seconds = 2 * parameters * share / topology.chip.network
+    return {"kind": "all-reduce", "axes": "data, slices", "bytes": parameters, "seconds": seconds, "times": 1}
+
+
+def _roofline(
+    recipe: Recipe,
+    topology: Topology,
+    mesh: Mesh,
+    *,
+    executed: float,
+    kernels: float,
+    traffic: hlo.Traffic | None,
+    **known: Any,
+) -> Plan:
+    chip = topology.chip
+    tokens = recipe.train.batch_size * recipe.model.context
+    flops = recipe_flops_per_token(recipe) * tokens
+    times: dict[str, float | None] = {"compute": executed / (topology.chips * chip.flops)}
+    collectives: tuple[dict[str, Any], ...] = ()
+    if traffic is not None:
+        collectives = summed_collectives(traffic, topology, mesh)
+        if topology.slices > 1 and not any("data" in row["axes"] for row in collectives):
+            collectives = (between_slices(topology, known["memory"]["parameters"]), *collectives)
+            known["notes"].append("what goes between slices is counted as one all-reduce of the gradients in float32")
+        times["memory"] = traffic.memory / (chip.bandwidth / chip.devices)
+        times["network"] = sum(row["seconds"] for row in collectives)
+    bound_by = max(times, key=lambda name: times[name] or 0.0)
+    longest = times[bound_by] or 0.0
+    peak = topology.chips * chip.flops
+    scheduled = traffic.cycles / chip.clock + kernels / peak if traffic and traffic.cycles and chip.clock else None
+    return Plan(
+        recipe=recipe.name,
+        topology=topology.name,
+        slices=topology.slices,
+        mesh=dict(mesh.shape),
+        chips=topology.chips,
+        tokens_per_step=tokens,
+        memory_limit=chip.memory,
+        flops_per_step=flops,
+        executed_flops=executed,
+        compute_seconds=longest if bound_by == "compute" else times["compute"] or 0.0,
+        memory_seconds=times.get("memory"),
+        network_seconds=times.get("network"),
+        bound_by=bound_by,
+        step_seconds=longest,
+        mfu_bound=flops / (longest * peak),
+        scheduled_seconds=scheduled,
+        mfu_expected=flops / (max(scheduled, longest) * peak) if scheduled else None,
+        tokens_per_second=tokens / longest,
+        days=_full_steps(recipe) * longest / DAY,
+        collectives=collectives,
+        notes=tuple(known.pop("notes")),
+        **known,
+    )
+
+
+def _full_steps(recipe: Recipe) -> float:
+    """How many steps of the full batch at the full context the recipe amounts to, by FLOPs."""
+    cfg, whole = recipe.train, recipe_flops_per_token(recipe) * recipe.model.context
+    rows = cfg.batch_at(cfg.steps)[0] / cfg.batch_size
+    if not cfg.short_length:
+        return rows
+    short = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, context=cfg.short_length))
+    early = cfg.batch_at(min(cfg.short_steps, cfg.steps))[0] / cfg.batch_size
+    return rows - early + early * recipe_flops_per_token(short) * cfg.short_length / whole
+
+
+TRIES = 5
+
+
+def search(recipe: Recipe, topology: Topology, say: Callable[[str], None], *, tries: int = TRIES) -> list[Plan]:
+    """Compile the layouts that promise most, the best first: those that fit, then by step_seconds.
+
+    Args:
+      tries: how many; with 1 only as many as it takes to find one that fits, at most 3.
+
+    Raises:
+      InputError: no layout is possible, or none fits; says which topology would do.
+    """
+    recipe = with_vocabulary(recipe)
+    ranked = candidates(recipe, topology)
+    if not ranked:
+        raise InputError(
+            f"{recipe.name} cannot be laid out on {topology.devices_count} devices: a batch of "
+            f"{recipe.train.batch_size} rows must divide by data*fsdp, and the widths by fsdp and tensor; set "
+            f"--train.batch-size to a multiple of {topology.devices_count}, or take fewer chips"
+        )
+    if ranked[0].memory > 3 * topology.chip.memory:
+        raise InputError(too_small(recipe, topology, ranked[0].memory))
+    plans: list[Plan] = []
+    seen: list[tuple] = []
+    for guess in ranked:
+        mesh, ways = guess.recipe.mesh, (guess.recipe.mesh, guess.recipe.model.remat)
+        if ways in seen or sum(w[0] == mesh for w in seen) > 1:
+            continue
+        if tries == 1 and plans and guess.memory > 0.6 * min(p.memory_per_chip for p in plans):
+            continue  # that one did not fit
+        seen.append(ways)
+        try:
+            say(f"compiling {flags(recipe, guess.recipe) or 'the recipe as it is'}")
+            plans.append(plan(guess.recipe, topology, recipe))
+        except (InputError, NotImplementedError) as e:  # a mesh that this torus cannot be cut into
+            say(f"  not possible: {str(e).splitlines()[0][:120]}")
+            continue
+        say(f"  {told(plans[-1])}")
+        if len(plans) >= (tries if tries > 1 else 3) or (tries == 1 and plans[-1].fits):
+            break
+    plans.sort(key=lambda p: (not p.fits, p.step_seconds))
+    if not plans or not plans[0].fits:
+        raise InputError(too_small(recipe, topology, min([p.memory_per_chip for p in plans] or [ranked[0].memory])))
+    return plans
+
+
+def told(p: Plan) -> str:
+    """A plan in one line."""
+    if not p.fits:
+        return f"does not fit: {p.memory_per_chip / GIB:.1f} of {p.memory_limit / GIB:.1f} GiB per chip"
+    return f"{p.memory_per_chip / GIB:.1f} GiB per chip, {p.step_seconds:.3g} s a step, MFU at most {p.mfu_bound:.0%}"
+
+
+def too_small(recipe: Recipe, topology: Topology, memory: float) -> str:
+    """That a recipe does not fit, and the smallest slice of the same chip that should hold it, by a guess."""
+    said = (
+        f"{recipe.name} does not fit on {topology.name}: the least it was found to need is {memory / GIB:.1f} GiB per chip, "
+        f"and there are {topology.chip.memory / GIB:.1f}"
+    )
+    free = dataclasses.replace(recipe, mesh=MeshConfig())
+    chips = topology.chips
+    while chips <= 8192:
+        chips *= 2
+        shape = usual_shape(topology.chip_name, chips // topology.slices)
+        if shape is None:
+            break
+        larger = dataclasses.replace(topology, shape=shape)
+        ranked = candidates(free, larger)
+        if ranked and ranked[0].memory < 0.9 * topology.chip.memory:
+            return f"{said}; plan --topology {larger.name} with {flags(recipe, ranked[0].recipe)} should"
+    return f"{said}; take a chip with more memory, such as v5p, or a smaller model"
