@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 def load(home: str | Path) -> "TextModel | MaskedModel | TaskPredictor":
     """A trained run, ready to be asked: `sample` and `score`; `fill` and `embed` where its family can."""
     from common.rundir import load_run
+    from sample.hybrid import HybridModel
     from sample.masked import MaskedModel
     from sample.predict import TaskPredictor
     from sample.text import TextModel
@@ -32,6 +33,8 @@ def load(home: str | Path) -> "TextModel | MaskedModel | TaskPredictor":
     run = load_run(Path(home), say)
     if run.task is not None:
         return TaskPredictor(run)
+    if run.recipe.objective.kind == "hybrid":
+        return HybridModel(run)
     return MaskedModel(run) if run.recipe.family == "bert" else TextModel(run)
 
 

@@ -6,8 +6,10 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    kind: Literal["causal", "masked"] = "causal"
-    """causal: predict the next token. masked: predict hidden tokens from both sides."""
+    kind: Literal["causal", "masked", "hybrid"] = "causal"
+    """causal: predict the next token. masked: predict hidden tokens from both sides. hybrid: both, by one decoder."""
+    causal_share: float = 0.5
+    """Share of the rows that a hybrid objective reads forward; the others it reads both ways."""
     mask_rate: float = 0.15
     """Share of the tokens that a masked objective chooses."""
     mask_share: float = 0.8
@@ -25,6 +27,8 @@ class ObjectiveConfig:
         found = []
         if not 0 <= self.label_smoothing < 1:
             found.append(f"objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
+        if not 0 <= self.causal_share <= 1:
+            found.append(f"objective.causal_share is {self.causal_share}; it must be a share, from 0 to 1")
         if not 0 < self.mask_rate < 1:
             found.append(f"objective.mask_rate is {self.mask_rate}; it must be between 0 and 1")
         if min(self.mask_share, self.random_share) < 0 or self.mask_share + self.random_share > 1 + 1e-9:

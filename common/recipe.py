@@ -38,9 +38,10 @@ class Recipe:
                         f" times train.accumulate={self.train.accumulate}: set --train.batch-size to a multiple of "
                         f"{shards * self.train.accumulate}, or change the mesh"
                     )
-            kind, wanted = self.objective.kind, {"gpt": "causal", "bert": "masked"}[self.family]
-            if kind != wanted:
-                found.append(f"objective.kind={kind} is not for a {self.family}: its mask reads {wanted}; set {wanted}")
+            kind, wanted = self.objective.kind, {"gpt": ("causal", "hybrid"), "bert": ("masked",)}[self.family]
+            if kind not in wanted:
+                known = " or ".join(wanted)
+                found.append(f"objective.kind={kind} is not for a {self.family}: its mask reads {known}; set {known}")
             if self.objective.next_sentence and not self.model.next_sentence:
                 found.append("objective.next_sentence needs the head: set --model.next-sentence True")
             if self.objective.next_sentence and self.model.segment_types not in (0, 2):

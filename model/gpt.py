@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from model.cache import Cache
@@ -44,3 +45,27 @@ class GPT(nn.Module):
 
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
         return logits_of(features, *self.unembedding())
+
+
+class MaskedNextToken(GPT):
+    """A GPT trained with the hybrid objective, read both ways: the same parameters behind BERT's call.
+
+    What such a model says of token t stands at output t - 1 (arXiv 2410.24159, section 2), so its features are
+    handed on one place later. Nothing is said of token 0.
+    """
+
+    def __call__(
+        self,
+        tokens: Int[jax.Array, "B T"],
+        positions: Int[jax.Array, "B T"] | None = None,
+        segments: Int[jax.Array, "B T"] | None = None,
+        types: None = None,
+        deterministic: bool = True,
+    ) -> Float[jax.Array, "B T D"]:
+        whole = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+        features, _ = super().__call__(tokens, positions, segments, whole, deterministic=deterministic)
+        return jnp.roll(features, 1, axis=1)
+
+    def transform(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
+        """No MLM head stands between features and output layer."""
+        return features

@@ -253,7 +253,7 @@ class Meter:
 
     def __init__(self, recipe: Recipe):
         causal = recipe.objective.kind == "causal"
-        share = 1.0 if causal else recipe.objective.mask_rate
+        share = recipe.objective.mask_rate if recipe.objective.kind == "masked" else 1.0
         self.flops = training_flops_per_token(recipe.model, causal=causal, predicted_share=share)
         self.peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self.tokens = 0
