@@ -11,6 +11,7 @@ import tyro
 
 from common.errors import InputError
 from common.recipe import Recipe
+from compare.verb import compare
 from configs import find
 
 Positional = tyro.conf.Positional
@@ -360,5 +361,6 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "score": (_score, "how likely each line of a file is"),
     "finetune": (_finetune, "train a head and the whole stack on a labelled task"),
     "predict": (_predict, "labels from a fine-tuned run"),
+    "compare": (compare, "the controlled experiments of GPT against BERT, and their report"),
     "evaluate": (_evaluate, "held-out loss and bits per byte of a run"),
 }

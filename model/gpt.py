@@ -48,11 +48,14 @@ class GPT(nn.Module):
 
 
 class MaskedNextToken(GPT):
-    """A GPT trained with the hybrid objective, read both ways: the same parameters behind BERT's call.
+    """A GPT behind BERT's call, so that both can be asked alike; the parameters are the GPT's.
 
-    What such a model says of token t stands at output t - 1 (arXiv 2410.24159, section 2), so its features are
-    handed on one place later. Nothing is said of token 0.
+    What a GPT says of token t stands at output t - 1, and so it does where the hybrid objective taught it to read
+    both ways (arXiv 2410.24159, section 2): its features are handed on one place later. Nothing is said of token 0.
     """
+
+    both_ways: bool = True
+    """False: as a plain GPT, what is said of token t knows only those before it."""
 
     def __call__(
         self,
@@ -62,7 +65,7 @@ class MaskedNextToken(GPT):
         types: None = None,
         deterministic: bool = True,
     ) -> Float[jax.Array, "B T D"]:
-        whole = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+        whole = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if self.both_ways else None
         features, _ = super().__call__(tokens, positions, segments, whole, deterministic=deterministic)
         return jnp.roll(features, 1, axis=1)
 

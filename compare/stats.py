@@ -1,0 +1,88 @@
+"""Numbers with their uncertainty: 95 % intervals, differences, and what may be said of a claim."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.metrics import mean_interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A value, its 95 % interval, and how many observations stand behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        digits = 3 if max(abs(self.low), abs(self.high)) < 100 else 0
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+    def holds(self, number: float) -> bool:
+        """Whether the number lies in the interval."""
+        return self.low <= number <= self.high
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean, with Student's interval."""
+    return Estimate(*mean_interval(values), len(values))
+
+
+def share(right: int, n: int) -> Estimate:
+    """A share of n, with Wilson's interval (Wilson 1927)."""
+    z, p = 1.959964, right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return Estimate(p, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale), n)
+
+
+def resampled(values: Sequence[float], draws: int = 2000) -> Estimate:
+    """The mean of many observations, with the percentile bootstrap's interval (Efron, Tibshirani 1993, chapter 13)."""
+    data = np.asarray(values, float)
+    picks = np.random.default_rng(0).integers(0, len(data), (draws, len(data)))
+    low, high = np.percentile(data[picks].mean(axis=1), [2.5, 97.5])
+    return Estimate(float(data.mean()), float(low), float(high), len(data))
+
+
+def difference(a: Sequence[float], b: Sequence[float], paired: bool = True) -> Estimate:
+    """Mean of a - b: over pairs that share a seed or an item, or by Welch's interval where nothing is shared."""
+    if paired:
+        return mean(np.subtract(a, b).tolist())
+    import scipy.stats
+
+    va, vb = (np.var(x, ddof=1) / len(x) for x in (a, b))
+    middle = float(np.mean(a) - np.mean(b))
+    if va + vb == 0:
+        return Estimate(middle, middle, middle, len(a) + len(b))
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    half = float(scipy.stats.t.ppf(0.975, freedom) * math.sqrt(va + vb))
+    return Estimate(middle, middle - half, middle + half, len(a) + len(b))
+
+
+HOLDS, FAILS, OPEN = "holds here", "does not hold here", "not decided here"
+
+
+def verdict(above_zero: Estimate) -> str:
+    """What a difference says of the claim that it is positive: nothing, if its interval has zero in it."""
+    if above_zero.n < 2 or above_zero.holds(0):
+        return OPEN
+    return HOLDS if above_zero.low > 0 else FAILS
+
+
+def all_of(*verdicts: str) -> str:
+    """A claim of several parts holds if each part does, and does not if any part does not."""
+    if FAILS in verdicts:
+        return FAILS
+    return OPEN if OPEN in verdicts else HOLDS
+
+
+def told(above_zero: Estimate) -> str:
+    """A difference in words: its value, and that it is not significant where it is not."""
+    if above_zero.n < 2:
+        return f"{above_zero.value:+.3f} (one run: no interval)"
+    weak = ", not significant" if above_zero.holds(0) else ""
+    return f"{above_zero.value:+.3f} [{above_zero.low:+.3f}, {above_zero.high:+.3f}]{weak}"
