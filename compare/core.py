@@ -42,13 +42,15 @@ class Size:
     tune_steps: int
     """Steps of every fine-tuning."""
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    toy_width: int = 64
+    """Made-up data gets two layers so wide; 0: as the recipe says."""
 
 
 SIZES = {
     "smoke": Size("smoke", 2, 4, 4, 8, 2, (3e-3,)),
-    "tiny": Size("tiny", 2, 80, 120, 150, 12),
+    "tiny": Size("tiny", 2, 80, 250, 150, 12),
     "small": Size("small", 3, 500, 600, 400, 40),
-    "full": Size("full", 3, 0, 10_000, 2000, 2000, (2e-5, 3e-5, 5e-5)),
+    "full": Size("full", 3, 0, 10_000, 2000, 2000, (2e-5, 3e-5, 5e-5), 0),
 }
 
 
@@ -158,6 +160,8 @@ class Lab:
         base, row = self.recipes[arm], how["row"]
         bert = base.family == "bert"
         model = {"context": row + bert, "vocab_size": 0, "next_sentence": False, "segment_types": 0}
+        if self.size.toy_width:
+            model |= {"n_layers": 2, "d_model": self.size.toy_width, "d_ff": 0, "d_head": 0, "n_kv_heads": 0}
         ask = {"mask_rate": how.get("mask_rate", 0.3), "mask_share": 1.0, "random_share": 0.0, "next_sentence": False}
         recipe = dataclasses.replace(
             base,
@@ -178,7 +182,9 @@ class Lab:
                 partial = path.with_suffix(".partial")
                 partial.write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
                 partial.replace(path)
-        return DataConfig(corpus=str(paths[0]), validation=str(paths[1]), tokenizer="char", cache=str(self.home / "cache"))
+        return DataConfig(
+            corpus=str(paths[0]), validation=str(paths[1]), tokenizer="char", cache=str(self.home / "cache")
+        )
 
     def part(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure` returns, as JSON, measured once: a comparison that was stopped goes on behind it."""
@@ -199,9 +205,7 @@ def _fixed(recipe: Recipe, steps: int, seed: int) -> Recipe:
     return dataclasses.replace(
         recipe,
         optimizer=dataclasses.replace(recipe.optimizer, warmup_steps=warm),
-        train=dataclasses.replace(
-            recipe.train, steps=steps, seed=seed, log_every=max(20, steps // 5), **often
-        ),
+        train=dataclasses.replace(recipe.train, steps=steps, seed=seed, log_every=max(20, steps // 5), **often),
     )
 
 
@@ -232,7 +236,9 @@ def readings(model: Model) -> dict[str, MaskedModel]:
     return found
 
 
-def asked(model: MaskedModel, rows: Sequence[list[int]], places: list[list[int]], targets: list[list[int]]) -> list[np.ndarray]:
+def asked(
+    model: MaskedModel, rows: Sequence[list[int]], places: list[list[int]], targets: list[list[int]]
+) -> list[np.ndarray]:
     """For every row log p(target), in nats, at each of its places."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: list[np.ndarray] = [np.zeros(0)] * len(rows)

@@ -16,7 +16,8 @@ from sample.text import TextModel
 WIDTH = 8
 CASES = ((2, 2), (2, 4), (2, 8), (8, 8))
 """(M strings, of L letters each)"""
-DOCUMENT = 1 + WIDTH + 2
+TAG = 3
+DOCUMENT = TAG + WIDTH + 2
 ALPHABET = string.ascii_lowercase + string.ascii_uppercase + "".join(map(chr, range(0x3B1, 0x3C9)))
 
 
@@ -27,8 +28,8 @@ def modes(case: int) -> list[str]:
 
 
 def document(case: int, middle: str) -> str:
-    """A digit that says which case, the string, and dots: all documents have one length."""
-    return str(case) + middle + "." * (WIDTH - CASES[case][1])
+    """A digit, thrice, that says which case, the string, and dots: all documents have one length."""
+    return str(case) * TAG + middle + "." * (WIDTH - CASES[case][1])
 
 
 def texts(repeats: int = 40) -> tuple[list[str], list[str]]:
@@ -52,7 +53,9 @@ def kinds(case: int, drawn: list[str]) -> tuple[int, int, int]:
     """How many are one of the strings; how many have letters of several; how many have anything else."""
     whole, place = set(modes(case)), [{s[i] for s in modes(case)} for i in range(CASES[case][1])]
     valid = sum(d in whole for d in drawn)
-    blend = sum(d not in whole and len(d) == len(place) and all(x in p for x, p in zip(d, place, strict=True)) for d in drawn)
+    blend = sum(
+        d not in whole and len(d) == len(place) and all(x in p for x, p in zip(d, place, strict=True)) for d in drawn
+    )
     return valid, blend, len(drawn) - valid - blend
 
 
@@ -68,7 +71,7 @@ def filled(masked: MaskedModel, case: int, T: int, n: int, seed: int) -> list[st
 
 def written(model: TextModel, case: int, n: int, seed: int) -> list[str]:
     """n draws of a case's string, left to right."""
-    row = [model.tokenizer.bos, *model.tokenizer.encode(str(case))]
+    row = [model.tokenizer.bos, *model.tokenizer.encode(str(case) * TAG)]
     return [model.tokenizer.decode(said) for said in continued(model, [row] * n, CASES[case][1], seed=seed)]
 
 
@@ -87,7 +90,7 @@ def run(lab: Lab) -> Result:
                     got[f"{case} {T}"] = filled(readings(model)[BOTH], case, T, n, seed)
         return got
 
-    for arm in lab.arms():
+    for arm in lab.arms("causal", "masked", "bert"):
         for seed in lab.seeds:
             for key, strings in lab.part(f"modes-{arm}-{seed}", lambda a=arm, s=seed: measure(a, s)).items():
                 case, T = map(int, key.split())
@@ -113,7 +116,9 @@ def run(lab: Lab) -> Result:
     return conclude(lab, blends, figures, rows)
 
 
-def conclude(lab: Lab, blends: dict[tuple[str, int, int], Estimate], figures: list[Figure], rows: list[list[str]]) -> Result:
+def conclude(
+    lab: Lab, blends: dict[tuple[str, int, int], Estimate], figures: list[Figure], rows: list[list[str]]
+) -> Result:
     once = [(k, e) for k, e in blends.items() if k[2] == 1]
     last = [e for (_, case, T), e in blends.items() if CASES[case][1] == T]
     ahead = [e for (_, _, T), e in blends.items() if T == 0]
@@ -123,12 +128,16 @@ def conclude(lab: Lab, blends: dict[tuple[str, int, int], Estimate], figures: li
     verdict = HOLDS if low > 0.3 and calm < 0.1 else FAILS if max(e.high for e in ahead) > low else OPEN
     held = "Drawing many places at once is what gives the mean of the modes; reading both ways does not."
     series = {
-        f"{arm}, {CASES[c][0]} strings of {CASES[c][1]}": [(T, blends[a, k, T]) for a, k, T in blends if (a, k) == (arm, c) and T]
+        f"{arm}, {CASES[c][0]} strings of {CASES[c][1]}": [
+            (T, blends[a, k, T]) for a, k, T in blends if (a, k) == (arm, c) and T
+        ]
         for arm in lab.arms("masked", "bert")
         for c in (2, 3)
     }
     exact = [(float(T), Estimate(p, p, p, 1)) for T in (1, 2, 4, 8) if (p := blend_of_independent(2, 8, T)) is not None]
-    picture = pictures.curves(series | {"theory, 2 strings": exact}, "readings T", "blend rate", log_x=True, at=(1, 2, 4, 8))
+    picture = pictures.curves(
+        series | {"theory, 2 strings": exact}, "readings T", "blend rate", log_x=True, at=(1, 2, 4, 8)
+    )
     return Result(
         verdict,
         f"Of the strings filled in one reading at least {low:.0%} mix letters of several modes (theory, 1 - M^(1-L), says 50 % "

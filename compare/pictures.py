@@ -43,7 +43,9 @@ def curves(series: Series, x: str, y: str, *, log_x: bool = False, at: Sequence[
             xs, es = [p[0] for p in points], [p[1] for p in points]
             spread = [[max(0, e.value - e.low) for e in es], [max(0, e.high - e.value) for e in es]]
             style = "--" if all(e.low == e.high for e in es) else "-"
-            axes.errorbar(xs, [e.value for e in es], spread, label=name, color=colour, marker="o", ms=4, capsize=3, ls=style)
+            axes.errorbar(
+                xs, [e.value for e in es], spread, label=name, color=colour, marker="o", ms=4, capsize=3, ls=style
+            )
         for name, value in known.items():
             axes.axhline(value, ls="--", lw=1, color=INK, alpha=0.6, label=name.replace("_", " "))
         if log_x:

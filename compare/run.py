@@ -12,7 +12,7 @@ from compare import report
 from compare.core import SIZES, Experiment, Lab, Result
 from train.report import say
 
-NAMES = ("modes", "weights")
+NAMES = ("directions", "algorithms", "modes", "in-context", "weights", "prompts", "generation")
 
 
 def experiment(name: str) -> Experiment:
@@ -46,7 +46,9 @@ def described(recipe: Recipe) -> str:
     return f"{kinds[ask.kind]}{pairs}, {parameter_count(recipe):,} parameters"
 
 
-def compare(names: Sequence[str], size: str, arms: dict[str, Recipe], home: Path, options: str) -> list[tuple[Experiment, Result]]:
+def compare(
+    names: Sequence[str], size: str, arms: dict[str, Recipe], home: Path, options: str
+) -> list[tuple[Experiment, Result]]:
     """Run experiments (all, if none is named); write the report anew after each, with all that the directory has.
 
     Args:
@@ -67,9 +69,7 @@ def compare(names: Sequence[str], size: str, arms: dict[str, Recipe], home: Path
         chosen = experiment(name)
         new = not kept[name].exists()
         Result.from_json(lab.part(f"result-{name}", lambda e=chosen: dataclasses.asdict(e.run(lab))))
-        found = [
-            (experiment(n), Result.from_json(lab.part(f"result-{n}", dict))) for n in NAMES if kept[n].exists()
-        ]
+        found = [(experiment(n), Result.from_json(lab.part(f"result-{n}", dict))) for n in NAMES if kept[n].exists()]
         s = lab.size
         about = {
             "size": size,

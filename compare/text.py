@@ -61,7 +61,9 @@ def bound_nats(model: MaskedModel, pieces: Sequence[list[int]], draws: int = 32)
     return -model.score_tokens(pieces, "bound", draws)
 
 
-def hidden_nats(model: MaskedModel, text: Text, pieces: Sequence[list[int]], rate: float, seed: int = 0) -> tuple[float, float]:
+def hidden_nats(
+    model: MaskedModel, text: Text, pieces: Sequence[list[int]], rate: float, seed: int = 0
+) -> tuple[float, float]:
     """(nats of the model, nats of the unigram) per token at places hidden at this rate: the same for every model.
 
     A model read forward is asked at the same places, and sees all that stands before each.

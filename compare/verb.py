@@ -40,7 +40,9 @@ def compare(
     arms |= {} if masked or hybrid else {"bert": find("shakespeare_bert")}
     given = {"size": size, "causal": causal, "masked": masked, "hybrid": hybrid, "workdir": workdir and str(workdir)}
     options = "".join(f" --{k} {v}" for k, v in given.items() if v)
-    for experiment, result in run_comparison(experiments, size, arms, workdir or Path("runs") / f"compare-{size}", options):
+    for experiment, result in run_comparison(
+        experiments, size, arms, workdir or Path("runs") / f"compare-{size}", options
+    ):
         told = {"experiment": experiment.name, "verdict": result.verdict, "finding": result.finding, "sure": result.sure}
         shown = f"{experiment.title}\n  {result.verdict}: {result.finding}\n"
         print(dumps(told, ensure_ascii=False) if json else shown, flush=True)

@@ -77,7 +77,9 @@ def without_order(lab: Lab) -> DataConfig:
             partial.replace(path)
     tokenizer = home / "tokenizer.model"
     text_of(lab).tokenizer.save(tokenizer)
-    return DataConfig(str(paths["train"]), str(paths["validation"]), tokenizer=str(tokenizer), cache=str(lab.home / "cache"))
+    return DataConfig(
+        str(paths["train"]), str(paths["validation"]), tokenizer=str(tokenizer), cache=str(lab.home / "cache")
+    )
 
 
 def run(lab: Lab) -> Result:
@@ -125,7 +127,9 @@ def conclude(found: dict[str, list[dict]], kept: dict[str, list[dict]]) -> Resul
             layers = [mean([run[what][i] for run in by_seed]) for i in range(len(by_seed[0][what]))]
             means[arm, what] = [float(np.mean(run[what])) for run in by_seed]
             whole = mean(means[arm, what])
-            figures.append(Figure(f"{what}, {arm}, mean of layers", whole, f"{rule}; Student interval over seeds", baseline=0.0))
+            figures.append(
+                Figure(f"{what}, {arm}, mean of layers", whole, f"{rule}; Student interval over seeds", baseline=0.0)
+            )
             figures += [Figure(f"{what}, {arm}, layer {i + 1}", e, rule, baseline=0.0) for i, e in enumerate(layers)]
             if what == "symmetry":
                 series[arm] = [(i + 1, e) for i, e in enumerate(layers)]
@@ -156,7 +160,12 @@ def conclude(found: dict[str, list[dict]], kept: dict[str, list[dict]]) -> Resul
                 saved_rows,
             ),
         ],
-        [(pictures.curves(series, "layer", "symmetry of W_q W_k^T", at=layers, a_random_matrix=0.0), "Symmetry by layer.")],
+        [
+            (
+                pictures.curves(series, "layer", "symmetry of W_q W_k^T", at=layers, a_random_matrix=0.0),
+                "Symmetry by layer.",
+            )
+        ],
     )
 
 
