@@ -40,14 +40,6 @@ def share(right: int, n: int) -> Estimate:
     return Estimate(p, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale), n)
 
 
-def resampled(values: Sequence[float], draws: int = 2000) -> Estimate:
-    """The mean of many observations, with the percentile bootstrap's interval (Efron, Tibshirani 1993, chapter 13)."""
-    data = np.asarray(values, float)
-    picks = np.random.default_rng(0).integers(0, len(data), (draws, len(data)))
-    low, high = np.percentile(data[picks].mean(axis=1), [2.5, 97.5])
-    return Estimate(float(data.mean()), float(low), float(high), len(data))
-
-
 def difference(a: Sequence[float], b: Sequence[float], paired: bool = True) -> Estimate:
     """Mean of a - b: over pairs that share a seed or an item, or by Welch's interval where nothing is shared."""
     if paired:
