@@ -109,8 +109,8 @@ def prompted(item: Item, tokenizer: Tokenizer, name: str) -> Example:
 
 
 def answer_ids(tokenizer: Tokenizer) -> list[int]:
-    """The first token of each answer."""
-    return [tokenizer.encode(a)[0] for a in ANSWERS]
+    """The first tokens in which the answers differ."""
+    return list(next(pair for pair in zip(*map(tokenizer.encode, ANSWERS), strict=False) if pair[0] != pair[1]))
 
 
 def own_head(module: TaskModel, batch: Batch, deterministic: bool) -> jax.Array:
@@ -166,8 +166,9 @@ class Tuned:
             ),
             optax.inject_hyperparams(optax.scale)(step_size=-1.0),
         )
-        shapes = jax.eval_shape(self.state, self.fresh(0), 1.0)
-        self.step = make_train_step(self.module, objective, self.optimizer, self.mesh, state_shardings(self.mesh, shapes))
+        shardings = state_shardings(self.mesh, jax.eval_shape(self.state, self.fresh(0), 1.0))
+        self.begin = jax.jit(self.state, out_shardings=shardings)
+        self.step = make_train_step(self.module, objective, self.optimizer, self.mesh, shardings)
 
     def fresh(self, seed: int) -> Any:
         """The model's own parameters, and a new head where there is one."""
@@ -189,7 +190,7 @@ class Tuned:
 
     def fit(self, params: Any, named: dict[str, list[Item]], rate: float, seed: int) -> Any:
         """Parameters after `steps` steps on the items of some tasks."""
-        state = self.state(jax.tree.map(jnp.copy, params), rate)
+        state = self.begin(params, rate)
         rows = pipeline.training_batches(self.examples(named), as_is, batch_size=self.batch_size, seed=seed)
         for _ in range(self.steps):
             state, _ = self.step(state, sharding.to_global(self.mesh, next(rows)))

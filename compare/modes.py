@@ -127,14 +127,16 @@ def conclude(
     calm = max(e.high for e in last + ahead)
     verdict = HOLDS if low > 0.3 and calm < 0.1 else FAILS if max(e.high for e in ahead) > low else OPEN
     held = "Drawing many places at once is what gives the mean of the modes; reading both ways does not."
+    longest = max(L for _, L in CASES)
     series = {
-        f"{arm}, {CASES[c][0]} strings of {CASES[c][1]}": [
-            (T, blends[a, k, T]) for a, k, T in blends if (a, k) == (arm, c) and T
-        ]
+        f"{arm}, {M} strings of {L}": [(T, e) for (a, c, T), e in blends.items() if (a, c) == (arm, case) and T]
         for arm in lab.arms("masked", "bert")
-        for c in (2, 3)
+        for case, (M, L) in enumerate(CASES)
+        if longest == L
     }
-    exact = [(float(T), Estimate(p, p, p, 1)) for T in (1, 2, 4, 8) if (p := blend_of_independent(2, 8, T)) is not None]
+    exact = [
+        (float(T), Estimate(p, p, p, 1)) for T in (1, 2, 4, 8) if (p := blend_of_independent(2, longest, T)) is not None
+    ]
     picture = pictures.curves(
         series | {"theory, 2 strings": exact}, "readings T", "blend rate", log_x=True, at=(1, 2, 4, 8)
     )
@@ -153,7 +155,7 @@ def conclude(
                 rows,
             )
         ],
-        [(picture, "Share of blended strings against the number of readings in which 8 letters are filled.")],
+        [(picture, "Share of blended strings against the number of readings in which the longest strings are filled.")],
     )
 
 
