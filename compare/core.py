@@ -48,8 +48,8 @@ class Size:
 
 SIZES = {
     "smoke": Size("smoke", 2, 4, 4, 8, 2, (3e-3,)),
-    "tiny": Size("tiny", 2, 80, 250, 150, 12),
-    "small": Size("small", 3, 500, 600, 400, 40),
+    "tiny": Size("tiny", 3, 60, 200, 120, 10),
+    "small": Size("small", 3, 400, 500, 400, 30),
     "full": Size("full", 3, 0, 10_000, 2000, 2000, (2e-5, 3e-5, 5e-5), 0),
 }
 
@@ -119,6 +119,8 @@ class Lab:
         self.home, self.size, self.recipes = home, size, recipes
         self.seeds = range(size.seeds)
         self._models: dict[str, Model] = {}
+        self.programs: dict[tuple[str, str], Any] = {}
+        """What experiments have compiled, by arm and use."""
         asked = {"size": dataclasses.asdict(size), "recipes": {k: json.loads(r.to_json()) for k, r in recipes.items()}}
         mark = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
         path = home / "comparison"
@@ -155,7 +157,7 @@ class Lab:
         Args:
           texts: makes (train, validation) documents; called once.
           how: row (tokens per row; if all documents have one length, and it divides `row`, none is cut), batch_size,
-            mask_rate.
+            mask_rate, longer (times the usual steps).
         """
         base, row = self.recipes[arm], how["row"]
         bert = base.family == "bert"
@@ -170,7 +172,7 @@ class Lab:
             objective=dataclasses.replace(base.objective, **ask),
             train=dataclasses.replace(base.train, batch_size=how.get("batch_size", 16)),
         )
-        return self.trained(f"{task}-{arm}-{seed}", _fixed(recipe, self.size.toy_steps, seed))
+        return self.trained(f"{task}-{arm}-{seed}", _fixed(recipe, self.size.toy_steps * how.get("longer", 1), seed))
 
     def documents(self, task: str, texts: Callable[[], tuple[list[str], list[str]]]) -> DataConfig:
         """Made-up documents as files, written once."""

@@ -22,7 +22,7 @@ from compare.core import (
 )
 from compare.directions import EXAMPLES, TASK, TUNED
 from compare.labelled import tuned_accuracy
-from compare.stats import Estimate, all_of, difference, mean, told, verdict
+from compare.stats import Estimate, all_of, difference, mean, ranked, told, verdict
 from compare.text import Text, text_of
 from compare.writing import Judge, distinct, entropy, self_bleu
 from sample.masked import MaskedModel
@@ -161,9 +161,9 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
     understands = difference(tuned["masked"], tuned["causal"])
     return Result(
         all_of(verdict(writes), verdict(fills), verdict(understands)),
-        f"What the masked model writes is further from real text than what the causal one writes by {told(writes)} bits per token "
-        f"(in one reading for 16 tokens, by {told(blends)} more); it fills spans better by {told(fills)} of the tokens, and is "
-        f"better once fine-tuned by {told(understands)}.",
+        f"What the masked model writes is {told(writes, ' bits per token')} further from real text than the causal one's; "
+        f"drawn 16 tokens at once, {told(blends, ' bits')} further still. Understanding: the masked model is "
+        f"{ranked({'filling spans': fills, 'a tuned task': understands})}, than the causal one.",
         f"{len(tuned['causal'])} seeds. The judge only counts words; it cannot tell sense. The claim counts as held only if all "
         "three differences are significant: writing, filling, fine-tuning.",
         figures,

@@ -175,9 +175,9 @@ def conclude(found: dict[str, list[dict[str, list[float]]]], best: dict[str, lis
         guess = float(-np.log(TASKS[task][1]))
         picture = pictures.curves(series, "example in the document", "nats", a_guess=guess)
         pictured.append((picture, f"{task.capitalize()}: surprise at the n-th answer."))
-    finding = f"The causal model is less surprised late in a document than early by {told(used['causal'])} nats (mean of four tasks"
+    finding = f"The causal model gains {told(used['causal'], ' nats')} from the beginning to the end of a document (mean of four tasks"
     share = used["causal"].value / np.mean([np.subtract(*parts(best[t])) for t in TASKS])
-    finding += f", {share:.0%} of what the best possible reader gains)"
+    finding += f", {share:.0%} of what the best possible reader does)"
     if "masked" in found:
         apart = difference(
             *(
@@ -185,7 +185,7 @@ def conclude(found: dict[str, list[dict[str, list[float]]]], best: dict[str, lis
                 for a in ("causal", "masked")
             )
         )
-        finding += f"; the masked model, shown the same, by {told(used['masked'])}; the two differ by {told(apart)}"
+        finding += f"; the masked model, shown the same, {told(used['masked'])}; the two differ by {told(apart)}"
     return Result(
         verdict(used["causal"]),
         finding + ".",

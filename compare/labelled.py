@@ -235,13 +235,12 @@ def best_rate(lab: Lab, measure: Callable[[float, int], tuple[float, float]]) ->
 
 def tuned_accuracy(lab: Lab, arm: str, how: str, task: str, count: int) -> dict[str, Any]:
     """`best_rate` of one arm tuned on `count` examples; every seed has its own pretrained model, examples and head."""
-    made: dict[int, Tuned] = {}
 
     def measure(rate: float, seed: int) -> tuple[float, float]:
         model = lab.text(arm, seed)
-        if not made:
-            made[0] = Tuned(model, how, lab.size.tune_steps)
-        tuned = made[0]
+        if (arm, how) not in lab.programs:
+            lab.programs[arm, how] = Tuned(model, how, lab.size.tune_steps)
+        tuned = lab.programs[arm, how]
         tuned.model = model
         train, validation, test = splits(lab, task, count, seed)
         params = tuned.fit(tuned.fresh(seed), {task: train}, rate, seed)

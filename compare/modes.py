@@ -14,7 +14,7 @@ from sample.masked import MaskedModel
 from sample.text import TextModel
 
 WIDTH = 8
-CASES = ((2, 2), (2, 4), (2, 8), (8, 8))
+CASES = ((2, 2), (2, 4), (4, 4), (2, 8))
 """(M strings, of L letters each)"""
 TAG = 3
 DOCUMENT = TAG + WIDTH + 2
@@ -80,7 +80,7 @@ def run(lab: Lab) -> Result:
     counts: dict[tuple[str, int, int], list[list[str]]] = collections.defaultdict(list)
 
     def measure(arm: str, seed: int) -> dict[str, list[str]]:
-        model = lab.toy("modes", arm, seed, texts, row=4 * DOCUMENT, mask_rate=0.8, batch_size=16)
+        model = lab.toy("modes", arm, seed, texts, row=4 * DOCUMENT, mask_rate=0.8, batch_size=16, longer=2)
         got: dict[str, list[str]] = {}
         for case, (_, L) in enumerate(CASES):
             if FORWARD in readings(model):
@@ -102,14 +102,16 @@ def run(lab: Lab) -> Result:
         M, L = CASES[case]
         strings = [s for part in by_seed for s in part]
         valid, blend, other = kinds(case, strings)
-        blends[arm, case, T] = share(blend, len(strings))
+        blends[arm, case, T] = share(blend, valid + blend)
         how = f"filled in {T}" if T else "left to right"
         theory = blend_of_independent(M, L, T) if T else 0.0
         seen = len(set(strings) & set(modes(case)))
         common = collections.Counter(s for s in strings if s in modes(case)).most_common(1)
         top = f"{common[0][1] / valid:.2f}" if valid else "-"
         name = f"{M} strings of {L}, {arm}, {how}"
-        rule = "share of draws at temperature 1 whose letters come from more than one string; Wilson interval"
+        rule = (
+            "of draws at temperature 1 with a letter of some string in each place, the share that mixes strings; Wilson"
+        )
         figures.append(Figure(f"blend rate, {name}", blends[arm, case, T], rule, expected=theory))
         rows.append([f"{M} of {L}", arm, how, str(blends[arm, case, T]), f"{theory:.3f}", f"{valid / len(strings):.3f}"])
         rows[-1] += [f"{other / len(strings):.3f}", f"{seen} of {M}", top]
@@ -150,7 +152,8 @@ def conclude(
         figures,
         [
             Table(
-                "Draws by case. `theory`: letters drawn independently in the first reading, exact for one reading.",
+                "Draws by case. blends: of the draws with a letter of some string in each place; other: all else. theory: letters "
+                "drawn independently in the first reading; exact for one reading, while later ones keep the surest draws.",
                 ("strings", "model", "how", "blends", "theory", "valid", "other", "modes met", "commonest"),
                 rows,
             )

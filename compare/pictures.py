@@ -22,7 +22,7 @@ def _drawn(draw) -> str:
     look = dict.fromkeys(names, INK) | {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11}
     look |= {"axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "svg.hashsalt": "bothways"}
     with matplotlib.rc_context(look):
-        figure, axes = plt.subplots(figsize=(5.6, 3.3), layout="constrained")
+        figure, axes = plt.subplots(figsize=(5.6, 3.9), layout="constrained")
         draw(axes)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -54,13 +54,13 @@ def curves(series: Series, x: str, y: str, *, log_x: bool = False, at: Sequence[
             axes.set_xticks(list(at), [f"{v:g}" for v in at])
             axes.minorticks_off()
         axes.set(xlabel=x, ylabel=y)
-        axes.legend(frameon=False, fontsize=9)
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
     return _drawn(draw)
 
 
-def bars(groups: dict[str, dict[str, Estimate]], y: str, *, zero: bool = True, **known: float) -> str:
-    """Points with intervals side by side: group -> name -> estimate. `zero` keeps zero in sight."""
+def bars(groups: dict[str, dict[str, Estimate]], y: str, **known: float) -> str:
+    """Shares with their intervals side by side: group -> name -> estimate."""
 
     def draw(axes) -> None:
         names = list(dict.fromkeys(n for g in groups.values() for n in g))
@@ -72,9 +72,8 @@ def bars(groups: dict[str, dict[str, Estimate]], y: str, *, zero: bool = True, *
         for name, value in known.items():
             axes.axhline(value, ls="--", lw=1, color=INK, alpha=0.6, label=name.replace("_", " "))
         axes.set_xticks(range(len(groups)), [g.replace(" ", "\n") for g in groups])
-        if zero:
-            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        axes.set_ylim(-0.05, 1.05)
         axes.set(ylabel=y)
-        axes.legend(frameon=False, fontsize=9)
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
     return _drawn(draw)

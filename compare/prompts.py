@@ -8,7 +8,7 @@ import numpy as np
 from compare import pictures
 from compare.core import Experiment, Figure, Lab, Result, Table
 from compare.labelled import TASKS, Item, Tuned, splits, tuned_accuracy
-from compare.stats import all_of, difference, mean, told, verdict
+from compare.stats import all_of, difference, mean, ranked, told, verdict
 
 TASK = "mentioned"
 COUNTS = (16, 64, 256)
@@ -157,11 +157,9 @@ def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, An
     further = [difference(w["prompt"], w["head"]) for w in moved.values()]
     return Result(
         all_of(*map(verdict, [*gains, *sharing, *further])),
-        "Accuracy by a prompt against a head, mean of all sizes: "
-        + "; ".join(f"{a} {told(g)}" for a, g in zip(many, gains, strict=True))
-        + ". Four tasks named in the input of one model against four heads on one body: "
-        + "; ".join(f"{a} {told(s)}" for a, s in zip(many, sharing, strict=True))
-        + ".",
+        f"Against a head, a prompt is {ranked(dict(zip((f'one task ({a})' for a in many), gains, strict=True)))}; "
+        f"{ranked(dict(zip((f'four tasks in one model ({a})' for a in many), sharing, strict=True)))}; "
+        f"{ranked(dict(zip((f'passing on to a new task ({a})' for a in moved), further, strict=True)))}.",
         f"{len(next(iter(curves.values())))} seeds, each with its own model, examples and head; each cell's rate is the best on "
         "validation. The claim counts as held only if prompts win in data, in sharing and in transfer, for both models.",
         figures,

@@ -75,7 +75,7 @@ def compare(
             "size": size,
             "options": options,
             "seeds": s.seeds,
-            "scale": f"{s.seeds} seeds, {s.text_steps} steps on running text and {s.toy_steps} on made-up data.",
+            "scale": f"{s.seeds} seeds, {s.text_steps or 'as the recipes say for'} steps on running text, {s.toy_steps} on made-up data.",
             "arms": {arm: described(r) for arm, r in lab.recipes.items()},
         }
         page, _ = report.write(home, found, about)

@@ -33,7 +33,9 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def share(right: int, n: int) -> Estimate:
-    """A share of n, with Wilson's interval (Wilson 1927)."""
+    """A share of n, with Wilson's interval (Wilson 1927); of none, everything is possible."""
+    if n == 0:
+        return Estimate(0.0, 0.0, 1.0, 0)
     z, p = 1.959964, right / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
@@ -55,12 +57,20 @@ def difference(a: Sequence[float], b: Sequence[float], paired: bool = True) -> E
     return Estimate(middle, middle - half, middle + half, len(a) + len(b))
 
 
+def apart(a: Estimate, b: Estimate) -> Estimate:
+    """Share a minus share b, of different items, by Newcombe's interval (1998, method 10) from Wilson's of each."""
+    low = math.hypot(a.value - a.low, b.high - b.value)
+    high = math.hypot(a.high - a.value, b.value - b.low)
+    middle = a.value - b.value
+    return Estimate(middle, middle - low, middle + high, a.n + b.n)
+
+
 HOLDS, FAILS, OPEN = "holds here", "does not hold here", "not decided here"
 
 
 def verdict(above_zero: Estimate) -> str:
-    """What a difference says of the claim that it is positive: nothing, if its interval has zero in it."""
-    if above_zero.n < 2 or above_zero.holds(0):
+    """What a difference says of the claim that it is positive: nothing, if zero is in its interval, or if it has none."""
+    if above_zero.low == above_zero.high or above_zero.holds(0):
         return OPEN
     return HOLDS if above_zero.low > 0 else FAILS
 
@@ -72,9 +82,24 @@ def all_of(*verdicts: str) -> str:
     return OPEN if OPEN in verdicts else HOLDS
 
 
-def told(above_zero: Estimate) -> str:
-    """A difference in words: its value, and that it is not significant where it is not."""
-    if above_zero.n < 2:
-        return f"{above_zero.value:+.3f} (one run: no interval)"
-    weak = ", not significant" if above_zero.holds(0) else ""
-    return f"{above_zero.value:+.3f} [{above_zero.low:+.3f}, {above_zero.high:+.3f}]{weak}"
+def told(above_zero: Estimate, unit: str = "") -> str:
+    """A difference in words: its value and interval, and that it is not significant where it is not."""
+    e = above_zero
+    if e.low == e.high:
+        return f"{e.value:+.3f}{unit} (no spread between seeds, so no interval)"
+    weak = ", not significant" if e.holds(0) else ""
+    return f"{e.value:+.3f}{unit} [{e.low:+.3f}, {e.high:+.3f}]{weak}"
+
+
+def ranked(differences: dict[str, Estimate]) -> str:
+    """Differences by what they say: better at ..., worse at ..., no clear difference in ..."""
+    words = {HOLDS: "better at", FAILS: "worse at", OPEN: "not clearly different at"}
+    found = []
+    for kind, word in words.items():
+        named = [
+            f"{name} ({e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}])"
+            for name, e in differences.items()
+            if verdict(e) == kind
+        ]
+        found += [f"{word} {', '.join(named)}"] if named else []
+    return "; ".join(found)

@@ -30,9 +30,12 @@ def compare(
         workdir: Where runs, measurements and report are kept (runs/compare-SIZE).
         json: One JSON object per experiment.
     """
+    import jax
+
     from compare.run import compare as run_comparison
     from compare.run import masked_only
 
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs, alike for every seed
     both = find(hybrid or "shakespeare_hybrid")
     arms = {"causal": find(causal or "shakespeare_gpt")}
     arms |= {"masked": find(masked) if masked else masked_only(both)}

@@ -44,7 +44,7 @@ def test_a_verdict_wants_an_interval_without_zero():
     assert stats.verdict(stats.Estimate(1, 0.5, 1.5, 3)) == stats.HOLDS
     assert stats.verdict(stats.Estimate(-1, -1.5, -0.5, 3)) == stats.FAILS
     assert stats.verdict(stats.Estimate(1, -0.5, 2.5, 3)) == stats.OPEN
-    assert stats.verdict(stats.Estimate(1, 1, 1, 1)) == stats.OPEN  # one run shows no spread
+    assert stats.verdict(stats.Estimate(1, 1, 1, 2)) == stats.OPEN  # what shows no spread shows nothing
     assert "not significant" in stats.told(stats.Estimate(1, -0.5, 2.5, 3))
     assert "not significant" not in stats.told(stats.Estimate(1, 0.5, 1.5, 3))
 
@@ -53,3 +53,20 @@ def test_a_claim_of_parts_holds_only_whole():
     assert stats.all_of(stats.HOLDS, stats.HOLDS) == stats.HOLDS
     assert stats.all_of(stats.HOLDS, stats.OPEN) == stats.OPEN
     assert stats.all_of(stats.OPEN, stats.FAILS) == stats.FAILS
+
+
+def test_differences_are_ranked_by_what_they_say():
+    good, bad, open_ = stats.Estimate(1, 0.5, 1.5, 3), stats.Estimate(-1, -1.5, -0.5, 3), stats.Estimate(1, -0.5, 2.5, 3)
+    words = stats.ranked({"a": open_, "b": bad, "c": good})
+    assert words.index("better at c") < words.index("worse at b") < words.index("not clearly different at a")
+
+
+def test_newcombes_interval_of_two_shares():
+    got = stats.apart(stats.share(56, 70), stats.share(48, 80))  # the first example of Newcombe 1998, method 10
+    assert (got.value, got.low, got.high) == (
+        pytest.approx(0.2),
+        pytest.approx(0.0524, abs=1e-4),
+        pytest.approx(0.3339, abs=1e-4),
+    )
+    sure = stats.apart(stats.share(60, 60), stats.share(0, 60))
+    assert stats.verdict(sure) == stats.HOLDS
