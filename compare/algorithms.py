@@ -225,7 +225,8 @@ def conclude(found: dict[str, list[dict[str, float]]], baseline: dict[str, dict[
         f"The causal model loses {told(drop)} of its answers at lengths it never saw, where it stands {told(beyond)} against the "
         f"better of 5-gram and nearest neighbour; asked backwards, facts told from one end only cost it {told(curse)} against "
         "facts told from both.",
-        f"{len(found['causal'])} seeds, facts counted over all of them; a small model trained briefly fails tasks that a larger one learns, so a failure at "
+        f"{len(found['causal'])} seeds, facts counted over all of them; a small model trained briefly fails tasks "
+        "that a larger one learns, so a failure at "
         "trained lengths says nothing of the family. The claim counts as held only if both losses are significant.",
         figures,
         [Table("Share of answers that are right to the last character", ("task", *found, *baseline), rows)],

@@ -67,7 +67,7 @@ def pairs_right(model: MaskedModel, reading: str, pairs: list[tuple[str, str, st
 def measured(lab: Lab, arm: str, seed: int) -> dict[str, dict[str, Any]]:
     """Of every reading that the model was trained in: bits per byte, pairs by phenomenon, cloze."""
     text, model, found = text_of(lab), lab.text(arm, seed), {}
-    pairs, blanks = minimal_pairs(max(4, lab.size.items // 4)), cloze(text, lab.size.items)
+    pairs, blanks = minimal_pairs(max(4, lab.size.items // 6)), cloze(text, max(4, lab.size.items // 2))
     for reading, asks in readings(model).items():
         pieces = text.pieces(max(4, lab.size.items // 12), model.recipe.model.context - 2)
         nats = (forward_nats if reading == FORWARD else bound_nats)(asks, pieces)
@@ -83,7 +83,7 @@ def measured(lab: Lab, arm: str, seed: int) -> dict[str, dict[str, Any]]:
 def baselines(lab: Lab) -> dict[str, float]:
     """What counting gives on the same items."""
     text = text_of(lab)
-    pairs, blanks = minimal_pairs(max(4, lab.size.items // 4)), cloze(text, lab.size.items)
+    pairs, blanks = minimal_pairs(max(4, lab.size.items // 6)), cloze(text, max(4, lab.size.items // 2))
     counted = [[text.unigram[text.tokenizer.encode(s)].sum() for s in both] for _, *both in pairs]
     pieces = text.pieces(max(4, lab.size.items // 12), lab.recipes["causal"].model.context - 2)
     train, _, test = splits(lab, TASK, EXAMPLES, 0)

@@ -175,7 +175,7 @@ def conclude(found: dict[str, list[dict[str, list[float]]]], best: dict[str, lis
         guess = float(-np.log(TASKS[task][1]))
         picture = pictures.curves(series, "example in the document", "nats", a_guess=guess)
         pictured.append((picture, f"{task.capitalize()}: surprise at the n-th answer."))
-    finding = f"The causal model gains {told(used['causal'], ' nats')} from the beginning to the end of a document (mean of four tasks"
+    finding = f"The causal model gains {told(used['causal'], ' nats')} along a document (mean of four tasks"
     share = used["causal"].value / np.mean([np.subtract(*parts(best[t])) for t in TASKS])
     finding += f", {share:.0%} of what the best possible reader does)"
     if "masked" in found:

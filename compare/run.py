@@ -70,12 +70,12 @@ def compare(
         new = not kept[name].exists()
         Result.from_json(lab.part(f"result-{name}", lambda e=chosen: dataclasses.asdict(e.run(lab))))
         found = [(experiment(n), Result.from_json(lab.part(f"result-{n}", dict))) for n in NAMES if kept[n].exists()]
-        s = lab.size
+        s, steps = lab.size, lab.size.text_steps or lab.recipes["causal"].train.steps
         about = {
             "size": size,
             "options": options,
             "seeds": s.seeds,
-            "scale": f"{s.seeds} seeds, {s.text_steps or 'as the recipes say for'} steps on running text, {s.toy_steps} on made-up data.",
+            "scale": f"{s.seeds} seeds, {steps} steps on running text, {s.toy_steps} on made-up data.",
             "arms": {arm: described(r) for arm, r in lab.recipes.items()},
         }
         page, _ = report.write(home, found, about)
