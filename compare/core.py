@@ -48,8 +48,8 @@ class Size:
 
 SIZES = {
     "smoke": Size("smoke", 2, 4, 4, 8, 2, (3e-3,)),
-    "tiny": Size("tiny", 3, 60, 200, 120, 10),
-    "small": Size("small", 3, 400, 500, 400, 30),
+    "tiny": Size("tiny", 3, 60, 200, 120, 20),
+    "small": Size("small", 3, 400, 500, 400, 40),
     "full": Size("full", 3, 0, 10_000, 2000, 2000, (2e-5, 3e-5, 5e-5), 0),
 }
 

@@ -195,7 +195,7 @@ EXPERIMENT = Experiment(
     "In the broad terms thinking about BERT as a model built to understand NLP (focused primarily on semantic understanding) and "
     "GPT as a model built to generate NLP (focused primarily on structure) is helpful.",
     "Each model continues held-out text, left to right or by chunks of masks, and a reader that only counts words compares that "
-    "with real text. Each fills spans of 1 to 16 tokens, and is tuned with a head to tell who does what to whom.",
+    "with real text. Each fills spans of 1 to 16 tokens, and is tuned with a head to tell whether two sentences agree.",
     "Masked diffusion on C4 (arXiv 2406.07524): perplexity 22 left to right, at most 78 for BERT, at most 35 for BERT tuned as a "
     "diffusion model.",
     run,

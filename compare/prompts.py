@@ -10,9 +10,9 @@ from compare.core import Experiment, Figure, Lab, Result, Table
 from compare.labelled import TASKS, Item, Tuned, splits, tuned_accuracy
 from compare.stats import all_of, difference, mean, ranked, told, verdict
 
-TASK = "mentioned"
+TASK = "denied"
 COUNTS = (16, 64, 256)
-SHARED, LEFT_OUT, FEW = 64, "roles", 32
+SHARED, LEFT_OUT, FEW = 64, "number", 32
 RULES = {
     "prompt": "the task's name and the text are the input, the answer is a word at a mask; the likelier of the two words",
     "head": "a linear head on the last token (BERT: the first); the higher of two outputs",

@@ -10,6 +10,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: p
 import bothways
 from common.errors import InputError
 from compare import harness
+from compare.core import continued
 from sample.score import causal_logprobs
 from train import loop
 
@@ -56,13 +57,12 @@ def test_a_continuation_is_told_as_score_tells_it(runs):
 
 def test_greedy_means_that_every_token_is_the_likeliest(runs):
     backend = harness.BothwaysLM(str(runs["causal"]))
-    said = backend.model.sample(["the dog"], max_tokens=2, greedy=True)[0].text
-    backend.add_bos = False  # as `sample` reads a prompt
-    (_, greedy), (_, other) = backend.loglikelihood(
-        [request("the dog", said), request("the dog", " zz")], disable_tqdm=True
-    )
+    ids = backend.tokens.encode("the dog")
+    (said,) = continued(backend.model, [[backend.tokens.bos, *ids]], 2, greedy=True)
+    other = [said[0], said[1] + 1]
+    (_, greedy), (_, not_greedy) = backend._loglikelihood_tokens([(("", ""), ids, said), (("", ""), ids, other)])
     assert greedy
-    assert not other
+    assert not not_greedy
 
 
 def test_long_contexts_lose_their_beginning(runs):
