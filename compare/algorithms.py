@@ -10,7 +10,7 @@ import numpy as np
 
 from compare import pictures
 from compare.core import BOTH, FORWARD, Experiment, Figure, Lab, Result, Table, continued, likeliest, readings
-from compare.stats import Estimate, all_of, apart, difference, mean, share, told, verdict
+from compare.stats import Estimate, all_of, apart, difference, mean_share, share, told, verdict
 from sample.masked import MaskedModel
 
 LETTERS, FACTS = "abcdefgh", 40
@@ -195,7 +195,7 @@ def conclude(found: dict[str, list[dict[str, float]]], baseline: dict[str, dict[
         "causal": "greedy, exact match",
         "masked": "as many masks as the answer has characters, a reading each; exact match",
     }
-    shown = {(arm, c): mean([run[c] for run in runs]) for arm, runs in found.items() for c in cells}
+    shown = {(arm, c): mean_share([run[c] for run in runs]) for arm, runs in found.items() for c in cells}
     best = {c: max(b[c] for b in baseline.values()) for c in cells}
     figures = [Figure(f"{c}, {arm}", e, rule[arm], baseline=best[c]) for (arm, c), e in shown.items()]
     rows = [[c, *(str(shown[arm, c]) for arm in found), *(f"{b[c]:.3f}" for b in baseline.values())] for c in cells]

@@ -7,7 +7,7 @@ import numpy as np
 from compare import pictures
 from compare.core import BOTH, FORWARD, Experiment, Figure, Lab, Result, Table, asked, readings
 from compare.labelled import splits, tuned_accuracy
-from compare.stats import Estimate, all_of, difference, mean, ranked, told, verdict
+from compare.stats import Estimate, all_of, difference, mean, mean_share, ranked, told, verdict
 from compare.text import Text, bound_nats, forward_nats, minimal_pairs, text_of
 from data.metrics import naive_bayes
 from sample.masked import MaskedModel
@@ -118,9 +118,13 @@ def conclude(found: dict, tuned: dict, fewer: list[float], baseline: dict[str, f
         for reading in runs[0]:
             for what in ("bits", "pairs", "cloze"):
                 by[what, arm, reading] = [run[reading][what] for run in runs]
-    figures = [Figure(f"{w}, {a}, {r}", mean(v), RULES[w, r], baseline=baseline[w]) for (w, a, r), v in by.items()]
+
+    def estimate(what: str, values: list[float]) -> Estimate:
+        return mean(values) if what == "bits" else mean_share(values)
+
+    figures = [Figure(f"{w}, {a}, {r}", estimate(w, v), RULES[w, r], baseline=baseline[w]) for (w, a, r), v in by.items()]
     figures += [
-        Figure(f"pairs: {k}, {a}, {r}", mean([x[r]["by_kind"][k] for x in runs]), RULES["pairs", r], baseline=0.5)
+        Figure(f"pairs: {k}, {a}, {r}", mean_share([x[r]["by_kind"][k] for x in runs]), RULES["pairs", r], baseline=0.5)
         for a, runs in found.items()
         for r in runs[0]
         for k in runs[0][r]["by_kind"]
@@ -132,7 +136,8 @@ def conclude(found: dict, tuned: dict, fewer: list[float], baseline: dict[str, f
         )
     )
     figures += [
-        Figure(f"fine-tuned on {TASK}, {a}", mean(t["test"]), TUNED, baseline=baseline["tuned"]) for a, t in tuned.items()
+        Figure(f"fine-tuned on {TASK}, {a}", mean_share(t["test"]), TUNED, baseline=baseline["tuned"])
+        for a, t in tuned.items()
     ]
 
     def against(what: str, arm: str, other: str, mine: str = BOTH, theirs: str = FORWARD) -> Estimate:
@@ -153,11 +158,11 @@ def conclude(found: dict, tuned: dict, fewer: list[float], baseline: dict[str, f
     groups = {arm: {} for arm in found}
     for (what, arm, reading), values in by.items():
         if what != "bits":
-            groups[arm][f"{names[what]}, {reading}"] = mean(values)
+            groups[arm][f"{names[what]}, {reading}"] = mean_share(values)
     for arm, t in tuned.items():
-        groups[arm]["fine-tuning"] = mean(t["test"])
+        groups[arm]["fine-tuning"] = mean_share(t["test"])
     summary = [
-        [a, r, *(str(mean(by[w, a, r])) for w in ("bits", "pairs", "cloze")), str(mean(tuned[a]["test"]))]
+        [a, r, *(str(estimate(w, by[w, a, r])) for w in ("bits", "pairs", "cloze")), str(mean_share(tuned[a]["test"]))]
         for _, a, r in [k for k in by if k[0] == "bits"]
     ]
     summary += [[f"causal, {rate:.0%} of the tokens", FORWARD, str(short), "", "", ""]]

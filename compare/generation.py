@@ -22,7 +22,7 @@ from compare.core import (
 )
 from compare.directions import EXAMPLES, TASK, TUNED
 from compare.labelled import tuned_accuracy
-from compare.stats import Estimate, all_of, difference, mean, ranked, told, verdict
+from compare.stats import Estimate, all_of, difference, mean, mean_share, ranked, told, verdict
 from compare.text import Text, text_of
 from compare.writing import Judge, distinct, entropy, self_bleu
 from sample.masked import MaskedModel
@@ -130,7 +130,7 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
             ]
     rows.append(["real text", "", *(f"{real['writes'][k]:.3f}" for k in RULES if k in real["writes"]), ""])
     spans = {
-        (a, r, n): mean([run["spans"][r][n] for run in runs])
+        (a, r, n): mean_share([run["spans"][r][n] for run in runs])
         for a, runs in found.items()
         for r in runs[0]["spans"]
         for n in map(str, SPANS)
@@ -140,7 +140,7 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
         Figure(f"span of {n}, {a}, {r}", e, f"{rule[r]}; share of tokens right", baseline=real["spans"][n])
         for (a, r, n), e in spans.items()
     ]
-    figures += [Figure(f"fine-tuned on {TASK}, {a}", mean(t), TUNED, baseline=0.5) for a, t in tuned.items()]
+    figures += [Figure(f"fine-tuned on {TASK}, {a}", mean_share(t), TUNED, baseline=0.5) for a, t in tuned.items()]
     series: dict[str, list[tuple[float, Estimate]]] = {}
     for (arm, reading, n), e in spans.items():
         series.setdefault(f"{arm}, {reading}", []).append((int(n), e))

@@ -8,7 +8,7 @@ import numpy as np
 from compare import pictures
 from compare.core import Experiment, Figure, Lab, Result, Table
 from compare.labelled import TASKS, Item, Tuned, splits, tuned_accuracy
-from compare.stats import all_of, difference, mean, ranked, told, verdict
+from compare.stats import all_of, difference, mean, mean_share, ranked, told, verdict
 
 TASK = "denied"
 COUNTS = (16, 64, 256)
@@ -105,7 +105,7 @@ def run(lab: Lab) -> Result:
 
 
 def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, Any], moved: dict[str, Any]) -> Result:
-    shown = {key: mean(values) for key, values in curves.items()}
+    shown = {key: mean_share(values) for key, values in curves.items()}
     figures = [Figure(f"{TASK}, {a}, {h}, {n} examples", e, RULES[h], baseline=0.5) for (a, h, n), e in shown.items()]
     rows, series, gains = [], {}, []
     for arm, how in dict.fromkeys((a, h) for a, h, _ in curves):
@@ -145,9 +145,10 @@ def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, An
         apart = difference(named, heads)
         sharing.append(apart)
         figures += [
-            Figure(f"{name}, {arm}", mean(v), "mean accuracy over four tasks", baseline=0.5) for name, v in ways.items()
+            Figure(f"{name}, {arm}", mean_share(v), "mean accuracy over four tasks", baseline=0.5)
+            for name, v in ways.items()
         ]
-        shared_rows.append([arm, *(str(mean(v)) for v in ways.values()), told(apart)])
+        shared_rows.append([arm, *(str(mean_share(v)) for v in ways.values()), told(apart)])
     moves = {arm: {how: mean(v) for how, v in ways.items()} for arm, ways in moved.items()}
     for arm, ways in moves.items():
         for how, e in ways.items():

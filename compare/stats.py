@@ -32,6 +32,12 @@ def mean(values: Sequence[float]) -> Estimate:
     return Estimate(*mean_interval(values), len(values))
 
 
+def mean_share(shares: Sequence[float]) -> Estimate:
+    """The mean of shares, with Student's interval as far as it lies between 0 and 1."""
+    e = mean(shares)
+    return dataclasses.replace(e, low=max(0.0, e.low), high=min(1.0, e.high))
+
+
 def share(right: int, n: int) -> Estimate:
     """A share of n, with Wilson's interval (Wilson 1927); of none, everything is possible."""
     if n == 0:
