@@ -137,6 +137,12 @@ def test_all_tokens_alike_surprise_alike(task):
         got = in_context.nats(bigram(tokenizer), reading, documents)
         assert got.shape == (3, len(documents[0][1]))
         np.testing.assert_allclose(got, math.log(len(tokenizer)), rtol=1e-5)
+    logits = np.random.default_rng(0).normal(0, 2, (len(tokenizer),) * 2)
+    logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    ids = [tokenizer.encode(d[0]) for d in documents]
+    want = [[-logprobs[i[p - 1], i[p]] for p in d[1]] for i, d in zip(ids, documents, strict=True)]
+    for reading in (FORWARD, "both ways"):  # who looks at one token only does not care which
+        np.testing.assert_allclose(in_context.nats(bigram(tokenizer, logits), reading, documents), want, rtol=1e-4)
 
 
 def test_the_best_possible_reader_is_the_one_that_counts():

@@ -100,6 +100,8 @@ def test_the_cloze_is_won_by_who_knows_the_source(source):
     knows = np.mean(directions.cloze_right(bigram(held.tokenizer, logits), FORWARD, blanks))
     assert knows > 0.3
     assert np.mean(directions.cloze_right(bigram(held.tokenizer), FORWARD, blanks)) == 0  # all alike: no choice wins
+    by_hand = [bool(logits[p[at - 1], c[0]] > logits[p[at - 1], c[1:]].max()) for p, at, c in blanks]
+    assert directions.cloze_right(bigram(held.tokenizer, logits), BOTH, blanks) == by_hand
 
 
 def test_symmetric_skew_and_directed_matrices():
