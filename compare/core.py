@@ -163,7 +163,14 @@ class Lab:
         bert = base.family == "bert"
         model = {"context": row + bert, "vocab_size": 0, "next_sentence": False, "segment_types": 0}
         if self.size.toy_width:
-            model |= {"n_layers": 2, "d_model": self.size.toy_width, "n_heads": 4, "d_ff": 0, "d_head": 0, "n_kv_heads": 0}
+            model |= {
+                "n_layers": 2,
+                "d_model": self.size.toy_width,
+                "n_heads": 4,
+                "d_ff": 0,
+                "d_head": 0,
+                "n_kv_heads": 0,
+            }
         ask = {"mask_rate": how.get("mask_rate", 0.3), "mask_share": 1.0, "random_share": 0.0, "next_sentence": False}
         recipe = dataclasses.replace(
             base,

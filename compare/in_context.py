@@ -98,7 +98,8 @@ def documents(task: str, count: int) -> list[Asked]:
 def nats(model: MaskedModel, reading: str, items: list[Asked]) -> np.ndarray:
     """[documents, places] -log p of what stands at each place, given what stands before it and nothing behind.
 
-    Read both ways, the place and all behind it are cut off: [CLS] ... [MASK] [SEP].
+    Read both ways, the place and all behind it, to the length of a training document, are hidden:
+    [CLS] ... [MASK] ... [MASK] [SEP].
     """
     t, rows, places, targets = model.tokenizer, [], [], []
     for text, at, _ in items:
@@ -108,7 +109,7 @@ def nats(model: MaskedModel, reading: str, items: list[Asked]) -> np.ndarray:
             places.append([p + 1 for p in at])
             targets.append([ids[p + 1] for p in at])
         else:
-            rows += [[*ids[: p + 1], t.mask, t.eos] for p in at]
+            rows += [[*ids[: p + 1], *[t.mask] * (ROW - 2 - p), t.eos] for p in at]
             places += [[p + 1] for p in at]
             targets += [[ids[p + 1]] for p in at]
     return -np.concatenate(asked(model, rows, places, targets)).reshape(len(items), -1)
@@ -118,7 +119,7 @@ def run(lab: Lab) -> Result:
     n = max(8, lab.size.items // 4)
 
     def measured(arm: str, seed: int) -> dict[str, list[float]]:
-        model = lab.toy("in-context", arm, seed, texts, row=4 * ROW, mask_rate=0.3, batch_size=8)
+        model = lab.toy("in-context", arm, seed, texts, row=4 * ROW, mask_rate=0.5, batch_size=8, longer=2)
         (reading, asks), *_ = readings(model).items()
         return {task: nats(asks, reading, documents(task, n)).mean(axis=0).tolist() for task in TASKS}
 
