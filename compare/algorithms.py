@@ -222,8 +222,8 @@ def conclude(found: dict[str, list[dict[str, float]]], baseline: dict[str, dict[
             groups[task][f"{arm}, {length}"] = shown[arm, c]
     return Result(
         all_of(verdict(drop), verdict(curse)),
-        f"The causal model loses {told(drop)} of its answers at lengths it never saw, where it stands {told(beyond)} against the "
-        f"better of 5-gram and nearest neighbour; asked backwards, facts told from one end only cost it {told(curse)} against "
+        f"The causal model loses {told(drop, sign='')} of its answers at lengths it never saw, where it stands {told(beyond)} against the "
+        f"better of 5-gram and nearest neighbour; asked backwards, facts told from one end only cost it {told(curse, sign='')} against "
         "facts told from both.",
         f"{len(found['causal'])} seeds, facts counted over all of them; a small model trained briefly fails tasks "
         "that a larger one learns, so a failure at "

@@ -15,13 +15,13 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --page: #14171b; --ink: #e6e8eb; --soft: #9aa4b0; --line: #31373f;
   --card: #1b1f25; --yes: #55c48d; --no: #f0846c; --open: #e0bd55; --code: #242a31; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 54rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 62rem; background: var(--page); color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: .4rem 0 .3rem; }
 h2 { font-size: 1.25rem; margin: 0 0 .6rem; line-height: 1.3; }
 p { margin: .5rem 0; }
 a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: .15em; }
-.soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; }
 .claims { list-style: none; padding: 0; margin: 1rem 0; }
 .claims li, section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 .claims li { padding: .7rem .9rem; margin: .5rem 0; }
@@ -33,9 +33,8 @@ section { padding: 1.1rem 1.1rem .6rem; margin: 1.4rem 0; scroll-margin-top: .5r
 .yes { color: var(--yes); } .no { color: var(--no); } .open { color: var(--open); }
 blockquote { margin: .6rem 0; padding-left: .8rem; border-left: 3px solid var(--line); font-style: italic; }
 figure { margin: 1.1rem 0; } figure svg { width: 100%; max-width: 40rem; height: auto; display: block; }
-.wide { overflow-x: auto; margin: 1rem 0; }
+.wide { overflow-x: auto; margin: 0 0 1rem; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .35rem; }
 th, td { text-align: left; padding: .28rem .8rem .28rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; } td { white-space: nowrap; } td:first-child { white-space: normal; min-width: 8.5rem; }
 code, pre { font: .86rem ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
@@ -52,8 +51,8 @@ def _badge(verdict: str) -> str:
 def _table(table: Table) -> str:
     head = "".join(f"<th>{html.escape(c)}</th>" for c in table.columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in table.rows)
-    caption = html.escape(table.title)
-    return f'<div class="wide"><table><caption>{caption}</caption><tr>{head}</tr>{body}</table></div>'
+    title = f'<p class="soft">{html.escape(table.title)}</p>' if table.title else ""
+    return f'{title}<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _figures(figures: list[Figure]) -> str:

@@ -88,13 +88,13 @@ def all_of(*verdicts: str) -> str:
     return OPEN if OPEN in verdicts else HOLDS
 
 
-def told(above_zero: Estimate, unit: str = "") -> str:
+def told(above_zero: Estimate, unit: str = "", sign: str = "+") -> str:
     """A difference in words: its value and interval, and that it is not significant where it is not."""
     e = above_zero
     if e.low == e.high:
-        return f"{e.value:+.3f}{unit} (no spread between seeds, so no interval)"
-    weak = ", not significant" if e.holds(0) else ""
-    return f"{e.value:+.3f}{unit} [{e.low:+.3f}, {e.high:+.3f}]{weak}"
+        return f"{e.value:{sign}.3f}{unit} (no spread between seeds, so no interval)"
+    weak = " (not significant)" if e.holds(0) else ""
+    return f"{e.value:{sign}.3f}{unit} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]{weak}"
 
 
 def ranked(differences: dict[str, Estimate]) -> str:
