@@ -222,9 +222,9 @@ def conclude(found: dict[str, list[dict[str, float]]], baseline: dict[str, dict[
             groups[task][f"{arm}, {length}"] = shown[arm, c]
     return Result(
         all_of(verdict(drop), verdict(curse)),
-        f"The causal model loses {told(drop, sign='')} of its answers at lengths it never saw, where it stands {told(beyond)} against the "
-        f"better of 5-gram and nearest neighbour; asked backwards, facts told from one end only cost it {told(curse, sign='')} against "
-        "facts told from both.",
+        f"At lengths it never saw the causal model loses {told(drop, sign='')} of its answers, and stands {told(beyond)} against "
+        f"the better of 5-gram and nearest neighbour; asked backwards, facts told from one end only cost it "
+        f"{told(curse, sign='')} against facts told from both.",
         f"{len(found['causal'])} seeds, facts counted over all of them; a small model trained briefly fails tasks "
         "that a larger one learns, so a failure at "
         "trained lengths says nothing of the family. The claim counts as held only if both losses are significant.",

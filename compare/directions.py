@@ -184,7 +184,8 @@ def conclude(found: dict, tuned: dict, fewer: list[float], baseline: dict[str, f
             Table("Hybrid minus each parent, at equal tokens (fewer bits are better)", ("measure", "difference"), rows)
         )
         forward, both = (against("bits", "hybrid", p, r, r) for p, r in (("causal", FORWARD), ("masked", BOTH)))
-        finding += f" One set of weights for both readings costs, forward, {told(forward, ' bits')}; both ways, {told(both, ' bits')}."
+        costs_both = f"forward {told(forward, ' bits')}, both ways {told(both, ' bits')}"
+        finding += f" One set of weights for both readings costs: {costs_both}."
     return Result(
         all_of(verdict(costs), *map(verdict, better.values())),
         finding,
