@@ -48,7 +48,7 @@ class Size:
 
 SIZES = {
     "smoke": Size("smoke", 2, 4, 4, 8, 2, (3e-3,)),
-    "tiny": Size("tiny", 3, 60, 200, 120, 20),
+    "tiny": Size("tiny", 3, 40, 150, 100, 20, (1e-2,)),
     "small": Size("small", 3, 400, 500, 400, 40),
     "full": Size("full", 3, 0, 10_000, 2000, 2000, (2e-5, 3e-5, 5e-5), 0),
 }

@@ -8,7 +8,7 @@ import numpy as np
 from compare import pictures
 from compare.core import Experiment, Figure, Lab, Result, Table
 from compare.labelled import TASKS, Item, Tuned, splits, tuned_accuracy
-from compare.stats import all_of, difference, mean, mean_share, ranked, told, verdict
+from compare.stats import OPEN, all_of, difference, mean, mean_share, ranked, told, verdict
 
 TASK = "denied"
 COUNTS = (16, 64, 256)
@@ -122,15 +122,8 @@ def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, An
         )
         gains.append(gain)
         w = worth(prompt, head, COUNTS)
-        rows.append(
-            [
-                arm,
-                "prompt minus head, mean",
-                told(gain),
-                "worth in examples",
-                f"{w:.0f}" if np.isfinite(w) else "head never as good",
-            ]
-        )
+        worth_it = "not clear" if verdict(gain) == OPEN else f"{w:.0f}" if np.isfinite(w) else "head never as good"
+        rows.append([arm, "prompt minus head, mean", told(gain), "worth in examples", worth_it])
         figures.append(
             Figure(
                 f"prompt minus head, {arm}, mean of {len(COUNTS)} sizes",
