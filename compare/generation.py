@@ -164,7 +164,8 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
         f"What the masked model writes is {told(writes, ' bits per token')} further from real text than the causal one's; "
         f"drawn 16 tokens at once, {told(blends, ' bits')} further still. Understanding: the masked model is "
         f"{ranked({'filling spans': fills, 'a tuned task': understands})}, than the causal one.",
-        f"{len(tuned['causal'])} seeds. The judge only counts words; it cannot tell sense. The claim counts as held only if all "
+        f"{len(tuned['causal'])} seeds. The judge only counts words; it cannot tell sense, nor dullness: read it "
+        "beside distinct-2 and self-BLEU. The claim counts as held only if all "
         "three differences are significant: writing, filling, fine-tuning.",
         figures,
         [
