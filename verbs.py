@@ -13,6 +13,7 @@ import verbs_scale
 from common.config import MeshConfig
 from common.errors import InputError
 from common.recipe import Recipe
+from compare.verb import compare
 from configs import find
 
 Positional = tyro.conf.Positional
@@ -34,6 +35,7 @@ def load(home: str | Path, mesh: MeshConfig = ONE) -> "TextModel | MaskedModel |
         where that cannot hold them, on all.
     """
     from common.rundir import directory, load_run
+    from sample.hybrid import HybridModel
     from sample.masked import MaskedModel
     from sample.predict import TaskPredictor
     from sample.text import TextModel
@@ -42,6 +44,8 @@ def load(home: str | Path, mesh: MeshConfig = ONE) -> "TextModel | MaskedModel |
     run = load_run(directory(home), say, lambda shapes: shardings_for_reading(shapes, mesh))
     if run.task is not None:
         return TaskPredictor(run)
+    if run.recipe.objective.kind == "hybrid":
+        return HybridModel(run)
     return MaskedModel(run) if run.recipe.family == "bert" else TextModel(run)
 
 
@@ -179,11 +183,20 @@ def _sample(
     family = model.recipe.family
     masked = family == "bert"
     if source is not None and family != "seq2seq":
-        raise InputError(f"--source is for encoder-decoders; a {family} run goes on from a prompt: give it as an argument")
+        raise InputError(
+            f"--source is for encoder-decoders; a {family} run goes on from a prompt: give it as an argument"
+        )
     other_method = greedy or stream or stop or temperature != 1.0 or top_k or top_p != 1.0 or min_p
     if family == "seq2seq" and beams is None and not other_method:
         beams = 4
-    chosen = {"max_tokens": max_tokens, "beams": beams, "chunk": chunk, "steps": steps, "sweeps": sweeps, "stream": stream or None}
+    chosen = {
+        "max_tokens": max_tokens,
+        "beams": beams,
+        "chunk": chunk,
+        "steps": steps,
+        "sweeps": sweeps,
+        "stream": stream or None,
+    }
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     wrong = set(options) & ({"beams", "stream"} if masked else {"chunk", "steps", "sweeps"})
     if wrong:
@@ -273,19 +286,42 @@ def _score(run: Positional[str], file: Positional[Path | None] = None, rule: str
         _emit(result, json, f"{result.logprob:10.3f}  {result.tokens:4d}  {result.text}")
 
 
-def _evaluate(run: Positional[str], suites: Positional[tuple[str, ...]] = ("validation",), json: bool = False) -> None:
-    """Held-out loss and bits per byte, with 95 % intervals.
+def _evaluate(
+    run: Positional[str],
+    suites: Positional[tuple[str, ...]] = ("validation",),
+    shots: int | None = None,
+    rule: str = "",
+    tasks_from: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Held-out loss and bits per byte, and tasks of lm-evaluation-harness, with 95 % intervals.
 
     Args:
         run: A run directory.
-        suites: validation or test: the run's own held-out text.
+        suites: validation or test: the run's own held-out text. lm-eval:TASK: a task of lm-evaluation-harness.
+        shots: Demonstrations before each question of an lm-eval task; by default as the task says.
+        rule: How an lm-eval task scores a continuation: causal; pll_word (the default of masked models) or pll.
+        tasks_from: A folder with lm-eval task definitions of your own.
         json: One JSON object per figure.
     """
     from sample.evaluate import evaluate
 
     model = load(run)
     _able(model, "sample", "")
-    for figure in evaluate(model, suites, say):
+    tasks = [s.removeprefix("lm-eval:") for s in suites if s.startswith("lm-eval:")]
+    own = [s for s in suites if not s.startswith("lm-eval:")]
+    if (shots is not None or rule or tasks_from) and not tasks:
+        raise InputError("--shots, --rule and --tasks-from are for lm-eval tasks, such as lm-eval:lambada_openai")
+    figures = evaluate(model, own, say)
+    if tasks:
+        try:
+            from compare import harness
+        except ModuleNotFoundError as e:
+            raise InputError(
+                f"lm-eval tasks need {e.name}, which is not installed: pip install 'bothways[lmeval]'"
+            ) from e
+        figures += harness.evaluate(model, tasks, shots, rule, tasks_from)
+    for figure in figures:
         low, high = figure.interval
         _emit(figure, json, f"{figure.suite} {figure.metric} {figure.value:.4f} [{low:.4f}, {high:.4f}] (n={figure.n})")
 
@@ -399,5 +435,6 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "predict": (_predict, "labels from a fine-tuned run"),
     "plan": (verbs_scale.plan, "what a recipe would need on chips that are not here"),
     "launch": (verbs_scale.launch, "start a recipe on a slice or a cluster"),
+    "compare": (compare, "the controlled experiments of GPT against BERT, and their report"),
     "evaluate": (_evaluate, "held-out loss and bits per byte of a run"),
 }

@@ -6,9 +6,11 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    kind: Literal["causal", "masked", "pairs", "spans"] = "causal"
-    """causal: predict the next token. masked: predict hidden tokens from both sides. Of encoder-decoders, pairs:
-    predict a target after its source; spans: restore hidden spans of plain text."""
+    kind: Literal["causal", "masked", "hybrid", "pairs", "spans"] = "causal"
+    """causal: predict the next token. masked: predict hidden tokens from both sides. hybrid: both, by one decoder. Of
+    encoder-decoders, pairs: predict a target after its source; spans: restore hidden spans of plain text."""
+    causal_share: float = 0.5
+    """Share of the rows that a hybrid objective reads forward; the others it reads both ways."""
     mask_rate: float = 0.15
     """Share of the tokens that `masked` and `spans` choose."""
     span_length: float = 3.0
@@ -30,6 +32,8 @@ class ObjectiveConfig:
             found.append(f"objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
         if self.span_length < 1:
             found.append(f"objective.span_length is {self.span_length}; a span has at least 1 token")
+        if not 0 <= self.causal_share <= 1:
+            found.append(f"objective.causal_share is {self.causal_share}; it must be a share, from 0 to 1")
         if not 0 < self.mask_rate < 1:
             found.append(f"objective.mask_rate is {self.mask_rate}; it must be between 0 and 1")
         if min(self.mask_share, self.random_share) < 0 or self.mask_share + self.random_share > 1 + 1e-9:

@@ -169,7 +169,8 @@ def module_of(recipe: Recipe, task: TaskInfo | None = None) -> nn.Module:
     """The module whose parameters a run holds: a family's, or that under a task's head."""
     if task is None:
         return make_module(recipe.family, recipe.model)
-    return TaskModel(recipe.model.resolved(), recipe.family, task.kind, task.outputs)
+    both_ways = recipe.objective.kind == "hybrid"
+    return TaskModel(recipe.model.resolved(), recipe.family, task.kind, task.outputs, both_ways=both_ways)
 
 
 def param_shapes(recipe: Recipe, task: TaskInfo | None = None) -> Any:

@@ -123,6 +123,25 @@ def masked_row(row: Example, rng: np.random.Generator, vocabulary: Vocabulary, m
     return {"tokens": hidden, "segments": segments, "positions": places_within(segments), **asked}
 
 
+def hybrid(
+    row: Example, rng: np.random.Generator, vocabulary: Vocabulary, masking: Masking, causal_share: float
+) -> Example:
+    """A row to be read forward, or, with `prefix` as long as the row, both ways (arXiv 2410.24159, section 2).
+
+    Read both ways, hidden tokens are asked for one place before they stand: what the output at t says of token t + 1
+    is one reading, with the next token hidden or behind the horizon. Their weight is 1 / rate.
+    """
+    example = causal(row, rng)
+    length = len(example["tokens"])
+    if rng.random() < causal_share:
+        return example | {"prefix": np.int32(0)}
+    tokens, asked = hide(example["tokens"][1:], rng, vocabulary, masking, masking.slots(length))
+    weights = np.zeros(length, np.float32)
+    weights[asked["places"][asked["weights"] > 0]] = 1 / masking.rate
+    tokens = np.concatenate([example["tokens"][:1], tokens])
+    return example | {"tokens": tokens, "weights": weights, "prefix": np.int32(length)}
+
+
 class Pairs:
     """Pieces of documents for next-sentence prediction: a random-access source of pairs to be made.
 

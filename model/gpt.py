@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from model.cache import Cache
@@ -45,3 +46,30 @@ class GPT(nn.Module):
 
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
         return logits_of(features, *self.unembedding())
+
+
+class MaskedNextToken(GPT):
+    """A GPT behind BERT's call, so that both can be asked alike; the parameters are the GPT's.
+
+    What a GPT says of token t stands at output t - 1, and so it does where the hybrid objective taught it to read
+    both ways (arXiv 2410.24159, section 2): its features are handed on one place later. Nothing is said of token 0.
+    """
+
+    both_ways: bool = True
+    """False: as a plain GPT, what is said of token t knows only those before it."""
+
+    def __call__(
+        self,
+        tokens: Int[jax.Array, "B T"],
+        positions: Int[jax.Array, "B T"] | None = None,
+        segments: Int[jax.Array, "B T"] | None = None,
+        types: None = None,
+        deterministic: bool = True,
+    ) -> Float[jax.Array, "B T D"]:
+        whole = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if self.both_ways else None
+        features, _ = super().__call__(tokens, positions, segments, whole, deterministic=deterministic)
+        return jnp.roll(features, 1, axis=1)
+
+    def transform(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
+        """No MLM head stands between features and output layer."""
+        return features

@@ -39,6 +39,8 @@ class TaskModel(nn.Module):
     kind: Kind
     outputs: int
     dropout: float = 0.1
+    both_ways: bool = False
+    """A GPT that was trained in both readings: every token sees the whole text."""
 
     def setup(self):
         self.body = GPT(self.cfg) if self.family == "gpt" else BERT(self.cfg)
@@ -52,7 +54,8 @@ class TaskModel(nn.Module):
         deterministic: bool = True,
     ) -> Float[jax.Array, "B T D"]:
         if self.family == "gpt":
-            return self.body(tokens, segments=segments, deterministic=deterministic)[0]
+            prefix = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if self.both_ways else None
+            return self.body(tokens, segments=segments, prefix=prefix, deterministic=deterministic)[0]
         return self.body(tokens, segments=segments, types=types, deterministic=deterministic)
 
     def __call__(

@@ -10,6 +10,7 @@ from common.errors import InputError
 from data import corpora, examples, pairs, pipeline, tokens
 from data.tokens import Tokens
 from sample import score as scoring
+from sample.hybrid import HybridModel
 from sample.masked import MaskedModel, hidden_logprobs, next_sentence_right
 from sample.text import TextModel
 
@@ -47,6 +48,7 @@ def evaluate(
     Of a causal run: loss (nats per token) and bits_per_byte. Of a masked run: mlm, the loss at hidden places;
     unigram, what knowing only how often each token occurs in training gives at the same places; nsp_accuracy; and
     bits_per_byte by the diffusion bound, which shares its scale with a causal run's (see MaskedModel.score).
+    Of a hybrid run: both, those of its reading both ways with `both_ways_` before their names.
 
     Of an encoder-decoder: loss and bits_per_byte of targets given their sources; of pairs also bleu and chrf of its
     translations (beam 4, length penalty 0.6), beside copy_bleu and copy_chrf, those of the sources themselves.
@@ -76,6 +78,9 @@ def evaluate(
             if model.recipe.objective.kind == "spans"
             else causal_figures(model, suite, held)
         )
+        if isinstance(model, HybridModel):
+            both = masked_figures(model.both_ways, suite, held, train)
+            figures += [dataclasses.replace(f, metric=f"both_ways_{f.metric}") for f in both]
     return figures
 
 

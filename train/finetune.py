@@ -48,15 +48,15 @@ class FinetuneConfig:
     scratch: bool = True
     """Also train the same network from random weights, over the same grid."""
 
-    def check(self, family: str, context: int) -> None:
+    def check(self, kind: str, context: int) -> None:
         """Raises InputError for numbers out of range."""
         for name in ("epochs", "batch_size", "seeds", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.lm_weight < 0:
             raise InputError(f"lm-weight is {self.lm_weight}; it cannot be negative")
-        if self.lm_weight and family != "gpt":
-            raise InputError("--lm-weight is for causal runs; a masked model has no next-token loss")
+        if self.lm_weight and kind != "causal":
+            raise InputError("--lm-weight is for causal runs; one that reads both ways sees the next token")
         if self.length and not 5 <= self.length <= context:  # two texts of a token each, and what stands around them
             raise InputError(f"length is {self.length}; it must be between 5 and the model's context, {context}, or 0")
         if not all(rate > 0 for rate in self.learning_rates):
@@ -127,7 +127,7 @@ class Tuner:
         self.run, self.task, self.cfg = run, task, cfg
         self.length = cfg.length or run.recipe.model.context
         self.info = TaskInfo(task.name, task.kind, task.labels, self.length, task.metrics)
-        self.module = TaskModel(run.recipe.model, run.recipe.family, task.kind, self.info.outputs, cfg.dropout)
+        self.module = rundir.module_of(run.recipe, self.info).clone(dropout=cfg.dropout)
         self.rows = {split: TaskRows(items, task, run.tokenizer, self.length) for split, items in task.splits.items()}
         self.mesh = sharding.make_mesh(MeshConfig())
         self.batch_size = -(-cfg.batch_size // jax.device_count()) * jax.device_count()
@@ -244,7 +244,7 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
       InputError: numbers out of range, or a directory that holds something already.
     """
     home = rundir.directory(workdir)
-    cfg.check(run.recipe.family, run.recipe.model.context)
+    cfg.check(run.recipe.objective.kind, run.recipe.model.context)
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise InputError(f"{home} exists already; give another directory with --workdir")
     small = sum(x.size for x in jax.tree.leaves(run.params)) < 20_000_000

@@ -55,7 +55,7 @@ def recipe_flops_per_token(recipe: Recipe) -> float:
     if recipe.family == "seq2seq":
         return seq2seq_flops_per_token(recipe.model)
     causal = recipe.objective.kind == "causal"
-    share = 1.0 if causal else recipe.objective.mask_rate
+    share = recipe.objective.mask_rate if recipe.objective.kind == "masked" else 1.0
     return training_flops_per_token(recipe.model, causal=causal, predicted_share=share)
 
 

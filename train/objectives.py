@@ -2,6 +2,7 @@
 
 causal   every token asks for the next one      the decoder's mask hides what comes after
 masked   hidden tokens ask for themselves       the encoder's mask hides nothing
+hybrid   some rows as causal; in the others a hidden token is asked for one place before it, and nothing is out of sight
 pairs    as causal, after a source              the decoder sees all of what the encoder made of it
 spans    as pairs, with hidden spans of a text for targets
 """
@@ -105,6 +106,30 @@ def after_source(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -
     return Objective(source, weights, terms)
 
 
+def hybrid(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Objective:
+    """Next tokens in some rows, masked next tokens in the others, one decoder for both (arXiv 2410.24159, section 2).
+
+    Each row weighs the same in expectation: a masked row asks for `mask_rate` of its tokens, each with 1 / mask_rate.
+    """
+    masking = examples.Masking(cfg.mask_rate, cfg.mask_share, cfg.random_share, cfg.whole_words)
+
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Any, ExampleFn]:
+        return Rows(tokens, length, vocabulary.pad, separate, padded), functools.partial(
+            examples.hybrid, vocabulary=vocabulary, masking=masking, causal_share=cfg.causal_share
+        )
+
+    def weights(batch: Batch) -> dict[str, jax.Array]:
+        return {"hybrid": jnp.sum(batch["weights"])}
+
+    def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
+        inputs = (batch[k] for k in ("tokens", "positions", "segments", "prefix"))
+        features, _ = module(*inputs, deterministic=deterministic)
+        smoothing = 0.0 if deterministic else cfg.label_smoothing
+        return {"hybrid": cross_entropy(features, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
+
+    return Objective(source, weights, terms)
+
+
 def class_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenLoss:
     """Cross-entropy over a few classes: logits [B, C], labels [B], weights [B]."""
     nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
@@ -114,6 +139,7 @@ def class_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> Toke
 OBJECTIVES: dict[str, Callable[[ObjectiveConfig, Vocabulary, bool], Objective]] = {
     "causal": causal,
     "masked": masked,
+    "hybrid": hybrid,
     "pairs": after_source,
     "spans": after_source,
 }

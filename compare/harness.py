@@ -1,0 +1,202 @@
+"""lm-evaluation-harness over our runs, causal, masked and hybrid: `lm-eval run --model bothways --model_args run=runs/x`.
+
+Registered by the entry point in pyproject.toml; for releases of lm-eval that do not look for entry points, importing this
+module registers it too. Needs the extra `lmeval`.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+
+from common.errors import InputError
+from compare.core import BOTH, FORWARD, ask, batches, readings
+from sample.evaluate import Figure
+from sample.masked import BATCH, MaskedModel, columns, padded
+from sample.text import TextModel
+
+RULES = ("causal", "pll", "pll_word")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def told(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """[B, P] log p(target) at `places`, in nats, and whether the target is the likeliest token."""
+
+    def run(bound: nn.Module) -> tuple[jax.Array, jax.Array]:
+        features = bound(batch["tokens"], segments=batch["segments"])
+        logits = bound.logits(jnp.take_along_axis(features, batch["places"][..., None], axis=1))
+        target = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+        return target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == batch["targets"]
+
+    return module.apply({"params": params}, method=run)
+
+
+@register_model("bothways")
+class BothwaysLM(TemplateLM):
+    """A run as lm-eval asks it.
+
+    Args:
+      run: a run directory, or a loaded model.
+      rule: how a continuation is scored. causal: read forward. pll_word (the default of masked runs) and pll: each of its
+        tokens hidden in turn, all of the context and of the rest of the continuation in sight. A pseudo-log-likelihood is
+        no probability: it ranks choices, and perplexities of it mean little; rolling likelihoods use rule bound instead.
+      add_bos: put [CLS] before every context, as our runs were trained. False for weights that knew no such token.
+
+    Raises:
+      InputError: no run, or a rule that it cannot be scored by.
+    """
+
+    def __init__(self, run: Any, rule: str = "", add_bos: bool | str = True, **_: Any):
+        super().__init__()
+        self.model = ask(Path(run)) if isinstance(run, str | Path) else run
+        self.tokens = self.model.tokenizer
+        self.add_bos = str(add_bos) != "False"
+        known = readings(self.model)
+        self.rule = rule or ("causal" if FORWARD in known else "pll_word")
+        fits = [r for r in RULES if (FORWARD if r == "causal" else BOTH) in known]
+        if self.rule not in fits:
+            raise InputError(f"rule {self.rule!r} is not for this run; it scores by: {', '.join(fits)}")
+        self.reading: MaskedModel = known[FORWARD if self.rule == "causal" else BOTH]
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokens.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.tokens.bos
+
+    @property
+    def max_length(self) -> int:
+        return self.reading.context
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokens.fingerprint
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self.tokens.encode(string)
+
+    def _row(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], int]:
+        """The tokens as they are read, cut from the left where they are too many; and where the continuation begins."""
+        start = [self.tokens.bos] if self.add_bos or list(context) == [self.tokens.bos] else []
+        before = [t for t in context if t != self.tokens.bos]
+        # Read forward, the last token is asked for and not read; both ways, [SEP] stands behind it.
+        room = self.max_length + (1 if self.rule == "causal" else -1) - len(start) - len(continuation)
+        if room < 0:
+            raise InputError(
+                f"a continuation of {len(continuation)} tokens does not fit into a context of {self.max_length}"
+            )
+        row = [*start, *before[len(before) - min(room, len(before)) :]]
+        return [*row, *continuation], len(row)
+
+    def _copies(self, row: list[int], begin: int) -> list[tuple[list[int], list[int], list[int]]]:
+        """(row, places, targets) to be asked: one that is read forward, or one for each token hidden."""
+        places = list(range(begin, len(row)))
+        if self.rule == "causal":
+            return [(row, places, row[begin:])]
+        starts, found = self.reading.vocabulary.starts_word, []
+        for place in places:
+            hidden, after = [*row, self.tokens.eos], place + 1
+            hidden[place] = self.tokens.mask
+            while self.rule == "pll_word" and after < len(row) and not starts[row[after]]:
+                hidden[after] = self.tokens.mask
+                after += 1
+            found.append((hidden, [place], [row[place]]))
+        return found
+
+    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+        copies = [
+            (i, *copy)
+            for i, (_, context, continuation) in enumerate(requests)
+            for copy in self._copies(*self._row(context, continuation))
+        ]
+        copies.sort(key=lambda c: (len(c[1]), len(c[2])))
+        nats, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
+        for some in batches(copies, BATCH):
+            tokens, segments = padded([row for _, row, *_ in some], self.max_length + 1, self.tokens.pad)
+            batch = {"tokens": tokens, "segments": segments}
+            batch |= {k: columns([c[j] for c in some], len(tokens)) for j, k in ((2, "places"), (3, "targets"))}
+            logprobs, best = map(np.asarray, told(self.reading.run.module, self.reading.run.params, batch))
+            for k, (i, _, places, _) in enumerate(some):
+                nats[i] += logprobs[k, : len(places)].sum()
+                greedy[i] &= best[k, : len(places)].all()
+        return [(float(n), bool(g)) for n, g in zip(nats, greedy, strict=True)]
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """log p of whole texts: of a model read forward in windows that overlap by half; of others, rule bound."""
+        rule = "causal" if self.rule == "causal" else "bound"
+        asked = self.model if rule == "causal" else self.reading
+        return [score.logprob for score in asked.score([request.args[0] for request in requests], rule)]
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """What each context is continued by, until a stop string; greedily unless the task says `do_sample`."""
+        found = []
+        for request in requests:
+            context, how = request.args
+            stop = how.get("until") or ()
+            stop = [stop] if isinstance(stop, str) else [s for s in stop if s]
+            most = min(int(how.get("max_gen_toks", 64)), self.max_length)
+            ids = self.tokens.encode(context)[-(self.max_length - 2) :]
+            greedy = not how.get("do_sample") or float(how.get("temperature") or 0) == 0
+            options = {"greedy": greedy, "temperature": 1.0 if greedy else float(how["temperature"])}
+            writer: TextModel | MaskedModel = self.model if self.rule == "causal" else self.reading
+            if self.rule != "causal":
+                options |= {"chunk": min(16, self.max_length // 2)}
+            found.append(writer.sample([self.tokens.decode(ids)], max_tokens=most, stop=stop, **options)[0].text)
+        return found
+
+
+def evaluate(
+    model: Any,
+    tasks: Sequence[str],
+    shots: int | None,
+    rule: str = "",
+    tasks_from: Path | None = None,
+    limit: int | None = None,
+) -> list[Figure]:
+    """Tasks of lm-evaluation-harness: a figure per metric, with its 95 % interval from the harness' standard error.
+
+    Args:
+      shots: demonstrations drawn from the training split before each question, as in GPT-3 (arXiv 2005.14165, 2.4).
+      tasks_from: a folder with task definitions of your own.
+      limit: items per task; None for all.
+
+    Raises:
+      InputError: no such task, or data that cannot be had here.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks_from) if tasks_from else None)
+    backend = BothwaysLM(model, rule)
+    unknown = [t for t in tasks if t not in manager.all_tasks]
+    if unknown:
+        raise InputError(
+            f"lm-eval has no task {unknown[0]!r}; `lm-eval ls tasks` lists them, --tasks-from DIR adds your own"
+        )
+    try:
+        found = lm_eval.simple_evaluate(
+            backend, tasks=list(tasks), num_fewshot=shots, task_manager=manager, limit=limit, log_samples=False
+        )
+    except (ConnectionError, FileNotFoundError) as e:
+        raise InputError(f"the data of {', '.join(tasks)} cannot be had here: {' '.join(str(e).split())[:200]}") from e
+    figures = []
+    for task, values in found["results"].items():
+        n = found.get("n-samples", {}).get(task, {}).get("effective", 0)
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if not isinstance(value, int | float) or metric.endswith("_stderr") or not kind:
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            half = 1.96 * error if isinstance(error, int | float) else 0.0
+            name = metric if kind == "none" else f"{metric} ({kind})"
+            figures.append(Figure(f"lm-eval:{task}", name, float(value), (value - half, value + half), int(n)))
+    return figures

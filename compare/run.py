@@ -1,0 +1,84 @@
+"""All experiments, in the order of the report; and what runs them."""
+
+import dataclasses
+import importlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import InputError
+from common.recipe import Recipe
+from compare import report
+from compare.core import SIZES, Experiment, Lab, Result
+from train.report import say
+
+NAMES = ("directions", "algorithms", "modes", "in-context", "weights", "prompts", "generation")
+
+
+def experiment(name: str) -> Experiment:
+    """The experiment of this name: a module here, with dashes for underscores."""
+    if name not in NAMES:
+        raise InputError(f"no experiment {name!r}; there are {', '.join(NAMES)}")
+    return importlib.import_module(f"compare.{name.replace('-', '_')}").EXPERIMENT
+
+
+def controlled(arms: dict[str, Recipe]) -> dict[str, Recipe]:
+    """The recipes with all but model and objective taken from the first: text, tokenizer, optimizer, batches, row length."""
+    first = next(iter(arms.values()))
+    model = {"context": first.model.context, "vocab_size": first.model.vocab_size or first.data.vocab_size}
+    shared = {"data": first.data, "optimizer": first.optimizer, "train": first.train, "mesh": first.mesh}
+    return {arm: dataclasses.replace(r, model=dataclasses.replace(r.model, **model), **shared) for arm, r in arms.items()}
+
+
+def masked_only(hybrid: Recipe) -> Recipe:
+    """The hybrid recipe with no row read forward: a masked model of exactly the same parameters."""
+    return dataclasses.replace(hybrid, objective=dataclasses.replace(hybrid.objective, causal_share=0.0))
+
+
+def described(recipe: Recipe) -> str:
+    """A recipe in a line of the report."""
+    from compare.weights import parameter_count
+
+    ask = recipe.objective
+    kinds = {"causal": "next token", "masked": f"masked tokens ({ask.mask_rate:.0%})"}
+    kinds["hybrid"] = f"masked next tokens ({ask.mask_rate:.0%}), {ask.causal_share:.0%} of rows forward instead"
+    pairs = " and next sentences" if ask.next_sentence else ""
+    return f"{kinds[ask.kind]}{pairs}, {parameter_count(recipe):,} parameters"
+
+
+def compare(
+    names: Sequence[str], size: str, arms: dict[str, Recipe], home: Path, options: str
+) -> list[tuple[Experiment, Result]]:
+    """Run experiments (all, if none is named); write the report anew after each, with all that the directory has.
+
+    Args:
+      options: how the command line was given, for the report to repeat.
+
+    Raises:
+      InputError: no such experiment or size, or the directory holds another comparison.
+    """
+    if size not in SIZES:
+        raise InputError(f"no size {size!r}; there are {', '.join(SIZES)}")
+    for name in names:
+        experiment(name)
+    lab = Lab(home, SIZES[size], controlled(arms))
+    kept = {n: home / "parts" / f"result-{n}.json" for n in NAMES}
+    found: list[tuple[Experiment, Result]] = []
+    for name in names or NAMES:
+        began = time.monotonic()
+        chosen = experiment(name)
+        new = not kept[name].exists()
+        Result.from_json(lab.part(f"result-{name}", lambda e=chosen: dataclasses.asdict(e.run(lab))))
+        found = [(experiment(n), Result.from_json(lab.part(f"result-{n}", dict))) for n in NAMES if kept[n].exists()]
+        s, steps = lab.size, lab.size.text_steps or lab.recipes["causal"].train.steps
+        about = {
+            "size": size,
+            "options": options,
+            "seeds": s.seeds,
+            "scale": f"{s.seeds} seeds, {steps} steps on running text, {s.toy_steps} on made-up data.",
+            "arms": {arm: described(r) for arm, r in lab.recipes.items()},
+        }
+        page, _ = report.write(home, found, about)
+        how = f"{time.monotonic() - began:.0f} s" if new else "kept from earlier"
+        say(f"=== {name}: {how}; {page}")
+    return found

@@ -1,0 +1,111 @@
+"""Numbers with their uncertainty: 95 % intervals, differences, and what may be said of a claim."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.metrics import mean_interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A value, its 95 % interval, and how many observations stand behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        digits = 3 if max(abs(self.low), abs(self.high)) < 100 else 0
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+    def holds(self, number: float) -> bool:
+        """Whether the number lies in the interval."""
+        return self.low <= number <= self.high
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean, with Student's interval."""
+    return Estimate(*mean_interval(values), len(values))
+
+
+def mean_share(shares: Sequence[float]) -> Estimate:
+    """The mean of shares, with Student's interval as far as it lies between 0 and 1."""
+    e = mean(shares)
+    return dataclasses.replace(e, low=max(0.0, e.low), high=min(1.0, e.high))
+
+
+def share(right: int, n: int) -> Estimate:
+    """A share of n, with Wilson's interval (Wilson 1927); of none, everything is possible."""
+    if n == 0:
+        return Estimate(0.0, 0.0, 1.0, 0)
+    z, p = 1.959964, right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return Estimate(p, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale), n)
+
+
+def difference(a: Sequence[float], b: Sequence[float], paired: bool = True) -> Estimate:
+    """Mean of a - b: over pairs that share a seed or an item, or by Welch's interval where nothing is shared."""
+    if paired:
+        return mean(np.subtract(a, b).tolist())
+    import scipy.stats
+
+    va, vb = (np.var(x, ddof=1) / len(x) for x in (a, b))
+    middle = float(np.mean(a) - np.mean(b))
+    if va + vb == 0:
+        return Estimate(middle, middle, middle, len(a) + len(b))
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    half = float(scipy.stats.t.ppf(0.975, freedom) * math.sqrt(va + vb))
+    return Estimate(middle, middle - half, middle + half, len(a) + len(b))
+
+
+def apart(a: Estimate, b: Estimate) -> Estimate:
+    """Share a minus share b, of different items, by Newcombe's interval (1998, method 10) from Wilson's of each."""
+    low = math.hypot(a.value - a.low, b.high - b.value)
+    high = math.hypot(a.high - a.value, b.value - b.low)
+    middle = a.value - b.value
+    return Estimate(middle, middle - low, middle + high, a.n + b.n)
+
+
+HOLDS, FAILS, OPEN = "holds here", "does not hold here", "not decided here"
+
+
+def verdict(above_zero: Estimate) -> str:
+    """What a difference says of the claim that it is positive: nothing, if zero is in its interval, or if it has none."""
+    if above_zero.low == above_zero.high or above_zero.holds(0):
+        return OPEN
+    return HOLDS if above_zero.low > 0 else FAILS
+
+
+def all_of(*verdicts: str) -> str:
+    """A claim of several parts holds if each part does, and does not if any part does not."""
+    if FAILS in verdicts:
+        return FAILS
+    return OPEN if OPEN in verdicts else HOLDS
+
+
+def told(above_zero: Estimate, unit: str = "", sign: str = "+") -> str:
+    """A difference in words: its value and interval, and that it is not significant where it is not."""
+    e = above_zero
+    if e.low == e.high:
+        return f"{e.value:{sign}.3f}{unit} (no spread between seeds, so no interval)"
+    weak = " (not significant)" if e.holds(0) else ""
+    return f"{e.value:{sign}.3f}{unit} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]{weak}"
+
+
+def ranked(differences: dict[str, Estimate]) -> str:
+    """Differences by what they say: better at ..., worse at ..., no clear difference in ..."""
+    words = {HOLDS: "better at", FAILS: "worse at", OPEN: "not clearly different at"}
+    found = []
+    for kind, word in words.items():
+        named = [
+            f"{name} ({e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}])"
+            for name, e in differences.items()
+            if verdict(e) == kind
+        ]
+        found += [f"{word} {', '.join(named)}"] if named else []
+    return "; ".join(found)

@@ -1,0 +1,25 @@
+"""Asking a model that was trained in both readings: `sample` and `embed` forward, `fill` both ways, `score` in either."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from common.rundir import Run
+from model.gpt import MaskedNextToken
+from sample.masked import Filled, MaskedModel
+from sample.text import Score, TextModel
+
+
+class HybridModel(TextModel):
+    """A hybrid run that can be asked; `both_ways` is the same parameters as a masked model. Made by `bothways.load`."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.both_ways = MaskedModel(dataclasses.replace(run, module=MaskedNextToken(run.recipe.model.resolved())))
+
+    def fill(self, texts: Sequence[str], *, top: int = 5, steps: int = 1) -> list[Filled]:
+        """As MaskedModel.fill."""
+        return self.both_ways.fill(texts, top=top, steps=steps)
+
+    def score(self, texts: Sequence[str], rule: str = "causal", draws: int = 32) -> list[Score]:
+        """By rule causal as TextModel.score; by pll, pll_word and bound as MaskedModel.score."""
+        return super().score(texts) if rule == "causal" else self.both_ways.score(texts, rule, draws)

@@ -1,0 +1,66 @@
+"""Models whose every probability is known, behind the calls that the experiments use."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from common.recipe import Recipe
+from common.rundir import Run
+from data import tokenizer as tokenizers
+from data.tokenizer import Tokenizer
+from model.config import TransformerConfig
+from sample.masked import MaskedModel
+
+
+class Bigram(nn.Module):
+    """p(token | the one before it) is a row of a table, whatever else is in sight: exact, and read forward."""
+
+    size: int
+    both_ways: bool = False
+
+    @nn.compact
+    def __call__(self, tokens, positions=None, segments=None, types=None, deterministic=True):
+        return jnp.roll(jnp.eye(self.size)[tokens], 1, axis=1)
+
+    def transform(self, features):
+        return features
+
+    def unembedding(self):
+        return self.variables["params"]["table"].T, None
+
+    def logits(self, features):
+        return features @ self.variables["params"]["table"]
+
+
+def characters(texts: list[str]) -> Tokenizer:
+    return tokenizers.train(texts, "char", 8192)
+
+
+def bigram(tokenizer: Tokenizer, logits: np.ndarray | None = None, context: int = 64) -> MaskedModel:
+    """A model of these logits [V, V], or one to which all tokens are alike."""
+    V = len(tokenizer)
+    recipe = Recipe(model=TransformerConfig(context=context, vocab_size=V))
+    params = {"table": jnp.zeros((V, V)) if logits is None else jnp.asarray(logits, jnp.float32)}
+    return MaskedModel(Run(Path(), recipe, tokenizer, Bigram(V), params, 0))
+
+
+def told_by(tokenizer: Tokenizer, tell: Callable[[list[int], int], dict[int, float]], context: int = 64) -> MaskedModel:
+    """A masked model that says, of a row and a place in it, these probabilities of tokens."""
+
+    class Told(MaskedModel):
+        def _logits(self, rows, places):
+            found = []
+            for row, here in zip(rows, places, strict=True):
+                logits = np.full((len(here), len(tokenizer)), -np.inf)
+                for k, place in enumerate(here):
+                    for token, p in tell(row, place).items():
+                        logits[k, token] = np.log(p)
+                found.append(logits)
+            return found
+
+    plain = bigram(tokenizer, context=context)
+    return Told(dataclasses.replace(plain.run))

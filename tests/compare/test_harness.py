@@ -1,0 +1,132 @@
+"""lm-evaluation-harness over models whose probabilities are known; skipped where it is not installed."""
+
+import json
+import math
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'bothways[lmeval]'")
+
+import bothways
+from common.errors import InputError
+from compare import harness
+from compare.core import continued
+from sample.score import causal_logprobs
+from train import loop
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_recipe, tmp_path_factory):
+    """A causal and a hybrid run of two steps."""
+    import dataclasses
+
+    from common.config import ObjectiveConfig
+
+    found = {}
+    for kind in ("causal", "hybrid"):
+        home = tmp_path_factory.mktemp("runs") / kind
+        steps = dataclasses.replace(tiny_recipe.train, steps=2)
+        short = dataclasses.replace(tiny_recipe.optimizer, warmup_steps=1)
+        loop.train(
+            dataclasses.replace(tiny_recipe, objective=ObjectiveConfig(kind=kind), train=steps, optimizer=short), home
+        )
+        found[kind] = home
+    return found
+
+
+def request(*args):
+    from lm_eval.api.instance import Instance
+
+    return Instance("loglikelihood", {}, args, 0)
+
+
+def test_a_continuation_is_told_as_score_tells_it(runs):
+    backend = harness.BothwaysLM(str(runs["causal"]))
+    model = backend.model
+    texts = [("the dog sees", " the cat"), ("", "the king"), ("a", "ship")]
+    got = backend.loglikelihood([request(*t) for t in texts], disable_tqdm=True)
+    for (context, continuation), (logprob, _) in zip(texts, got, strict=True):
+        before, whole = (model.tokenizer.encode(t) for t in (context, context + continuation))
+        rows = [[model.tokenizer.bos, *ids] for ids in (whole, before)]
+        both = [r for r in rows if len(r) > 1]
+        told = causal_logprobs(model.run.module, model.run.params, both, model.recipe.model.context)
+        assert logprob == pytest.approx(told[0] - (told[1] if len(told) > 1 else 0), abs=1e-3)
+
+
+def test_greedy_means_that_every_token_is_the_likeliest(runs):
+    backend = harness.BothwaysLM(str(runs["causal"]))
+    ids = backend.tokens.encode("the dog")
+    (said,) = continued(backend.model, [[backend.tokens.bos, *ids]], 2, greedy=True)
+    other = [said[0], said[1] + 1]
+    (_, greedy), (_, not_greedy) = backend._loglikelihood_tokens([(("", ""), ids, said), (("", ""), ids, other)])
+    assert greedy
+    assert not not_greedy
+
+
+def test_long_contexts_lose_their_beginning(runs):
+    backend = harness.BothwaysLM(str(runs["causal"]))
+    long = "the dog sees the cat in the castle. " * 20
+    ((logprob, _),) = backend.loglikelihood([request(long, " the king")], disable_tqdm=True)
+    assert math.isfinite(logprob)
+    with pytest.raises(InputError, match="does not fit"):
+        backend.loglikelihood([request("a", long)], disable_tqdm=True)
+
+
+def test_a_hybrid_run_is_scored_by_every_rule_and_others_are_refused(runs):
+    texts = [request("the dog sees", " the cat")]
+    found = {
+        r: harness.BothwaysLM(str(runs["hybrid"]), rule=r).loglikelihood(texts, disable_tqdm=True)[0][0]
+        for r in harness.RULES
+    }
+    assert len(set(found.values())) == 3
+    with pytest.raises(InputError, match="causal"):
+        harness.BothwaysLM(str(runs["causal"]), rule="pll")
+
+
+def test_rolling_and_generation(runs):
+    for rule in ("causal", "pll_word"):
+        backend = harness.BothwaysLM(str(runs["hybrid"]), rule=rule)
+        rolled = backend.loglikelihood_rolling([request("the dog sees the cat")])
+        assert (
+            rolled[0]
+            == backend.model.score(["the dog sees the cat"], "causal" if rule == "causal" else "bound")[0].logprob
+        )
+        said = backend.generate_until([request("the dog", {"until": ["\n"], "max_gen_toks": 3})])
+        assert isinstance(said[0], str)
+        assert "\n" not in said[0]
+
+
+def test_a_task_of_ones_own_through_the_command_line(runs, tmp_path, capsys):
+    items = [{"text": "the dog sees", "choices": [" the cat", " xq"], "label": i % 2} for i in range(10)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items))
+    files = {s: str(tmp_path / f"{s}.jsonl") for s in ("train", "test")}
+    task = {
+        "task": "own_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        "output_type": "multiple_choice",
+    }
+    task |= {"training_split": "train", "test_split": "test", "doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}"}
+    task |= {"doc_to_target": "label", "metric_list": [{"metric": "acc"}]}
+    (tmp_path / "own_choice.yaml").write_text(json.dumps(task))
+    arguments = [
+        "evaluate",
+        str(runs["causal"]),
+        "lm-eval:own_choice",
+        "--tasks-from",
+        str(tmp_path),
+        "--shots",
+        "1",
+        "--json",
+    ]
+    assert bothways.main(arguments) == 0
+    figures = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    acc = next(f for f in figures if f["metric"] == "acc")
+    assert acc["value"] == 0.5  # one answer is always the likelier, and right half of the time
+    assert acc["n"] == 10
+    assert acc["interval"][0] < 0.5 < acc["interval"][1]
+    assert bothways.main(["evaluate", str(runs["causal"]), "lm-eval:no_such_task"]) == 2
+    assert "no_such_task" in capsys.readouterr().err

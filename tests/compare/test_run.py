@@ -1,0 +1,143 @@
+"""The comparison as a whole, tiny: it goes on where it stopped, writes its report, and refuses what cannot be."""
+
+import dataclasses
+import html.parser
+import json
+
+import jax
+import pytest
+
+from common.config import ObjectiveConfig
+from common.errors import InputError
+from compare import core, modes, pictures, report, run, stats
+from compare.core import Experiment, Figure, Result, Size, Table
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def arms(tiny_recipe):
+    model = dataclasses.replace(tiny_recipe.model, n_layers=1, scan_layers=False, dropout_residual=0.0)
+    causal = dataclasses.replace(tiny_recipe, model=model)
+    hybrid = dataclasses.replace(causal, objective=ObjectiveConfig(kind="hybrid"))
+    return {"causal": causal, "masked": run.masked_only(hybrid)}
+
+
+@pytest.fixture
+def smallest(monkeypatch):
+    size = Size("least", 1, 3, 3, 4, 2, (1e-3,), toy_width=0)
+    monkeypatch.setitem(core.SIZES, "least", size)
+    monkeypatch.setattr(modes, "CASES", ((2, 2), (2, 4)))
+
+
+def test_a_comparison_that_is_stopped_goes_on_where_it_was(arms, smallest, tmp_path, monkeypatch):
+    trained, measured = [], []
+    train, fill = core.train, modes.filled
+
+    def stopping(recipe, home):
+        trained.append(recipe.name)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train(recipe, home)
+
+    monkeypatch.setattr(core, "train", stopping)
+    monkeypatch.setattr(modes, "filled", lambda *a: measured.append(a[1:]) or fill(*a))
+    with pytest.raises(KeyboardInterrupt):
+        run.compare(["modes"], "least", arms, tmp_path / "x", "")
+    ((_, result),) = run.compare(["modes"], "least", arms, tmp_path / "x", "")
+    names = [f"modes-{arm}-{seed}" for arm in arms for seed in (0,)]
+    assert trained == [*names, names[-1]]  # what was done is not done again
+    assert len(measured) == len(set(measured)) == 5  # (2 letters in 1 and 2, 4 letters in 1, 2 and 4 readings)
+    ((_, again),) = run.compare(["modes"], "least", arms, tmp_path / "x", "")
+    assert again == result
+    assert len(trained) == 3
+    found = json.loads((tmp_path / "x" / "report.json").read_text())
+    (experiment,) = found["experiments"]
+    assert experiment["command"].startswith("bothways compare modes")
+    for figure in experiment["figures"]:
+        assert figure["value"]["low"] <= figure["value"]["value"] <= figure["value"]["high"]
+        assert figure["rule"]
+    with pytest.raises(InputError, match="another size"):
+        run.compare(["modes"], "smoke", arms, tmp_path / "x", "")
+
+
+def test_all_but_model_and_objective_is_the_same_for_all_arms(arms):
+    other = dataclasses.replace(
+        arms["masked"],
+        train=dataclasses.replace(arms["masked"].train, batch_size=16),
+        data=dataclasses.replace(arms["masked"].data, vocab_size=330),
+        model=dataclasses.replace(arms["masked"].model, context=12),
+    )
+    got = run.controlled(arms | {"masked": other})
+    differ = {d.split(":")[0] for d in got["causal"].differences(got["masked"])}
+    assert differ == {"objective.kind", "objective.causal_share"}
+
+
+def test_names_that_are_not_there(arms, tmp_path):
+    with pytest.raises(InputError, match="no experiment 'mode'"):
+        run.compare(["mode"], "smoke", arms, tmp_path, "")
+    with pytest.raises(InputError, match="no size"):
+        run.compare([], "huge", arms, tmp_path, "")
+    for name in run.NAMES:
+        found = run.experiment(name)
+        assert found.name == name
+        assert found.claim
+        assert found.known
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags nest, and collects ids, links and text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.ids, self.links, self.text, self.outside = [], [], [], "", []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.ids += [given["id"]] if "id" in given and tag == "section" else []
+        self.links += [given["href"]] if tag == "a" else []
+        self.outside += [v for k, v in attrs if k in ("src", "href") and v and "://" in v]
+        if tag not in ("meta", "path", "use", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "use"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_stands_by_itself(tmp_path):
+    estimate = stats.Estimate(0.5, 0.4, 0.6, 20)
+    picture = pictures.curves({"a <b>": [(1, estimate), (2, estimate)]}, "x", "y", a_guess=0.3)
+    bars = pictures.bars({"one two": {"a": estimate, "b": estimate}, "three": {"a": estimate}}, "y")
+    figures = [Figure("rate <x>", estimate, "a rule", expected=0.55, baseline=0.1)]
+    tables = [Table("a title", ("a", "b"), [["1 & 2", "3"]])]
+    found = [
+        (
+            Experiment(n, f"title {n}", "claim", "method", "known", lambda lab: None),
+            Result(v, "found", "sure", figures, tables, [(picture, "one"), (bars, "two")]),
+        )
+        for n, v in (("a", stats.HOLDS), ("b", stats.FAILS), ("c", stats.OPEN))
+    ]
+    about = {"size": "s", "options": " --size s", "seeds": 2, "scale": "little.", "arms": {"causal": "a GPT"}}
+    path, _ = report.write(tmp_path, found, about)
+    page = Page(path.read_text())
+    assert page.ids == ["a", "b", "c"]
+    assert page.links == ["#a", "#b", "#c"]
+    assert not page.outside
+    assert "Of 3 claims 1 hold here, 1 do not, and 1 are not decided" in page.text
+    assert "bothways compare b --size s" in page.text
+    assert "rate <x>" in page.text
+    assert "a rule" in page.text
+    assert pictures.INK not in path.read_text()
+    assert "currentColor" in path.read_text()
+    assert "prefers-color-scheme" in path.read_text()
