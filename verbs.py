@@ -12,19 +12,22 @@ import tyro
 from common.errors import InputError
 from common.recipe import Recipe
 from configs import find
+from convert.verbs import export_verb, import_verb
 
 Positional = tyro.conf.Positional
 
 
 if TYPE_CHECKING:
+    from sample.embed import Embedder
     from sample.masked import MaskedModel
     from sample.predict import TaskPredictor
     from sample.text import TextModel
 
 
-def load(home: str | Path) -> "TextModel | MaskedModel | TaskPredictor":
+def load(home: str | Path) -> "TextModel | MaskedModel | Embedder | TaskPredictor":
     """A trained run, ready to be asked: `sample` and `score`; `fill` and `embed` where its family can."""
     from common.rundir import load_run
+    from sample.embed import Embedder
     from sample.masked import MaskedModel
     from sample.predict import TaskPredictor
     from sample.text import TextModel
@@ -32,7 +35,9 @@ def load(home: str | Path) -> "TextModel | MaskedModel | TaskPredictor":
     run = load_run(Path(home), say)
     if run.task is not None:
         return TaskPredictor(run)
-    return MaskedModel(run) if run.recipe.family == "bert" else TextModel(run)
+    if run.recipe.family == "bert":
+        return MaskedModel(run) if run.recipe.model.masked_head else Embedder(run)
+    return TextModel(run)
 
 
 def say(message: str) -> None:
@@ -47,7 +52,7 @@ def _emit(value: Any, as_json: bool, shown: str) -> None:
 def _train(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-"):
         if argv and argv[0] in ("-h", "--help"):
-            print("usage: bothways train RECIPE [--workdir DIR] [--json] [--SECTION.FIELD VALUE ...]\n\nrecipes:")
+            print("usage: bothways train RECIPE-OR-RUN [--workdir DIR] [--json] [--SECTION.FIELD VALUE ...]\n\nrecipes:")
             from configs import names
 
             for name, known in sorted(names().items()):
@@ -55,7 +60,7 @@ def _train(argv: list[str]) -> None:
             print("\n`bothways train RECIPE --help` lists every field.")
             return
         raise InputError("train wants a recipe first: bothways train RECIPE [--workdir DIR] [--SECTION.FIELD VALUE ...]")
-    base = find(argv[0])
+    base = _on_from(Path(argv[0])) if (Path(argv[0]) / "recipe.json").is_file() else find(argv[0])
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
@@ -91,6 +96,20 @@ def _train(argv: list[str]) -> None:
         speech = model.sample([""], max_tokens=250, temperature=0.8, top_p=0.95)[0]
         say(f"--- what it says, unprompted:\n{speech.text.strip()}\n---")
     _emit(result, given.json, shown)
+
+
+def _on_from(home: Path) -> Recipe:
+    """The recipe that trains on from a run, imported or trained here: its own, with its tokenizer and weights."""
+    from common.rundir import read_recipe
+
+    run = read_recipe(home)
+    vocabulary = next(home / name for name in ("tokenizer.json", "tokenizer.model") if (home / name).exists())
+    return dataclasses.replace(
+        run,
+        name=f"{home.name}-on",
+        data=dataclasses.replace(run.data, tokenizer=str(vocabulary)),
+        train=dataclasses.replace(run.train, init_from=str(home)),
+    )
 
 
 def _sample(
@@ -211,6 +230,11 @@ def _able(model: Any, verb: str, why: str) -> Callable[..., Any]:
     if getattr(model, "task", None) is not None:
         raise InputError(
             f"{model.run.home} is fine-tuned for {model.task.name}, and can `predict`; ask the run it came from"
+        )
+    if not hasattr(model, verb) and not model.recipe.model.masked_head:
+        raise InputError(
+            f"{model.run.home} is a body without a masked-token head: it can embed and be fine-tuned, but not {verb}; "
+            "`bothways train` gives it a head and trains both"
         )
     if not hasattr(model, verb):
         raise InputError(f"a {model.recipe.family} run cannot {verb}: it {why}")
@@ -358,4 +382,6 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "finetune": (_finetune, "train a head and the whole stack on a labelled task"),
     "predict": (_predict, "labels from a fine-tuned run"),
     "evaluate": (_evaluate, "held-out loss and bits per byte of a run"),
+    "import": (import_verb, "a published checkpoint becomes a run"),
+    "export": (export_verb, "a run becomes a checkpoint that transformers opens"),
 }

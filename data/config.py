@@ -13,7 +13,7 @@ class DataConfig:
     text_field: str = "text"
     """The column or key that holds the text, in JSONL, CSV and TFDS."""
     tokenizer: str = "unigram"
-    """`unigram`, `bpe` or `char`, trained on the corpus; or a sentencepiece .model file."""
+    """`unigram`, `bpe` or `char`, trained on the corpus; or a file: sentencepiece's .model, or a tokenizer.json."""
     vocab_size: int = 8192
     """Pieces of a tokenizer to be trained."""
     separate_documents: bool = True
@@ -28,8 +28,8 @@ class DataConfig:
             found.append("data.corpus is empty; name a corpus, a file or a TFDS dataset")
         if self.vocab_size < 8:
             found.append(f"data.vocab_size is {self.vocab_size}; a tokenizer needs at least 8 pieces")
-        if self.tokenizer not in ("unigram", "bpe", "char") and not self.tokenizer.endswith(".model"):
+        if self.tokenizer not in ("unigram", "bpe", "char") and not self.tokenizer.endswith((".model", ".json")):
             found.append(
-                f"data.tokenizer is {self.tokenizer!r}; it must be unigram, bpe, char or a path that ends in .model"
+                f"data.tokenizer is {self.tokenizer!r}; it must be unigram, bpe, char or a path that ends in .model or .json"
             )
         return found

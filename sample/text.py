@@ -83,7 +83,7 @@ class TextModel:
         Raises:
           InputError: longer than the model's context.
         """
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.bos]
+        ids = [*self.tokenizer.opening, *self.tokenizer.encode(prompt)] or [self.tokenizer.bos]
         if len(ids) > self.recipe.model.context:
             raise InputError(
                 f"the prompt has {len(ids)} tokens and the model's context is {self.recipe.model.context}; "

@@ -10,7 +10,7 @@ from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainCon
 from data.config import DataConfig
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("common", "model", "data", "train", "sample", "configs")
+FOLDERS = ("common", "model", "data", "train", "sample", "convert", "configs")
 # What each folder may import. `common` holds recipe and run directory: it stands between the families and the verbs.
 MAY_IMPORT = {
     "model": {"model"},
@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "common": {"common", "model", "data"},
     "train": {"train", "common", "model", "data"},
     "sample": {"sample", "common", "model", "data"},
+    "convert": {"convert", "common", "model", "data"},
     "configs": {"configs", "common", "model", "data"},
 }
 SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))] + [
