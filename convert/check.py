@@ -29,7 +29,7 @@ def fixed_tokens(tokenizer: Tokenizer, context: int) -> np.ndarray:
 
 def our_logits(recipe: Recipe, params: Any, tokens: np.ndarray) -> np.ndarray:
     """[1, T, V] in float32; of a body without a head its features [1, T, D]."""
-    module = make_module(recipe.family, dataclasses.replace(recipe.model, dtype="float32"))
+    module = make_module(recipe.family, dataclasses.replace(recipe.model, dtype="float32", scan_layers=True))
 
     def run(bound: nn.Module) -> jax.Array:
         features = bound(tokens)

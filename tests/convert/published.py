@@ -1,12 +1,17 @@
-"""Checkpoints as `transformers` writes them, tiny and random, with vocabularies learnt from a made-up language."""
+"""Checkpoints, tiny and random, with vocabularies learnt from a made-up language."""
 
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
+import bothways
+from common.recipe import Recipe
+from common.rundir import param_shapes
+from convert.families import FAMILIES
 from tests.corpus import made_up_text
 
 SPECIAL = {"gpt2": ["<|endoftext|>"], "llama": ["<s>", "</s>"]}
@@ -74,3 +79,56 @@ def shuffled(home: Path, seed: int = 0) -> None:
     rng, tensors = np.random.default_rng(seed), load_file(home / "model.safetensors")
     noisy = {n: (t + rng.normal(0, 0.2, t.shape)).astype(np.float32) for n, t in tensors.items()}
     save_file(noisy, home / "model.safetensors", {"format": "pt"})
+
+
+SIZES = {
+    "gpt2": {"n_embd": 22, "n_head": 2, "n_layer": 3, "n_inner": 26, "n_positions": 23},
+    "llama": {
+        "hidden_size": 22,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_hidden_layers": 3,
+    }
+    | {"intermediate_size": 26, "max_position_embeddings": 23, "rope_theta": 500.0, "rms_norm_eps": 1e-5},
+}
+SIZES["bert"] = {"hidden_size": 22, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 26}
+SIZES["roberta"] = SIZES["bert"] | {"max_position_embeddings": 25}
+SIZES["bert"] |= {"max_position_embeddings": 23}
+SIZES["modernbert"] = SIZES["bert"] | {"hidden_size": 20, "num_hidden_layers": 4}
+STEM_OF_HEAD = {
+    "bert": ["cls.predictions.", "cls.seq_relationship."],
+    "roberta": ["lm_head."],
+    "modernbert": ["decoder."],
+}
+
+
+def checkpoint(name: str, home: Path, **values) -> Path:
+    """A checkpoint of random numbers, laid out as the family's own."""
+    family, vocab_size = FAMILIES[name], save_tokenizer(name, home)
+    config = {"model_type": name, "vocab_size": vocab_size} | SIZES[name] | values
+    cfg = family.config(config, [family.prefix, *STEM_OF_HEAD.get(name, [])])
+    shapes = param_shapes(Recipe(family=family.ours, model=cfg))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(np.float32), shapes)
+    return written(home, config, family.layout.give(params, family.absent(cfg)))
+
+
+def change(home: Path, **tensors) -> None:
+    """Replace tensors of a checkpoint, or add them; None takes one away."""
+    found = load_file(home / "model.safetensors") | {k.replace("/", "."): v for k, v in tensors.items()}
+    save_file({k: v for k, v in found.items() if v is not None}, home / "model.safetensors")
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def refused(source: Path | str, home: Path, capfd, *parts: str) -> None:
+    """The import ends with code 2, says all this, and leaves nothing behind."""
+    before = sorted(home.parent.iterdir())
+    assert bothways.main(["import", str(source), str(home)]) == 2
+    said = capfd.readouterr().err
+    for part in parts:
+        assert part in said, said
+    assert sorted(home.parent.iterdir()) == before
