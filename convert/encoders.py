@@ -119,6 +119,7 @@ ROBERTA = dataclasses.replace(
         "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
         "lm_head.decoder.bias": "lm_head.bias",
     },
+    pad=1,
 )
 
 # ---- ModernBERT -------------------------------------------------------------------------------------------------------

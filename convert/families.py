@@ -6,7 +6,7 @@ from convert.encoders import BERT, MODERNBERT, ROBERTA
 from convert.family import Config, Family
 from model.config import TransformerConfig
 
-FAMILIES = {family.name: family for family in (GPT2, BERT, ROBERTA, MODERNBERT, LLAMA)}
+FAMILIES = {family.name: family for family in (GPT2, ROBERTA, BERT, MODERNBERT, LLAMA)}
 
 
 def family_of(theirs: Config) -> Family:
@@ -17,8 +17,8 @@ def family_of(theirs: Config) -> Family:
     return FAMILIES[name]
 
 
-def family_for(cfg: TransformerConfig, ours: str) -> Family:
-    """The published family that computes the function of a configuration of ours.
+def family_for(cfg: TransformerConfig, ours: str, pad: int) -> Family:
+    """The published family that computes the function of a configuration of ours, padded with this id.
 
     Raises:
       InputError: none does; says for each in what it differs.
@@ -27,6 +27,7 @@ def family_for(cfg: TransformerConfig, ours: str) -> Family:
     for family in FAMILIES.values():
         if family.ours == ours:
             different = family.differences(cfg)
+            different += [f"padding={family.pad}, not {pad}"] if family.pad not in (None, pad) else []
             if not different:
                 return family
             reasons.append(f"  - {family.name} has " + ", ".join(different))

@@ -34,6 +34,7 @@ class Family:
       prefix: of the body's names in a checkpoint that has heads.
       copies: tensors that some checkpoints hold twice, and under which name they count.
       buffers: ends of names that hold no parameters.
+      pad: the id that padding must have, where positions depend on it.
     """
 
     name: str
@@ -49,12 +50,13 @@ class Family:
     prefix: str
     copies: dict[str, str]
     buffers: tuple[str, ...] = ()
+    pad: int | None = None
 
     def config(self, theirs: Config, names: Iterable[str]) -> TransformerConfig:
         """Our configuration, from theirs and the names of the tensors.
 
         Raises:
-          InputError: a value is missing, or makes another function than ours.
+          InputError: a value is missing, is impossible, or makes another function than ours.
         """
         for key, want in self.wanted.items():
             if theirs.get(key, want) != want:
@@ -76,7 +78,14 @@ class Family:
             fields[ours] = any(n.startswith(stem) for n in names)
         if fields.get("next_sentence"):
             fields["pooler"] = False
-        return TransformerConfig(**fields).resolved()
+        cfg = TransformerConfig(**fields)
+        try:
+            problems = cfg.problems()
+        except TypeError as e:
+            problems = [f"a number is none: {e}"]
+        if problems:
+            raise InputError("config.json makes a model that cannot be:\n" + "\n".join(f"  - {p}" for p in problems))
+        return cfg.resolved()
 
     def config_json(self, cfg: TransformerConfig) -> Config:
         """Their configuration, from ours. `differences` says whether it means the same."""

@@ -88,8 +88,6 @@ def import_run(source: str, home: Path, corpus: str, say: Say) -> Converted:
             ),
             train=TrainConfig(),
         )
-        if problems := model.problems():
-            raise InputError(f"{source} makes a model that cannot be:\n" + "\n".join(f"  - {p}" for p in problems))
         params = family.layout.take(tensors, shapes_of(rundir.param_shapes(recipe)), family.absent(model))
         difference = check.against_reference(recipe, params, found.tokenizer, found.path)
         save_params(partial, params)
@@ -130,10 +128,10 @@ def export_run(home: Path, destination: Path, say: Say) -> Converted:
         if run.task is not None:
             raise InputError(f"{home} is fine-tuned for {run.task.name}; export the run it came from")
         model, tokenizer = run.recipe.model.resolved(), run.tokenizer
-        family = family_for(model, run.recipe.family)
+        family = family_for(model, run.recipe.family, tokenizer.pad)
         params = jax.device_get(run.params)
         tensors = family.layout.give(params, family.absent(model))
-        ids = {f"{role}_token_id": getattr(tokenizer, role) for role in ("pad", "bos", "eos")}
+        ids = {f"{role}_token_id": token for role, token in tokenizer.role_ids().items()}
         config = ids | family.config_json(model)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})

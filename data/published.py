@@ -115,12 +115,17 @@ class PublishedTokenizer(Tokenizer):
         lengths[self.special] = 0
         return lengths
 
+    def role_ids(self) -> dict[str, int]:
+        return {role: self.fast.token_to_id(token) for role, token in self.roles.items()}
+
     def save_in(self, home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
         (home / "tokenizer.json").write_text(self.model, encoding="utf-8", newline="")
         said = {f"{role}_token": token for role, token in self.roles.items()}
         (home / "tokenizer_config.json").write_text(
-            json.dumps(said | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, sort_keys=True, ensure_ascii=False)
+            json.dumps(
+                said | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, sort_keys=True, ensure_ascii=False
+            )
         )
 
     @classmethod

@@ -86,6 +86,11 @@ class Tokenizer:
         """[V] how many UTF-8 bytes of text each token stands for."""
         raise NotImplementedError
 
+    def role_ids(self) -> dict[str, int]:
+        """Which token plays which part, by the names of `transformers`."""
+        roles = ("pad", "bos", "eos", "cls", "sep")
+        return dict(zip(roles, (self.pad, *(self.bos, self.eos) * 2), strict=True))
+
     def save_in(self, home: Path) -> None:
         """Write the files that `load` reads into a directory."""
         raise NotImplementedError

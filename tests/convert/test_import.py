@@ -76,13 +76,13 @@ def test_a_configuration_is_what_it_was_after_both_ways():
         embed_norm=True,
         first_norm=False,
     )
-    assert family_for(modern.resolved(), "bert").name == "modernbert"
+    assert family_for(modern.resolved(), "bert", 0).name == "modernbert"
 
 
 def test_a_run_that_no_published_family_computes_says_why(tiny, tmp_path):
     cfg = dataclasses.replace(tiny, activation="relu2", d_head=11)
     with pytest.raises(InputError, match=r"no published family(.|\n)*gpt2 .*relu2(.|\n)*llama "):
-        family_for(cfg, "gpt")
+        family_for(cfg, "gpt", 0)
 
 
 # ---- what comes in ----------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, capfd):
     source = checkpoint("gpt2", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     for values, part in (
-        ({"model_type": "mamba"}, "family 'mamba'; there are gpt2, bert, roberta, modernbert, llama"),
+        ({"model_type": "mamba"}, "family 'mamba'; there are gpt2, roberta, bert, modernbert, llama"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"activation_function": "swish"}, "activation 'swish'"),
         ({"n_embd": None}, "must say 'n_embd'"),

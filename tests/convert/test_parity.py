@@ -160,7 +160,7 @@ def test_twenty_steps_of_adamw_have_pytorchs_losses(imported, name):
     run = load_run(home, print)
     family, size = run.recipe.family, len(run.tokenizer)
     still = dict.fromkeys(("dropout_embed", "dropout_attention", "dropout_residual"), 0.0)
-    module = make_module(family, dataclasses.replace(run.recipe.model, **still))
+    module = make_module(family, dataclasses.replace(run.recipe.model, scan_layers=True, **still))
     batches = [rows(family, seed, size) for seed in range(20)]
 
     model = getattr(transformers, CASES[name][0]).from_pretrained(source).float().eval()
@@ -179,8 +179,8 @@ def test_twenty_steps_of_adamw_have_pytorchs_losses(imported, name):
 
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     objective = make_objective(run.recipe.objective, run.tokenizer.vocabulary())
-    optimizer, zero = make_optimizer(ADAMW, 20), jnp.zeros((), jnp.int32)
-    state = TrainState(zero, run.params, optimizer.init(run.params), zero, zero)
+    optimizer, zeros = make_optimizer(ADAMW, 20), [jnp.zeros((), jnp.int32) for _ in range(3)]
+    state = TrainState(zeros[0], run.params, optimizer.init(run.params), *zeros[1:])
     step = make_train_step(module, objective, optimizer, mesh, state_shardings(mesh, jax.eval_shape(lambda: state)))
     got = []
     for batch in batches:

@@ -15,7 +15,7 @@ from common.errors import InputError
 from common.recipe import Recipe
 from common.rundir import load_run
 from convert.run import export_run, import_run
-from tests.convert.published import change, checkpoint, quiet, refused
+from tests.convert.published import change, checkpoint, quiet, refused, save_tokenizer
 from train.loop import train
 
 
@@ -101,9 +101,10 @@ def test_training_starts_from_an_import_and_resumes_itself_first(gpt, text_file,
     assert train(moved, tmp_path / "on").steps == 2  # resumed: where it began is not looked for
     with pytest.raises(InputError, match="n_layers is 2, and there 3"):
         train(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, n_layers=2)), tmp_path / "other")
-    learnt = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer="char"))
+    save_tokenizer("llama", tmp_path / "llama")
+    other = dataclasses.replace(recipe.data, tokenizer=str(tmp_path / "llama" / "tokenizer.json"))
     with pytest.raises(InputError, match=r"the tokenizer is another; set --data.tokenizer .*tokenizer.json"):
-        train(learnt, tmp_path / "other")
+        train(dataclasses.replace(recipe, data=other), tmp_path / "other")
 
 
 def test_a_body_without_a_head_embeds_and_gets_a_head_by_training(text_file, cache_dir, tmp_path, capfd):
