@@ -50,8 +50,13 @@ def stored_reference(home: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def transformers_logits(path: Path, recipe: Recipe, tokens: np.ndarray) -> np.ndarray | None:
-    """What `transformers` makes of the same files; None where it is not installed."""
-    if any(importlib.util.find_spec(name) is None for name in ("transformers", "torch")):
+    """What `transformers` makes of the same files; None where it is not installed.
+
+    Raises:
+      InputError: it cannot open them.
+    """
+    wanted = ("transformers", "torch", *(("accelerate",) if path.suffix == ".gguf" else ()))
+    if any(importlib.util.find_spec(name) is None for name in wanted):
         return None
     import torch
     import transformers
@@ -62,9 +67,17 @@ def transformers_logits(path: Path, recipe: Recipe, tokens: np.ndarray) -> np.nd
     transformers.logging.disable_progress_bar()
     where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     home = path.parent if where else path
-    model = getattr(transformers, kind).from_pretrained(home, attn_implementation="eager", local_files_only=True, **where)
-    with torch.no_grad():
-        out = model.float().eval()(torch.from_numpy(tokens.astype(np.int64)))
+    how = {"attn_implementation": "eager", "local_files_only": True, "dtype": torch.float32}
+    try:
+        model = getattr(transformers, kind).from_pretrained(home, **how, **where).eval()
+        with torch.no_grad():
+            out = model(torch.from_numpy(tokens.astype(np.int64)))
+    except Exception as e:  # of many kinds; a version that does not know the model, most likely
+        reason = str(e).strip().split("\n")[0][:200]
+        raise InputError(
+            f"transformers {transformers.__version__} cannot open {path} to compare its logits ({reason}); "
+            "upgrade it, or import where it is not installed"
+        ) from e
     return (out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy()
 
 

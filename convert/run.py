@@ -93,7 +93,10 @@ def import_run(source: str, home: Path, corpus: str, say: Say) -> Converted:
         save_params(partial, params)
         (partial / "recipe.json").write_text(recipe.to_json())
     if difference is None:
-        say("logits were not checked: there is no stored reference, and transformers and torch are not installed")
+        say(
+            "logits were not checked: there is no stored reference, and transformers and torch are not installed "
+            "(nor accelerate, which transformers wants for GGUF)"
+        )
     return Converted(str(home), family.name, sum(t.size for t in tensors.values()), difference)
 
 
