@@ -1,6 +1,7 @@
 """Whether imported weights compute what they did where they come from: logits on a fixed text, side by side."""
 
 import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,18 @@ def fixed_tokens(tokenizer: Tokenizer, context: int) -> np.ndarray:
 def our_logits(recipe: Recipe, params: Any, tokens: np.ndarray) -> np.ndarray:
     """[1, T, V] in float32; of a body without a head its features [1, T, D]."""
     module = make_module(recipe.family, dataclasses.replace(recipe.model, dtype="float32", scan_layers=True))
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(_logits(module, params, tokens))
 
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(module: nn.Module, params: Any, tokens: jax.Array) -> jax.Array:
     def run(bound: nn.Module) -> jax.Array:
         features = bound(tokens)
-        features = features[0] if recipe.family == "gpt" else features
-        return bound.logits(features) if recipe.model.masked_head else features
+        features = features[0] if isinstance(features, tuple) else features  # a decoder gives its cache too
+        return bound.logits(features) if bound.cfg.masked_head else features
 
-    with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.jit(lambda params: module.apply({"params": params}, method=run))(params))
+    return module.apply({"params": params}, method=run)
 
 
 def stored_reference(home: Path) -> tuple[np.ndarray, np.ndarray] | None:

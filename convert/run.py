@@ -74,6 +74,7 @@ def import_run(source: str, home: Path, corpus: str, say: Say) -> Converted:
         tied = found.config.get("tie_word_embeddings", family.values.get("tie_word_embeddings", ("", True))[1])
         tensors = family.plain(found.tensors, tied)
         model = family.config(found.config, tensors)
+        model = dataclasses.replace(model, scan_layers=model.n_layers > 12)  # deep ones would compile for minutes
         _check_vocabulary(found.tokenizer, model.vocab_size, source)
         found.tokenizer.save_in(partial)
         vocabulary = next(p.name for p in partial.iterdir() if p.name in ("tokenizer.json", "tokenizer.model"))

@@ -87,7 +87,8 @@ def test_logits_are_those_of_transformers(imported, name):
     source, home, result = imported(name)
     assert result.max_difference < 1e-4
     run = load_run(home, print)
-    tokens = np.random.default_rng(1).integers(5, 60, (1, min(29, run.recipe.model.context))).astype(np.int32)
+    shape = check.fixed_tokens(run.tokenizer, run.recipe.model.context).shape
+    tokens = np.random.default_rng(1).integers(5, 60, shape).astype(np.int32)
     wanted = check.transformers_logits(source, run.recipe, tokens)
     assert np.abs(wanted).max() > 0.3  # differences would show
     np.testing.assert_allclose(check.our_logits(run.recipe, run.params, tokens), wanted, atol=1e-4, rtol=0)
