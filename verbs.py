@@ -107,6 +107,7 @@ def _on_from(home: Path) -> Recipe:
     return dataclasses.replace(
         run,
         name=f"{home.name}-on",
+        model=dataclasses.replace(run.model, masked_head=True),  # a bare body gets one, to train with
         data=dataclasses.replace(run.data, tokenizer=str(vocabulary)),
         train=dataclasses.replace(run.train, init_from=str(home)),
     )

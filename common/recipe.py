@@ -41,6 +41,8 @@ class Recipe:
             kind, wanted = self.objective.kind, {"gpt": "causal", "bert": "masked"}[self.family]
             if kind != wanted:
                 found.append(f"objective.kind={kind} is not for a {self.family}: its mask reads {wanted}; set {wanted}")
+            if kind == "masked" and not self.model.masked_head:
+                found.append("a masked objective needs the head that predicts tokens: set --model.masked-head True")
             if self.objective.next_sentence and not self.model.next_sentence:
                 found.append("objective.next_sentence needs the head: set --model.next-sentence True")
             if self.objective.next_sentence and self.model.segment_types not in (0, 2):

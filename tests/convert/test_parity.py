@@ -106,6 +106,9 @@ def test_export_import_export_is_the_same_bytes_and_transformers_opens_it(import
     assert files == sorted(p.name for p in (tmp_path / "b").iterdir())
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    text = "the dog sees the queen."
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")(text, add_special_tokens=False)
+    assert theirs.input_ids == load_run(home, print).tokenizer.encode(text)
     before, after = (json.loads((p / "config.json").read_text()) for p in (source, tmp_path / "a"))
     assert before["architectures"] == after["architectures"]
 

@@ -67,7 +67,7 @@ def test_a_stored_reference_is_held_against_the_weights(gpt, tmp_path, capfd):
     refused(tmp_path / "out", tmp_path / "run", capfd, "the logits differ from the reference by", "nothing was written")
 
 
-def on_from(home: Path, text: Path, cache: Path, **fields) -> Recipe:
+def on_from(home: Path, text: Path, cache: Path) -> Recipe:
     """The recipe that the command line makes of `train RUN`, small."""
     from verbs import _on_from
 
@@ -76,7 +76,7 @@ def on_from(home: Path, text: Path, cache: Path, **fields) -> Recipe:
     cfg = TrainConfig(steps=2, batch_size=8, eval_rows=8, init_from=found.train.init_from)
     optimizer = dataclasses.replace(found.optimizer, learning_rate=1e-9, warmup_steps=0)
     return dataclasses.replace(
-        found, data=data, train=cfg, optimizer=optimizer, model=dataclasses.replace(found.model, context=16, **fields)
+        found, data=data, train=cfg, optimizer=optimizer, model=dataclasses.replace(found.model, context=16)
     )
 
 
@@ -119,7 +119,10 @@ def test_a_body_without_a_head_embeds_and_gets_a_head_by_training(text_file, cac
     for verb, *rest in (["fill", "the [MASK]"], ["score", str(tmp_path / "text")], ["evaluate"]):
         assert bothways.main([verb, str(tmp_path / "body"), *rest]) == 2
         assert "without a masked-token head: it can embed and be fine-tuned" in capfd.readouterr().err
-    train(on_from(tmp_path / "body", text_file, cache_dir, masked_head=True), tmp_path / "on")
+    recipe = on_from(tmp_path / "body", text_file, cache_dir)
+    with pytest.raises(InputError, match="set --model.masked-head True"):
+        train(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, masked_head=False)), tmp_path / "on")
+    train(recipe, tmp_path / "on")
     assert "new and random: mlm" in capfd.readouterr().err
     theirs, mine = leaves(run.params), leaves(load_run(tmp_path / "on", quiet).params)
     assert mine.keys() - theirs.keys() == {k for k in mine if "mlm'" in k}
