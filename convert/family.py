@@ -109,6 +109,11 @@ class Family:
         stems = [stem for stem, ours in self.layout.table.items() if ours == "block/attention_norm"]
         return set() if cfg.first_norm else {stems[0].format(0) + suffix for suffix in (".weight", ".bias")}
 
+    def tied(self, theirs: Config) -> bool:
+        """Whether the output layer is the token embeddings."""
+        said, default = theirs.get("tie_word_embeddings"), self.values.get("tie_word_embeddings", ("", True))[1]
+        return default if said is None else said
+
     def plain(self, tensors: dict[str, Any], tied: bool) -> dict[str, Any]:
         """Tensors under the names of the table: body with its prefix, no buffers, no copies.
 

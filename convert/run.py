@@ -71,8 +71,7 @@ def import_run(source: str, home: Path, corpus: str, say: Say) -> Converted:
     with whole_directory(home) as partial:
         found = files.read(source)
         family = family_of(found.config)
-        tied = found.config.get("tie_word_embeddings", family.values.get("tie_word_embeddings", ("", True))[1])
-        tensors = family.plain(found.tensors, tied)
+        tensors = family.plain(found.tensors, family.tied(found.config))
         model = family.config(found.config, tensors)
         model = dataclasses.replace(model, scan_layers=model.n_layers > 12)  # deep ones would compile for minutes
         _check_vocabulary(found.tokenizer, model.vocab_size, source)
@@ -83,7 +82,7 @@ def import_run(source: str, home: Path, corpus: str, say: Say) -> Converted:
             family=family.ours,
             model=model,
             data=DataConfig(corpus=corpus, tokenizer=str(home.absolute() / vocabulary)),
-            objective=ObjectiveConfig("masked" if family.ours == "bert" else "causal", next_sentence=model.next_sentence),
+            objective=ObjectiveConfig("masked" if family.ours == "bert" else "causal"),
             optimizer=OptimizerConfig(
                 learning_rate=5e-5, schedule="linear", warmup_steps=100, b2=0.999, weight_decay=0.01
             ),

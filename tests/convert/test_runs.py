@@ -15,7 +15,9 @@ from common.errors import InputError
 from common.recipe import Recipe
 from common.rundir import load_run
 from convert.run import export_run, import_run
+from sample.evaluate import evaluate
 from tests.convert.published import change, checkpoint, quiet, refused, save_tokenizer
+from tests.train.bodies import body, write
 from train.loop import train
 
 
@@ -55,6 +57,37 @@ def test_import_and_export_say_what_they_did(gpt, tmp_path, capfd):
         np.testing.assert_array_equal(first[name], out[name])
     assert bothways.main(["sample", str(home), "the dog", "--max-tokens", "3", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["tokens"] == 3
+
+
+def test_every_verb_takes_a_published_vocabulary(gpt, text_file, cache_dir, tmp_path):
+    """Both families on a text file: WordPiece for the masked model, byte-level BPE for the causal one."""
+    import_run(str(checkpoint("bert", tmp_path / "source")), tmp_path / "bert", str(text_file), quiet)
+    for home in (gpt[1], tmp_path / "bert"):
+        run = load_run(home, quiet)
+        data = dataclasses.replace(run.recipe.data, corpus=str(text_file), cache=str(cache_dir))
+        (home / "recipe.json").write_text(dataclasses.replace(run.recipe, data=data).to_json())
+        model, masked = bothways.load(home), home.name == "bert"
+        assert model.sample(["the dog"], max_tokens=2, **({"chunk": 2, "steps": 1} if masked else {}))[0].tokens == 2
+        likely, long = model.score(["the dog", "the dog sees the queen"], **({"rule": "pll"} if masked else {}))
+        assert likely.logprob > long.logprob
+        assert np.isfinite(model.embed(["the dog"])).all()
+        figures = {f.metric: f.value for f in evaluate(model, ["validation"])}
+        assert 0 < figures["bits_per_byte"] < 20
+    filled = model.fill(["The [MASK] sees"], top=2)[0]
+    assert filled.filled.startswith("the")
+    assert [len(m) for m in filled.masks] == [2]
+
+
+def test_a_run_trained_here_goes_out_and_comes_back(tiny, tmp_path):
+    """With its own sentencepiece vocabulary; `transformers` opens its weights, and the import its vocabulary too."""
+    run = body("gpt", tiny, d_head=11)
+    write(run, tmp_path / "run")
+    assert export_run(tmp_path / "run", tmp_path / "out", quiet).family == "gpt2"
+    back = imported(tmp_path / "out", tmp_path / "back")
+    assert back.tokenizer.fingerprint == run.tokenizer.fingerprint
+    same = {field: getattr(tiny, field) for field in ("init", "init_residual", "dtype")}
+    assert dataclasses.replace(back.recipe.model, **same) == run.recipe.model
+    jax.tree.map(np.testing.assert_array_equal, back.params, run.params)
 
 
 def test_a_stored_reference_is_held_against_the_weights(gpt, tmp_path, capfd):
