@@ -95,7 +95,9 @@ def shown(p: Any) -> str:
             f"    {row['kind']:18s} over {row['axes'] or 'pairs':12s} {row['bytes'] / 1e9:9.2f} GB in {row['times']:5d} "
             f"operations {row['seconds']:9.4f} s"
         )
-    lines.append(f"  MFU at most       {p.mfu_bound:.0%}: {p.step_seconds:.3g} s a step, {p.tokens_per_second:,.0f} tokens/s")
+    lines.append(
+        f"  MFU at most       {p.mfu_bound:.0%}: {p.step_seconds:.3g} s a step, {p.tokens_per_second:,.0f} tokens/s"
+    )
     if p.mfu_expected is not None:
         lines.append(f"  MFU expected      {p.mfu_expected:.0%} by the compiler's own count of cycles")
     lines.append(f"  to the end        {p.days:.1f} days at best")

@@ -104,6 +104,8 @@ class TrainConfig:
     accumulate: int = 1
     """Pieces that a batch is cut into, one after the other, to save memory; the result is the same."""
     seed: int = 0
+    init_from: str = ""
+    """A run directory, trained here or imported, whose weights this run starts from. Empty: random ones."""
     max_bad_steps: int = 10
     """Stop after so many steps in a row whose loss or gradient is not finite."""
     log_every: int = 10

@@ -59,6 +59,8 @@ class Recipe:
                     f"train.average={self.train.average} checkpoints cannot be averaged of train.keep={self.train.keep}; "
                     "keep more"
                 )
+            if kind == "masked" and not self.model.masked_head:
+                found.append("a masked objective needs the head that predicts tokens: set --model.masked-head True")
             if self.objective.next_sentence and not self.model.next_sentence:
                 found.append("objective.next_sentence needs the head: set --model.next-sentence True")
             if self.objective.next_sentence and self.model.segment_types not in (0, 2):

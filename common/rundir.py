@@ -3,7 +3,7 @@
 It lies on a disk, or on a bucket: gs://bucket/runs/x (etils.epath, orbax and tensorboardX each go there themselves).
 
 runs/x/recipe.json         the recipe, every derived value filled in
-runs/x/tokenizer.model     sentencepiece
+runs/x/tokenizer.model     sentencepiece; or tokenizer.json and tokenizer_config.json, of an imported run
 runs/x/checkpoints/STEP/   orbax: params, train (optimizer and counters), meta (step, data position)
 runs/x/metrics.jsonl       a line per logged step and per evaluation
 runs/x/task.json           of a fine-tuned run: kind, labels, length
@@ -191,7 +191,7 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None) ->
       InputError: no run, no checkpoint yet, or none that can be read.
     """
     recipe = read_recipe(home)
-    tokenizer = Tokenizer.load(home / "tokenizer.model")
+    tokenizer = Tokenizer.load(home)
     task = read_task(home)
     shapes = param_shapes(recipe, task)
     one = SingleDeviceSharding(jax.local_devices()[0])

@@ -102,6 +102,7 @@ recipes["modernbert_base"] = Recipe(
         activation="geglu",
         bias=False,
         embed_norm=True,
+        first_norm=False,
     ),
     data=dataclasses.replace(CORPUS, vocab_size=50_368),
     objective=ObjectiveConfig(kind="masked", mask_rate=0.3, mask_share=1.0, random_share=0.0),

@@ -17,7 +17,7 @@ class DataConfig:
     """Of pairs (an encoder-decoder's source and target): columns or keys in JSONL, CSV, TSV and TFDS, such as `en` and
     `de`; versions of the corpus `bibles`, `kjv` and `web`. Empty: the corpus is plain text."""
     tokenizer: str = "unigram"
-    """`unigram`, `bpe` or `char`, trained on the corpus; or a sentencepiece .model file."""
+    """`unigram`, `bpe` or `char`, trained on the corpus; or a file: sentencepiece's .model, or a tokenizer.json."""
     vocab_size: int = 8192
     """Pieces of a tokenizer to be trained."""
     separate_documents: bool = True
@@ -36,8 +36,8 @@ class DataConfig:
             )
         if self.vocab_size < 8:
             found.append(f"data.vocab_size is {self.vocab_size}; a tokenizer needs at least 8 pieces")
-        if self.tokenizer not in ("unigram", "bpe", "char") and not self.tokenizer.endswith(".model"):
+        if self.tokenizer not in ("unigram", "bpe", "char") and not self.tokenizer.endswith((".model", ".json")):
             found.append(
-                f"data.tokenizer is {self.tokenizer!r}; it must be unigram, bpe, char or a path that ends in .model"
+                f"data.tokenizer is {self.tokenizer!r}; it must be unigram, bpe, char or a path that ends in .model or .json"
             )
         return found

@@ -1,4 +1,4 @@
-"""Tokenizers behind one small interface. Text goes in and comes out unchanged."""
+"""Tokenizers behind one small interface, and those that are learnt here: text goes in and comes out unchanged."""
 
 import dataclasses
 import hashlib
@@ -25,7 +25,7 @@ class Vocabulary:
     pad: int
     bos: int
     eos: int
-    mask: int
+    mask: int | None
     special: np.ndarray
     """[V] bool: stands for no text; never hidden, never a random replacement."""
     ordinary: np.ndarray
@@ -37,11 +37,93 @@ class Vocabulary:
 
 
 class Tokenizer:
-    """A sentencepiece model that loses nothing: decode(encode(text)) == text.
+    """What every verb asks of a tokenizer. `load` reads either kind: sentencepiece (`.model`), or a published
+    vocabulary (`tokenizer.json`, data/published.py).
 
     One set of special tokens serves both families: `bos` opens a document (BERT's [CLS]) and `eos` closes it
-    ([SEP]). `[MASK]` in a text is the mask token.
+    ([SEP]). `[MASK]` in a text is the mask token, where there is one.
     """
+
+    pad: int
+    unk: int
+    bos: int
+    eos: int
+    mask: int | None
+    opening: tuple[int, ...] = ()
+    """What stands before a prompt that is to be continued."""
+    special: list[int]
+    """Ids that stand for no text: never masked, never drawn as random replacements."""
+    fingerprint: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids, without bos or eos."""
+        raise NotImplementedError
+
+    def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, first character, end) of every token; the bytes of one character share its place."""
+        raise NotImplementedError
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text. Special tokens other than [MASK] say nothing; bytes that are not UTF-8 become U+FFFD."""
+        raise NotImplementedError
+
+    def piece(self, token: int) -> str:
+        """How one token reads: its text, or its name in brackets."""
+        raise NotImplementedError
+
+    def is_byte(self, token: int) -> bool:
+        """Whether the token is part of a character only."""
+        raise NotImplementedError
+
+    def byte_lengths(self) -> np.ndarray:
+        """[V] how many UTF-8 bytes of text each token stands for."""
+        raise NotImplementedError
+
+    def role_ids(self) -> dict[str, int]:
+        """Which token plays which part, by the names of `transformers`."""
+        roles = ("pad", "bos", "eos", "cls", "sep")
+        return dict(zip(roles, (self.pad, *(self.bos, self.eos) * 2), strict=True))
+
+    def save_in(self, home: Path) -> None:
+        """Write the files that `load` reads into a directory."""
+        raise NotImplementedError
+
+    def vocabulary(self) -> Vocabulary:
+        special = np.zeros(len(self), bool)
+        special[self.special] = True
+        pieces = [self.piece(i) for i in range(len(self))]
+        return Vocabulary(
+            self.pad,
+            self.bos,
+            self.eos,
+            self.mask,
+            special,
+            np.flatnonzero(~special),
+            np.array([not (p[:1].isalnum() or p[:1] == "'" or self.is_byte(i)) for i, p in enumerate(pieces)]),
+            np.array([p.endswith(("\n", ".", "!", "?")) for p in pieces]) & ~special,
+        )
+
+    @staticmethod
+    def load(path: Path) -> "Tokenizer":
+        """The tokenizer in a file, or the one that a run directory holds. Raises InputError if it is none."""
+        if path.is_dir():
+            path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "tokenizer.model")
+        if path.suffix == ".json":
+            from data.published import PublishedTokenizer
+
+            return PublishedTokenizer.read(path)
+        return SentencePieceTokenizer.read(path)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model that loses nothing: decode(encode(text)) == text."""
 
     def __init__(self, model: bytes):
         self.model = model
@@ -59,11 +141,9 @@ class Tokenizer:
         return hashlib.sha256(self.model).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids, without bos or eos."""
         return self.sp.encode(text)
 
     def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
-        """(id, first character, end) of every token; the bytes of one character share its place."""
         raw = np.frombuffer(text.encode(), np.uint8)
         first_bytes = np.append((raw & 0xC0) != 0x80, True)  # not in the middle of a character
         character = np.cumsum(first_bytes) - 1
@@ -78,36 +158,20 @@ class Tokenizer:
         return self.sp.encode(texts, num_threads=os.cpu_count() or 1)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text. Special tokens other than [MASK] say nothing; bytes that are not UTF-8 become U+FFFD."""
         return self.sp.decode([int(i) for i in ids])
 
     def piece(self, token: int) -> str:
-        """How one token reads: its text, or its name in brackets."""
         piece = self.sp.id_to_piece(int(token))
         return piece.replace("\u2581", " ")
 
     @property
     def special(self) -> list[int]:
-        """Ids that stand for no text: never masked, never drawn as random replacements."""
         return [self.pad, self.unk, self.bos, self.eos, self.mask]
 
-    def vocabulary(self) -> Vocabulary:
-        special = np.zeros(len(self), bool)
-        special[self.special] = True
-        pieces = [self.piece(i) for i in range(len(self))]
-        return Vocabulary(
-            self.pad,
-            self.bos,
-            self.eos,
-            self.mask,
-            special,
-            np.flatnonzero(~special),
-            np.array([not (p[:1].isalnum() or p[:1] == "'" or self.sp.is_byte(i)) for i, p in enumerate(pieces)]),
-            np.array([p.endswith(("\n", ".", "!", "?")) for p in pieces]) & ~special,
-        )
+    def is_byte(self, token: int) -> bool:
+        return self.sp.is_byte(token)
 
     def byte_lengths(self) -> np.ndarray:
-        """[V] how many UTF-8 bytes of text each token stands for."""
         lengths = np.zeros(len(self), np.int64)
         for i in range(len(self)):
             if self.sp.is_byte(i):
@@ -120,8 +184,11 @@ class Tokenizer:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self.model)
 
+    def save_in(self, home: Path) -> None:
+        self.save(home / "tokenizer.model")
+
     @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
+    def read(cls, path: Path) -> "SentencePieceTokenizer":
         """Raises InputError if there is no such file, it is no sentencepiece model, or it lacks the specials."""
         try:
             tokenizer = cls(path.read_bytes())
@@ -151,7 +218,7 @@ def lines(texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def train(texts: Iterable[str], kind: str, vocab_size: int) -> Tokenizer:
+def train(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePieceTokenizer:
     """Learn a sentencepiece vocabulary, byte for byte the same each time.
 
     Raises:
@@ -200,4 +267,4 @@ def train(texts: Iterable[str], kind: str, vocab_size: int) -> Tokenizer:
         raise InputError(
             f"no {kind} vocabulary of {vocab_size} pieces can be learnt from this text: {message[:200]}"
         ) from e
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer(model.getvalue())

@@ -35,7 +35,7 @@ class Tokens:
 
 def obtain_tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
     """The tokenizer that a configuration names: read from its file, or trained once and kept in the cache."""
-    if cfg.tokenizer.endswith(".model"):
+    if cfg.tokenizer.endswith((".model", ".json")):
         return Tokenizer.load(Path(cfg.tokenizer).expanduser())
     version = f"{corpus.fingerprint} {cfg.tokenizer} {cfg.vocab_size} {tokenizers.TRAINING_BYTES}"
     key = hashlib.sha256(version.encode()).hexdigest()[:16]

@@ -97,7 +97,7 @@ class Attention(nn.Module):
         k, v = seen.k, seen.v
         if cfg.positions == "rotary" and memory is None:
             base = rotary_base or cfg.rotary_base
-            q, k = rotate(q, positions, base), rotate(k, positions, base)
+            q, k = (rotate(x, positions, base, cfg.rotary_scaling) for x in (q, k))
         q = constrain_activation(q, "batch", "length", "heads", "head")
         k = constrain_activation(k, "batch", "keys", "kv_heads", "head")
         v = constrain_activation(v, "batch", "keys", "kv_heads", "head")

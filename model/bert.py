@@ -21,10 +21,11 @@ class BERT(nn.Module):
 
     def setup(self):
         self.encoder = Encoder(self.cfg)
-        self.mlm = MLMTransform(self.cfg)
-        if self.cfg.next_sentence:
+        if self.cfg.masked_head:
+            self.mlm = MLMTransform(self.cfg)
+        if self.cfg.pooled:
             self.nsp = NextSentence(self.cfg)
-        if not self.cfg.tie_embeddings:
+        if self.cfg.masked_head and not self.cfg.tie_embeddings:
             self.lm_head = LMHead(self.cfg)
 
     def __call__(
@@ -38,9 +39,10 @@ class BERT(nn.Module):
         """Features [B, T, D]; arguments as in model/encoder.py."""
         features = self.encoder(tokens, positions, segments, types, deterministic)
         if self.is_initializing():  # so that init makes every parameter
-            self.transform(features), self.unembedding()
-            if self.cfg.next_sentence:
-                self.next_sentence(features)
+            if self.cfg.masked_head:
+                self.transform(features), self.unembedding()
+            if self.cfg.pooled:
+                self.nsp(features)
         return features
 
     def transform(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:

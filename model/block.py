@@ -60,13 +60,21 @@ class Block(nn.Module):
         memory_mask: Mask | None = None,
         deterministic: bool = True,
         rotary_base: float | None = None,
+        bare: jax.Array | bool = False,
     ) -> tuple[Float[jax.Array, "B T D"], LayerCache | None]:
+        """`bare`: attention reads x as it is, without the norm before it; may be traced."""
         cfg = self.cfg
         dropout = nn.Dropout(cfg.dropout_residual, deterministic=deterministic)
 
         def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
             norm = Norm(cfg, name=f"{name}_norm")
-            y = x + dropout(sublayer(norm(x))) if cfg.norm_position == "pre" else norm(x + dropout(sublayer(x)))
+            if cfg.norm_position == "pre":
+                normed = norm(x)
+                if name == "attention" and not cfg.first_norm:
+                    normed = jnp.where(bare, x, normed)
+                y = x + dropout(sublayer(normed))
+            else:
+                y = norm(x + dropout(sublayer(x)))
             return constrain_activation(y, "batch", "length", "embed")
 
         def self_attention(y: jax.Array) -> jax.Array:

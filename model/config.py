@@ -8,6 +8,35 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
+class RotaryScaling:
+    """How rotary positions are stretched to a context longer than the one a model was first trained with."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """linear: all angles divided by `factor`. llama3, yarn (arXiv 2309.00071, section 3.2): only those of slow pairs."""
+    factor: float = 1.0
+    original_context: int = 0
+    low: float = 1.0
+    """A pair that turns fewer times than this within the original context is stretched (llama3, yarn)."""
+    high: float = 4.0
+    """One that turns more often than this is left as it is; in between, a mix of both."""
+    amplitude: float = 0.0
+    """yarn's factor on queries and keys. 0: 0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4)."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with it; empty if nothing is."""
+        where, ramp = "model.rotary_scaling", self.kind in ("llama3", "yarn")
+        found = []
+        if self.factor < 1 or self.amplitude < 0:
+            found.append(f"{where}.factor={self.factor} must be at least 1, and amplitude={self.amplitude} not negative")
+        if ramp and (self.original_context < 1 or not 0 < self.low < self.high):
+            found.append(
+                f"{where}: {self.kind} wants original_context={self.original_context} above 0, "
+                f"and 0 < low={self.low} < high={self.high}"
+            )
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Everything that decides the function a model computes. Zero means: derived, see `resolved`.
 
@@ -38,6 +67,7 @@ class TransformerConfig:
     rotary_base: float = 10_000.0
     rotary_base_local: float = 0.0
     """Base in local layers. 0: rotary_base."""
+    rotary_scaling: RotaryScaling = RotaryScaling()
     norm: Literal["layer", "rms"] = "layer"
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: float = 1e-5
@@ -53,13 +83,19 @@ class TransformerConfig:
 
     segment_types: int = 0
     """Kinds of segment with an embedding of their own; BERT has 2."""
+    first_norm: bool = True
+    """A norm before the first block's attention. ModernBERT has none there: the embeddings are normed already."""
     embed_norm: bool = False
     """A norm right after the embeddings, as in BERT."""
     embed_scale: bool = False
     """Multiply token embeddings by sqrt(D) (arXiv 1706.03762, section 3.4)."""
     tie_embeddings: bool = True
+    masked_head: bool = True
+    """BERT's masked-token head (encoders only). False: a body that embeds texts and can be fine-tuned."""
     next_sentence: bool = False
     """BERT's pooler and next-sentence head (encoders only)."""
+    pooler: bool = False
+    """The pooler without the next-sentence head (encoders only)."""
 
     dropout_embed: float = 0.0
     """Dropout on the sum of token and position embeddings."""
@@ -105,6 +141,11 @@ class TransformerConfig:
     def table_rows(self) -> int:
         """V, filled up."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def pooled(self) -> bool:
+        """Whether there is a pooler."""
+        return self.next_sentence or self.pooler
 
     @property
     def gated(self) -> bool:
@@ -158,6 +199,11 @@ class TransformerConfig:
             ("local" in self.layer_pattern) == (self.window > 0),
             f"model.window={self.window} and model.layer_pattern={self.layer_pattern} disagree: "
             "local layers need a window, and a window needs local layers",
+        )
+        found.extend(self.rotary_scaling.problems())
+        want(
+            self.first_norm or self.norm_position == "pre",
+            "model.first_norm=False leaves out the norm before the first block, and norm_position=post has none there",
         )
         want(self.init_std > 0, f"model.init_std is {self.init_std}; it must be positive")
         want(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; it must be positive")

@@ -35,19 +35,20 @@ class MLMTransform(nn.Module):
 
 
 class NextSentence(nn.Module):
-    """BERT's pooler, tanh of a dense layer on the first token, and two classes on top of it."""
+    """BERT's pooler, tanh of a dense layer on the first token, and, with next_sentence, two classes on top of it."""
 
     cfg: TransformerConfig
 
     def setup(self):
         self.pooler = Projection(self.cfg, (self.cfg.d_model,))
-        self.classes = Projection(self.cfg, (2,))
+        if self.cfg.next_sentence:
+            self.classes = Projection(self.cfg, (2,))
 
     def pool(self, features: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B D"]:
         return jnp.tanh(self.pooler(features[:, 0]))
 
     def __call__(self, features: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B 2"]:
-        return self.classes(self.pool(features))
+        return self.classes(self.pool(features)) if self.cfg.next_sentence else self.pool(features)
 
 
 def filling_hidden(cfg: TransformerConfig, bias: Float[jax.Array, " V"] | None) -> Float[jax.Array, " V"] | None:

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from model.config import TransformerConfig
+from model.config import RotaryScaling, TransformerConfig
+
+UNSCALED = RotaryScaling()
 
 
 class Projection(nn.Module):
@@ -61,16 +63,43 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
-def rotate(x: Float[jax.Array, "B T H K"], positions: Int[jax.Array, "B T"], base: float) -> Float[jax.Array, "B T H K"]:
+def rotary_frequencies(width: int, base: float, scaling: RotaryScaling) -> tuple[np.ndarray, float]:
+    """Angle per place of each of the width/2 pairs, [K/2] float32; and what queries and keys are multiplied by."""
+    half = width // 2
+    plain = base ** (-np.arange(half) / half)
+    stretched, context = plain / scaling.factor, scaling.original_context
+    amplitude = 1.0
+    match scaling.kind:
+        case "none":
+            kept = 1.0
+        case "linear":
+            kept = 0.0
+        case "llama3":  # a ramp over how often a pair turns within the original context
+            turns = context * plain / (2 * np.pi)
+            kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+        case "yarn":  # a ramp over the pairs' numbers, between those that turn `high` and `low` times
+
+            def pair(turns: float) -> float:
+                return half * np.log(context / (2 * np.pi * turns)) / np.log(base)
+
+            first, last = max(np.floor(pair(scaling.high)), 0), min(np.ceil(pair(scaling.low)), width - 1)
+            kept = 1 - np.clip((np.arange(half) - first) / max(last - first, 1e-3), 0, 1)
+            amplitude = scaling.amplitude or 0.1 * np.log(scaling.factor) + 1
+    return np.float32(kept * plain + (1 - kept) * stretched), float(amplitude)
+
+
+def rotate(
+    x: Float[jax.Array, "B T H K"], positions: Int[jax.Array, "B T"], base: float, scaling: RotaryScaling = UNSCALED
+) -> Float[jax.Array, "B T H K"]:
     """Rotary positions (arXiv 2104.09864, section 3.2.2), feature k paired with feature k + K/2.
 
     Turns pair k by the angle position / base^(2k/K), so that the product of a query and a key depends on the
-    distance between them only.
+    distance between them only. `scaling` makes some angles smaller.
     """
     half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency, amplitude = rotary_frequencies(x.shape[-1], base, scaling)
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

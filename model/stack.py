@@ -65,7 +65,8 @@ class Stack(nn.Module):
             rngs = None if deterministic else {"dropout": jax.random.fold_in(dropout_key, layer)}
             local = mask.windowed(cfg.layer_window(like))
             arguments = (local, positions, layer_cache, cache and cache.length, memory, memory_mask, deterministic)
-            return block.apply({"params": params}, x, *arguments, cfg.layer_rotary_base(like), rngs=rngs)
+            base, bare = cfg.layer_rotary_base(like), not cfg.first_norm and layer == 0
+            return block.apply({"params": params}, x, *arguments, base, bare, rngs=rngs)
 
         if cache is None and cfg.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan_layers, static_argnums=3)

@@ -78,5 +78,5 @@ class TaskModel(nn.Module):
             last = jnp.sum(segments > 0, axis=1) - 1
             summary = jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
         else:
-            summary = self.body.pooled(features) if self.cfg.next_sentence else features[:, 0]
+            summary = self.body.pooled(features) if self.cfg.pooled else features[:, 0]
         return self.task_head(summary, deterministic)

@@ -17,10 +17,10 @@ from common.rundir import Run
 from data.tokenizer import MASK
 from model.loss import token_logprobs
 from sample.decode import bucket
+from sample.embed import BATCH, Embedder, padded
 from sample.method import Method, choose
 from sample.text import Sample, Score, cut_at_stop
 
-BATCH = 64
 Batch = dict[str, np.ndarray]
 
 
@@ -67,25 +67,6 @@ def hidden_logits(module: nn.Module, params: Any, tokens: jax.Array, segments: j
     return module.apply({"params": params}, method=run)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def pooled(module: nn.Module, params: Any, tokens: jax.Array, segments: jax.Array, pool: str) -> jax.Array:
-    """[B, D] one vector per row: the first token's features, or the mean over the row."""
-    features = module.apply({"params": params}, tokens, segments=segments).astype(jnp.float32)
-    if pool == "cls":
-        return features[:, 0]
-    real = (segments > 0)[..., None]
-    return jnp.sum(features * real, axis=1) / jnp.sum(real, axis=1)
-
-
-def padded(rows: Sequence[Sequence[int]], context: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as [B, T] tokens and segments, both dimensions in their buckets."""
-    T, B = min(bucket(max(map(len, rows))), context), bucket(len(rows), 1)
-    tokens, segments = np.full((B, T), pad, np.int32), np.zeros((B, T), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
-    return tokens, segments
-
-
 def columns(lists: Sequence[Sequence[int]], rows: int, least: int = 1) -> np.ndarray:
     """Ragged lists as [rows, P], P in its bucket, filled with 0."""
     out = np.zeros((rows, bucket(max(map(len, lists)), least)), np.int32)
@@ -98,19 +79,15 @@ def last(ids: list[int], count: int) -> list[int]:
     return ids[-count:] if count else []
 
 
-class MaskedModel:
+class MaskedModel(Embedder):
     """A masked run that can be asked: `fill`, `score`, `sample`, `embed`. Made by `bothways.load`."""
 
     def __init__(self, run: Run):
-        self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer
+        super().__init__(run)
         self.vocabulary = self.tokenizer.vocabulary()
-        self.context = run.recipe.model.context
         self._barred = np.zeros(run.recipe.model.table_rows, bool)
         self._barred[self.tokenizer.special] = True
         self._barred[len(self.tokenizer) :] = True
-
-    def _wrap(self, ids: Sequence[int]) -> list[int]:
-        return [self.tokenizer.bos, *ids, self.tokenizer.eos]
 
     def _logits(self, rows: list[list[int]], places: list[list[int]]) -> list[np.ndarray]:
         """For each row [its places, V], tokens that stand for no text at minus infinity."""
@@ -167,9 +144,14 @@ class MaskedModel:
 
         self._fill_rows(rows, masks, steps, commit)
         return [
-            Filled(text, self.tokenizer.decode(row[1:-1]), [told[i][p] for p in masks[i]])
+            Filled(text, self._shown(text, row), [told[i][p] for p in masks[i]])
             for i, (text, row) in enumerate(zip(texts, rows, strict=True))
         ]
+
+    def _shown(self, text: str, row: list[int]) -> str:
+        """A filled row as text. Pieces that begin a word bring a space, which the first has only if the text had."""
+        filled = self.tokenizer.decode(row[1:-1])
+        return filled if text.startswith(" ") else filled.removeprefix(" ")
 
     def _fill_rows(
         self,
@@ -370,24 +352,3 @@ class MaskedModel:
                 for place in places:
                     row[place] = self.tokenizer.mask
                 yield row, places, [piece[place] for place in places], 1 / (t * draws)
-
-    # ---- embed ----------------------------------------------------------------------------------------------------
-
-    def embed(self, texts: Sequence[str], pool: str = "mean") -> np.ndarray:
-        """[texts, D] float32: the features of [CLS], or the mean over [CLS], text and [SEP].
-
-        Raises:
-          InputError: a text longer than the context, or another pool.
-        """
-        if pool not in ("cls", "mean"):
-            raise InputError(f"pool {pool!r} is unknown; there are cls and mean")
-        rows = [self._wrap(self.tokenizer.encode(text)) for text in texts]
-        for text, row in zip(texts, rows, strict=True):
-            if len(row) > self.context:
-                raise InputError(f"{len(row)} tokens, and the context is {self.context}: {text[:60]!r}...; shorten it")
-        found = []
-        for begin in range(0, len(rows), BATCH):
-            tokens, segments = padded(rows[begin : begin + BATCH], self.context, self.tokenizer.pad)
-            vectors = pooled(self.run.module, self.run.params, tokens, segments, pool)
-            found.append(np.asarray(vectors)[: len(rows[begin : begin + BATCH])])
-        return np.concatenate(found)

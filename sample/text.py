@@ -101,8 +101,8 @@ class TextModel:
         Raises:
           InputError: longer than the model's context; or an empty source.
         """
-        ids = self.tokenizer.encode(prompt)
-        if self.has_source and not ids:
+        ids = [*self.tokenizer.opening, *self.tokenizer.encode(prompt)]
+        if self.has_source and not prompt:
             raise InputError("a source is empty; an encoder-decoder needs something to read")
         ids = [*ids, self.tokenizer.eos] if self.has_source else ids or [self.tokenizer.bos]
         if len(ids) > self.recipe.model.context:

@@ -10,7 +10,7 @@ from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainCon
 from data.config import DataConfig
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("common", "model", "data", "train", "sample", "compare", "configs", "launch")
+FOLDERS = ("common", "model", "data", "train", "sample", "convert", "compare", "configs", "launch")
 # What each folder may import. `common` holds recipe and run directory: it stands between the families and the verbs.
 MAY_IMPORT = {
     "model": {"model"},
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "train": {"train", "common", "model", "data"},
     "sample": {"sample", "common", "model", "data"},
     "compare": {"compare", "configs", "train", "sample", "common", "model", "data"},
+    "convert": {"convert", "common", "model", "data"},
     "configs": {"configs", "common", "model", "data"},
     "launch": {"launch", "train.chips", "common"},
 }
@@ -26,6 +27,8 @@ SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py")
     ROOT / "bothways.py",
     ROOT / "verbs.py",
     ROOT / "verbs_scale.py",
+    ROOT / "verbs_shared.py",
+    ROOT / "verbs_train.py",
 ]
 
 

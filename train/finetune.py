@@ -283,7 +283,7 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
 def save(home: Path, run: Run, params: Any, info: TaskInfo) -> None:
     """A fine-tuned run directory: the body's recipe and tokenizer, task.json, the parameters."""
     home.mkdir(parents=True, exist_ok=True)
-    run.tokenizer.save(home / "tokenizer.model")
+    run.tokenizer.save_in(home)
     (home / "task.json").write_text(json.dumps(dataclasses.asdict(info), indent=2))
     with rundir.checkpoint_manager(home, keep=1) as manager:
         manager.save(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from train.flops import recipe_flops_per_token
 from train.objectives import make_objective
 from train.optimizer import make_optimizer
 from train.report import Reporter, say
+from train.start import check_start, start_from
 from train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
 
 
@@ -53,7 +55,7 @@ def resolve(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
 def train(recipe: Recipe, workdir: str | Path) -> Result:
     """Train a recipe into a run directory, or resume the run that is there.
 
-    Where weights come from, in this order: 1. the newest whole checkpoint of the run; 2. scratch.
+    Where weights come from is said, and decided, under "weights" below.
 
     Raises:
       InputError: the recipe cannot run here, or the directory holds another run.
@@ -68,17 +70,22 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
         raise InputError(f"model.attention=cudnn is for GPUs, and this is a {jax.default_backend()}; set auto")
     existing = rundir.read_recipe(home) if (home / "recipe.json").exists() else None
 
+    if existing is None and cfg.init_from:
+        rundir.read_recipe(Path(cfg.init_from))  # else corpus and vocabulary would be prepared in vain
+
     # ---- data -------------------------------------------------------------------------------------------------
     with hosts.first():
         corpus = corpora.load(recipe.data)
         if existing is not None:
-            tokenizer = Tokenizer.load(home / "tokenizer.model")
+            tokenizer = Tokenizer.load(home)
         else:
             tell(f"reading {recipe.data.corpus}, preparing its tokenizer and token rows in {recipe.data.cache}")
             tokenizer = tokens.obtain_tokenizer(recipe.data, corpus)
         text, held_text = (tokens.prepare(corpus, s, tokenizer, recipe.data.cache) for s in ("train", "validation"))
     recipe = resolve(recipe, tokenizer)
     hosts.agree({"recipe": recipe.to_json(), "text": corpus.fingerprint, "tokenizer": tokenizer.fingerprint})
+    if existing is None and cfg.init_from:
+        check_start(recipe, tokenizer)
     if existing is not None and (changed := existing.differences(recipe)):
         raise InputError(
             f"{home} holds a run of another recipe; its recipe -> yours:\n"
@@ -104,16 +111,24 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
     if writes and existing is None:
         home.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(home / "tokenizer.model")
+        tokenizer.save_in(home)
         partial = home / ".recipe.json"
         partial.write_text(recipe.to_json())
         partial.replace(home / "recipe.json")
 
-    # ---- resume, or start -------------------------------------------------------------------------------------
+    # ---- weights ----------------------------------------------------------------------------------------------
+    # The first of these that there is:
+    # 1. the newest whole checkpoint of this run: resume;
+    # 2. another run, named by train.init_from: its body if it was fine-tuned;
+    # 3. a published checkpoint, which `bothways import` made a run, named likewise: so 2 and 3 are one line;
+    # 4. scratch.
     manager = rundir.checkpoint_manager(home, keep=cfg.keep)
     start, state = _restore(manager, shapes, shardings) or (0, None)
     if state is None:
         state = jax.jit(fresh, out_shardings=shardings)()
+        if cfg.init_from:
+            place = functools.partial(sharding.parameter_shardings, mesh)
+            state = state.replace(params=start_from(Path(cfg.init_from), recipe.model, state.params, place))
     tell(
         f"{count:,} parameters, {len(text.ids):,} tokens of text, rows of {recipe.model.context}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)" + (f", resumed at step {start}" if start else "")

@@ -9,7 +9,7 @@ import pytest
 
 from common.families import make_module
 from configs import names
-from model.config import TransformerConfig
+from model.config import RotaryScaling, TransformerConfig
 from model.loss import cross_entropy
 
 
@@ -37,6 +37,12 @@ from model.loss import cross_entropy
         ({"d_model": 50, "n_heads": 7}, [["d_model=50", "n_heads=7", "d_head"]]),
         ({"n_heads": 6, "n_kv_heads": 4}, [["n_heads=6", "n_kv_heads=4"]]),
         ({"positions": "rotary", "d_head": 5}, [["rotary", "even", "5"]]),
+        ({"first_norm": False, "norm_position": "post"}, [["first_norm=False", "norm_position=post"]]),
+        ({"rotary_scaling": RotaryScaling("linear", 0.5, amplitude=-1.0)}, [["factor=0.5", "amplitude=-1.0"]]),
+        (
+            {"rotary_scaling": RotaryScaling("yarn", 2.0, low=4.0, high=3.0)},
+            [["yarn", "original_context=0", "low=4.0", "high=3.0"]],
+        ),
         ({"positions": "sinusoidal", "d_model": 21, "d_head": 4}, [["sinusoidal", "even", "21"]]),
         ({"layer_pattern": ()}, [["layer_pattern is empty"]]),
         ({"window": 8}, [["window=8", "dense"]]),
@@ -104,6 +110,8 @@ OTHER = {  # field: another value, and what else must hold for the field to matt
     "d_ff": (34, {}),
     "rotary_base": (500.0, {"positions": "rotary"}),
     "rotary_base_local": (500.0, {"positions": "rotary"}),
+    "rotary_scaling": (RotaryScaling("linear", 2.0), {"positions": "rotary"}),
+    "first_norm": (False, {}),
     "norm_eps": (1e-3, {}),
     "bias": (False, {}),
     "qk_norm": (True, {}),
@@ -113,7 +121,9 @@ OTHER = {  # field: another value, and what else must hold for the field to matt
     "embed_norm": (True, {}),
     "embed_scale": (True, {}),
     "tie_embeddings": (False, {}),
+    "masked_head": (False, {"family": "bert"}),
     "next_sentence": (True, {"family": "bert"}),
+    "pooler": (True, {"family": "bert"}),
     "dropout_embed": (0.2, {}),
     "dropout_attention": (0.2, {}),
     "dropout_residual": (0.2, {}),
@@ -137,7 +147,10 @@ def program(tiny):
 
         def loss(bound, tokens):
             if family == "bert":
-                features = bound.transform(bound(tokens, deterministic=False))
+                features = bound(tokens, deterministic=False)
+                if not cfg.masked_head:
+                    return jnp.sum(features)
+                features = bound.transform(features)
             else:
                 features, _ = bound(tokens, deterministic=False)
             return cross_entropy(features, *bound.unembedding(), tokens, jnp.ones(tokens.shape)).nats

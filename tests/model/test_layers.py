@@ -12,10 +12,11 @@ import pytest
 from model.attention import Attention, attend
 from model.axes import path_names
 from model.block import ACTIVATIONS, MLP, Block
+from model.config import RotaryScaling
 from model.decoder import Decoder
 from model.embed import Embedding
 from model.gpt import GPT
-from model.layers import Norm, Projection, rotate, sinusoid
+from model.layers import Norm, Projection, rotary_frequencies, rotate, sinusoid
 from model.mask import Mask
 
 erf = np.vectorize(math.erf)
@@ -118,6 +119,25 @@ def test_rotary_turns_pair_k_by_position_over_base_to_the_2k_over_width():
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * turns)
     wanted = np.concatenate([turned.real, turned.imag], axis=-1)
     np.testing.assert_allclose(rotate(x, positions, 50.0), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_rotary_scaling_stretches_slow_pairs_and_leaves_fast_ones(kind):
+    """Pairs that turn 10, 3.2, 1 ... times in 64 places; all by 3, or those that turn less than once."""
+    plain, one = rotary_frequencies(12, 1000.0, RotaryScaling())
+    scaled, amplitude = rotary_frequencies(12, 1000.0, RotaryScaling(kind, 3.0, 64, low=1.0, high=8.0))
+    stretch = plain / scaled
+    np.testing.assert_allclose(stretch[-2:], 3.0, rtol=1e-5)
+    np.testing.assert_allclose(stretch[0], 3.0 if kind == "linear" else 1.0, rtol=1e-5)
+    assert (np.diff(stretch) >= -1e-5).all()
+    assert ((stretch > 1.01) & (stretch < 2.99)).any() == (kind != "linear")
+    np.testing.assert_allclose((one, amplitude), (1.0, 1 + 0.1 * np.log(3.0) if kind == "yarn" else 1.0))
+    x = normal(1, 5, 3, 12)
+    places = np.arange(5)[None]
+    turned = rotate(x, places, 1000.0, RotaryScaling(kind, 3.0, 64, low=1.0, high=8.0))
+    turns = places[..., None, None] * scaled
+    wanted = amplitude * (x[..., :6] + 1j * x[..., 6:]) * np.exp(1j * turns)
+    np.testing.assert_allclose(turned, np.concatenate([wanted.real, wanted.imag], axis=-1), atol=1e-5)
 
 
 def test_sinusoid_is_the_formula_of_the_paper():

@@ -81,7 +81,7 @@ def value_and_gradients(tiny, filled):
     """Of a loss with dropout, the key always the same; the last of 5 layers is left over by the loop over pairs."""
     pattern = {"n_layers": 5, "layer_pattern": ("dense", "local"), "window": 3}
     rotary = {"positions": "rotary", "rotary_base_local": 50.0}
-    cfg = dataclasses.replace(tiny, **PLAIN, **pattern, **rotary, dropout_residual=0.3)
+    cfg = dataclasses.replace(tiny, **PLAIN, **pattern, **rotary, dropout_residual=0.3, first_norm=False)
 
     def run(**layout):
         module = Decoder(dataclasses.replace(cfg, **layout))
@@ -105,6 +105,11 @@ def unrolled(value_and_gradients):
 def test_layout_changes_nothing(value_and_gradients, unrolled, scan_layers, remat):
     """Scanned or unrolled, rematerialised or not: the same loss and gradients, dropout included."""
     same(value_and_gradients(scan_layers=scan_layers, remat=remat), unrolled)
+
+
+def test_without_a_first_norm_only_the_first_block_has_none(unrolled):
+    gradient = unrolled[1]["stack"]["blocks"]["attention_norm"]["scale"]
+    assert [bool(np.any(layer)) for layer in np.asarray(gradient)] == [False, True, True, True, True]
 
 
 def test_scanned_equals_unrolled_without_a_pattern(tiny_with, filled):

@@ -1,0 +1,210 @@
+"""BERT, RoBERTa and ModernBERT, as they are published."""
+
+import dataclasses
+
+from common.errors import InputError
+from convert.family import Config, Family, activation_of, published_activation
+from convert.layout import Layout
+from model.config import TransformerConfig
+
+# ---- BERT, RoBERTa ----------------------------------------------------------------------------------------------------
+
+
+def _one_dropout(cfg: TransformerConfig) -> float:
+    if cfg.dropout_embed != cfg.dropout_residual:
+        raise InputError(
+            f"dropout_embed={cfg.dropout_embed} and dropout_residual={cfg.dropout_residual} are one number there"
+        )
+    return cfg.dropout_embed
+
+
+def _bert_table(prefix: str) -> dict[str, str]:
+    layer = f"{prefix}.encoder.layer.{{}}"
+    return {
+        f"{prefix}.embeddings.word_embeddings": "body/embed/token",
+        f"{prefix}.embeddings.position_embeddings": "body/embed/position",
+        f"{prefix}.embeddings.token_type_embeddings": "body/embed/segment",
+        f"{prefix}.embeddings.LayerNorm": "body/embed/norm",
+        f"{layer}.attention.self.query": "block/attention/query",
+        f"{layer}.attention.self.key": "block/attention/key",
+        f"{layer}.attention.self.value": "block/attention/value",
+        f"{layer}.attention.output.dense": "block/attention/out",
+        f"{layer}.attention.output.LayerNorm": "block/attention_norm",
+        f"{layer}.intermediate.dense": "block/mlp/up",
+        f"{layer}.output.dense": "block/mlp/down",
+        f"{layer}.output.LayerNorm": "block/mlp_norm",
+        f"{prefix}.pooler.dense": "nsp/pooler",
+    }
+
+
+BERT = Family(
+    name="bert",
+    ours="bert",
+    layout=Layout(
+        "encoder",
+        _bert_table("bert")
+        | {
+            "cls.predictions.transform.dense": "mlm/dense",
+            "cls.predictions.transform.LayerNorm": "mlm/norm",
+            "cls.predictions": "mlm",
+            "cls.predictions.decoder": "lm_head",
+            "cls.seq_relationship": "nsp/classes",
+        },
+    ),
+    constants={"positions": "learned", "norm": "layer", "norm_position": "post", "bias": True, "embed_norm": True},
+    values={
+        "vocab_size": ("vocab_size", None),
+        "max_position_embeddings": ("context", 512),
+        "hidden_size": ("d_model", None),
+        "num_hidden_layers": ("n_layers", None),
+        "num_attention_heads": ("n_heads", None),
+        "intermediate_size": ("d_ff", None),
+        "type_vocab_size": ("segment_types", 2),
+        "layer_norm_eps": ("norm_eps", 1e-12),
+        "attention_probs_dropout_prob": ("dropout_attention", 0.1),
+        "initializer_range": ("init_std", 0.02),
+        "tie_word_embeddings": ("tie_embeddings", True),
+    },
+    wanted={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+    heads={"masked_head": "cls.predictions.", "next_sentence": "cls.seq_relationship.", "pooler": "bert.pooler."},
+    read=lambda theirs: {
+        "activation": activation_of(theirs.get("hidden_act", "gelu")),
+        "dropout_embed": theirs.get("hidden_dropout_prob", 0.1),
+        "dropout_residual": theirs.get("hidden_dropout_prob", 0.1),
+    },
+    write=lambda cfg: {"hidden_act": published_activation(cfg.activation), "hidden_dropout_prob": _one_dropout(cfg)},
+    architecture=lambda cfg: (
+        "BertForPreTraining" if cfg.next_sentence else "BertForMaskedLM" if cfg.masked_head else "BertModel"
+    ),
+    prefix="bert.",
+    copies={
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    buffers=(".position_ids", ".token_type_ids"),
+)
+
+
+def _roberta_read(theirs: Config) -> Config:
+    if theirs.get("pad_token_id", 1) != 1:
+        raise InputError(
+            f"config.json: a roberta counts positions from pad_token_id + 1; only 1 is supported, not {theirs['pad_token_id']}"
+        )
+    return BERT.read(theirs) | {"context": theirs.get("max_position_embeddings", 514) - 2}
+
+
+ROBERTA = dataclasses.replace(
+    BERT,
+    name="roberta",
+    layout=Layout(
+        "encoder",
+        _bert_table("roberta")
+        | {
+            "lm_head.dense": "mlm/dense",
+            "lm_head.layer_norm": "mlm/norm",
+            "lm_head": "mlm",
+            "lm_head.decoder": "lm_head",
+        },
+        first_position=2,
+    ),
+    constants=BERT.constants | {"segment_types": 1},
+    values={k: v for k, v in BERT.values.items() if k not in ("max_position_embeddings", "type_vocab_size")},
+    wanted=BERT.wanted | {"type_vocab_size": 1, "hidden_act": "gelu"},
+    heads={"masked_head": "lm_head.", "pooler": "roberta.pooler."},
+    read=_roberta_read,
+    write=lambda cfg: BERT.write(cfg) | {"max_position_embeddings": cfg.context + 2, "pad_token_id": 1},
+    architecture=lambda cfg: "RobertaForMaskedLM" if cfg.masked_head else "RobertaModel",
+    prefix="roberta.",
+    copies={
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    },
+    pad=1,
+)
+
+# ---- ModernBERT -------------------------------------------------------------------------------------------------------
+
+LAYER_KINDS = {"full_attention": "dense", "sliding_attention": "local"}
+
+
+def _shortest_pattern(kinds: list[str]) -> tuple[str, ...]:
+    """The fewest layers that, repeated, give these."""
+    n = next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
+    return tuple(kinds[:n])
+
+
+def _modernbert_read(theirs: Config) -> Config:
+    n, every = theirs["num_hidden_layers"], theirs.get("global_attn_every_n_layers", 3)
+    types = theirs.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(n)]
+    bases = theirs.get("rope_parameters") or {}
+    for kind, values in bases.items():
+        if values and values.get("rope_type", "default") != "default":
+            raise InputError(f"config.json: rope_parameters of {kind} has rope_type {values['rope_type']!r}, not default")
+
+    def base(kind: str, old: str, default: float) -> float:
+        return float((bases.get(kind) or {}).get("rope_theta") or theirs.get(old) or default)
+
+    pattern = _shortest_pattern([LAYER_KINDS[t] for t in types])
+    return {
+        "layer_pattern": pattern,
+        "window": theirs.get("local_attention", 128) // 2 + 1 if "local" in pattern else 0,
+        "rotary_base": base("full_attention", "global_rope_theta", 160_000.0),
+        "rotary_base_local": base("sliding_attention", "local_rope_theta", 10_000.0),
+        "dropout_residual": theirs.get("mlp_dropout", 0.0),
+    }
+
+
+def _modernbert_write(cfg: TransformerConfig) -> Config:
+    kinds = {ours: theirs for theirs, ours in LAYER_KINDS.items()}
+    bases = {"full_attention": cfg.rotary_base, "sliding_attention": cfg.rotary_base_local or cfg.rotary_base}
+    return {
+        "layer_types": [kinds[cfg.layer_pattern[i % len(cfg.layer_pattern)]] for i in range(cfg.n_layers)],
+        "local_attention": 2 * max(cfg.window - 1, 0),
+        "rope_parameters": {kind: {"rope_theta": base, "rope_type": "default"} for kind, base in bases.items()},
+        "mlp_dropout": cfg.dropout_residual,
+    }
+
+
+MODERNBERT = Family(
+    name="modernbert",
+    ours="bert",
+    layout=Layout(
+        "encoder",
+        {
+            "model.embeddings.tok_embeddings": "body/embed/token",
+            "model.embeddings.norm": "body/embed/norm",
+            "model.layers.{}.attn_norm": "block/attention_norm",
+            "model.layers.{}.attn.Wqkv": "block/attention/query block/attention/key block/attention/value",
+            "model.layers.{}.attn.Wo": "block/attention/out",
+            "model.layers.{}.mlp_norm": "block/mlp_norm",
+            "model.layers.{}.mlp.Wi": "block/mlp/gate block/mlp/up",
+            "model.layers.{}.mlp.Wo": "block/mlp/down",
+            "model.final_norm": "body/final_norm",
+            "head.dense": "mlm/dense",
+            "head.norm": "mlm/norm",
+            "decoder": "mlm",
+        },
+    ),
+    constants={"positions": "rotary", "norm": "layer", "norm_position": "pre", "bias": False, "embed_norm": True}
+    | {"first_norm": False, "activation": "geglu", "tie_embeddings": True, "next_sentence": False, "pooler": False},
+    values={
+        "vocab_size": ("vocab_size", None),
+        "max_position_embeddings": ("context", 8192),
+        "hidden_size": ("d_model", None),
+        "num_hidden_layers": ("n_layers", None),
+        "num_attention_heads": ("n_heads", None),
+        "intermediate_size": ("d_ff", None),
+        "norm_eps": ("norm_eps", 1e-5),
+        "attention_dropout": ("dropout_attention", 0.0),
+        "embedding_dropout": ("dropout_embed", 0.0),
+        "initializer_range": ("init_std", 0.02),
+    },
+    wanted={"attention_bias": False, "mlp_bias": False, "norm_bias": False, "classifier_bias": False}
+    | {"decoder_bias": True, "hidden_activation": "gelu", "classifier_activation": "gelu", "tie_word_embeddings": True},
+    heads={"masked_head": "decoder."},
+    read=_modernbert_read,
+    write=_modernbert_write,
+    architecture=lambda cfg: "ModernBertForMaskedLM" if cfg.masked_head else "ModernBertModel",
+    prefix="model.",
+    copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
+)

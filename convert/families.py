@@ -1,0 +1,34 @@
+"""The published families by name, and which of them holds a model of ours."""
+
+from common.errors import InputError
+from convert.decoders import GPT2, LLAMA
+from convert.encoders import BERT, MODERNBERT, ROBERTA
+from convert.family import Config, Family
+from model.config import TransformerConfig
+
+FAMILIES = {family.name: family for family in (GPT2, ROBERTA, BERT, MODERNBERT, LLAMA)}
+
+
+def family_of(theirs: Config) -> Family:
+    """Raises InputError for a model_type that is not here."""
+    name = theirs.get("model_type")
+    if name not in FAMILIES:
+        raise InputError(f"config.json is of the family {name!r}; there are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def family_for(cfg: TransformerConfig, ours: str, pad: int) -> Family:
+    """The published family that computes the function of a configuration of ours, padded with this id.
+
+    Raises:
+      InputError: none does; says for each in what it differs.
+    """
+    reasons = []
+    for family in FAMILIES.values():
+        if family.ours == ours:
+            different = family.differences(cfg)
+            different += [f"padding={family.pad}, not {pad}"] if family.pad not in (None, pad) else []
+            if not different:
+                return family
+            reasons.append(f"  - {family.name} has " + ", ".join(different))
+    raise InputError("no published family computes what this run does:\n" + "\n".join(reasons))

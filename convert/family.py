@@ -1,0 +1,151 @@
+"""A way of publishing models: one table of tensors and one of configuration values, read in both directions."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from common.errors import InputError
+from convert.layout import Layout
+from model.config import TransformerConfig
+
+Config = dict[str, Any]
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+INITIAL = ("init", "init_std", "init_residual", "dtype", "scan_layers", "remat")
+"""Fields that a checkpoint says nothing of: how weights began, and how the program is laid out."""
+
+
+OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}
+"""Norms' parameters as BERT's first checkpoints call them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One way of publishing a model.
+
+    Args:
+      name: `model_type` in config.json.
+      ours: our family.
+      constants: fields of TransformerConfig that are always so.
+      values: their key -> our field, with the value that a config.json without the key means.
+      wanted: their key -> the value it must have where it is there; a model with another is none that we compute.
+      heads: our field -> the prefix of its tensors. The field is true where the checkpoint has such tensors.
+      read: the fields that need more than a name: their config -> ours.
+      write: the other direction.
+      prefix: of the body's names in a checkpoint that has heads.
+      copies: tensors that some checkpoints hold twice, and under which name they count.
+      buffers: ends of names that hold no parameters.
+      pad: the id that padding must have, where positions depend on it.
+    """
+
+    name: str
+    ours: Literal["gpt", "bert"]
+    layout: Layout
+    constants: Config
+    values: dict[str, tuple[str, Any]]
+    wanted: Config
+    heads: dict[str, str]
+    read: Callable[[Config], Config]
+    write: Callable[[TransformerConfig], Config]
+    architecture: Callable[[TransformerConfig], str]
+    prefix: str
+    copies: dict[str, str]
+    buffers: tuple[str, ...] = ()
+    pad: int | None = None
+
+    def config(self, theirs: Config, names: Iterable[str]) -> TransformerConfig:
+        """Our configuration, from theirs and the names of the tensors.
+
+        Raises:
+          InputError: a value is missing, is impossible, or makes another function than ours.
+        """
+        for key, want in self.wanted.items():
+            if theirs.get(key, want) != want:
+                raise InputError(
+                    f"config.json: {key} is {theirs[key]!r}; a {self.name} with that is not supported, only {want!r}"
+                )
+        fields: Config = dict(self.constants)
+        for key, (ours, default) in self.values.items():
+            value = theirs.get(key)
+            if value is None and default is None:
+                raise InputError(f"config.json of a {self.name} must say {key!r}, and does not")
+            fields[ours] = default if value is None else value
+        try:
+            fields |= self.read(theirs)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise InputError(f"config.json of this {self.name} is not understood: {type(e).__name__} {e}") from e
+        names = list(names)
+        for ours, stem in self.heads.items():
+            fields[ours] = any(n.startswith(stem) for n in names)
+        if fields.get("next_sentence"):
+            fields["pooler"] = False
+        cfg = TransformerConfig(**fields)
+        try:
+            problems = cfg.problems()
+        except TypeError as e:
+            problems = [f"a number is none: {e}"]
+        if problems:
+            raise InputError("config.json makes a model that cannot be:\n" + "\n".join(f"  - {p}" for p in problems))
+        return cfg.resolved()
+
+    def config_json(self, cfg: TransformerConfig) -> Config:
+        """Their configuration, from ours. `differences` says whether it means the same."""
+        same = {key: getattr(cfg, ours) for key, (ours, _) in self.values.items()}
+        theirs = {"architectures": [self.architecture(cfg)], "model_type": self.name, "dtype": "float32"}
+        return theirs | self.wanted | same | self.write(cfg)
+
+    def differences(self, cfg: TransformerConfig) -> list[str]:
+        """Why this family cannot hold a configuration of ours; empty if it can."""
+        stems = [self.prefix, *(stem for ours, stem in self.heads.items() if getattr(cfg, ours))]
+        stems += [self.heads["pooler"]] if cfg.next_sentence and "pooler" in self.heads else []
+        try:
+            back = self.config(self.config_json(cfg), stems)
+        except (InputError, KeyError) as e:
+            return [str(e)]
+        mine, theirs = dataclasses.asdict(cfg.resolved()), dataclasses.asdict(back)
+        return [f"{k}={theirs[k]}, not {mine[k]}" for k in mine if mine[k] != theirs[k] and k not in INITIAL]
+
+    def absent(self, cfg: TransformerConfig) -> set[str]:
+        """Tensors that there are for every layer but the first, where that lacks its first norm."""
+        stems = [stem for stem, ours in self.layout.table.items() if ours == "block/attention_norm"]
+        return set() if cfg.first_norm else {stems[0].format(0) + suffix for suffix in (".weight", ".bias")}
+
+    def tied(self, theirs: Config) -> bool:
+        """Whether the output layer is the token embeddings."""
+        said, default = theirs.get("tie_word_embeddings"), self.values.get("tie_word_embeddings", ("", True))[1]
+        return default if said is None else said
+
+    def plain(self, tensors: dict[str, Any], tied: bool) -> dict[str, Any]:
+        """Tensors under the names of the table: body with its prefix, no buffers, no copies.
+
+        Args:
+          tied: the output layer is the token embeddings; a tensor of its own must be a copy of them.
+
+        Raises:
+          InputError: what should be a copy is not one.
+        """
+        found = {}
+        for name, tensor in tensors.items():
+            if not (self.buffers and name.endswith(self.buffers)):
+                for old, new in OLD_NAMES.items():
+                    name = name.removesuffix(old) + new if name.endswith(old) else name
+                found[name] = tensor
+        if not any(name.startswith(self.prefix) for name in found):  # a body saved without heads
+            found = {self.prefix + name: tensor for name, tensor in found.items()}
+        for copy, original in self.copies.items():
+            if copy in found and original in found and (tied or copy.endswith(".bias")):
+                if found[copy].shape != found[original].shape or (found[copy] != found[original]).any():
+                    raise InputError(
+                        f"{copy} and {original} should be one tensor and differ: is tie_word_embeddings right?"
+                    )
+                del found[copy]
+        return found
+
+
+def activation_of(theirs: str, allowed: dict[str, str] = ACTIVATIONS) -> str:
+    if theirs not in allowed:
+        raise InputError(f"config.json: the activation {theirs!r} is not among {', '.join(allowed)}")
+    return allowed[theirs]
+
+
+def published_activation(ours: str, allowed: dict[str, str] = ACTIVATIONS) -> str:
+    return next((theirs for theirs, mine in allowed.items() if mine == ours), ours)

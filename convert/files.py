@@ -1,0 +1,130 @@
+"""Checkpoints as files: a Hugging Face directory, a hub name, a GGUF file. No pickle is ever opened."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from common.errors import InputError
+from data.published import PublishedTokenizer
+from data.tokenizer import PAD, Tokenizer
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+HOW_TO_CONVERT = (
+    "is a pickle, which can run any code when it is opened; bothways opens none. Convert it where you trust it: "
+    "`transformers.AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)` writes safetensors"
+)
+REFERENCE = "bothways_reference.safetensors"
+"""Logits on a fixed text, stored by `bothways export` beside the weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint, read: its configuration, its tensors under their own names, its vocabulary."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    tokenizer: Tokenizer
+
+
+def read(source: str) -> Source:
+    """A checkpoint by its path or its name on the hub.
+
+    Raises:
+      InputError: nothing there, only pickles, or a file that is damaged; says which.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in PICKLES:
+        raise InputError(f"{path} {HOW_TO_CONVERT}")
+    if path.suffix == ".gguf":
+        from convert import gguf_file
+
+        return gguf_file.read(path)
+    if not path.exists():
+        path = _download(source)
+    if not path.is_dir():
+        raise InputError(f"{path} is neither a directory with a config.json nor a .gguf file")
+    return _read_directory(path)
+
+
+def _read_directory(home: Path) -> Source:
+    if not (home / "config.json").is_file():
+        raise InputError(f"{home} has no config.json; give a directory as `save_pretrained` writes it, or a .gguf file")
+    files = weight_files(home)
+    config = read_json(home / "config.json")
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        for name, tensor in read_tensors(file).items():
+            if name in tensors:
+                raise InputError(f"{name} is in {file.name} and in another file of {home}")
+            tensors[name] = tensor
+    return Source(home, config, tensors, _tokenizer(home, config))
+
+
+def _tokenizer(home: Path, config: dict[str, Any]) -> Tokenizer:
+    ours = home / "tokenizer.model"
+    if ours.exists() and PAD.encode() in ours.read_bytes() and not (home / "tokenizer.json").exists():
+        return Tokenizer.load(ours)  # a run that was trained here, exported
+    return PublishedTokenizer.read(home / "tokenizer.json", config)
+
+
+def weight_files(home: Path) -> list[Path]:
+    """The safetensors of a checkpoint directory. Raises InputError if there are none, or a shard is missing."""
+    index = home / "model.safetensors.index.json"
+    if (home / "model.safetensors").exists():
+        return [home / "model.safetensors"]
+    if index.exists():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        absent = [name for name in shards if not (home / name).is_file()]
+        if absent or not shards:
+            raise InputError(f"{index} names files that are not there: {', '.join(absent) or 'none at all'}")
+        return [home / name for name in shards]
+    pickles = sorted(p.name for p in home.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise InputError(f"{home / pickles[0]} {HOW_TO_CONVERT}")
+    raise InputError(f"{home} has no model.safetensors")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises InputError for what is no JSON object."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} cannot be read: {e}") from e
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file, those of numbers as float32. Raises InputError if it is damaged."""
+    try:
+        with safetensors.safe_open(path, framework="flax") as file:  # flax, since numpy has no bfloat16
+            names = list(file.keys())
+            return {name: np.asarray(file.get_tensor(name)).astype(np.float32) for name in names}
+    except (safetensors.SafetensorError, OSError) as e:
+        raise InputError(
+            f"{path} cannot be read ({e}); it is {path.stat().st_size:,} bytes long: is it whole? Download it again"
+        ) from e
+
+
+def _download(name: str) -> Path:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{name} does not exist")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as e:
+        raise InputError(f"{name} is no directory here; to fetch it from the hub, `pip install huggingface_hub`") from e
+    wanted = ["*.json", "*.safetensors", "vocab.txt", "merges.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except Exception as e:  # the library and its network raise many kinds
+        reason = str(e).strip().split("\n")[0][:200]
+        raise InputError(
+            f"{name} is no directory here, and fetching it from the hub failed ({type(e).__name__}: {reason}); "
+            "fetch it where there is a network and give the directory"
+        ) from e

@@ -1,0 +1,149 @@
+"""Import: a published checkpoint becomes a run directory. Export: a run becomes one that `transformers` opens."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors.numpy import save_file
+
+from common import rundir
+from common.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from common.errors import InputError
+from common.recipe import Recipe
+from convert import check, files
+from convert.families import family_for, family_of
+from convert.layout import shapes_of
+from data.config import DataConfig
+from data.tokenizer import Tokenizer
+
+Say = Callable[[str], None]
+SPARE_ROWS = 1024
+"""Tables are made larger than a vocabulary to divide well, but not by more than this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    run: str
+    """The directory that was written."""
+    family: str
+    parameters: int
+    max_difference: float | None
+    """Of logits on a fixed text from those of the other side; None where there was nothing to compare with."""
+
+
+@contextlib.contextmanager
+def whole_directory(home: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `home` at the end: all of it or nothing.
+
+    Raises:
+      InputError: there is something at `home` already.
+    """
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+        raise InputError(f"{home} exists already; give another directory, or delete this one")
+    home.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.replace(home)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def import_run(source: str, home: Path, corpus: str, say: Say) -> Converted:
+    """Read a published checkpoint into a new run directory.
+
+    Args:
+      source: a Hugging Face directory, a .gguf file, or a name on the hub.
+      corpus: what the run's recipe names as its text, for `evaluate` and `train`.
+
+    Raises:
+      InputError: the checkpoint is none that we compute, is damaged, does not fit together, or its logits differ from
+        the reference's; or there is something at `home`. Nothing is written then.
+    """
+    with whole_directory(home) as partial:
+        found = files.read(source)
+        family = family_of(found.config)
+        tensors = family.plain(found.tensors, family.tied(found.config))
+        model = family.config(found.config, tensors)
+        model = dataclasses.replace(model, scan_layers=model.n_layers > 12)  # deep ones would compile for minutes
+        _check_vocabulary(found.tokenizer, model.vocab_size, source)
+        found.tokenizer.save_in(partial)
+        vocabulary = next(p.name for p in partial.iterdir() if p.name in ("tokenizer.json", "tokenizer.model"))
+        recipe = Recipe(
+            name=home.name,
+            family=family.ours,
+            model=model,
+            data=DataConfig(corpus=corpus, tokenizer=str(home.absolute() / vocabulary)),
+            objective=ObjectiveConfig("masked" if family.ours == "bert" else "causal"),
+            optimizer=OptimizerConfig(
+                learning_rate=5e-5, schedule="linear", warmup_steps=100, b2=0.999, weight_decay=0.01
+            ),
+            train=TrainConfig(),
+        )
+        params = family.layout.take(tensors, shapes_of(rundir.param_shapes(recipe)), family.absent(model))
+        difference = check.against_reference(recipe, params, found.tokenizer, found.path)
+        save_params(partial, params)
+        (partial / "recipe.json").write_text(recipe.to_json())
+    if difference is None:
+        say(
+            "logits were not checked: there is no stored reference, and transformers and torch are not installed "
+            "(nor accelerate, which transformers wants for GGUF)"
+        )
+    return Converted(str(home), family.name, sum(t.size for t in tensors.values()), difference)
+
+
+def save_params(home: Path, params) -> None:
+    """The parameters as checkpoint 0 of a run."""
+    with rundir.checkpoint_manager(home, keep=1) as manager:
+        items = {
+            "params": ocp.args.StandardSave(jax.tree.map(np.asarray, params)),
+            "meta": ocp.args.JsonSave({"step": 0}),
+        }
+        manager.save(0, args=ocp.args.Composite(**items))
+        manager.wait_until_finished()
+
+
+def _check_vocabulary(tokenizer: Tokenizer, rows: int, source: str) -> None:
+    if not len(tokenizer) <= rows <= len(tokenizer) + SPARE_ROWS:
+        raise InputError(
+            f"the vocabulary of {source} has {len(tokenizer)} tokens, and its config.json says vocab_size={rows}; "
+            "they are not of one model"
+        )
+
+
+def export_run(home: Path, destination: Path, say: Say) -> Converted:
+    """Write a run as a Hugging Face directory: config.json, model.safetensors, tokenizer, reference logits.
+
+    Raises:
+      InputError: no run, a fine-tuned one, one that no published family computes; or there is something at the
+        destination. Nothing is written then.
+    """
+    with whole_directory(destination) as partial:
+        run = rundir.load_run(home, say)
+        if run.task is not None:
+            raise InputError(f"{home} is fine-tuned for {run.task.name}; export the run it came from")
+        model, tokenizer = run.recipe.model.resolved(), run.tokenizer
+        family = family_for(model, run.recipe.family, tokenizer.pad)
+        params = jax.device_get(run.params)
+        tensors = family.layout.give(params, family.absent(model))
+        ids = {f"{role}_token_id": token for role, token in tokenizer.role_ids().items()}
+        config = ids | family.config_json(model)
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, partial / "model.safetensors", {"format": "pt"})
+        tokenizer.save_in(partial)
+        tokens = check.fixed_tokens(tokenizer, model.context)
+        logits = check.our_logits(run.recipe, params, tokens)
+        wanted = check.transformers_logits(partial, run.recipe, tokens)
+        difference = None if wanted is None else check.difference(logits, wanted)
+        save_file({"tokens": tokens, "logits": logits}, partial / files.REFERENCE)
+    if difference is None:
+        say("transformers and torch are not installed: that they read the same logits was not checked")
+    return Converted(str(destination), family.name, sum(t.size for t in tensors.values()), difference)

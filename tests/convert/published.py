@@ -1,0 +1,134 @@
+"""Checkpoints, tiny and random, with vocabularies learnt from a made-up language."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import tokenizers
+from safetensors.numpy import load_file, save_file
+
+import bothways
+from common.recipe import Recipe
+from common.rundir import param_shapes
+from convert.families import FAMILIES
+from tests.corpus import made_up_text
+
+SPECIAL = {"gpt2": ["<|endoftext|>"], "llama": ["<s>", "</s>"]}
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ROBERTA_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def byte_level(special: list[str], size: int = 307) -> tokenizers.Tokenizer:
+    """Byte-level BPE, the special tokens first."""
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE())
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    named = [tokenizers.AddedToken(t, special=True, lstrip=t == "<mask>") for t in special]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=named, initial_alphabet=alphabet, show_progress=False
+    )
+    fast.train_from_iterator([made_up_text(60)], trainer)
+    return fast
+
+
+def wordpiece(size: int = 83) -> tokenizers.Tokenizer:
+    """BERT's WordPiece, uncased; with padding and truncation set, as sentence-transformers leaves them."""
+    fast = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    fast.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    fast.decoder = tokenizers.decoders.WordPiece()
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=size, special_tokens=BERT_SPECIAL, limit_alphabet=50, show_progress=False
+    )
+    fast.train_from_iterator([made_up_text(60)], trainer)
+    fast.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[(t, fast.token_to_id(t)) for t in ("[CLS]", "[SEP]")],
+    )
+    fast.enable_truncation(11)
+    fast.enable_padding(length=13)
+    return fast
+
+
+def tokenizer_for(family: str) -> tokenizers.Tokenizer:
+    if family in ("bert", "modernbert"):
+        return wordpiece() if family == "bert" else byte_level(BERT_SPECIAL)
+    return byte_level(ROBERTA_SPECIAL if family == "roberta" else SPECIAL[family])
+
+
+def save_tokenizer(family: str, home: Path) -> int:
+    """tokenizer.json beside a checkpoint; how many tokens it has."""
+    fast = tokenizer_for(family)
+    home.mkdir(parents=True, exist_ok=True)
+    fast.save(str(home / "tokenizer.json"))
+    return fast.get_vocab_size()
+
+
+def written(home: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path:
+    """A checkpoint directory from its parts."""
+    (home / "config.json").write_text(json.dumps(config))
+    save_file(tensors, home / "model.safetensors", {"format": "pt"})
+    return home
+
+
+def shuffled(home: Path, seed: int = 0) -> None:
+    """Norms and biases get numbers of their own, so that none can be mistaken for another."""
+    rng, tensors = np.random.default_rng(seed), load_file(home / "model.safetensors")
+    noisy = {n: (t + rng.normal(0, 0.2, t.shape)).astype(np.float32) for n, t in tensors.items()}
+    save_file(noisy, home / "model.safetensors", {"format": "pt"})
+
+
+SIZES = {
+    "gpt2": {"n_embd": 22, "n_head": 2, "n_layer": 3, "n_inner": 26, "n_positions": 23},
+    "llama": {
+        "hidden_size": 22,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_hidden_layers": 3,
+    }
+    | {"intermediate_size": 26, "max_position_embeddings": 23, "rope_theta": 500.0, "rms_norm_eps": 1e-5},
+}
+SIZES["bert"] = {"hidden_size": 22, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 26}
+SIZES["roberta"] = SIZES["bert"] | {"max_position_embeddings": 25}
+SIZES["bert"] |= {"max_position_embeddings": 23}
+SIZES["modernbert"] = SIZES["bert"] | {"hidden_size": 20, "num_hidden_layers": 4}
+STEM_OF_HEAD = {
+    "bert": ["cls.predictions.", "cls.seq_relationship."],
+    "roberta": ["lm_head."],
+    "modernbert": ["decoder."],
+}
+
+
+def checkpoint(name: str, home: Path, **values) -> Path:
+    """A checkpoint of random numbers, laid out as the family's own."""
+    family, vocab_size = FAMILIES[name], save_tokenizer(name, home)
+    config = {"model_type": name, "vocab_size": vocab_size} | SIZES[name] | values
+    cfg = family.config(config, [family.prefix, *STEM_OF_HEAD.get(name, [])])
+    shapes = param_shapes(Recipe(family=family.ours, model=cfg))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(np.float32), shapes)
+    return written(home, config, family.layout.give(params, family.absent(cfg)))
+
+
+def change(home: Path, **tensors) -> None:
+    """Replace tensors of a checkpoint, or add them; None takes one away."""
+    found = load_file(home / "model.safetensors") | {k.replace("/", "."): v for k, v in tensors.items()}
+    save_file({k: v for k, v in found.items() if v is not None}, home / "model.safetensors")
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def refused(source: Path | str, home: Path, capfd, *parts: str) -> None:
+    """The import ends with code 2, says all this, and leaves nothing behind."""
+    before = sorted(home.parent.iterdir())
+    assert bothways.main(["import", str(source), str(home)]) == 2
+    said = capfd.readouterr().err
+    for part in parts:
+        assert part in said, said
+    assert sorted(home.parent.iterdir()) == before

@@ -1,0 +1,195 @@
+"""Imported weights compute what `transformers` computes, and train as PyTorch trains them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.config import MeshConfig, OptimizerConfig
+from common.families import make_module
+from common.rundir import load_run
+from convert import check
+from convert.run import export_run, import_run
+from tests.convert.published import save_tokenizer, shuffled
+from train import sharding
+from train.objectives import make_objective
+from train.optimizer import make_optimizer
+from train.step import TrainState, make_train_step, state_shardings
+
+torch = pytest.importorskip("torch", reason="the extra `parity` (torch, transformers) is not installed")
+transformers = pytest.importorskip("transformers", reason="the extra `parity` (torch, transformers) is not installed")
+
+BERT = {"hidden_size": 33, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 41}
+LLAMA = BERT | {"num_key_value_heads": 1, "head_dim": 14, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+ROPE = {"rope_theta": 500.0, "factor": 3.0, "original_max_position_embeddings": 19}
+LLAMA3 = ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 3.0}
+CASES = {  # name: class, configuration
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 33, "n_head": 3, "n_layer": 2, "n_inner": 41, "n_positions": 29}),
+    "gpt2 untied": (
+        "GPT2LMHeadModel",
+        {"n_embd": 22, "n_head": 2, "n_layer": 3, "n_positions": 37, "tie_word_embeddings": False},
+    ),
+    "bert": ("BertForPreTraining", BERT | {"max_position_embeddings": 37}),
+    "bert masked": ("BertForMaskedLM", BERT | {"max_position_embeddings": 37, "hidden_act": "relu"}),
+    "bert body": ("BertModel", BERT | {"max_position_embeddings": 37}),
+    "roberta": ("RobertaForMaskedLM", BERT | {"max_position_embeddings": 37, "type_vocab_size": 1}),
+    "modernbert": (
+        "ModernBertForMaskedLM",
+        BERT | {"hidden_size": 42, "num_hidden_layers": 5, "local_attention": 6, "max_position_embeddings": 37},
+    ),
+    "llama": ("LlamaForCausalLM", LLAMA),
+    "llama tied": ("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama linear": ("LlamaForCausalLM", LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 2.5}}),
+    "llama yarn": ("LlamaForCausalLM", LLAMA | {"rope_parameters": ROPE | {"rope_type": "yarn", "beta_fast": 2.0}}),
+}
+SPECIAL_IDS = {
+    "modernbert": {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
+    "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
+    "llama": {"bos_token_id": 0, "eos_token_id": 1},
+}
+
+
+def published(name: str, home: Path) -> Path:
+    """A checkpoint that `transformers` wrote, with random weights."""
+    family = name.split()[0]
+    kind, values = CASES[name]
+    vocab_size = save_tokenizer(family, home) + 4  # tables are often made larger than the vocabulary
+    config = getattr(transformers, f"{kind.split('For')[0].removesuffix('LMHeadModel').removesuffix('Model')}Config")
+    torch.manual_seed(0)
+    getattr(transformers, kind)(config(vocab_size=vocab_size, **SPECIAL_IDS.get(family, {}), **values)).save_pretrained(
+        home
+    )
+    shuffled(home)
+    return home
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Name of a case -> (its checkpoint, its run, what the import said); made once."""
+    made = {}
+
+    def of(name: str):
+        if name not in made:
+            home = tmp_path_factory.mktemp("published")
+            source = published(name, home / "source")
+            made[name] = source, home / "run", import_run(str(source), home / "run", "shakespeare", lambda _: None)
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_transformers(imported, name):
+    source, home, result = imported(name)
+    assert result.max_difference < 1e-4
+    run = load_run(home, print)
+    shape = check.fixed_tokens(run.tokenizer, run.recipe.model.context).shape
+    tokens = np.random.default_rng(1).integers(5, 60, shape).astype(np.int32)
+    wanted = check.transformers_logits(source, run.recipe, tokens)
+    assert np.abs(wanted).max() > 0.3  # differences would show
+    np.testing.assert_allclose(check.our_logits(run.recipe, run.params, tokens), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export_import_export_is_the_same_bytes_and_transformers_opens_it(imported, name, tmp_path):
+    source, home, _ = imported(name)
+    first = export_run(home, tmp_path / "a", print)
+    assert first.max_difference < 1e-4
+    import_run(str(tmp_path / "a"), tmp_path / "run", "shakespeare", print)
+    second = export_run(tmp_path / "run", tmp_path / "b", print)
+    assert dataclasses.replace(first, run="") == dataclasses.replace(second, run="")
+    files = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "b").iterdir())
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    text = "the dog sees the queen."
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")(text, add_special_tokens=False)
+    assert theirs.input_ids == load_run(home, print).tokenizer.encode(text)
+    before, after = (json.loads((p / "config.json").read_text()) for p in (source, tmp_path / "a"))
+    assert before["architectures"] == after["architectures"]
+
+
+ADAMW = OptimizerConfig(learning_rate=3e-3, schedule="constant", b2=0.99, weight_decay=0.1, clip_norm=1.0)
+
+
+def rows(kind: str, seed: int, tokens: int) -> dict[str, np.ndarray]:
+    """A batch of 4 rows of 13 tokens, as training makes them; for BERT with padding, pairs, and places asked for."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(5, tokens, (4, 14)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(13, dtype=np.int32), (4, 13))
+    if kind == "gpt":
+        ones = np.ones((4, 13), np.int32)
+        return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "segments": ones, "positions": positions} | {
+            "weights": rng.integers(0, 2, (4, 13)).astype(np.float32)
+        }
+    real = (positions < rng.integers(9, 14, (4, 1))).astype(np.int32)
+    places = np.stack([rng.choice(8, 3, replace=False) for _ in range(4)]).astype(np.int32)
+    return {
+        "tokens": ids[:, :-1],
+        "segments": real,
+        "positions": positions,
+        "types": (positions > 5).astype(np.int32),
+    } | {
+        "places": places,
+        "targets": rng.integers(5, tokens, (4, 3)).astype(np.int32),
+        "weights": rng.integers(0, 2, (4, 3)).astype(np.float32),
+        "random_next": rng.integers(0, 2, 4).astype(np.int32),
+        "pair_weight": np.ones(4, np.float32),
+    }
+
+
+def torch_loss(model, batch: dict[str, np.ndarray]):
+    """The loss of a batch, in PyTorch."""
+    b = {k: torch.from_numpy(v.astype(np.int64 if v.dtype == np.int32 else v.dtype)) for k, v in batch.items()}
+    nats = torch.nn.functional.cross_entropy
+    if "places" not in b:
+        logits = model(b["tokens"]).logits
+        return (nats(logits.flatten(0, 1), b["targets"].flatten(), reduction="none") * b["weights"].flatten()).sum() / (
+            b["weights"].sum()
+        )
+    out = model(b["tokens"], attention_mask=b["segments"], token_type_ids=b["types"])
+    asked = out.prediction_logits[torch.arange(4)[:, None], b["places"]]
+    mlm = (nats(asked.flatten(0, 1), b["targets"].flatten(), reduction="none") * b["weights"].flatten()).sum()
+    return mlm / b["weights"].sum() + nats(out.seq_relationship_logits, b["random_next"])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_twenty_steps_of_adamw_have_pytorchs_losses(imported, name):
+    """From the same weights on the same batches, dropout off: decay on the same parameters, clipping, bias correction."""
+    source, home, _ = imported(name)
+    run = load_run(home, print)
+    family, size = run.recipe.family, len(run.tokenizer)
+    still = dict.fromkeys(("dropout_embed", "dropout_attention", "dropout_residual"), 0.0)
+    module = make_module(family, dataclasses.replace(run.recipe.model, scan_layers=True, **still))
+    batches = [rows(family, seed, size) for seed in range(20)]
+
+    model = getattr(transformers, CASES[name][0]).from_pretrained(source).float().eval()
+    plain = [p for n, p in model.named_parameters() if n.endswith("bias") or "ln_" in n or "LayerNorm" in n]
+    matrices = [p for p in model.parameters() if not any(p is q for q in plain)]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=ADAMW.learning_rate, betas=(ADAMW.b1, ADAMW.b2), eps=ADAMW.eps)
+    wanted = []
+    for batch in batches:
+        loss = torch_loss(model, batch)
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW.clip_norm)
+        adamw.step()
+        wanted.append(loss.item())
+
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    asked = dataclasses.replace(run.recipe.objective, next_sentence=family == "bert")
+    objective = make_objective(asked, run.tokenizer.vocabulary())
+    optimizer, zeros = make_optimizer(ADAMW, 20), [jnp.zeros((), jnp.int32) for _ in range(3)]
+    state = TrainState(zeros[0], run.params, optimizer.init(run.params), *zeros[1:])
+    step = make_train_step(module, objective, optimizer, mesh, state_shardings(mesh, jax.eval_shape(lambda: state)))
+    got = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        got.append(float(metrics["loss"]))
+    assert max(wanted) - min(wanted) > 0.3  # they move
+    np.testing.assert_allclose(got, wanted, atol=1e-3, rtol=0)

@@ -1,0 +1,166 @@
+"""An imported run is a run like any other: it samples, embeds, goes out again, and trains on."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import bothways
+from common.config import TrainConfig
+from common.errors import InputError
+from common.recipe import Recipe
+from common.rundir import load_run
+from convert.run import export_run, import_run
+from sample.evaluate import evaluate
+from tests.convert.published import change, checkpoint, quiet, refused, save_tokenizer
+from tests.train.bodies import body, write
+from train.loop import train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_transformers():
+    """Comparing with transformers takes longer, and is done in test_parity.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("convert.check.transformers_logits", lambda *_: None)
+        yield
+
+
+def imported(source: Path, home: Path):
+    import_run(str(source), home, "shakespeare", quiet)
+    return load_run(home, quiet)
+
+
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory):
+    """A GPT-2 checkpoint and the run that it became."""
+    home = tmp_path_factory.mktemp("gpt")
+    source = checkpoint("gpt2", home / "source")
+    import_run(str(source), home / "run", "shakespeare", quiet)
+    return source, home / "run"
+
+
+def test_import_and_export_say_what_they_did(gpt, tmp_path, capfd):
+    source, home = gpt[0], tmp_path / "run"
+    assert bothways.main(["import", str(source), str(home), "--json"]) == 0
+    said = json.loads(capfd.readouterr().out)
+    count = sum(t.size for t in load_file(source / "model.safetensors").values())
+    assert said == {"run": str(home), "family": "gpt2", "parameters": count, "max_difference": None}
+    assert bothways.main(["export", str(home), str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == said | {"run": str(tmp_path / "out")}
+    first, out = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert first.keys() == out.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], out[name])
+    assert bothways.main(["sample", str(home), "the dog", "--max-tokens", "3", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["tokens"] == 3
+
+
+def test_every_verb_takes_a_published_vocabulary(gpt, text_file, cache_dir, tmp_path):
+    """Both families on a text file: WordPiece for the masked model, byte-level BPE for the causal one."""
+    import_run(str(checkpoint("bert", tmp_path / "source")), tmp_path / "bert", str(text_file), quiet)
+    for home in (gpt[1], tmp_path / "bert"):
+        run = load_run(home, quiet)
+        data = dataclasses.replace(run.recipe.data, corpus=str(text_file), cache=str(cache_dir))
+        (home / "recipe.json").write_text(dataclasses.replace(run.recipe, data=data).to_json())
+        model, masked = bothways.load(home), home.name == "bert"
+        assert model.sample(["the dog"], max_tokens=2, **({"chunk": 2, "steps": 1} if masked else {}))[0].tokens == 2
+        likely, long = model.score(["the dog", "the dog sees the queen"], **({"rule": "pll"} if masked else {}))
+        assert likely.logprob > long.logprob
+        assert np.isfinite(model.embed(["the dog"])).all()
+        figures = {f.metric: f.value for f in evaluate(model, ["validation"])}
+        assert 0 < figures["bits_per_byte"] < 20
+    filled = model.fill(["The [MASK] sees"], top=2)[0]
+    assert filled.filled.startswith("the")
+    assert [len(m) for m in filled.masks] == [2]
+
+
+def test_a_run_trained_here_goes_out_and_comes_back(tiny, tmp_path):
+    """With its own sentencepiece vocabulary; `transformers` opens its weights, and the import its vocabulary too."""
+    run = body("gpt", tiny, d_head=11)
+    write(run, tmp_path / "run")
+    assert export_run(tmp_path / "run", tmp_path / "out", quiet).family == "gpt2"
+    back = imported(tmp_path / "out", tmp_path / "back")
+    assert back.tokenizer.fingerprint == run.tokenizer.fingerprint
+    same = {field: getattr(tiny, field) for field in ("init", "init_residual", "dtype")}
+    assert dataclasses.replace(back.recipe.model, **same) == run.recipe.model
+    jax.tree.map(np.testing.assert_array_equal, back.params, run.params)
+
+
+def test_a_stored_reference_is_held_against_the_weights(gpt, tmp_path, capfd):
+    _, home = gpt
+    export_run(home, tmp_path / "out", quiet)
+    assert import_run(str(tmp_path / "out"), tmp_path / "same", "shakespeare", quiet).max_difference < 1e-5
+    table = load_file(tmp_path / "out" / "model.safetensors")["transformer.wpe.weight"]
+    table[1, 3] += 0.1
+    change(tmp_path / "out", **{"transformer/wpe/weight": table})
+    refused(tmp_path / "out", tmp_path / "run", capfd, "the logits differ from the reference by", "nothing was written")
+
+
+def on_from(home: Path, text: Path, cache: Path) -> Recipe:
+    """The recipe that the command line makes of `train RUN`, small."""
+    from verbs_train import on_from
+
+    found = on_from(home)
+    data = dataclasses.replace(found.data, corpus=str(text), cache=str(cache))
+    cfg = TrainConfig(steps=2, batch_size=8, eval_rows=8, init_from=found.train.init_from)
+    optimizer = dataclasses.replace(found.optimizer, learning_rate=1e-9, warmup_steps=0)
+    return dataclasses.replace(
+        found, data=data, train=cfg, optimizer=optimizer, model=dataclasses.replace(found.model, context=16)
+    )
+
+
+def leaves(params) -> dict[str, np.ndarray]:
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def test_training_starts_from_an_import_and_resumes_itself_first(gpt, text_file, cache_dir, tmp_path):
+    """1. what is in the directory; 2. and 3. the run that is named; 4. scratch."""
+    _, home = gpt
+    recipe = on_from(home, text_file, cache_dir)
+    train(recipe, tmp_path / "on")
+    theirs, mine = leaves(load_run(home, quiet).params), leaves(load_run(tmp_path / "on", quiet).params)
+    for path, leaf in mine.items():  # learnt positions are cut to the new context
+        np.testing.assert_allclose(leaf, theirs[path][:16] if "position" in path else theirs[path], atol=1e-6)
+    moved = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, init_from=str(tmp_path / "gone")))
+    with pytest.raises(InputError, match="gone does not exist"):
+        train(moved, tmp_path / "other")
+    started = (tmp_path / "on" / "recipe.json").read_text()
+    was, now = (f'"init_from": "{r.train.init_from}"' for r in (recipe, moved))
+    (tmp_path / "on" / "recipe.json").write_text(started.replace(was, now))
+    assert train(moved, tmp_path / "on").steps == 2  # resumed: where it began is not looked for
+    with pytest.raises(InputError, match="n_layers is 2, and there 3"):
+        train(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, n_layers=2)), tmp_path / "other")
+    save_tokenizer("llama", tmp_path / "llama")
+    other = dataclasses.replace(recipe.data, tokenizer=str(tmp_path / "llama" / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"the tokenizer is another; set --data.tokenizer .*tokenizer.json"):
+        train(dataclasses.replace(recipe, data=other), tmp_path / "other")
+
+
+def test_a_body_without_a_head_embeds_and_gets_a_head_by_training(text_file, cache_dir, tmp_path, capfd):
+    source = checkpoint("bert", tmp_path / "source")
+    change(source, **{k.replace(".", "/"): None for k in load_file(source / "model.safetensors") if k.startswith("cls.")})
+    run = imported(source, tmp_path / "body")
+    assert not run.recipe.model.masked_head
+    assert run.recipe.model.pooler
+    (tmp_path / "text").write_text("the dog\nthe dog sees\n")
+    assert bothways.main(["embed", str(tmp_path / "body"), str(tmp_path / "text"), "--json"]) == 0
+    assert len(json.loads(capfd.readouterr().out.splitlines()[1])["vector"]) == 22
+    for verb, *rest in (["fill", "the [MASK]"], ["score", str(tmp_path / "text")], ["evaluate"]):
+        assert bothways.main([verb, str(tmp_path / "body"), *rest]) == 2
+        assert "without a masked-token head: it can embed and be fine-tuned" in capfd.readouterr().err
+    recipe = on_from(tmp_path / "body", text_file, cache_dir)
+    with pytest.raises(InputError, match="set --model.masked-head True"):
+        train(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, masked_head=False)), tmp_path / "on")
+    train(recipe, tmp_path / "on")
+    assert "new and random: mlm" in capfd.readouterr().err
+    theirs, mine = leaves(run.params), leaves(load_run(tmp_path / "on", quiet).params)
+    assert mine.keys() - theirs.keys() == {k for k in mine if "mlm'" in k}
+    np.testing.assert_allclose(
+        mine["['encoder']['embed']['token']['embedding']"],
+        theirs["['encoder']['embed']['token']['embedding']"],
+        atol=1e-6,
+    )
