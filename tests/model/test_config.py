@@ -100,6 +100,7 @@ BASE = {
 }
 OTHER = {  # field: another value, and what else must hold for the field to matter
     "vocab_size": (41, {}),
+    "vocab_multiple": (16, {}),
     "context": (29, {}),
     "n_layers": (2, {}),
     "d_model": (24, {}),
