@@ -15,8 +15,9 @@ from common.rundir import TaskInfo, module_of
 from compare.core import BATCH, Lab, Model, batches, readings
 from compare.text import WORDS
 from data import pipeline
+from data.examples import as_is
 from data.pipeline import Example
-from data.task_examples import as_is, wrap
+from data.task_examples import wrap
 from data.tokenizer import Tokenizer
 from model.task import TaskModel
 from sample.masked import hidden_logits

@@ -225,8 +225,9 @@ def from_tfds(cfg: DataConfig) -> Corpus:
         for field in fields(cfg):
             if field not in builder.info.features:
                 raise InputError(
-                    f"TFDS {cfg.corpus} has no field {field!r}; it has {', '.join(builder.info.features)}; choose with "
-                    + ("--data.source-field and --data.target-field" if cfg.source_field else "--data.text-field")
+                    f"TFDS {cfg.corpus} has no field {field!r}; it has {', '.join(builder.info.features)}; "
+                    + ("choose with --data.source-field and" if cfg.source_field else "choose one with")
+                    + (" --data.target-field" if cfg.source_field else " --data.text-field")
                 )
         whole = {"train": "train[:98%]", "validation": "train[98%:99%]", "test": "train[99%:]"}
         held = next((n for n in ("validation", "test") if n in names), None)

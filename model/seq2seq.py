@@ -10,7 +10,7 @@ from model.config import TransformerConfig
 from model.decoder import Decoder
 from model.embed import Embedding
 from model.encoder import Encoder
-from model.heads import LMHead, logits_of
+from model.heads import LMHead, filling_hidden, logits_of
 
 
 class Seq2Seq(nn.Module):
@@ -62,9 +62,10 @@ class Seq2Seq(nn.Module):
         """The encoder's features alone."""
         return self.encoder(source, segments=source_segments)
 
-    def unembedding(self) -> tuple[Float[jax.Array, "V D"], None]:
-        """The output layer: a vector per token, and no bias."""
-        return (self.embed.token.embedding if self.cfg.tie_embeddings else self.lm_head.embedding), None
+    def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"] | None]:
+        """The output layer: a vector per token; no bias but the one that hides what fills up the table."""
+        table = self.embed.token.embedding if self.cfg.tie_embeddings else self.lm_head.embedding
+        return table, filling_hidden(self.cfg, None)
 
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
         return logits_of(features, *self.unembedding())

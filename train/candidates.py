@@ -13,7 +13,7 @@ from common.families import make_module, tiny_inputs
 from common.recipe import Recipe
 from model.axes import logical_axes, path_names
 from train.chips import Topology
-from train.flops import layer_multiplies, recipe_flops_per_token
+from train.flops import layer_multiplies, recipe_flops_per_token, tokens_per_row
 from train.sharding import PARAMETERS
 
 REMAT = ("none", "dots", "full")
@@ -75,7 +75,7 @@ def guess(recipe: Recipe, topology: Topology, sizes: dict[str, int], mine: float
     pieces = recipe.train.accumulate
     tensor, shards = sizes["tensor"], sizes["data"] * sizes["fsdp"]
     rows = recipe.train.batch_size / shards / pieces
-    tokens = rows * cfg.context
+    tokens = rows * tokens_per_row(recipe)
     state = mine * (4 + (4 if recipe.optimizer.name in ("lion", "adafactor") else 8) + (8 if pieces > 1 else 4))
     wide = (2 * cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head + cfg.d_ff * (3 if cfg.gated else 2)
     kernel = chip.dimensions > 1 and not cfg.dropout_attention and cfg.context % 128 == 0  # splash holds no scores
@@ -87,7 +87,7 @@ def guess(recipe: Recipe, topology: Topology, sizes: dict[str, int], mine: float
     logits = 6 * min(2.0**27, tokens * cfg.vocab_size / tensor)
     memory = state + cfg.n_layers * tokens * kept[cfg.remat] + working + whole + logits
     # ---- time: the longer of computing and sending
-    flops = recipe_flops_per_token(recipe) * recipe.train.batch_size * cfg.context
+    flops = recipe_flops_per_token(recipe) * recipe.train.batch_size * tokens_per_row(recipe)
     again = {"none": 1.0, "dots": 1.02, "full": 4 / 3}[cfg.remat]
     compute = flops * again / (topology.devices_count * chip.flops / chip.devices)
     per_axis = 2 * chip.link / chip.devices

@@ -50,6 +50,11 @@ def seq2seq_flops_per_token(cfg: TransformerConfig) -> float:
     return (encoder + training_flops_per_token(cfg, causal=True) + 6 * cfg.n_layers * cross) / 2
 
 
+def tokens_per_row(recipe: Recipe) -> int:
+    """Tokens that a row of the batch holds; an encoder-decoder's has a source and a target."""
+    return recipe.model.context * (2 if recipe.family == "seq2seq" else 1)
+
+
 def recipe_flops_per_token(recipe: Recipe) -> float:
     """training_flops_per_token of a recipe, at its full context; of an encoder-decoder, seq2seq_flops_per_token."""
     if recipe.family == "seq2seq":

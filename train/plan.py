@@ -21,7 +21,7 @@ from model.config import TransformerConfig
 from train import hlo, sharding
 from train.candidates import candidates, flags
 from train.chips import GIB, Topology, quiet_stderr, usual_shape
-from train.flops import executed_flops, recipe_flops_per_token
+from train.flops import executed_flops, recipe_flops_per_token, tokens_per_row
 from train.objectives import make_objective
 from train.optimizer import make_optimizer
 from train.step import TrainState, init_state, make_train_step, state_shardings
@@ -136,7 +136,8 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> tuple[Any, TrainState, dict[str
     placed = state_shardings(mesh, state)
     step = make_train_step(module, objective, optimizer, mesh, placed, accumulate=recipe.train.accumulate)
     length, rows = model.context, recipe.train.batch_size
-    source, example = objective.source(made_up_tokens(length, model.vocab_size), length, False)
+    document = length // 2 if recipe.objective.kind == "pairs" else 2 * length
+    source, example = objective.source(made_up_tokens(document, model.vocab_size), length, False)
     one = example(source[0], np.random.default_rng(0))
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype) for name, x in one.items()}
     return step, state, batch, placed
@@ -162,8 +163,8 @@ def made_up_vocabulary(size: int) -> Vocabulary:
 
 
 def made_up_tokens(length: int, vocab_size: int) -> Tokens:
-    """Documents of twice `length` made-up tokens."""
-    documents, size = 4, 2 * length + 2
+    """Four documents of `length` made-up tokens."""
+    documents, size = 4, length + 2
     ids = 5 + np.arange(documents * size) % (vocab_size - 5)
     return Tokens(ids.astype(np.int32), np.arange(0, len(ids), size), len(ids))
 
@@ -273,7 +274,7 @@ def _roofline(
     **known: Any,
 ) -> Plan:
     chip = topology.chip
-    tokens = recipe.train.batch_size * recipe.model.context
+    tokens = recipe.train.batch_size * tokens_per_row(recipe)
     flops = recipe_flops_per_token(recipe) * tokens
     times: dict[str, float | None] = {"compute": executed / (topology.chips * chip.flops)}
     collectives: tuple[dict[str, Any], ...] = ()

@@ -80,7 +80,7 @@ def test_every_verb_takes_a_published_vocabulary(gpt, text_file, cache_dir, tmp_
 
 def test_a_run_trained_here_goes_out_and_comes_back(tiny, tmp_path):
     """With its own sentencepiece vocabulary; `transformers` opens its weights, and the import its vocabulary too."""
-    run = body("gpt", tiny, d_head=11)
+    run = body("gpt", tiny, d_head=11, d_value=11)
     write(run, tmp_path / "run")
     assert export_run(tmp_path / "run", tmp_path / "out", quiet).family == "gpt2"
     back = imported(tmp_path / "out", tmp_path / "back")

@@ -140,7 +140,7 @@ def test_unchanged_files_are_prepared_once(tmp_path, cache, monkeypatch):
     first = load(path, cache)
     before = everything(first)
 
-    def prepared_again(*_):
+    def prepared_again(*_, **__):
         raise AssertionError("the corpus was prepared a second time")
 
     monkeypatch.setattr(corpora, "hold_out", prepared_again)
@@ -306,5 +306,5 @@ def test_markdown_becomes_plain(markdown, text):
 
 def test_the_plays_have_their_own_validation(tmp_path, cache):
     (tmp_path / "a.txt").write_text(STORY)
-    with pytest.raises(InputError, match="shakespeare has its own held-out plays"):
+    with pytest.raises(InputError, match="shakespeare has its own held-out text"):
         load("shakespeare", cache, validation=str(tmp_path / "a.txt"))

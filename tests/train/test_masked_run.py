@@ -123,8 +123,14 @@ def test_one_document_has_no_next_sentences(recipe, tiny_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
-        ({"family": "gpt"}, "objective.kind=masked is not for a gpt: its mask reads causal; set causal"),
-        ({"objective": ObjectiveConfig()}, "objective.kind=causal is not for a bert: its mask reads masked; set masked"),
+        (
+            {"family": "gpt"},
+            "objective.kind=masked is not for a gpt, whose mask serves causal or hybrid; set --objective.kind causal",
+        ),
+        (
+            {"objective": ObjectiveConfig()},
+            "objective.kind=causal is not for a bert, whose mask serves masked; set --objective.kind masked",
+        ),
         ({"model.next_sentence": False}, "objective.next_sentence needs the head: set --model.next-sentence True"),
         ({"model.segment_types": 3}, "pairs have 2 segment types, and model.segment_types=3"),
         ({"train.short_length": LONG + 1}, f"train.short_length={LONG + 1} > model.context={LONG}"),
