@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, and a compilation cache between runs. Set before JAX is imported."""
+"""Eight fake CPU devices, quick compilation, and a cache of what was compiled. Set before JAX is imported."""
 
 import os
 from pathlib import Path
@@ -6,21 +6,22 @@ from pathlib import Path
 CACHE = Path(__file__).parent.parent / ".jax_cache"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Tiny programs run a few times: compiling them well takes ten times as long as running them badly.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
 
 from common.config import MeshConfig, OptimizerConfig, TrainConfig
 from common.recipe import Recipe
 from data.config import DataConfig
-from data.tokenizer import Vocabulary
 from model.config import TransformerConfig
 from tests.corpus import made_up_text
+from train import sharding
 
 # Every size another prime (or a product of one with what it must divide), so that a swapped axis cannot pass.
 TINY = TransformerConfig(
@@ -50,18 +51,29 @@ def tiny_with(tiny):
     return lambda **fields: dataclasses.replace(tiny, **fields).resolved()
 
 
-def made_up_vocabulary(size: int) -> Vocabulary:
-    """A vocabulary without a tokenizer: five specials, every third token begins a word, every seventh ends a sentence."""
-    ids = np.arange(size)
-    special = ids < 5
-    return Vocabulary(0, 2, 3, 4, special, ids[5:], (ids % 3 == 0) & ~special, (ids % 7 == 0) & ~special)
-
-
 @pytest.fixture(scope="session")
 def eight_devices() -> list:
     devices = jax.devices()
     assert len(devices) == 8, "the tests need 8 fake CPU devices; conftest.py must be imported before jax"
     return devices
+
+
+@pytest.fixture(scope="module")
+def compiled_well():
+    """As users compile: for programs that are large, or run for long."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Training sees one of the eight devices, where the mesh is not what is asked about."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_mesh, devices = sharding.make_mesh, jax.devices()[:1]
+        patch.setattr(sharding, "make_mesh", lambda cfg: make_mesh(cfg, devices))
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,20 +9,12 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
 from common.recipe import Recipe
 from train.loop import train
 
 STEPS, SAVE = 120, 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_without_optimization():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +54,7 @@ class Processes:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
         env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_PROCESSES": str(count)}
+        env |= {"JAX_NUM_PROCESSES": str(count)}
         argv = [sys.executable, "-m", "bothways", "train", str(path), "--workdir", str(home), *flags]
         argv += ["--hosts.coordinator", f"localhost:{port}", "--hosts.heartbeat", "10"]
         self.logs = [home.parent / f"{home.name}-{count}-{index}.log" for index in range(count)]

@@ -17,14 +17,6 @@ from tests.train.bodies import body, write
 from train import sharding
 from train.loop import train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_without_optimization():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 MESH = MeshConfig(1, 2, 2)
 
 

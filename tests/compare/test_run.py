@@ -4,7 +4,6 @@ import dataclasses
 import html.parser
 import json
 
-import jax
 import pytest
 
 from common.config import ObjectiveConfig
@@ -12,12 +11,7 @@ from common.errors import InputError
 from compare import core, modes, pictures, report, run, stats
 from compare.core import Experiment, Figure, Result, Size, Table
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

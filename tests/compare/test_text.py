@@ -189,14 +189,6 @@ def test_the_key_of_every_labelled_task(task):
             assert label == int(words[1].endswith("s"))
 
 
-@pytest.fixture
-def quickly_compiled():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize("how", ["head", "prompt"])
 def test_tuning_learns_what_it_is_told(tokenizer, tiny, how):
     cfg = dataclasses.replace(tiny, n_layers=1, context=36, vocab_size=len(tokenizer), init_std=0.1)

@@ -4,7 +4,6 @@ import importlib.util
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -21,14 +20,7 @@ def file_of(package: str, pattern: str) -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob(pattern))
 
 
-@pytest.fixture(autouse=True)
-def compiled_well(compiled_without_optimization):
-    """These models are large enough for it to be worth while."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
+pytestmark = pytest.mark.usefixtures("compiled_well")
 SENTENCES = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell sharply today."]
 
 

@@ -1,4 +1,4 @@
-"""Tiny programs run once: compiling them well takes ten times as long as running them badly."""
+"""Random parameters, and the shapes of those of every recipe."""
 
 import dataclasses
 
@@ -10,13 +10,6 @@ from common.recipe import Recipe
 from common.rundir import param_shapes
 from configs import names
 from model.axes import path_names
-
-
-@pytest.fixture(scope="package", autouse=True)
-def compiled_without_optimization():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,11 @@ import bothways
 from common.config import ObjectiveConfig
 from common.errors import InputError
 from data import examples
+from data.tokenizer import made_up_vocabulary
 from model.gpt import GPT, MaskedNextToken
 from model.task import TaskModel
 from sample import evaluate
 from sample.score import causal_logprobs
-from tests.conftest import made_up_vocabulary
 from train import loop
 from train.objectives import make_objective
 
@@ -96,13 +96,11 @@ def test_all_rows_forward_is_the_causal_objective(body):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_recipe, tmp_path_factory):
-    jax.config.update("jax_disable_most_optimizations", True)
+def run(tiny_recipe, tmp_path_factory, one_device):
     home = tmp_path_factory.mktemp("runs") / "hybrid"
     recipe = dataclasses.replace(tiny_recipe, objective=ObjectiveConfig(kind="hybrid", mask_rate=0.3))
     loop.train(recipe, home)
-    yield bothways.load(home)
-    jax.config.update("jax_disable_most_optimizations", False)
+    return bothways.load(home)
 
 
 def test_a_hybrid_run_continues_fills_and_scores(run, capsys):

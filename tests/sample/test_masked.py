@@ -24,14 +24,6 @@ CONTEXT = 16
 TEXTS = ["the castle in", "COW", "birds"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Many small programs, each run a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def model(tiny) -> MaskedModel:
     """A BERT with random weights, to which special tokens and entries that are no token look likeliest."""

@@ -305,6 +305,14 @@ def test_what_cannot_be_scored_is_refused(model):
         model.score(["fine"], rule="pll")
 
 
+def test_the_vector_of_a_text_is_the_mean_of_its_features(model):
+    texts = ["the king", LONG]
+    for text, vector in zip(texts, model.embed(texts), strict=True):
+        ids = [model.tokenizer.bos, *model.tokenizer.encode(text)]
+        features, _ = model.run.module.apply({"params": model.run.params}, np.array([ids]))
+        np.testing.assert_allclose(vector, features[0].mean(axis=0), atol=1e-5)
+
+
 # ---- run directories -----------------------------------------------------------------------------------------------
 
 

@@ -19,16 +19,7 @@ KINDS = ("classify", "regress", "tag", "span", "choice")
 QUICK = FinetuneConfig(epochs=1, batch_size=16, learning_rates=(1e-2,), seeds=1, scratch=False, dropout=0.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Many small programs, each run a few times, on one device."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        make_mesh, devices = tuning.sharding.make_mesh, jax.devices()[:1]
-        patch.setattr(tuning.sharding, "make_mesh", lambda cfg: make_mesh(cfg, devices))
-        patch.setattr(tuning.jax, "device_count", lambda: 1)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

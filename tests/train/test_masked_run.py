@@ -20,13 +20,6 @@ from train import loop
 SHORT, LONG, SHORT_STEPS, STEPS = 11, 16, 3, 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def recipe(tiny_recipe, tmp_path_factory) -> Recipe:
     """A BERT with both heads on four documents."""

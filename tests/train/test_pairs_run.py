@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 import bothways
-from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from common.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from common.errors import InputError
 from common.recipe import Recipe
 from data.config import DataConfig
 from model.config import TransformerConfig
 from sample.evaluate import evaluate, held_out_pairs
 
+pytestmark = pytest.mark.usefixtures("compiled_well", "one_device")
 MODEL = TransformerConfig(
     context=16, n_layers=1, d_model=48, n_heads=4, norm="rms", activation="relu2", bias=False, init_residual="zero"
 )
@@ -56,7 +57,6 @@ def learnt_run(task, home, cache_dir):
             name="muon", learning_rate=0.02, schedule="linear", warmup_steps=20, weight_decay=0.0, b2=0.95
         ),
         train=TrainConfig(steps=240, batch_size=32, eval_every=240, save_every=80, keep=3, log_every=40),
-        mesh=MeshConfig(),
     )
     bothways.train(recipe, workdir=home / "run")
     return bothways.load(home / "run")

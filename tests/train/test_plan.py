@@ -21,6 +21,8 @@ from train.chips import CHIPS, Topology
 from train.flops import executed_flops, recipe_flops_per_token
 from train.plan import between_slices, collective_seconds, plan, search
 
+pytestmark = pytest.mark.usefixtures("compiled_well")
+
 # A loop of 7 turns that gathers 3 x 5 bfloat16 from 2 x 2 devices, and a reduction outside; written as a TPU's compiler
 # writes: the gather appears again in a fusion that it overlaps with, a kernel describes itself over several lines, and
 # memory space 1 is on the chip.

@@ -10,21 +10,13 @@ import pytest
 from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from common.families import FAMILIES, make_module, tiny_inputs
 from data import examples, pairs
-from tests.conftest import made_up_vocabulary
+from data.tokenizer import made_up_vocabulary
 from train import sharding
 from train.objectives import make_objective
 from train.optimizer import make_optimizer
 from train.step import init_state, make_eval_step, make_train_step, state_shardings
 
 ROWS, LENGTH = 16, 14  # the context axis divides the length
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_without_optimization():
-    """Compiling these programs well takes longer than running them badly; they are spread all the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def causal_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.ndarray]:
