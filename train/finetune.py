@@ -179,7 +179,7 @@ class Tuner:
         best, kept, worse = -np.inf, None, 0
         for epoch in range(self.cfg.epochs):
             for _ in range(self.per_epoch):
-                state, numbers = step(state, sharding.to_global(self.mesh, next(batches)))
+                state, numbers = step(state, sharding.to_global(self.mesh, next(batches)), seed)
             value = self.measure(state.params, "validation")[self.task.metrics[0]]
             if kept is None or value > best:
                 best, kept, worse = value, jax.device_get(state.params), 0
