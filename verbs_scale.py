@@ -1,8 +1,6 @@
 """The verbs that take a recipe beyond this machine: `plan`, before any chip is rented, and `launch`."""
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +9,7 @@ import tyro
 from common.errors import InputError
 from common.recipe import Recipe
 from configs import find
+from verbs_shared import emit, say
 
 GIB = 2**30
 
@@ -52,9 +51,6 @@ def plan(argv: list[str]) -> None:
     from train import plan as planning
     from train.chips import Topology
 
-    def say(message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
-
     topology = Topology.parse(options.topology, options.slices)
     if options.search:
         plans = planning.search(recipe, topology, say)
@@ -71,7 +67,7 @@ def plan(argv: list[str]) -> None:
             except InputError as e:
                 plans[0] = dataclasses.replace(plans[0], notes=(*plans[0].notes, str(e)))
     for p in plans if options.json else plans[:1]:
-        print(json.dumps(dataclasses.asdict(p)) if options.json else shown(p), flush=True)
+        emit(p, options.json, shown(p))
 
 
 def shown(p: Any) -> str:
@@ -146,12 +142,9 @@ def launch(argv: list[str]) -> None:
     job, ready = prepare(recipe, o.on, o.topology, name=o.job, **{name: getattr(o, name) for name in names})
     folder = Path("launches") / job.name
     done = start(o.on, job, ready, folder, dry_run=o.dry_run)
-    if o.json:
-        print(json.dumps(dataclasses.asdict(done)))
-        return
-    if o.dry_run:
+    if o.dry_run and not o.json:
         for name, text in done.files.items():
             print(f"# ---- {folder}/{name}\n{text.rstrip()}\n")
         print(f"# ---- in {folder}, which also holds {job.code_name}, this tree")
         print("\n".join(done.commands))
-    print(f"# the run: {done.workdir}\n# to stop: {done.stop}")
+    emit(done, o.json, f"# the run: {done.workdir}\n# to stop: {done.stop}")

@@ -11,13 +11,12 @@ from common.config import MeshConfig
 ONE = MeshConfig(data=1)
 
 if TYPE_CHECKING:
+    from sample.ask import Model
     from sample.embed import Embedder
-    from sample.masked import MaskedModel
     from sample.predict import TaskPredictor
-    from sample.text import TextModel
 
 
-def load(home: str | Path, mesh: MeshConfig = ONE) -> "TextModel | MaskedModel | Embedder | TaskPredictor":
+def load(home: str | Path, mesh: MeshConfig = ONE) -> "Model | Embedder | TaskPredictor":
     """A trained run, ready to be asked: `sample` and `score`; `fill` and `embed` where its family can.
 
     Args:
@@ -25,21 +24,10 @@ def load(home: str | Path, mesh: MeshConfig = ONE) -> "TextModel | MaskedModel |
         where that cannot hold them, on all.
     """
     from common.rundir import directory, load_run
-    from sample.embed import Embedder
-    from sample.hybrid import HybridModel
-    from sample.masked import MaskedModel
-    from sample.predict import TaskPredictor
-    from sample.text import TextModel
+    from sample.ask import ask
     from train.sharding import shardings_for_reading
 
-    run = load_run(directory(home), say, lambda shapes: shardings_for_reading(shapes, mesh))
-    if run.task is not None:
-        return TaskPredictor(run)
-    if run.recipe.objective.kind == "hybrid":
-        return HybridModel(run)
-    if run.recipe.family == "bert":
-        return MaskedModel(run) if run.recipe.model.masked_head else Embedder(run)
-    return TextModel(run)
+    return ask(load_run(directory(home), say, lambda shapes: shardings_for_reading(shapes, mesh)))
 
 
 def say(message: str) -> None:

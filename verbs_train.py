@@ -6,12 +6,14 @@ from typing import Annotated
 
 import tyro
 
+from common.config import FinetuneConfig
 from common.errors import InputError
 from common.recipe import Recipe
 from configs import find
 from verbs_shared import emit, load, say
 
 Positional = tyro.conf.Positional
+USUAL = FinetuneConfig()
 
 
 def train_verb(argv: list[str]) -> None:
@@ -99,14 +101,7 @@ def finetune_verb(
     run: Positional[str],
     task: Positional[str],
     workdir: str | None = None,
-    epochs: int = 3,
-    batch_size: int = 32,
-    learning_rates: tuple[float, ...] = (),
-    seeds: int = 3,
-    length: int = 0,
-    lm_weight: float = 0.0,
-    patience: int = 2,
-    scratch: bool = True,
+    how: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = USUAL,
     text_field: str = "text",
     pair_field: str = "text_b",
     label_field: str = "label",
@@ -118,14 +113,6 @@ def finetune_verb(
         run: A run directory.
         task: shakespeare_genre, shakespeare_speaker, glue/NAME, squad, squad/v2.0, conll2003, or a CSV, TSV or JSONL file.
         workdir: The new run (runs/RUN-TASK).
-        epochs: Passes over the training split.
-        batch_size: Items in a batch.
-        learning_rates: The grid; by default 2e-5 3e-5 5e-5, and 3e-4 1e-3 for small models.
-        seeds: Runs per learning rate.
-        length: Tokens per text; 0 is the model's context.
-        lm_weight: Share of the language-model loss added (causal runs; GPT-1 has 0.5).
-        patience: Stop after so many epochs without a better validation metric.
-        scratch: Also train the same network from random weights.
         text_field: The column that holds the text.
         pair_field: The column that holds the second text of a pair.
         label_field: The column that holds the label.
@@ -133,7 +120,6 @@ def finetune_verb(
     """
     from common.rundir import directory, load_run
     from data import tasks
-    from train.finetune import FinetuneConfig
     from train.finetune import finetune as run_finetuning
 
     body = load_run(directory(run), say)
@@ -141,17 +127,7 @@ def finetune_verb(
         raise InputError(f"{run} is fine-tuned already, for {body.task.name}; start from the run it came from")
     labelled = tasks.load(task, text=text_field, pair=pair_field, label=label_field)
     home = workdir or f"runs/{body.home.name}-{labelled.name.replace('/', '-')}"
-    cfg = FinetuneConfig(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rates=learning_rates,
-        seeds=seeds,
-        length=length,
-        lm_weight=lm_weight,
-        patience=patience,
-        scratch=scratch,
-    )
-    result = run_finetuning(body, labelled, home, cfg)
+    result = run_finetuning(body, labelled, home, how)
     beside = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in result.baselines.items())
     low, high = result.interval
     emit(

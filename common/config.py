@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Literal
 
+KINDS: dict[str, tuple[str, ...]] = {"gpt": ("causal", "hybrid"), "bert": ("masked",), "seq2seq": ("pairs", "spans")}
+"""What each family can be asked, by its mask."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
@@ -214,3 +217,44 @@ class MeshConfig:
         for size in self.sizes(devices).values():
             product *= size
         return [] if product == devices else [f"mesh {given} does not multiply to the {devices} devices that are here"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """What `finetune` does beside what the run itself says."""
+
+    epochs: int = 3
+    """Passes over the training split."""
+    batch_size: int = 32
+    """Items in a batch."""
+    learning_rates: tuple[float, ...] = ()
+    """The grid. Empty: 2e-5, 3e-5, 5e-5 as in BERT; for bodies of less than 20M parameters 3e-4 and 1e-3."""
+    seeds: int = 3
+    """Runs per learning rate."""
+    length: int = 0
+    """Tokens per text. 0: the model's context."""
+    warmup_share: float = 0.1
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = 0.01
+    dropout: float = 0.1
+    """Of the new head."""
+    lm_weight: float = 0.0
+    """Share of the language-model loss added, for causal bodies (GPT-1, section 3.2, has 0.5)."""
+    patience: int = 2
+    """Stop after so many epochs without a better validation metric."""
+    scratch: bool = True
+    """Also train the same network from random weights, over the same grid."""
+
+    def check(self, kind: str, context: int) -> None:
+        """Raises InputError for numbers out of range."""
+        for name in ("epochs", "batch_size", "seeds", "patience"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.lm_weight < 0:
+            raise InputError(f"lm-weight is {self.lm_weight}; it cannot be negative")
+        if self.lm_weight and kind != "causal":
+            raise InputError("--lm-weight is for causal runs; one that reads both ways sees the next token")
+        if self.length and not 5 <= self.length <= context:  # two texts of a token each, and what stands around them
+            raise InputError(f"length is {self.length}; it must be between 5 and the model's context, {context}, or 0")
+        if not all(rate > 0 for rate in self.learning_rates):
+            raise InputError(f"learning rates {self.learning_rates}: each must be positive")

@@ -9,8 +9,6 @@ from model.gpt import GPT
 from model.seq2seq import Seq2Seq
 
 FAMILIES: dict[str, type[nn.Module]] = {"gpt": GPT, "bert": BERT, "seq2seq": Seq2Seq}
-OBJECTIVES: dict[str, tuple[str, ...]] = {"gpt": ("causal", "hybrid"), "bert": ("masked",), "seq2seq": ("pairs", "spans")}
-"""What each family can be asked, by its mask."""
 
 
 def make_module(family: str, cfg: TransformerConfig) -> nn.Module:

@@ -4,9 +4,8 @@ import dataclasses
 import json
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from common.config import KINDS, MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from common.errors import InputError
-from common.families import OBJECTIVES
 from data.config import DataConfig
 from model.config import TransformerConfig
 
@@ -43,7 +42,7 @@ class Recipe:
             for name, length in (("model.context", self.model.context), ("train.short_length", self.train.short_length)):
                 if length % sizes["context"]:
                     found.append(f"{name}={length} is not divisible by mesh.context={sizes['context']}")
-            kind, wanted = self.objective.kind, OBJECTIVES[self.family]
+            kind, wanted = self.objective.kind, KINDS[self.family]
             if kind not in wanted:
                 found.append(
                     f"objective.kind={kind} is not for a {self.family}, whose mask serves {' or '.join(wanted)}; "

@@ -120,7 +120,7 @@ def said_both_ways(model: MaskedModel, asked: list[tuple[str, str]]) -> list[str
     t = model.tokenizer
     rows = [[t.bos, *t.encode(q), *[t.mask] * len(a), t.eos] for q, a in asked]
     places = [[i for i, x in enumerate(row) if x == t.mask] for row in rows]
-    model._fill_rows(rows, places, max(map(len, places)), likeliest)
+    model.fill_rows(rows, places, max(map(len, places)), likeliest)
     return [t.decode([row[p] for p in here]) for row, here in zip(rows, places, strict=True)]
 
 

@@ -16,15 +16,14 @@ from common.rundir import load_run
 from compare.stats import Estimate
 from data.config import DataConfig
 from model.gpt import MaskedNextToken
+from sample.ask import Model, ask
 from sample.decode import Row
 from sample.hybrid import HybridModel
-from sample.masked import BATCH, MaskedModel, columns, hidden_logprobs, padded
+from sample.masked import BATCH, MaskedModel, hidden_batch, hidden_logprobs
 from sample.method import Method
 from sample.text import TextModel
 from train.loop import train
 from train.report import say
-
-Model = TextModel | MaskedModel | HybridModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Lab:
             train(dataclasses.replace(recipe, name=name), home)
             (home / "done").touch()
         if name not in self._models:
-            self._models[name] = ask(home)
+            self._models[name] = ask(load_run(home, say))
         return self._models[name]
 
     def text(self, arm: str, seed: int, share: float = 1.0, tag: str = "", data: DataConfig | None = None) -> Model:
@@ -218,14 +217,6 @@ def _fixed(recipe: Recipe, steps: int, seed: int) -> Recipe:
     )
 
 
-def ask(home: Path) -> Model:
-    """A trained run, ready to be asked."""
-    run = load_run(home, say)
-    if run.recipe.objective.kind == "hybrid":
-        return HybridModel(run)
-    return MaskedModel(run) if run.recipe.family == "bert" else TextModel(run)
-
-
 FORWARD, BOTH = "forward", "both ways"
 
 
@@ -252,18 +243,16 @@ def asked(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: list[np.ndarray] = [np.zeros(0)] * len(rows)
     for some in batches(order, BATCH):
-        tokens, segments = padded([rows[i] for i in some], model.context, model.tokenizer.pad)
-        inputs = {"tokens": tokens, "segments": segments}
-        for name, values in (("places", places), ("targets", targets)):
-            inputs[name] = columns([values[i] for i in some], len(tokens))
-        logprobs = np.asarray(hidden_logprobs(model.run.module, model.run.params, inputs))
+        chosen = ([values[i] for i in some] for values in (rows, places, targets))
+        batch = hidden_batch(*chosen, model.context, model.tokenizer.pad)
+        logprobs = np.asarray(hidden_logprobs(model.run.module, model.run.params, batch))
         for k, i in enumerate(some):
             found[i] = logprobs[k, : len(places[i])]
     return found
 
 
 def drawn(rng: np.random.Generator) -> Callable[[int, int, np.ndarray], tuple[int, float]]:
-    """For MaskedModel._fill_rows: a token drawn from each mask's whole distribution, and its log-probability."""
+    """For MaskedModel.fill_rows: a token drawn from each mask's whole distribution, and its log-probability."""
 
     def commit(row: int, place: int, logits: np.ndarray) -> tuple[int, float]:
         token = int(np.argmax(logits + rng.gumbel(size=len(logits))))
@@ -273,7 +262,7 @@ def drawn(rng: np.random.Generator) -> Callable[[int, int, np.ndarray], tuple[in
 
 
 def likeliest(row: int, place: int, logits: np.ndarray) -> tuple[int, float]:
-    """For MaskedModel._fill_rows: the likeliest token, and its log-probability."""
+    """For MaskedModel.fill_rows: the likeliest token, and its log-probability."""
     token = int(np.argmax(logits))
     return token, float(logits[token] - np.logaddexp.reduce(logits))
 
@@ -284,7 +273,7 @@ def continued(
     """Up to so many tokens behind every row of ids, as the run's own decoder says them, at temperature 1 or greedily."""
     key = jax.random.key(seed)
     going = [Row(list(ids), jax.random.fold_in(key, i)) for i, ids in enumerate(rows)]
-    model._decoder.generate(model.run.params, going, Method.make(1.0, 0, 1.0, 0.0, greedy), tokens)
+    model.decoder.generate(model.run.params, going, Method.make(1.0, 0, 1.0, 0.0, greedy), tokens)
     return [row.tokens for row in going]
 
 

@@ -39,7 +39,7 @@ def by_chunks(model: MaskedModel, prompts: list[list[int]], new: int, steps: int
         kept = [(p + s)[-(model.context - 2 - CHUNK) :] for p, s in zip(prompts, said, strict=True)]
         rows = [[t.bos, *k, *[t.mask] * CHUNK, t.eos] for k in kept]
         places = [list(range(len(k) + 1, len(k) + 1 + CHUNK)) for k in kept]
-        model._fill_rows(rows, places, steps, drawn(rng))
+        model.fill_rows(rows, places, steps, drawn(rng))
         said = [s + [r[p] for p in at] for s, r, at in zip(said, rows, places, strict=True)]
     return [s[:new] for s in said]
 
@@ -56,7 +56,7 @@ def spans_right(model: Model, text: Text, count: int) -> dict[str, dict[str, flo
                 said = continued(model, [[t.bos, *p[:at]] for p in pieces], n, greedy=True)
             else:
                 rows = [[t.bos, *p[:at], *[t.mask] * n, *p[at + n :], t.eos] for p in pieces]
-                asks._fill_rows(rows, [list(range(at + 1, at + 1 + n))] * len(rows), n, likeliest)
+                asks.fill_rows(rows, [list(range(at + 1, at + 1 + n))] * len(rows), n, likeliest)
                 said = [r[at + 1 : at + 1 + n] for r in rows]
             right = [a == b for g, s in zip(gold, said, strict=True) for a, b in zip(g, s, strict=False)]
             found.setdefault(reading, {})[str(n)] = sum(right) / (n * len(gold))

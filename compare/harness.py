@@ -17,10 +17,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from common.errors import InputError
-from compare.core import BOTH, FORWARD, ask, batches, readings
+from common.rundir import directory, load_run
+from compare.core import BOTH, FORWARD, batches, readings
+from sample.ask import ask
 from sample.evaluate import Figure
-from sample.masked import BATCH, MaskedModel, columns, padded
+from sample.masked import BATCH, MaskedModel, hidden_batch
 from sample.text import TextModel
+from train.report import say
 
 RULES = ("causal", "pll", "pll_word")
 
@@ -55,7 +58,7 @@ class BothwaysLM(TemplateLM):
 
     def __init__(self, run: Any, rule: str = "", add_bos: bool | str = True, **_: Any):
         super().__init__()
-        self.model = ask(Path(run)) if isinstance(run, str | Path) else run
+        self.model = ask(load_run(directory(run), say)) if isinstance(run, str | Path) else run
         self.tokens = self.model.tokenizer
         self.add_bos = str(add_bos) != "False"
         known = readings(self.model)
@@ -99,18 +102,9 @@ class BothwaysLM(TemplateLM):
 
     def _copies(self, row: list[int], begin: int) -> list[tuple[list[int], list[int], list[int]]]:
         """(row, places, targets) to be asked: one that is read forward, or one for each token hidden."""
-        places = list(range(begin, len(row)))
         if self.rule == "causal":
-            return [(row, places, row[begin:])]
-        starts, found = self.reading.vocabulary.starts_word, []
-        for place in places:
-            hidden, after = [*row, self.tokens.eos], place + 1
-            hidden[place] = self.tokens.mask
-            while self.rule == "pll_word" and after < len(row) and not starts[row[after]]:
-                hidden[after] = self.tokens.mask
-                after += 1
-            found.append((hidden, [place], [row[place]]))
-        return found
+            return [(row, list(range(begin, len(row))), row[begin:])]
+        return list(self.reading.pll_copies([*row, self.tokens.eos], self.rule, begin))
 
     def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         copies = [
@@ -121,9 +115,8 @@ class BothwaysLM(TemplateLM):
         copies.sort(key=lambda c: (len(c[1]), len(c[2])))
         nats, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
         for some in batches(copies, BATCH):
-            tokens, segments = padded([row for _, row, *_ in some], self.max_length + 1, self.tokens.pad)
-            batch = {"tokens": tokens, "segments": segments}
-            batch |= {k: columns([c[j] for c in some], len(tokens)) for j, k in ((2, "places"), (3, "targets"))}
+            _, rows, places, targets = zip(*some, strict=True)
+            batch = hidden_batch(rows, places, targets, self.max_length + 1, self.tokens.pad)
             logprobs, best = map(np.asarray, told(self.reading.run.module, self.reading.run.params, batch))
             for k, (i, _, places, _) in enumerate(some):
                 nats[i] += logprobs[k, : len(places)].sum()

@@ -65,7 +65,7 @@ def filled(masked: MaskedModel, case: int, T: int, n: int, seed: int) -> list[st
     row = [masked.tokenizer.bos, *masked.tokenizer.encode(document(case, MASK * L)), masked.tokenizer.eos]
     places = [i for i, t in enumerate(row) if t == masked.tokenizer.mask]
     rows = [list(row) for _ in range(n)]
-    masked._fill_rows(rows, [places] * n, T, drawn(np.random.default_rng([seed, case, T])))
+    masked.fill_rows(rows, [places] * n, T, drawn(np.random.default_rng([seed, case, T])))
     return [masked.tokenizer.decode([r[p] for p in places]) for r in rows]
 
 

@@ -69,7 +69,9 @@ def read(path: Path) -> Source:
         reader = gguf.GGUFReader(path)
         said = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {t.name: gguf.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
-    except (ValueError, KeyError, IndexError, OSError, NotImplementedError, MemoryError) as e:
+    except NotImplementedError as e:
+        raise InputError(f"{path}: {e} in the package gguf; give a file in another quantisation, such as Q8_0") from e
+    except (ValueError, KeyError, IndexError, OSError, MemoryError) as e:
         raise InputError(
             f"{path} cannot be read ({type(e).__name__}: {e}); it is {path.stat().st_size:,} bytes long: is it whole?"
         ) from e

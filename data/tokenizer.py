@@ -1,5 +1,6 @@
 """Tokenizers behind one small interface, and those that are learnt here: text goes in and comes out unchanged."""
 
+import abc
 import dataclasses
 import hashlib
 import io
@@ -36,7 +37,14 @@ class Vocabulary:
     """[V] bool: a line break, or ends with . ! or ?"""
 
 
-class Tokenizer:
+def made_up_vocabulary(size: int) -> Vocabulary:
+    """Without a tokenizer: five specials, every third token begins a word, every seventh ends a sentence."""
+    ids = np.arange(size)
+    special = ids < 5
+    return Vocabulary(0, 2, 3, 4, special, ids[5:], (ids % 3 == 0) & ~special, (ids % 7 == 0) & ~special)
+
+
+class Tokenizer(abc.ABC):
     """What every verb asks of a tokenizer. `load` reads either kind: sentencepiece (`.model`), or a published
     vocabulary (`tokenizer.json`, data/published.py).
 
@@ -55,45 +63,45 @@ class Tokenizer:
     """Ids that stand for no text: never masked, never drawn as random replacements."""
     fingerprint: str
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
+    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Text to ids, without bos or eos."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
         """(id, first character, end) of every token; the bytes of one character share its place."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text. Special tokens other than [MASK] say nothing; bytes that are not UTF-8 become U+FFFD."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def piece(self, token: int) -> str:
         """How one token reads: its text, or its name in brackets."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def is_byte(self, token: int) -> bool:
         """Whether the token is part of a character only."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def byte_lengths(self) -> np.ndarray:
         """[V] how many UTF-8 bytes of text each token stands for."""
-        raise NotImplementedError
 
     def role_ids(self) -> dict[str, int]:
         """Which token plays which part, by the names of `transformers`."""
         roles = ("pad", "bos", "eos", "cls", "sep")
         return dict(zip(roles, (self.pad, *(self.bos, self.eos) * 2), strict=True))
 
+    @abc.abstractmethod
     def save_in(self, home: Path) -> None:
         """Write the files that `load` reads into a directory."""
-        raise NotImplementedError
 
     def vocabulary(self) -> Vocabulary:
         special = np.zeros(len(self), bool)

@@ -1,10 +1,10 @@
 """TransformerConfig: which function the stack computes, and how it is laid out when it runs."""
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import jax
-import jax.numpy as jnp
+if TYPE_CHECKING:
+    import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,10 @@ class TransformerConfig:
         )
 
     @property
-    def compute_dtype(self) -> jnp.dtype:
+    def compute_dtype(self) -> "jnp.dtype":
+        import jax  # not with the module: recipes are read, and the command line told, without it
+        import jax.numpy as jnp
+
         if self.dtype == "auto":
             return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
         return jnp.dtype(self.dtype)

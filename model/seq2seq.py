@@ -58,9 +58,9 @@ class Seq2Seq(nn.Module):
         """Features [B, T, D] of more target tokens, and the cache with them."""
         return self.decoder(tokens, cache=cache)
 
-    def encode(self, source: Int[jax.Array, "B S"], source_segments: Int[jax.Array, "B S"]) -> Float[jax.Array, "B S D"]:
+    def encode(self, source: Int[jax.Array, "B S"], segments: Int[jax.Array, "B S"]) -> Float[jax.Array, "B S D"]:
         """The encoder's features alone."""
-        return self.encoder(source, segments=source_segments)
+        return self.encoder(source, segments=segments)
 
     def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"] | None]:
         """The output layer: a vector per token; no bias but the one that hides what fills up the table."""

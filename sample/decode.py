@@ -31,6 +31,15 @@ def bucket(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def padded(rows: Sequence[Sequence[int]], longest: int, pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as [B, T] tokens and segments, both dimensions in their buckets, T at most `longest`."""
+    T, B = min(bucket(max(map(len, rows))), longest), bucket(len(rows), 1)
+    tokens, segments = np.full((B, T), pad, np.int32), np.zeros((B, T), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
+    return tokens, segments
+
+
 @flax.struct.dataclass
 class State:
     """A batch in the middle of decoding; N is the most tokens a row can still get."""
@@ -119,19 +128,11 @@ class Decoder:
 
     def start(self, params: Any, rows: Sequence[Row], limits: Sequence[int]) -> tuple[State, jax.Array, jax.Array]:
         """State, keys and counts of a batch padded to its buckets; padding rows may get no token."""
-        B = bucket(len(rows), 1)
         lengths = [len(row.context) for row in rows]
-        longest = min(bucket(max(lengths)), self.context)
-        size = min(bucket(longest + max(limits)), max(self.context, longest))
-        tokens = np.zeros((B, longest), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : lengths[i]] = row.context
-        fill, source = B - len(rows), None
-        if rows[0].source:
-            shape = (B, bucket(max(len(row.source) for row in rows)))
-            source = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-            for i, row in enumerate(rows):
-                source[0][i, : len(row.source)], source[1][i, : len(row.source)] = row.source, 1
+        tokens, _ = padded([row.context for row in rows], self.context)
+        fill = len(tokens) - len(rows)
+        size = min(bucket(tokens.shape[1] + max(limits)), self.context)
+        source = padded([row.source for row in rows], self.context) if rows[0].source else None
         limit = np.array([*limits] + [0] * fill)
         state = self.prefill(params, tokens, np.array(lengths + [1] * fill), limit, source, size)
         keys = jnp.stack([row.key for row in rows] + [rows[0].key] * fill)

@@ -1,4 +1,4 @@
-"""Vectors of texts, from a body that reads both ways; with or without a head that predicts tokens."""
+"""Vectors of texts, from any body; and a body that reads both ways, with or without a head that predicts tokens."""
 
 import functools
 from collections.abc import Sequence
@@ -11,28 +11,40 @@ import numpy as np
 
 from common.errors import InputError
 from common.rundir import Run
-from sample.decode import bucket
+from model.seq2seq import Seq2Seq
+from sample.decode import padded
 
 BATCH = 64
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def pooled(module: nn.Module, params: Any, tokens: jax.Array, segments: jax.Array, pool: str) -> jax.Array:
-    """[B, D] one vector per row: the first token's features, or the mean over the row."""
-    features = module.apply({"params": params}, tokens, segments=segments).astype(jnp.float32)
+    """[B, D] one vector per row: the first token's features, or the mean over the row; the encoder's, where there is one."""
+    method = "encode" if isinstance(module, Seq2Seq) else None
+    features = module.apply({"params": params}, tokens, segments=segments, method=method)
+    features = (features[0] if isinstance(features, tuple) else features).astype(jnp.float32)
     if pool == "cls":
         return features[:, 0]
     real = (segments > 0)[..., None]
     return jnp.sum(features * real, axis=1) / jnp.sum(real, axis=1)
 
 
-def padded(rows: Sequence[Sequence[int]], context: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as [B, T] tokens and segments, both dimensions in their buckets."""
-    T, B = min(bucket(max(map(len, rows))), context), bucket(len(rows), 1)
-    tokens, segments = np.full((B, T), pad, np.int32), np.zeros((B, T), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
-    return tokens, segments
+def vectors(run: Run, texts: Sequence[str], rows: Sequence[list[int]], pool: str) -> np.ndarray:
+    """[texts, D] float32 of texts whose tokens are `rows`.
+
+    Raises:
+      InputError: a text longer than the context.
+    """
+    context = run.recipe.model.context
+    for text, row in zip(texts, rows, strict=True):
+        if len(row) > context:
+            raise InputError(f"{len(row)} tokens, and the context is {context}: {text[:60]!r}...; shorten it")
+    found = []
+    for begin in range(0, len(rows), BATCH):
+        batch = rows[begin : begin + BATCH]
+        tokens, segments = padded(batch, context, run.tokenizer.pad)
+        found.append(np.asarray(pooled(run.module, run.params, tokens, segments, pool))[: len(batch)])
+    return np.concatenate(found)
 
 
 class Embedder:
@@ -53,13 +65,4 @@ class Embedder:
         """
         if pool not in ("cls", "mean"):
             raise InputError(f"pool {pool!r} is unknown; there are cls and mean")
-        rows = [self._wrap(self.tokenizer.encode(text)) for text in texts]
-        for text, row in zip(texts, rows, strict=True):
-            if len(row) > self.context:
-                raise InputError(f"{len(row)} tokens, and the context is {self.context}: {text[:60]!r}...; shorten it")
-        found = []
-        for begin in range(0, len(rows), BATCH):
-            tokens, segments = padded(rows[begin : begin + BATCH], self.context, self.tokenizer.pad)
-            vectors = pooled(self.run.module, self.run.params, tokens, segments, pool)
-            found.append(np.asarray(vectors)[: len(rows[begin : begin + BATCH])])
-        return np.concatenate(found)
+        return vectors(self.run, texts, [self._wrap(self.tokenizer.encode(text)) for text in texts], pool)

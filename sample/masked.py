@@ -16,10 +16,10 @@ from common.errors import InputError
 from common.rundir import Run
 from data.tokenizer import MASK
 from model.loss import token_logprobs
-from sample.decode import bucket
-from sample.embed import BATCH, Embedder, padded
+from sample.decode import bucket, padded
+from sample.embed import BATCH, Embedder
 from sample.method import Method, choose
-from sample.text import Sample, Score, cut_at_stop
+from sample.text import Sample, Score, draw_keys, shown_sample
 
 Batch = dict[str, np.ndarray]
 
@@ -73,6 +73,15 @@ def columns(lists: Sequence[Sequence[int]], rows: int, least: int = 1) -> np.nda
     for i, values in enumerate(lists):
         out[i, : len(values)] = values
     return out
+
+
+def hidden_batch(
+    rows: Sequence[list[int]], places: Sequence[list[int]], targets: Sequence[list[int]], longest: int, pad: int
+) -> Batch:
+    """Rows of tokens, and for each what is asked of it: tokens, segments [B, T]; places, targets [B, P]."""
+    tokens, segments = padded(rows, longest, pad)
+    asked = {"places": columns(places, len(tokens)), "targets": columns(targets, len(tokens))}
+    return {"tokens": tokens, "segments": segments, **asked}
 
 
 def last(ids: list[int], count: int) -> list[int]:
@@ -142,7 +151,7 @@ class MaskedModel(Embedder):
             told[i][place] = [{"token": self.tokenizer.piece(t), "p": round(float(np.exp(logprobs[t])), 4)} for t in best]
             return int(best[0]), float(logprobs[best[0]])
 
-        self._fill_rows(rows, masks, steps, commit)
+        self.fill_rows(rows, masks, steps, commit)
         return [
             Filled(text, self._shown(text, row), [told[i][p] for p in masks[i]])
             for i, (text, row) in enumerate(zip(texts, rows, strict=True))
@@ -153,7 +162,7 @@ class MaskedModel(Embedder):
         filled = self.tokenizer.decode(row[1:-1])
         return filled if text.startswith(" ") else filled.removeprefix(" ")
 
-    def _fill_rows(
+    def fill_rows(
         self,
         rows: list[list[int]],
         masks: list[list[int]],
@@ -217,9 +226,7 @@ class MaskedModel(Embedder):
         for prompt, ids in zip(prompts, encoded, strict=True):
             if len(ids) + 2 > self.context:
                 raise InputError(f"the prompt has {len(ids)} tokens, the context is {self.context}: {prompt[:40]!r}...")
-        base = jax.random.key(seed)
-        texts = [zlib.crc32(p.encode()) for p in prompts]
-        keys = [jax.random.fold_in(jax.random.fold_in(base, t), n) for t in texts for n in range(num)]
+        keys = draw_keys(prompts, num, seed)
         past = [list(encoded[i // num]) for i in range(len(keys))]
         said: list[list[int]] = [[] for _ in keys]
         logprobs: list[list[float]] = [[] for _ in keys]
@@ -244,7 +251,7 @@ class MaskedModel(Embedder):
                 got[j][place] = logprob  # noqa: B023
                 return token, logprob
 
-            self._fill_rows(rows, masks, steps, commit)
+            self.fill_rows(rows, masks, steps, commit)
             for _ in range(sweeps):
                 for k in range(max(sizes)):
                     some = [j for j in range(len(going)) if k < sizes[j]]
@@ -262,13 +269,9 @@ class MaskedModel(Embedder):
                     stops[i] = "stop"
                 elif len(said[i]) >= max_tokens:
                     stops[i] = "max_tokens"
-        results = []
-        for i in range(len(keys)):
-            (text, stopped), count = cut_at_stop(self.tokenizer.decode(said[i]), stop), len(said[i])
-            if stopped:
-                count = next(n for n in range(count + 1) if self.tokenizer.decode(said[i][:n]).startswith(text))
-            results.append(Sample(prompts[i // num], text, count, round(sum(logprobs[i][:count]), 3), stops[i]))
-        return results
+        return [
+            shown_sample(self.tokenizer, prompts[i // num], said[i], logprobs[i], stops[i], stop) for i in range(len(keys))
+        ]
 
     # ---- score ----------------------------------------------------------------------------------------------------
 
@@ -307,37 +310,34 @@ class MaskedModel(Embedder):
             seed = zlib.crc32(np.array(ids, np.int32).tobytes())
             for begin in range(0, len(ids), room):
                 piece = self._wrap(ids[begin : begin + room])
-                make = (
-                    self._bound_copies(piece, draws, seed + begin) if rule == "bound" else self._pll_copies(piece, rule)
-                )
-                copies += [(i, *copy) for copy in make]
+                if rule == "bound":
+                    copies += [(i, *copy) for copy in self._bound_copies(piece, draws, seed + begin)]
+                else:
+                    copies += [(i, *copy, 1.0) for copy in self.pll_copies(piece, rule)]
         totals = np.zeros(len(sequences))
         copies.sort(key=lambda copy: (len(copy[1]), len(copy[2])))
         for begin in range(0, len(copies), BATCH):
-            batch = copies[begin : begin + BATCH]
-            tokens, segments = padded([row for _, row, *_ in batch], self.context, self.tokenizer.pad)
-            inputs = {
-                "tokens": tokens,
-                "segments": segments,
-                "places": columns([places for _, _, places, _, _ in batch], len(tokens)),
-                "targets": columns([targets for _, _, _, targets, _ in batch], len(tokens)),
-            }
-            logprobs = np.asarray(hidden_logprobs(self.run.module, self.run.params, inputs))
-            for k, (i, _, places, _, weight) in enumerate(batch):
-                totals[i] += weight * logprobs[k, : len(places)].sum()
+            texts, rows, places, targets, weights = zip(*copies[begin : begin + BATCH], strict=True)
+            batch = hidden_batch(rows, places, targets, self.context, self.tokenizer.pad)
+            logprobs = np.asarray(hidden_logprobs(self.run.module, self.run.params, batch))
+            for k, i in enumerate(texts):
+                totals[i] += weights[k] * logprobs[k, : len(places[k])].sum()
         return totals
 
-    def _pll_copies(self, piece: list[int], rule: str) -> Iterator[tuple[list[int], list[int], list[int], float]]:
-        """A copy per token, with it hidden and, for pll_word, the rest of its word behind it."""
+    def pll_copies(
+        self, piece: list[int], rule: str, first: int = 1
+    ) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """(row, places, targets), a copy per token from `first` on but the last, with it hidden and, for pll_word, the
+        rest of its word behind it."""
         starts = self.vocabulary.starts_word
-        for place in range(1, len(piece) - 1):
+        for place in range(first, len(piece) - 1):
             row = list(piece)
             row[place] = self.tokenizer.mask
             after = place + 1
             while rule == "pll_word" and after < len(piece) - 1 and not starts[piece[after]]:
                 row[after] = self.tokenizer.mask
                 after += 1
-            yield row, [place], [piece[place]], 1.0
+            yield row, [place], [piece[place]]
 
     def _bound_copies(
         self, piece: list[int], draws: int, seed: int

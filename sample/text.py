@@ -1,10 +1,8 @@
 """Text in, text out: a trained run with its verbs."""
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.errors import InputError
-from common.rundir import Run, directory, load_run
+from common.rundir import Run
+from data.tokenizer import Tokenizer
 from model.cache import Cache
-from model.seq2seq import Seq2Seq
 from sample import score as scoring
 from sample.beam import make_beam_search
 from sample.decode import Decoder, Row, Source, bucket
+from sample.embed import vectors
 from sample.method import Method
 
 BATCH = 128
@@ -66,6 +65,24 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(found)[1]], True) if found else (text, False)
 
 
+def draw_keys(prompts: Sequence[str], num: int, seed: int) -> list[jax.Array]:
+    """A random key for each of `num` draws of every prompt, which depends on seed, prompt and draw alone."""
+    base = jax.random.key(seed)
+    texts = [zlib.crc32(prompt.encode()) for prompt in prompts]
+    return [jax.random.fold_in(jax.random.fold_in(base, text), n) for text in texts for n in range(num)]
+
+
+def shown_sample(
+    tokenizer: Tokenizer, prompt: str, ids: list[int], logprobs: list[float], ended: str, stop: Sequence[str]
+) -> Sample:
+    """What was said as text, up to the first stop string, and the fewest tokens that hold it."""
+    text, stopped = cut_at_stop(tokenizer.decode(ids), stop)
+    count = len(logprobs)
+    if stopped:
+        count = next(n for n in range(len(ids) + 1) if tokenizer.decode(ids[:n]).startswith(text))
+    return Sample(prompt, text, count, round(float(sum(logprobs[:count])), 3), ended)
+
+
 class TextModel:
     """A run that can be asked: `sample`, `score`. Made by `bothways.load`."""
 
@@ -87,13 +104,8 @@ class TextModel:
             real = module.apply({"params": params}, features, method="logits")
             return real.at[..., len(self.tokenizer) :].set(-jnp.inf)  # rows of the table that are no token
 
-        self._decoder = Decoder(forward, logits, begin, cfg.context, self.tokenizer.eos)
+        self.decoder = Decoder(forward, logits, begin, cfg.context, self.tokenizer.eos)
         self._beams = make_beam_search(forward, logits, self.tokenizer.eos)
-
-    @classmethod
-    def load(cls, home: str | Path, say: Callable[[str], None] = print) -> "TextModel":
-        """Restore a run directory. Raises InputError if it is none."""
-        return cls(load_run(directory(home), say))
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """What is read of a prompt: its ids, or the token that opens a document; a source's ids and the end of it.
@@ -160,10 +172,7 @@ class TextModel:
                 raise InputError("beam search knows its text only at the end: leave out --stream, --stop and --greedy")
             return self._search(prompts, encoded, beams, num, max_tokens, length_penalty)
         method = Method.make(temperature, top_k, top_p, min_p, greedy)
-        base = jax.random.key(seed)
-        texts = [zlib.crc32(prompt.encode()) for prompt in prompts]
-        keys = [jax.random.fold_in(jax.random.fold_in(base, text), n) for text in texts for n in range(num)]
-        rows = [self._row(encoded[i // num], key) for i, key in enumerate(keys)]
+        rows = [self._row(encoded[i // num], key) for i, key in enumerate(draw_keys(prompts, num, seed))]
         shown = [""] * len(rows)
         index = {id(row): i for i, row in enumerate(rows)}
 
@@ -182,8 +191,11 @@ class TextModel:
         chunk = 4 if stream else 32 if stop else 0
         for batch in batched(rows):
             most = [self._most(row, max_tokens) for row in batch]
-            self._decoder.generate(self.run.params, batch, method, most, chunk=chunk, after_chunk=after_chunk)
-        return [self._result(prompts[i // num], row, stop) for i, row in enumerate(rows)]
+            self.decoder.generate(self.run.params, batch, method, most, chunk=chunk, after_chunk=after_chunk)
+        return [
+            shown_sample(self.tokenizer, prompts[i // num], self._ids(row), row.logprobs, row.stop, stop)
+            for i, row in enumerate(rows)
+        ]
 
     def _most(self, row: Row, max_tokens: int | None) -> int:
         if not self.has_source:
@@ -203,14 +215,6 @@ class TextModel:
         keep = next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)
         return text[: len(text) - keep] if keep else text
 
-    def _result(self, prompt: str, row: Row, stop: Sequence[str]) -> Sample:
-        text, stopped = self._cut(row, stop)
-        count = len(row.tokens)
-        if stopped:  # the fewest tokens that hold the text
-            ids = self._ids(row)
-            count = next(n for n in range(len(ids) + 1) if self.tokenizer.decode(ids[:n]).startswith(text))
-        return Sample(prompt, text, count, round(float(sum(row.logprobs[:count])), 3), row.stop)
-
     def _search(
         self, prompts: Sequence[str], encoded: list[list[int]], beams: int, num: int, max_tokens: int | None, alpha: float
     ) -> list[Sample]:
@@ -223,7 +227,7 @@ class TextModel:
             limits = [min(self._most(r, max_tokens), self.recipe.model.context - len(r.context)) for r in batch]
             if min(limits) < 1:
                 raise InputError("a prompt fills the model's context; beam search does not go beyond it")
-            state, _, _ = self._decoder.start(self.run.params, batch, limits)
+            state, _, _ = self.decoder.start(self.run.params, batch, limits)
             how = {"beams": beams, "alpha": alpha, "size": bucket(max(limits))}
             found = self._beams(self.run.params, state.cache, state.logits, state.limit, **how)
             done, length, logprob = jax.device_get((found.done, found.done_length, found.done_logprob))
@@ -280,29 +284,4 @@ class TextModel:
             raise InputError(f"pool {pool!r} is not for a causal run: its first token sees nothing of the text; use mean")
         bos, eos = [self.tokenizer.bos], [self.tokenizer.eos]
         encoded = [self.tokenizer.encode(text) for text in texts]
-        rows = [ids + eos if self.has_source else bos + ids for ids in encoded]
-        found = []
-        for text, ids in zip(texts, rows, strict=True):
-            if len(ids) > self.recipe.model.context:
-                raise InputError(
-                    f"{len(ids)} tokens, and the context is {self.recipe.model.context}: {text[:60]!r}...; shorten it"
-                )
-        for begin in range(0, len(rows), 64):
-            batch = rows[begin : begin + 64]
-            T, B = min(bucket(max(map(len, batch))), self.recipe.model.context), bucket(len(batch), 1)
-            tokens, segments = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
-            for i, ids in enumerate(batch):
-                tokens[i, : len(ids)], segments[i, : len(ids)] = ids, 1
-            found.append(np.asarray(mean_features(self.run.module, self.run.params, tokens, segments))[: len(batch)])
-        return np.concatenate(found)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def mean_features(module: Any, params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """[B, D] the mean of the features over each row's tokens."""
-    if isinstance(module, Seq2Seq):
-        features = module.apply({"params": params}, tokens, segments, method="encode")
-    else:
-        features, _ = module.apply({"params": params}, tokens, segments=segments)
-    real = (segments > 0)[..., None]
-    return jnp.sum(features.astype(jnp.float32) * real, axis=1) / jnp.sum(real, axis=1)
+        return vectors(self.run, texts, [ids + eos if self.has_source else bos + ids for ids in encoded], pool)

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from common import rundir
-from common.config import MeshConfig, OptimizerConfig
+from common.config import FinetuneConfig, MeshConfig, OptimizerConfig
 from common.errors import InputError
 from common.rundir import Run, TaskInfo
 from data import metrics, pipeline
@@ -27,40 +27,6 @@ from train.objectives import Batch, Objective, Sums, class_loss
 from train.optimizer import make_optimizer
 from train.report import say
 from train.step import TrainState, make_train_step, state_shardings
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
-    epochs: int = 3
-    batch_size: int = 32
-    learning_rates: tuple[float, ...] = ()
-    """Empty: 2e-5, 3e-5, 5e-5 as in BERT; for bodies of less than 20M parameters 3e-4 and 1e-3."""
-    seeds: int = 3
-    length: int = 0
-    """Tokens per text. 0: the model's context."""
-    warmup_share: float = 0.1
-    weight_decay: float = 0.01
-    dropout: float = 0.1
-    lm_weight: float = 0.0
-    """Share of the language-model loss added, for causal bodies (GPT-1, section 3.2, has 0.5)."""
-    patience: int = 2
-    """Stop after so many epochs without a better validation metric."""
-    scratch: bool = True
-    """Also train the same network from random weights, over the same grid."""
-
-    def check(self, kind: str, context: int) -> None:
-        """Raises InputError for numbers out of range."""
-        for name in ("epochs", "batch_size", "seeds", "patience"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if self.lm_weight < 0:
-            raise InputError(f"lm-weight is {self.lm_weight}; it cannot be negative")
-        if self.lm_weight and kind != "causal":
-            raise InputError("--lm-weight is for causal runs; one that reads both ways sees the next token")
-        if self.length and not 5 <= self.length <= context:  # two texts of a token each, and what stands around them
-            raise InputError(f"length is {self.length}; it must be between 5 and the model's context, {context}, or 0")
-        if not all(rate > 0 for rate in self.learning_rates):
-            raise InputError(f"learning rates {self.learning_rates}: each must be positive")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from common.config import MeshConfig
 from common.errors import InputError
 from common.families import make_module, tiny_inputs
 from common.recipe import Recipe
-from data.tokenizer import Vocabulary
+from data.tokenizer import made_up_vocabulary
 from data.tokens import Tokens
 from model.config import TransformerConfig
 from train import hlo, sharding
@@ -153,13 +153,6 @@ def planned_model(model: TransformerConfig, platform: str) -> TransformerConfig:
     """As it will be on the chips: `auto` is what they take it for, and not what this machine does."""
     dtype = ("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype
     return dataclasses.replace(model.resolved(), dtype=dtype)
-
-
-def made_up_vocabulary(size: int) -> Vocabulary:
-    """Enough of a vocabulary to make an example whose shapes are right."""
-    ids = np.arange(size)
-    special = ids < 5
-    return Vocabulary(0, 2, 3, 4, special, ids[~special], ids % 3 == 0, ids % 7 == 0)
 
 
 def made_up_tokens(length: int, vocab_size: int) -> Tokens:

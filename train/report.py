@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,3 @@ class Reporter:
         with (self.home / "loss.png").open("wb") as out:
             figure.savefig(out, dpi=120, format="png")
         plt.close(figure)
-
-
-def stderr_is_terminal() -> bool:
-    return sys.stderr.isatty()

@@ -13,11 +13,12 @@ from safetensors.numpy import load_file, save_file
 from common.errors import InputError
 from common.recipe import Recipe
 from common.rundir import param_shapes
+from configs import find
 from convert import files
 from convert.families import FAMILIES, family_for
 from convert.gguf_file import CONFIG, STEMS
 from convert.layout import shapes_of
-from model.config import RotaryScaling, TransformerConfig
+from model.config import RotaryScaling
 from tests.convert.published import SIZES, change, checkpoint, refused
 
 # ---- layout -----------------------------------------------------------------------------------------------------------
@@ -59,23 +60,7 @@ def test_a_configuration_is_what_it_was_after_both_ways():
     assert (theirs.dropout_attention, theirs.norm_eps, theirs.tie_embeddings) == (0.2, 1e-3, True)
     assert FAMILIES["llama"].differences(theirs) == []
     assert FAMILIES["llama"].differences(dataclasses.replace(theirs, qk_norm=True)) == ["qk_norm=False, not True"]
-    modern = TransformerConfig(
-        vocab_size=31,
-        context=64,
-        n_layers=5,
-        d_model=20,
-        n_heads=2,
-        d_ff=26,
-        positions="rotary",
-        rotary_base=9.0,
-        rotary_base_local=5.0,
-        layer_pattern=("dense", "local"),
-        window=9,
-        activation="geglu",
-        bias=False,
-        embed_norm=True,
-        first_norm=False,
-    )
+    modern = dataclasses.replace(find("modernbert_base").model, layer_pattern=("dense", "local"), rotary_base_local=5.0)
     assert family_for(modern.resolved(), "bert", 0).name == "modernbert"
 
 

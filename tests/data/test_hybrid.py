@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from data import examples
-from tests.conftest import made_up_vocabulary
+from data.tokenizer import made_up_vocabulary
 
 LENGTH, V = 41, 37
 VOCABULARY = made_up_vocabulary(V)

@@ -10,7 +10,7 @@ import pytest
 from common.errors import InputError
 from data.examples import Masking, Pairs, hide, masked_row, places_within, sentence_pair, truncate_pair
 from data.pipeline import training_batches
-from tests.conftest import made_up_vocabulary
+from data.tokenizer import made_up_vocabulary
 
 ROWS, LENGTH, SIGMAS = 1000, 61, 4
 VOCABULARY = made_up_vocabulary(211)

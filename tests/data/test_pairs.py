@@ -9,8 +9,8 @@ from common.errors import InputError
 from data import bibles, corpora
 from data.config import DataConfig
 from data.pairs import PackedPairs, Spans, corrupted, pack, parts
+from data.tokenizer import made_up_vocabulary
 from data.tokens import Tokens
-from tests.conftest import made_up_vocabulary
 
 HYPOTHESIS = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 VOCABULARY = made_up_vocabulary(101)

@@ -10,8 +10,8 @@ import pytest
 from common.config import ObjectiveConfig
 from common.families import make_module
 from configs.bert import recipes
+from data.tokenizer import made_up_vocabulary
 from model.axes import path_names
-from tests.conftest import made_up_vocabulary
 from train.objectives import make_objective
 
 ROWS, LENGTH, ASKED = 3, 13, 5

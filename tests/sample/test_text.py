@@ -57,6 +57,10 @@ def damage(checkpoint: Path) -> None:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def opened(home: Path, say=print) -> TextModel:
+    return TextModel(rundir.load_run(home, say))
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, tiny) -> Path:
     home = tmp_path_factory.mktemp("runs") / "tiny"
@@ -66,7 +70,7 @@ def home(tmp_path_factory, tiny) -> Path:
 
 @pytest.fixture(scope="module")
 def model(home) -> TextModel:
-    return TextModel.load(home)
+    return opened(home)
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------
@@ -313,11 +317,11 @@ def test_the_newest_checkpoint_is_read(model, home):
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, tiny):
     weights = write_run(tmp_path / "run", tiny)
     said: list[str] = []
-    whole = TextModel.load(tmp_path / "run", said.append)
+    whole = opened(tmp_path / "run", said.append)
     assert (whole.run.step, said) == (2, [])
     jax.tree.map(np.testing.assert_array_equal, whole.run.params, weights[2])
     damage(tmp_path / "run" / "checkpoints" / "2")
-    older = TextModel.load(tmp_path / "run", said.append)
+    older = opened(tmp_path / "run", said.append)
     assert older.run.step == 1
     jax.tree.map(np.testing.assert_array_equal, older.run.params, weights[1])
     assert len(said) == 1
@@ -325,14 +329,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, tiny):
     assert said[0].endswith("falling back to the one before")
     damage(tmp_path / "run" / "checkpoints" / "1")
     with pytest.raises(InputError, match=r"none of the checkpoints \[2, 1\] .* can be read"):
-        TextModel.load(tmp_path / "run", said.append)
+        opened(tmp_path / "run", said.append)
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="is not a run directory: it has no recipe.json"):
-        TextModel.load(tmp_path)
+        opened(tmp_path)
     with pytest.raises(InputError, match="absent does not exist"):
-        TextModel.load(str(tmp_path / "absent"))
+        opened(tmp_path / "absent")
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path, home):
@@ -341,10 +345,10 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path, home):
     for name in ("recipe.json", "tokenizer.model"):
         (run / name).write_bytes((home / name).read_bytes())
     with pytest.raises(InputError, match="run has no checkpoint yet; train it first"):
-        TextModel.load(run)
+        opened(run)
     (run / "checkpoints").mkdir()
     with pytest.raises(InputError, match="run has no checkpoint yet; train it first"):
-        TextModel.load(run)
+        opened(run)
     (run / "tokenizer.model").unlink()
     with pytest.raises(InputError, match="cannot read the tokenizer"):
-        TextModel.load(run)
+        opened(run)
