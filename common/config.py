@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from common.errors import InputError
+
 KINDS: dict[str, tuple[str, ...]] = {"gpt": ("causal", "hybrid"), "bert": ("masked",), "seq2seq": ("pairs", "spans")}
 """What each family can be asked, by its mask."""
 
@@ -233,6 +235,8 @@ class FinetuneConfig:
     """Runs per learning rate."""
     length: int = 0
     """Tokens per text. 0: the model's context."""
+    pool: Literal["token", "mean"] = "token"
+    """What a head for whole texts reads: the first token (masked) or last (causal), as in the papers; or the mean of all."""
     warmup_share: float = 0.1
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = 0.01

@@ -127,6 +127,7 @@ class TaskInfo:
     labels: tuple[str, ...]
     length: int
     metrics: tuple[str, ...]
+    pool: str = "token"
 
     @property
     def outputs(self) -> int:
@@ -170,7 +171,7 @@ def module_of(recipe: Recipe, task: TaskInfo | None = None) -> nn.Module:
     if task is None:
         return make_module(recipe.family, recipe.model)
     both_ways = recipe.objective.kind == "hybrid"
-    return TaskModel(recipe.model.resolved(), recipe.family, task.kind, task.outputs, both_ways=both_ways)
+    return TaskModel(recipe.model.resolved(), recipe.family, task.kind, task.outputs, both_ways=both_ways, pool=task.pool)
 
 
 def param_shapes(recipe: Recipe, task: TaskInfo | None = None) -> Any:

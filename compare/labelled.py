@@ -194,7 +194,7 @@ class Tuned:
         state = self.begin(params, rate)
         rows = pipeline.training_batches(self.examples(named), as_is, batch_size=self.batch_size, seed=seed)
         for _ in range(self.steps):
-            state, _ = self.step(state, sharding.to_global(self.mesh, next(rows)))
+            state, _ = self.step(state, sharding.to_global(self.mesh, next(rows)), seed)
         return state.params
 
     def right(self, params: Any, named: dict[str, list[Item]]) -> list[bool]:

@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ GLUE: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "rte": (("sentence1", "sentence2"), ("accuracy",), "validation"),
     "wnli": (("sentence1", "sentence2"), ("accuracy",), "validation"),
 }
-EMBEDDED = ("shakespeare_genre", "shakespeare_speaker")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def load(name: str, *, text: str = "text", pair: str = "text_b", label: str = "l
       InputError: no such task, unreadable files, empty fields, or a set that cannot be had here (and why).
     """
     if name in EMBEDDED:
-        return speeches(name)
+        return EMBEDDED[name]()
     if files.looks_like_files(name):
         return from_file(name, text, pair, label, seed)
     if name.startswith("glue/") and name[5:] in GLUE:
@@ -98,36 +99,56 @@ def seen_labels(items: list[Item]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def speeches(name: str, least_words: int = 20, speakers: int = 10) -> Task:
-    """Speeches of `least_words` or more; what to tell of each is its play's genre, or which great role speaks it.
-
-    Genre: the plays held out of language modelling are the test, one of each genre; the last act's share of each
-    training play is validation. Speaker: the roles with most speeches, a tenth of each role's speeches held out
-    for validation and a tenth for test, in blocks.
-    """
-    found: dict[str, list[Item]] = {"train": [], "validation": [], "test": []}
-    by_speaker: dict[str, list[Item]] = collections.defaultdict(list)
-    for play, genre, text in plays.plays():
-        items = []
+def speeches(least_words: int) -> Iterator[tuple[str, str, str, str]]:
+    """(play, genre, speaker, text) of every speech with so many words or more."""
+    for play, kind, text in plays.plays():
         for block in text.split("\n\n"):
             head, _, body = block.partition("\n")
-            if head.endswith(":") and len(body.split()) >= least_words:
-                items.append({"text": body.strip(), "label": genre})
-                by_speaker[f"{head[:-1].title()} ({play})"].append({"text": body.strip()})
-        if plays.split_of(play) == "train":
-            cut = int(len(items) * 0.9)
-            found["train"] += items[:cut]
-            found["validation"] += items[cut:]
-        else:
+            if head.endswith(":") and body.strip() and len(body.split()) >= least_words:
+                yield play, kind, head[:-1], body.strip()
+
+
+def genre(least_words: int = 80, labelled: int = 4) -> Task:
+    """Passages of speeches in a row, `least_words` or more in all; what to tell is their play's genre, one of six.
+
+    The plays held out of language modelling are the test, one of each genre. The last tenth of each training play is
+    validation, and of the rest only each `labelled`-th passage has its label: text is plenty, labels are few.
+    """
+    found: dict[str, list[Item]] = {"train": [], "validation": [], "test": []}
+    for (play, kind), said in itertools.groupby(speeches(1), key=lambda s: s[:2]):
+        items, begun = [], []
+        for *_, text in said:
+            begun.append(text)
+            if sum(len(t.split()) for t in begun) >= least_words:
+                items.append({"text": "\n".join(begun), "label": kind})
+                begun = []
+        if plays.split_of(play) != "train":
             found["test"] += items
-    if name == "shakespeare_speaker":
-        found = {"train": [], "validation": [], "test": []}
-        for speaker, items in sorted(by_speaker.items(), key=lambda s: -len(s[1]))[:speakers]:
-            labelled = [item | {"label": speaker} for item in items]
-            a, b = int(len(items) * 0.8), int(len(items) * 0.9)
-            for split, part in zip(found, (labelled[:a], labelled[a:b], labelled[b:]), strict=True):
-                found[split] += part
-    return checked(Task(name, "classify", found, seen_labels(found["train"]), ("accuracy", "macro_f1")))
+            continue
+        cut = int(len(items) * 0.9)
+        found["train"] += items[:cut:labelled]
+        found["validation"] += items[cut:]
+    return checked(Task("shakespeare_genre", "classify", found, seen_labels(found["train"]), ("accuracy", "macro_f1")))
+
+
+def speaker(least_words: int = 20, roles: int = 10) -> Task:
+    """Speeches of the roles that have most of them; what to tell is who speaks.
+
+    A tenth of each role's speeches is held out for validation and a tenth for test, in blocks.
+    """
+    by_role: dict[str, list[Item]] = collections.defaultdict(list)
+    for play, _, who, text in speeches(least_words):
+        role = f"{who.title()} ({play})"
+        by_role[role].append({"text": text, "label": role})
+    found: dict[str, list[Item]] = {"train": [], "validation": [], "test": []}
+    for items in sorted(by_role.values(), key=len, reverse=True)[:roles]:
+        a, b = int(len(items) * 0.8), int(len(items) * 0.9)
+        for split, part in zip(found, (items[:a], items[a:b], items[b:]), strict=True):
+            found[split] += part
+    return checked(Task("shakespeare_speaker", "classify", found, seen_labels(found["train"]), ("accuracy", "macro_f1")))
+
+
+EMBEDDED = {"shakespeare_genre": genre, "shakespeare_speaker": speaker}
 
 
 def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task:

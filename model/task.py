@@ -12,6 +12,13 @@ from model.config import TransformerConfig
 from model.gpt import GPT
 
 Kind = Literal["classify", "regress", "tag", "span", "choice"]
+Pool = Literal["token", "mean"]
+
+
+def mean_over(features: Float[jax.Array, "B T D"], segments: Int[jax.Array, "B T"]) -> Float[jax.Array, "B D"]:
+    """The mean of the features of every token that is no padding."""
+    real = (segments > 0)[..., None]
+    return jnp.sum(features * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
 
 
 class TaskHead(nn.Module):
@@ -31,7 +38,8 @@ class TaskModel(nn.Module):
     """A GPT or BERT under a task head (arXiv 1810.04805, section 3.2; GPT-1, section 3.2).
 
     classify, regress and choice read one vector per text: of a BERT the pooler's (or the first token's where
-    there is no pooler), of a GPT the last token's features. tag and span read every token's features.
+    there is no pooler), of a GPT the last token's features; with pool "mean" the mean over the text. tag and span read
+    every token's features.
     """
 
     cfg: TransformerConfig
@@ -41,6 +49,7 @@ class TaskModel(nn.Module):
     dropout: float = 0.1
     both_ways: bool = False
     """A GPT that was trained in both readings: every token sees the whole text."""
+    pool: Pool = "token"
 
     def setup(self):
         self.body = GPT(self.cfg) if self.family == "gpt" else BERT(self.cfg)
@@ -74,7 +83,9 @@ class TaskModel(nn.Module):
         """The head's view of the features."""
         if self.kind in ("tag", "span"):
             return self.task_head(features, deterministic)
-        if self.family == "gpt":
+        if self.pool == "mean":
+            summary = mean_over(features, segments)
+        elif self.family == "gpt":
             last = jnp.sum(segments > 0, axis=1) - 1
             summary = jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
         else:

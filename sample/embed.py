@@ -12,6 +12,7 @@ import numpy as np
 from common.errors import InputError
 from common.rundir import Run
 from model.seq2seq import Seq2Seq
+from model.task import mean_over
 from sample.decode import padded
 
 BATCH = 64
@@ -23,10 +24,7 @@ def pooled(module: nn.Module, params: Any, tokens: jax.Array, segments: jax.Arra
     method = "encode" if isinstance(module, Seq2Seq) else None
     features = module.apply({"params": params}, tokens, segments=segments, method=method)
     features = (features[0] if isinstance(features, tuple) else features).astype(jnp.float32)
-    if pool == "cls":
-        return features[:, 0]
-    real = (segments > 0)[..., None]
-    return jnp.sum(features * real, axis=1) / jnp.sum(real, axis=1)
+    return features[:, 0] if pool == "cls" else mean_over(features, segments)
 
 
 def vectors(run: Run, texts: Sequence[str], rows: Sequence[list[int]], pool: str) -> np.ndarray:

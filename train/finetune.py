@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 
 from common import rundir
@@ -87,19 +88,19 @@ def span_scores(scores: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 class Tuner:
-    """One task on one body: compiled once per learning rate, run for every seed."""
+    """One task on one body: compiled once, run for every learning rate and seed."""
 
     def __init__(self, run: Run, task: Task, cfg: FinetuneConfig):
         self.run, self.task, self.cfg = run, task, cfg
         self.length = cfg.length or run.recipe.model.context
-        self.info = TaskInfo(task.name, task.kind, task.labels, self.length, task.metrics)
+        self.info = TaskInfo(task.name, task.kind, task.labels, self.length, task.metrics, cfg.pool)
         self.module = rundir.module_of(run.recipe, self.info).clone(dropout=cfg.dropout)
         self.rows = {split: TaskRows(items, task, run.tokenizer, self.length) for split, items in task.splits.items()}
         self.mesh = sharding.make_mesh(MeshConfig())
         self.batch_size = -(-cfg.batch_size // jax.device_count()) * jax.device_count()
         self.per_epoch = max(1, len(self.rows["train"]) // self.batch_size)
         self.objective = task_objective(task.kind, cfg.lm_weight)
-        self._programs: dict[float, tuple[Callable, Callable]] = {}
+        self.fresh, self.step = self._programs()
         self._predict = jax.jit(lambda params, batch: self._scores(params, batch))
 
     def _scores(self, params: Any, batch: Batch) -> Any:
@@ -108,44 +109,39 @@ class Tuner:
         scores = self.module.apply({"params": params}, *inputs)
         return span_scores(scores, batch) if self.task.kind == "span" else scores
 
-    def programs(self, rate: float) -> tuple[Callable, Callable]:
-        """Jitted: (key, the body's parameters or None for random ones) -> state; and the train step."""
-        if rate in self._programs:
-            return self._programs[rate]
+    def _programs(self) -> tuple[Callable, Callable]:
+        """Jitted: (key, peak learning rate, the body's parameters or None for random ones) -> state; and the train step."""
         steps = self.per_epoch * self.cfg.epochs
-        optimizer = make_optimizer(
-            OptimizerConfig(
-                learning_rate=rate,
-                schedule="linear",
-                warmup_steps=min(steps - 1, round(self.cfg.warmup_share * steps)),
-                b2=0.999,
-                eps=1e-6,
-                weight_decay=self.cfg.weight_decay,
-            ),
-            steps,
+        unit = OptimizerConfig(  # AdamW's updates are proportional to the rate, which comes behind it
+            learning_rate=1.0,
+            schedule="linear",
+            warmup_steps=min(steps - 1, round(self.cfg.warmup_share * steps)),
+            b2=0.999,
+            eps=1e-6,
+            weight_decay=self.cfg.weight_decay,
         )
+        optimizer = optax.chain(make_optimizer(unit, steps), optax.inject_hyperparams(optax.scale)(step_size=1.0))
 
-        def fresh(key: jax.Array, body: Any) -> TrainState:
+        def fresh(key: jax.Array, rate: jax.Array, body: Any) -> TrainState:
             tokens = jnp.zeros((1, 2), jnp.int32)
             params = self.module.init(key, tokens, tokens + 1, tokens)["params"]
             params = params | ({} if body is None else {"body": body})
-            zero = jnp.zeros((), jnp.int32)
-            return TrainState(zero, params, optimizer.init(params), zero, zero)
+            zero, opt_state = jnp.zeros((), jnp.int32), optimizer.init(params)
+            opt_state[-1].hyperparams["step_size"] = jnp.asarray(rate, jnp.float32)
+            return TrainState(zero, params, opt_state, zero, zero)
 
-        shardings = state_shardings(self.mesh, jax.eval_shape(fresh, jax.random.key(0), self.run.params))
+        shardings = state_shardings(self.mesh, jax.eval_shape(fresh, jax.random.key(0), 1.0, self.run.params))
         step = make_train_step(self.module, self.objective, optimizer, self.mesh, shardings)
-        self._programs[rate] = jax.jit(fresh, out_shardings=shardings), step
-        return self._programs[rate]
+        return jax.jit(fresh, out_shardings=shardings), step
 
     def fit(self, rate: float, seed: int, pretrained: bool) -> tuple[float, Any]:
         """(best validation metric, the parameters that had it)."""
-        fresh, step = self.programs(rate)
-        state = fresh(jax.random.key(seed), self.run.params if pretrained else None)
+        state = self.fresh(jax.random.key(seed), rate, self.run.params if pretrained else None)
         batches = pipeline.training_batches(self.rows["train"], as_is, batch_size=self.batch_size, seed=seed)
         best, kept, worse = -np.inf, None, 0
         for epoch in range(self.cfg.epochs):
             for _ in range(self.per_epoch):
-                state, numbers = step(state, sharding.to_global(self.mesh, next(batches)))
+                state, numbers = self.step(state, sharding.to_global(self.mesh, next(batches)), seed)
             value = self.measure(state.params, "validation")[self.task.metrics[0]]
             if kept is None or value > best:
                 best, kept, worse = value, jax.device_get(state.params), 0

@@ -103,10 +103,10 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     module = make_module(recipe.family, recipe.model)
     optimizer = make_optimizer(recipe.optimizer, cfg.steps)
 
-    def fresh() -> TrainState:
-        return init_state(module, tiny_inputs(recipe.family), optimizer, cfg.seed)
+    def fresh(seed: Any) -> TrainState:
+        return init_state(module, tiny_inputs(recipe.family), optimizer, seed)
 
-    shapes = jax.eval_shape(fresh)
+    shapes = jax.eval_shape(fresh, 0)
     shardings = state_shardings(mesh, shapes, recipe.mesh.max_copied)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
     if writes and existing is None:
@@ -125,7 +125,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     manager = rundir.checkpoint_manager(home, keep=cfg.keep)
     start, state = _restore(manager, shapes, shardings) or (0, None)
     if state is None:
-        state = jax.jit(fresh, out_shardings=shardings)()
+        state = jax.jit(fresh, out_shardings=shardings)(cfg.seed)  # not a constant: seeds share their programs
         if cfg.init_from:
             place = functools.partial(sharding.parameter_shardings, mesh)
             state = state.replace(params=start_from(Path(cfg.init_from), recipe.model, state.params, place))
@@ -135,7 +135,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     )
     if note := getattr(sources[recipe.model.context][0], "note", ""):
         tell(note)
-    train_step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=cfg.accumulate, seed=cfg.seed)
+    train_step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=cfg.accumulate)
     evaluate = Evaluator(recipe, objective, module, tokenizer, held_out, mesh, shardings.params)
     reporter = Reporter(home, cfg.steps, start, writes)
     meter = Meter(recipe)
@@ -170,7 +170,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
                 if step in new_shape_at and step > start:
                     iterator = batches(step)
                 batch = sharding.to_global(mesh, next(iterator))
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, batch, cfg.seed)
                 if pending:  # the metrics of the step before, read while this one runs
                     _report(reporter, meter, *pending, cfg)
                 size = sum(batch[name].size for name in ("tokens", "source") if name in batch)

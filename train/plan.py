@@ -86,7 +86,7 @@ def plan(recipe: Recipe, topology: Topology, before: Recipe | None = None) -> Pl
     mesh = sharding.make_mesh(recipe.mesh, topology.devices())
     step, state, batch, placed = abstract_step(recipe, mesh)
     began = time.monotonic()
-    traced = step.trace(state, batch)
+    traced = step.trace(state, batch, 0)
     executed, kernels = executed_flops(traced.jaxpr.jaxpr)
     parts = {
         "parameters": _bytes_per_device(state.params, placed.params),

@@ -29,7 +29,7 @@ class TrainState:
     bad_total: Int[jax.Array, ""]
 
 
-def init_state(module: nn.Module, inputs: Batch, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(module: nn.Module, inputs: Batch, optimizer: optax.GradientTransformation, seed: Any) -> TrainState:
     """A fresh state. Run it under jit with out_shardings, so that it is born where it belongs."""
     params = module.init(jax.random.key(seed), **inputs)["params"]
     zero = jnp.zeros((), jnp.int32)
@@ -52,9 +52,8 @@ def make_train_step(
     shardings: TrainState,
     *,
     accumulate: int = 1,
-    seed: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step. Its state argument is consumed.
+) -> Callable[[TrainState, Batch, int], tuple[TrainState, Metrics]]:
+    """The jitted step: (state, batch, the run's seed) -> (state, metrics). Its state argument is consumed.
 
     With accumulate=A the batch goes through in A pieces; weights are summed over the whole batch first, so
     loss and gradient are those of the whole batch. Where loss or gradient is not finite nothing is updated but
@@ -74,7 +73,7 @@ def make_train_step(
         (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         return grads, metrics
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, seed: jax.Array) -> tuple[TrainState, Metrics]:
         with activations_placed_by(sharding.place_activations(mesh)):
             totals = {name: jnp.maximum(w, 1e-9) for name, w in objective.weights(batch).items()}
             key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -113,7 +112,8 @@ def make_train_step(
         return state, metrics | {"bad_in_row": state.bad_in_row, "bad_total": state.bad_total}
 
     batch_spec = sharding.batch_sharding(mesh)
-    return jax.jit(step, in_shardings=(shardings, batch_spec), out_shardings=(shardings, None), donate_argnums=0)
+    placed = {"in_shardings": (shardings, batch_spec, None), "out_shardings": (shardings, None)}
+    return jax.jit(step, donate_argnums=0, **placed)
 
 
 def make_eval_step(module: nn.Module, objective: Objective, mesh: Mesh, param_shardings: Any):

@@ -189,7 +189,7 @@ def test_twenty_steps_of_adamw_have_pytorchs_losses(imported, name):
     step = make_train_step(module, objective, optimizer, mesh, state_shardings(mesh, jax.eval_shape(lambda: state)))
     got = []
     for batch in batches:
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, 0)
         got.append(float(metrics["loss"]))
     assert max(wanted) - min(wanted) > 0.3  # they move
     np.testing.assert_allclose(got, wanted, atol=1e-3, rtol=0)

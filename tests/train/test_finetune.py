@@ -9,9 +9,13 @@ import pytest
 
 import bothways
 from common.errors import InputError
+from data import pipeline
+from data.examples import as_is
+from model.task import mean_over
 from sample.predict import TaskPredictor
 from tests.train.bodies import LENGTH, batch_of, body, dog_task, params_of, write
 from train import finetune as tuning
+from train import sharding
 from train.finetune import FinetuneConfig, Tuner, finetune, task_objective
 
 FAMILIES = ("gpt", "bert")
@@ -33,13 +37,20 @@ def changed(new, old) -> list[str]:
     return [jax.tree_util.keystr(path) for (path, a), b in pairs if not np.array_equal(a, b)]
 
 
+def test_the_mean_over_a_text_leaves_padding_out():
+    features = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    segments = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    found = mean_over(features, segments)
+    np.testing.assert_allclose(found, [features[0, :3].mean(0), features[1].mean(0)], rtol=1e-6)
+
+
 # ---- learning ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_word_that_decides_is_learned_and_the_run_predicts_it(bodies, family, tmp_path):
+@pytest.mark.parametrize(("family", "pool"), [("gpt", "token"), ("bert", "token"), ("bert", "mean")])
+def test_a_word_that_decides_is_learned_and_the_run_predicts_it(bodies, family, pool, tmp_path):
     task, home = dog_task("classify", train=160), tmp_path / "tuned"
-    result = finetune(bodies[family], task, home, dataclasses.replace(QUICK, epochs=6, patience=6))
+    result = finetune(bodies[family], task, home, dataclasses.replace(QUICK, epochs=6, patience=6, pool=pool))
     assert result.value >= 0.9
     assert result.interval[0] <= result.value <= result.interval[1]
     assert set(result.baselines) == {"majority", "naive_bayes"}
@@ -47,6 +58,7 @@ def test_a_word_that_decides_is_learned_and_the_run_predicts_it(bodies, family, 
     assert (result.run, result.task, result.metric, result.n) == (str(home), "dogs", "accuracy", 24)
     run = bothways.load(home)
     assert isinstance(run, TaskPredictor)
+    assert run.run.module.pool == pool
     found = run.predict([item["text"] for item in task.splits["test"]])
     assert all(p.label in task.labels and 0.5 <= p.p <= 1 for p in found)
     right = [p.label == item["label"] for p, item in zip(found, task.splits["test"], strict=True)]
@@ -84,17 +96,29 @@ def test_the_gradient_reaches_the_whole_stack(tuners, bodies, family):
 
 
 def test_weights_come_from_the_run_unless_from_scratch(tuners, bodies):
-    fresh, _ = tuners["gpt"].programs(1e-2)
-    tuned, scratch = (fresh(jax.random.key(3), body).params for body in (bodies["gpt"].params, None))
+    fresh = tuners["gpt"].fresh
+    tuned, scratch = (fresh(jax.random.key(3), 1e-2, body).params for body in (bodies["gpt"].params, None))
     assert changed(tuned["body"], bodies["gpt"].params) == []
     assert "['decoder']['embed']['token']['embedding']" in changed(scratch["body"], bodies["gpt"].params)
     assert changed(tuned["task_head"], scratch["task_head"]) == []
-    assert changed(fresh(jax.random.key(4), bodies["gpt"].params).params["task_head"], tuned["task_head"]) != []
+    assert changed(fresh(jax.random.key(4), 1e-2, bodies["gpt"].params).params["task_head"], tuned["task_head"]) != []
 
 
-def test_what_is_compiled_serves_every_seed(tuners):
-    assert tuners["gpt"].programs(1e-2)[1] is tuners["gpt"].programs(1e-2)[1]
-    assert tuners["gpt"].programs(1e-2)[1] is not tuners["gpt"].programs(1e-3)[1]
+def test_what_is_compiled_serves_every_rate_and_seed(bodies):
+    """From the same weights, on the same batch: the first update is twice as far at twice the rate."""
+    body = bodies["gpt"].params
+    tuner = Tuner(bodies["gpt"], dog_task("classify"), dataclasses.replace(QUICK, dropout=0.3))
+    batch = sharding.to_global(tuner.mesh, next(pipeline.training_batches(tuner.rows["train"], as_is, batch_size=8, seed=0)))
+
+    def moved(rate, seed):
+        begun = jax.device_get(tuner.fresh(jax.random.key(0), rate, body).params)
+        after, _ = tuner.step(tuner.fresh(jax.random.key(0), rate, body), batch, seed)
+        return jax.tree.map(lambda a, b: a - b, jax.device_get(after.params), begun)
+
+    once, twice, other = moved(1e-3, 0), moved(2e-3, 0), moved(1e-3, 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, atol=1e-6), once, twice)
+    assert changed(once, other) != []  # each seed has its own dropout
+    assert tuner.step._cache_size() == 1
 
 
 def test_training_stops_when_validation_gets_no_better(tuners, monkeypatch):

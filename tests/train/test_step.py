@@ -76,10 +76,10 @@ def run(cfg, mesh_cfg, devices, steps=2, accumulate=1, optimizer=None, batches=N
 
     shardings = state_shardings(mesh, jax.eval_shape(fresh))
     state = jax.jit(fresh, out_shardings=shardings)()
-    step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=accumulate, seed=3)
+    step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=accumulate)
     metrics = []
     for batch in batches:
-        state, m = step(state, sharding.to_global(mesh, batch))
+        state, m = step(state, sharding.to_global(mesh, batch), 3)
         metrics.append({name: float(v) for name, v in m.items()})
     evaluated = make_eval_step(module, objective, mesh, shardings.params)(
         state.params, sharding.to_global(mesh, batches[0])
