@@ -71,7 +71,7 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
     if meta["bytes"] == 0:
         raise InputError(f"the {split} split of {corpus.name} is empty; give more text, or --data.validation FILE")
     ids = np.memmap(home / "ids.bin", dtype=meta["dtype"], mode="r")
-    return Tokens(ids, np.load(home / "starts.npy"), meta["bytes"], home)
+    return Tokens(ids, np.load(home / "starts.npy", mmap_mode="r"), meta["bytes"], home)
 
 
 def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None:
