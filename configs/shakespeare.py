@@ -2,6 +2,7 @@
 
     bothways train shakespeare_gpt       # 2 CPU cores: about 5 minutes
     bothways train shakespeare_bert      # 2 CPU cores: about 5 minutes
+    bothways train shakespeare_chars --data.corpus FILE    # characters of any text
     bothways train shakespeare_hybrid    # 2 CPU cores: about 5 minutes; continues, fills and scores in both readings
 
 The same 3 blocks of width 128 for all: what differs is `family` and `objective`. What made the difference against a
