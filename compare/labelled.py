@@ -192,7 +192,7 @@ class Tuned:
     def fit(self, params: Any, named: dict[str, list[Item]], rate: float, seed: int) -> Any:
         """Parameters after `steps` steps on the items of some tasks."""
         state = self.begin(params, rate)
-        rows = pipeline.training_batches(self.examples(named), as_is, batch_size=self.batch_size, seed=seed)
+        rows = pipeline.training_batches(pipeline.Stacked(self.examples(named)), as_is, batch_size=self.batch_size, seed=seed)
         for _ in range(self.steps):
             state, _ = self.step(state, sharding.to_global(self.mesh, next(rows)), seed)
         return state.params

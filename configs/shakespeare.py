@@ -2,11 +2,14 @@
 
     bothways train shakespeare_gpt       # 2 CPU cores: about 5 minutes
     bothways train shakespeare_bert      # 2 CPU cores: about 5 minutes
+    bothways train shakespeare_chars --data.corpus FILE    # characters of any text
     bothways train shakespeare_hybrid    # 2 CPU cores: about 5 minutes; continues, fills and scores in both readings
 
 The same 3 blocks of width 128 for all: what differs is `family` and `objective`. What made the difference against a
 plain small transformer is told in the README.
 """
+
+import dataclasses
 
 from common.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from common.recipe import Recipe
@@ -38,6 +41,14 @@ recipes = {
         objective=ObjectiveConfig(kind="causal"),
         optimizer=OPTIMIZER,
         train=TrainConfig(steps=2000, batch_size=8, eval_every=1000, save_every=500, log_every=20),
+    ),
+    "shakespeare_chars": Recipe(
+        family="gpt",
+        model=TransformerConfig(**SMALL | {"context": 64}),
+        data=DataConfig(corpus="shakespeare", tokenizer="char"),
+        objective=ObjectiveConfig(kind="causal"),
+        optimizer=dataclasses.replace(OPTIMIZER, warmup_steps=10),
+        train=TrainConfig(steps=300, batch_size=16, eval_every=1000, save_every=500, log_every=20),
     ),
     "shakespeare_hybrid": Recipe(
         family="gpt",

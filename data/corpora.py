@@ -56,7 +56,8 @@ def quiet_tfds() -> Iterator[Any]:
 def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], cache: Path) -> Corpus:
     """A corpus written once to `cache` by a TFDS builder whose config is named after `key`, and read back.
 
-    TFDS reuses a prepared directory by its name alone; the key in the name is what makes a changed file count.
+    `splits` is asked for only where nothing is prepared yet. TFDS reuses a prepared directory by its name alone; the
+    key in the name is what makes a changed file count.
     """
     with quiet_tfds() as tfds:
 
@@ -73,7 +74,7 @@ def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], ca
                 )
 
             def _split_generators(self, dl_manager):
-                return {split: self._generate_examples(documents) for split, documents in splits().items()}
+                return {split: self._generate_examples(documents) for split, documents in found.items()}
 
             def _generate_examples(self, documents):
                 for i, (document, text) in enumerate(documents):
@@ -81,6 +82,7 @@ def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], ca
 
         config = tfds.core.BuilderConfig(name=f"{name}-{key}", version="1.0.0")
         builder = Text(data_dir=str(cache / "tfds"), config=config, file_format="array_record")
+        found = {} if builder.data_path.exists() else splits()
         builder.download_and_prepare()
 
     def read(split: str) -> Documents:
@@ -175,14 +177,14 @@ def from_files(cfg: DataConfig, cache: Path) -> Corpus:
             return list(files.pairs(paths, cfg.source_field, cfg.target_field))
         return [(name, text) for name, text in files.documents(paths, cfg.text_field) if text.strip()]
 
-    found, validation = read(paths), read(held)
-    if not found:
-        raise InputError(f"the corpus {cfg.corpus!r} is empty: {len(paths)} file(s), no text")
-    if held and not validation:
-        raise InputError(f"data.validation {cfg.validation!r} is empty: {len(held)} file(s), no text")
-    key = files.fingerprint(paths + held, *fields(cfg), str(len(paths)))
+    key = files.fingerprint(paths + held, cache, *fields(cfg), str(len(paths)))
 
     def splits() -> dict[str, Documents]:
+        found, validation = read(paths), read(held)
+        if not found:
+            raise InputError(f"the corpus {cfg.corpus!r} is empty: {len(paths)} file(s), no text")
+        if held and not validation:
+            raise InputError(f"data.validation {cfg.validation!r} is empty: {len(held)} file(s), no text")
         if held:
             return {"train": iter(found), "validation": iter(validation), "test": iter(validation)}
         return hold_out(found, paired=bool(cfg.source_field))
@@ -232,7 +234,7 @@ def from_tfds(cfg: DataConfig) -> Corpus:
         whole = {"train": "train[:98%]", "validation": "train[98%:99%]", "test": "train[99%:]"}
         held = next((n for n in ("validation", "test") if n in names), None)
         slices = {s: (s if s in names else held) if held else whole[s] for s in Corpus.splits}
-        key = files.fingerprint(held_out, builder.info.full_name, *fields(cfg))
+        key = files.fingerprint(held_out, Path(cfg.cache).expanduser(), builder.info.full_name, *fields(cfg))
 
     def read(split: str) -> Documents:
         if split == "validation" and held_out:

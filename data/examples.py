@@ -1,4 +1,4 @@
-"""From rows to what a model reads: pure functions of (row, random generator). Seeded per example by the pipeline."""
+"""From rows to what a model reads: pure functions of (rows, draws), many rows at once, each with draws of its own."""
 
 import dataclasses
 import functools
@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
+from data.draws import Draws
 from data.tokenizer import Vocabulary
 from data.tokens import Rows, Tokens
 
 Example = dict[str, np.ndarray]
+Span = tuple[np.ndarray, np.ndarray]
+ASKED = {"places": np.int32, "targets": np.int32, "weights": np.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,122 +31,148 @@ class Masking:
         return max(1, round(self.rate * length))
 
 
+def stacked(examples: list[Example]) -> Example:
+    """Examples of one shape as arrays [n, ...]."""
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
 def places_within(segments: np.ndarray) -> np.ndarray:
-    """[T] position of every token inside its own segment.
+    """[..., T] position of every token inside its own segment.
 
     >>> places_within(np.array([1, 1, 1, 2, 2, 0]))
     array([0, 1, 2, 0, 1, 0], dtype=int32)
     """
-    index = np.arange(len(segments), dtype=np.int32)
-    if segments[0] == segments[-1]:
-        return index
-    first = np.concatenate([[True], segments[1:] != segments[:-1]])
-    return index - np.maximum.accumulate(np.where(first, index, 0)).astype(np.int32)
+    index = np.arange(segments.shape[-1], dtype=np.int32)
+    same = segments[..., 1:] == segments[..., :-1]
+    first = np.zeros(segments.shape, np.int32)
+    first[..., 1:] = np.where(same, 0, index[1:])
+    return index - np.maximum.accumulate(first, axis=-1)
 
 
-def as_is(row: Example, rng: np.random.Generator) -> Example:
+def as_is(rows: Example, draws: Draws) -> Example:
     """For sources whose rows are what the model reads already."""
-    return row
+    return rows
 
 
-def causal(row: Example, rng: np.random.Generator) -> Example:
-    """Next-token prediction: a row of T + 1 tokens into T inputs and T targets.
+def causal(rows: Example, draws: Draws) -> Example:
+    """Next-token prediction: rows [n, T + 1] into inputs and targets [n, T].
 
     The last token of a document has no next one, and padding none either: their weight is 0.
     """
-    tokens, segments = row["tokens"], row["segments"]
+    tokens, segments = rows["tokens"], rows["segments"]
     return {
-        "tokens": tokens[:-1],
-        "targets": tokens[1:],
-        "segments": segments[:-1],
-        "positions": places_within(segments[:-1]),
-        "weights": ((segments[1:] == segments[:-1]) & (segments[1:] > 0)).astype(np.float32),
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": segments[:, :-1],
+        "positions": places_within(segments[:, :-1]),
+        "weights": ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).astype(np.float32),
     }
 
 
 def hide(
-    tokens: np.ndarray, rng: np.random.Generator, vocabulary: Vocabulary, masking: Masking, slots: int
+    tokens: np.ndarray, draws: Draws, vocabulary: Vocabulary, masking: Masking, slots: int
 ) -> tuple[np.ndarray, Example]:
     """Masked language modelling (arXiv 1810.04805, section 3.1, task 1).
 
-    A share of the tokens is chosen, special ones never. Of the chosen, some become [MASK], some another token,
+    A share of each row's tokens is chosen, special ones never. Of the chosen, some become [MASK], some another token,
     and the rest stay as they are; what the loss asks for is the original of all of them.
 
     Args:
-      tokens: [T].
-      slots: P, room for so many chosen tokens; empty slots have weight 0.
+      tokens: [n, T].
+      slots: P, room for so many chosen tokens in a row; empty slots have weight 0.
 
     Returns:
-      the tokens with some hidden, and {"places", "targets", "weights"}, each [P].
+      the tokens with some hidden, and {"places", "targets", "weights"}, each [n, P].
     """
-    candidates = np.flatnonzero(~vocabulary.special[tokens])
-    wanted = min(slots, max(1, round(masking.rate * len(candidates)))) if len(candidates) else 0
+    text = ~vocabulary.special[tokens]
+    count = text.sum(axis=1)
+    wanted = np.minimum(np.clip(np.round(masking.rate * count), 1, slots).astype(int), count)
     if masking.whole_words:
-        chosen = whole_words(tokens, candidates, wanted, rng, vocabulary)
+        chosen = whole_words(tokens, text, wanted, draws, vocabulary)
     else:
-        chosen = rng.permutation(candidates)[:wanted]
-    chosen = np.sort(chosen)
-    hidden, draw = tokens.copy(), rng.random(len(chosen))
-    hidden[chosen[draw < masking.mask_share]] = vocabulary.mask
-    other = chosen[(draw >= masking.mask_share) & (draw < masking.mask_share + masking.random_share)]
-    hidden[other] = rng.choice(vocabulary.ordinary, len(other))
-    empty = slots - len(chosen)
-    return hidden, {
-        "places": np.pad(chosen, (0, empty)).astype(np.int32),
-        "targets": np.pad(tokens[chosen], (0, empty)).astype(np.int32),
-        "weights": np.pad(np.ones(len(chosen), np.float32), (0, empty)),
-    }
+        rank = ranks(text, draws)
+        chosen = text & (rank <= np.take_along_axis(np.sort(rank, axis=1), wanted[:, None] - 1, axis=1))
+    row, place = np.nonzero(chosen)
+    counts = chosen.sum(axis=1)
+    slot = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    draw, other = draws.uniform(slots)[row, slot], draws.uniform(slots)[row, slot]
+    original = tokens[row, place]
+    random = vocabulary.ordinary[(other * len(vocabulary.ordinary)).astype(int)]
+    hidden, (mask_share, random_share) = tokens.copy(), (masking.mask_share, masking.random_share)
+    hidden[row, place] = np.where(
+        draw < mask_share, vocabulary.mask, np.where(draw < mask_share + random_share, random, original)
+    )
+    asked = {name: np.zeros((len(tokens), slots), t) for name, t in ASKED.items()}
+    for name, values in (("places", place), ("targets", original), ("weights", 1)):
+        asked[name][row, slot] = values
+    return hidden, asked
+
+
+def ranks(among: np.ndarray, draws: Draws) -> np.ndarray:
+    """[n, T] uint64, no two alike in a row, in random order; the largest of all where not `among`."""
+    length = among.shape[1]
+    own = np.uint64((1 << length.bit_length()) - 1)  # the low bits give way to the place
+    return np.where(among, draws.bits(length) & ~own | np.arange(length, dtype=np.uint64), ~np.uint64(0))
 
 
 def whole_words(
-    tokens: np.ndarray, candidates: np.ndarray, wanted: int, rng: np.random.Generator, vocabulary: Vocabulary
+    tokens: np.ndarray, text: np.ndarray, wanted: np.ndarray, draws: Draws, vocabulary: Vocabulary
 ) -> np.ndarray:
-    """Whole words in random order until `wanted` tokens are chosen; a word that would be too long is passed over."""
-    after_gap = np.diff(candidates, prepend=-2) > 1
-    word = np.cumsum(vocabulary.starts_word[tokens[candidates]] | after_gap)
-    chosen: list[np.ndarray] = []
-    left = wanted
-    for w in rng.permutation(np.unique(word)):
-        places = candidates[word == w]
-        if len(places) <= left:
-            chosen.append(places)
-            left -= len(places)
-        if not left:
+    """[n, T] bool: whole words in random order until `wanted` [n] tokens are chosen; one that is too long is passed over.
+
+    A word begins at a token that says so, and behind whatever is not `text`.
+    """
+    n, length = tokens.shape
+    begins = text & vocabulary.starts_word[tokens]
+    begins[:, 0] |= text[:, 0]
+    begins[:, 1:] |= text[:, 1:] & ~text[:, :-1]
+    at = np.arange(n)[:, None] * length + np.cumsum(begins, axis=1) - 1  # which of the n * T words there may be
+    sizes = np.bincount(at[text], minlength=n * length).reshape(n, length)
+    order = np.argsort(ranks(sizes > 0, draws), axis=1)
+    taken, left = np.zeros((n, length), bool), wanted.copy()
+    for word in order.T[: (sizes > 0).sum(axis=1).max()]:
+        size = sizes[np.arange(n), word]
+        fits = size <= left
+        taken[np.arange(n), word] = fits
+        left -= np.where(fits, size, 0)
+        if not left.any():
             break
-    return np.concatenate(chosen) if chosen else candidates[:0]
+    return text & taken.reshape(-1)[np.where(text, at, 0)]
 
 
-def masked_row(row: Example, rng: np.random.Generator, vocabulary: Vocabulary, masking: Masking, slots: int) -> Example:
-    """A packed row of running text, without next sentences, as in RoBERTa: it opens with bos and some of it is hidden."""
-    tokens, segments = row["tokens"], row["segments"]
-    if tokens[0] != vocabulary.bos:
-        tokens, segments = np.roll(tokens, 1), np.roll(segments, 1)
-        tokens[0], segments[0] = vocabulary.bos, segments[1]
-    hidden, asked = hide(tokens, rng, vocabulary, masking, slots)
+def masked_row(rows: Example, draws: Draws, vocabulary: Vocabulary, masking: Masking, slots: int) -> Example:
+    """Packed rows [n, T] of running text, without next sentences, as in RoBERTa: each opens with bos, some is hidden."""
+    tokens, segments = rows["tokens"], rows["segments"]
+    opened = tokens[:, :1] == vocabulary.bos
+    bos = np.full_like(tokens[:, :1], vocabulary.bos)
+    tokens = np.where(opened, tokens, np.concatenate([bos, tokens[:, :-1]], axis=1))
+    segments = np.where(opened, segments, np.concatenate([segments[:, :1], segments[:, :-1]], axis=1))
+    hidden, asked = hide(tokens, draws, vocabulary, masking, slots)
     return {"tokens": hidden, "segments": segments, "positions": places_within(segments), **asked}
 
 
-def hybrid(
-    row: Example, rng: np.random.Generator, vocabulary: Vocabulary, masking: Masking, causal_share: float
-) -> Example:
-    """A row to be read forward, or, with `prefix` as long as the row, both ways (arXiv 2410.24159, section 2).
+def hybrid(rows: Example, draws: Draws, vocabulary: Vocabulary, masking: Masking, causal_share: float) -> Example:
+    """Rows to be read forward, or, with `prefix` as long as the row, both ways (arXiv 2410.24159, section 2).
 
     Read both ways, hidden tokens are asked for one place before they stand: what the output at t says of token t + 1
     is one reading, with the next token hidden or behind the horizon. Their weight is 1 / rate.
     """
-    example = causal(row, rng)
-    length = len(example["tokens"])
-    if rng.random() < causal_share:
-        return example | {"prefix": np.int32(0)}
-    tokens, asked = hide(example["tokens"][1:], rng, vocabulary, masking, masking.slots(length))
-    weights = np.zeros(length, np.float32)
-    weights[asked["places"][asked["weights"] > 0]] = 1 / masking.rate
-    tokens = np.concatenate([example["tokens"][:1], tokens])
-    return example | {"tokens": tokens, "weights": weights, "prefix": np.int32(length)}
+    forward = causal(rows, draws)
+    n, length = forward["tokens"].shape
+    both = draws.uniform(1) >= causal_share
+    hidden, asked = hide(forward["tokens"][:, 1:], draws, vocabulary, masking, masking.slots(length))
+    row, slot = np.nonzero(asked["weights"])
+    weights = np.zeros((n, length), np.float32)
+    weights[row, asked["places"][row, slot]] = 1 / masking.rate
+    return forward | {
+        "tokens": np.where(both, np.concatenate([forward["tokens"][:, :1], hidden], axis=1), forward["tokens"]),
+        "weights": np.where(both, weights, forward["weights"]),
+        "prefix": np.where(both[:, 0], length, 0).astype(np.int32),
+    }
 
 
 class Pairs:
-    """Pieces of documents for next-sentence prediction: a random-access source of pairs to be made.
+    """Pieces of documents for next-sentence prediction: a source of pairs to be made.
 
     Each document is cut into pieces of about `length` - 3 tokens at the ends of sentences or lines.
 
@@ -166,30 +195,39 @@ class Pairs:
     def __len__(self) -> int:
         return int(self.first[-1])
 
-    def document(self, index: int) -> int:
-        return int(np.searchsorted(self.first, index, side="right")) - 1
+    def document(self, indices: np.ndarray) -> np.ndarray:
+        """[n] the document that each piece is of."""
+        return np.searchsorted(self.first, indices, side="right") - 1
 
-    def __getitem__(self, index: int) -> Example:
-        """{"piece": [n] tokens that begin and end at sentences where the text allows, "index"}."""
-        d = self.document(index)
-        begin, end = self.begins[d], self.ends[d]
-        at = begin + (int(index) - self.first[d]) * self.room
-        a, b = (self._sentence_start(x, begin, end) for x in (at, min(at + self.room, end)))
-        if b - a < 2:  # a sentence longer than the piece
-            a, b = at, min(at + self.room, end)
-        return {"piece": np.asarray(self.ids[a:b], np.int32), "index": np.int64(index)}
+    def __getitem__(self, indices: np.ndarray) -> Example:
+        """{"index", "begin", "end"} [n]: where pieces lie that begin and end at sentences, where the text allows."""
+        d = self.document(indices)
+        first, last = self.begins[d], self.ends[d]
+        begin = first + (indices - self.first[d]) * self.room
+        end = np.minimum(begin + self.room, last)
+        a, b = (np.where((x == first) | (x == last), x, x + self._to_sentence(x, last)) for x in (begin, end))
+        whole = b - a >= 2  # else a sentence is longer than the piece
+        return {"index": indices, "begin": np.where(whole, a, begin), "end": np.where(whole, b, end)}
 
-    def _sentence_start(self, at: int, begin: int, end: int) -> int:
-        """The first place from `at` on where a sentence begins."""
-        if at in (begin, end):
-            return int(at)
-        window = np.asarray(self.ids[at - 1 : min(at + self.room, end)])
-        ends = np.flatnonzero(self.vocabulary.ends_sentence[window])
-        return int(at + ends[0]) if len(ends) else int(at)
+    def _to_sentence(self, at: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """How many tokens behind `at` the next sentence begins; 0 where none does within `room`."""
+        return self.sentences(at, np.minimum(at + self.room, last) + 1, self.room + 1).argmax(axis=1)
+
+    def sentences(self, begin: np.ndarray, end: np.ndarray, width: int) -> np.ndarray:
+        """[n, width] bool: whether a sentence begins so many tokens behind `begin`, and before `end`."""
+        at = begin[:, None] + np.arange(width)
+        ends = self.vocabulary.ends_sentence[self.ids[np.minimum(at, len(self.ids)) - 1]]
+        return ends & (at < end[:, None])
+
+
+def drawn(flags: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """[n] the place of one of the flags [n, W] that are set, by a number [n] in [0, 1); 0 where none is."""
+    count = np.cumsum(flags, axis=1)
+    return (count > np.floor(draw * count[:, -1])[:, None]).argmax(axis=1)
 
 
 def sentence_pair(
-    row: Example, rng: np.random.Generator, source: Pairs, masking: Masking, slots: int, short_share: float = 0.1
+    rows: Example, draws: Draws, source: Pairs, masking: Masking, slots: int, short_share: float = 0.1
 ) -> Example:
     """[CLS] A [SEP] B [SEP] with some of it hidden; B follows A, or comes from another document, half of the time each.
 
@@ -197,38 +235,66 @@ def sentence_pair(
     the back, at random, of the longer text; a tenth of the pairs are made short, so that fine-tuning finds other
     lengths than pretraining's familiar (arXiv 1810.04805, section 3.1 and appendix A.2).
     """
-    v, room, piece = source.vocabulary, source.room, row["piece"]
-    target = int(rng.integers(2, room + 1)) if rng.random() < short_share else room
-    cuts = np.flatnonzero(v.ends_sentence[piece[:-1]]) + 1
-    cut = int(rng.choice(cuts)) if len(cuts) else max(1, len(piece) // 2)
-    a, b = piece[:cut], piece[cut:]
-    random_b = bool(rng.random() < 0.5) or len(b) == 0
-    if random_b:
-        mine, other = source.document(int(row["index"])), None
-        while other is None or source.document(other) == mine:
-            other = int(rng.integers(len(source)))
-        b = source[other]["piece"]
-        begins = np.concatenate([[0], np.flatnonzero(v.ends_sentence[b[:-1]]) + 1])
-        b = b[int(rng.choice(begins)) :]
-    a, b = truncate_pair(a, b, target, rng)
-    tokens = np.concatenate([[v.bos], a, [v.eos], b, [v.eos]]).astype(np.int32)
-    types = np.repeat(np.array([0, 1], np.int32), [len(a) + 2, len(b) + 1])
-    hidden, asked = hide(tokens, rng, v, masking, slots)
-    fill = room + 3 - len(tokens)
+    v, room, begin, end = source.vocabulary, source.room, rows["begin"], rows["end"]
+    short, other_length, where_cut, coin, which, where_b = draws.uniform(6).T
+    target = np.where(short < short_share, 2 + np.floor(other_length * (room - 1)), room).astype(int)
+
+    inside = source.sentences(begin, end, 2 * room)  # no piece is longer
+    inside[:, 0] = False
+    cut = np.where(inside.any(axis=1), drawn(inside, where_cut), np.maximum(1, (end - begin) // 2))
+    a, b = (begin, begin + cut), (begin + cut, end)
+
+    random_b = (coin < 0.5) | (b[0] >= end)
+    mine = source.document(rows["index"])
+    before, own = source.first[mine], source.first[mine + 1] - source.first[mine]
+    index = np.floor(which * (len(source) - own)).astype(int)
+    elsewhere = source[index + np.where(index >= before, own, 0)]  # any piece but those of this document
+    opening = source.sentences(elsewhere["begin"], elsewhere["end"], 2 * room)
+    opening[:, 0] = True
+    other = (elsewhere["begin"] + drawn(opening, where_b), elsewhere["end"])
+    b = tuple(np.where(random_b, x, y) for x, y in zip(other, b, strict=True))
+
+    coins = np.unpackbits(draws.bits(2, 1 + room // 32).view(np.uint8), axis=2)
+    (a, size_a), (b, size_b) = truncated(a, b, target, coins)
+    at = np.arange(room + 3)
+    first, last = (1 + size_a)[:, None], (2 + size_a + size_b)[:, None]  # the two eos
+    taken = np.where(at < first, a[:, None] + at - 1, b[:, None] + at - first - 1)
+    tokens = source.ids[np.clip(taken, 0, len(source.ids) - 1)].astype(np.int32)
+    tokens = np.where(at == 0, v.bos, np.where((at == first) | (at == last), v.eos, np.where(at < last, tokens, v.pad)))
+    tokens = tokens.astype(np.int32)
+    hidden, asked = hide(tokens, draws, v, masking, slots)
     return {
-        "tokens": np.pad(hidden, (0, fill), constant_values=v.pad),
-        "segments": np.pad(np.ones(len(tokens), np.int32), (0, fill)),
-        "types": np.pad(types, (0, fill)),
-        "positions": np.arange(room + 3, dtype=np.int32),
-        "random_next": np.int32(random_b),
-        "pair_weight": np.float32(1),
+        "tokens": hidden,
+        "segments": (at <= last).astype(np.int32),
+        "types": ((at > first) & (at <= last)).astype(np.int32),
+        "positions": np.broadcast_to(at.astype(np.int32), tokens.shape),
+        "random_next": random_b.astype(np.int32),
+        "pair_weight": np.ones(len(tokens), np.float32),
         **asked,
     }
 
 
+def truncated(a: Span, b: Span, room: np.ndarray, coins: np.ndarray) -> tuple[Span, Span]:
+    """Two texts in `room` [n] tokens: the longer one loses a token at a time, at its front or back as a coin says.
+
+    Args:
+      a, b: where each text begins and ends, [n] each.
+      coins: [n, 2, W] of 0 and 1, W at least as many as a text may lose; 1: from the front.
+
+    Returns:
+      where each text begins now, and its length.
+    """
+    size_a, size_b = a[1] - a[0], b[1] - b[0]
+    kept_a = np.minimum(size_a, np.maximum(room // 2, room - size_b))
+    kept_b = np.minimum(size_b, room - kept_a)
+    lost = np.stack([size_a - kept_a, size_b - kept_b], axis=1)
+    front = (coins & (np.arange(coins.shape[2]) < lost[..., None])).sum(axis=2, dtype=int)
+    return (a[0] + front[:, 0], kept_a), (b[0] + front[:, 1], kept_b)
+
+
 def masked_source(
     tokens: Tokens, length: int, vocabulary: Vocabulary, masking: Masking, *, pairs: bool, separate: bool, padded: bool
-) -> tuple[Any, Callable[[Example, np.random.Generator], Example]]:
+) -> tuple[Any, Callable[[Example, Draws], Example]]:
     """Rows for masked language modelling and the function that hides some of them: sentence pairs, or running text.
 
     Raises:
@@ -240,14 +306,3 @@ def masked_source(
         return source, functools.partial(sentence_pair, source=source, **shared)
     rows = Rows(tokens, length - 1, vocabulary.pad, separate, padded)
     return rows, functools.partial(masked_row, vocabulary=vocabulary, **shared)
-
-
-def truncate_pair(a: np.ndarray, b: np.ndarray, room: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Both texts in `room` tokens: one at a time goes from the longer, front or back at random."""
-    ends = {"a": [0, len(a)], "b": [0, len(b)]}
-    while (longest := max(ends.values(), key=lambda e: e[1] - e[0])) and sum(e[1] - e[0] for e in ends.values()) > room:
-        if rng.random() < 0.5:
-            longest[0] += 1
-        else:
-            longest[1] -= 1
-    return a[slice(*ends["a"])], b[slice(*ends["b"])]

@@ -5,11 +5,15 @@ import glob
 import hashlib
 import io
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import InputError
 
+SETTLED = 2_000_000_000
+"""Nanoseconds after which a second change of a file cannot bear the same time as the first."""
 SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".csv", ".tsv")
 
 
@@ -36,13 +40,35 @@ def matching(pattern: str) -> list[Path]:
     return sorted(found)
 
 
-def fingerprint(paths: list[Path], *extra: str) -> str:
-    """A hash of the files' contents."""
-    digest = hashlib.sha256("\0".join(extra).encode())
+def fingerprint(paths: list[Path], cache: Path, *extra: str) -> str:
+    """A hash of the files' contents. A file that has not been touched since it was last read is not read again.
+
+    Args:
+      cache: where it is kept what was read, and how the file was then.
+    """
+    home = cache / "digests.json"
+    try:
+        known = json.loads(home.read_text())
+    except (OSError, json.JSONDecodeError):
+        known = {}
+    digest, before = hashlib.sha256("\0".join(extra).encode()), dict(known)
     for path in paths:
-        digest.update(path.name.encode())
-        with path.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+        stat, where = path.stat(), str(path.absolute())
+        touched = max(stat.st_mtime_ns, stat.st_ctime_ns)
+        state = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        found, *then = known.get(where, [""])
+        if then != state:
+            with path.open("rb") as f:
+                found = hashlib.file_digest(f, "sha256").hexdigest()
+            known.pop(where, None)
+            if time.time_ns() - touched > SETTLED:
+                known[where] = [found, *state]
+        digest.update(path.name.encode() + bytes.fromhex(found))
+    if known != before:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        partial = home.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(known))
+        partial.replace(home)
     return digest.hexdigest()[:16]
 
 

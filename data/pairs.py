@@ -3,7 +3,8 @@
 import numpy as np
 
 from common.errors import InputError
-from data.examples import Example, places_within
+from data.draws import Draws
+from data.examples import Example, places_within, stacked
 from data.tokenizer import Vocabulary
 from data.tokens import Rows, Tokens
 
@@ -37,7 +38,7 @@ def pack(lengths: np.ndarray, room: int, seed: int = 0) -> tuple[np.ndarray, np.
 
 
 class PackedPairs:
-    """Pairs of documents, 2i the source and 2i + 1 its target, several to a row: a random-access source.
+    """Pairs of documents, 2i the source and 2i + 1 its target, several to a row: a source.
 
     A source ends with eos; a target is read from bos on and predicts its own tokens and eos. Segments keep the pairs
     of a row apart. Pairs with more than `length` tokens on a side are left out.
@@ -88,9 +89,10 @@ class PackedPairs:
         end = starts[document + 1] if document + 1 < len(starts) else len(self.tokens.ids)
         return np.asarray(self.tokens.ids[starts[document] : end], np.int32)
 
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def __getitem__(self, indices: np.ndarray) -> Example:
+        return stacked([self._row(index) for index in indices])
+
+    def _row(self, index: int) -> Example:
         pairs = self.order[self.first[index] : self.first[index + 1]]
         sources = [self._text(2 * pair)[1:] for pair in pairs]
         targets = [self._text(2 * pair + 1) for pair in pairs]
@@ -145,9 +147,8 @@ class Spans:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Example:
-        row = self.rows[index]
-        return {"text": row["tokens"][row["segments"] > 0]}
+    def __getitem__(self, indices: np.ndarray) -> Example:
+        return self.rows[indices]
 
 
 def parts(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -156,9 +157,15 @@ def parts(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
 
-def corrupted(row: Example, rng: np.random.Generator, source: Spans) -> Example:
-    """A row of text with spans hidden: text and spans take turns, beginning with text; the lengths are random."""
-    v, text = source.vocabulary, row["text"]
+def corrupted(rows: Example, draws: Draws, source: Spans) -> Example:
+    """Rows of text with spans hidden."""
+    texts = [tokens[segments > 0] for tokens, segments in zip(rows["tokens"], rows["segments"], strict=True)]
+    return stacked([with_spans_hidden(text, rng, source) for text, rng in zip(texts, draws.generators(), strict=True)])
+
+
+def with_spans_hidden(text: np.ndarray, rng: np.random.Generator, source: Spans) -> Example:
+    """Text and spans take turns, beginning with text; the lengths are random."""
+    v = source.vocabulary
     if len(text) < 2:  # a last row's single token: nothing to ask
         return packed([text], [np.array([v.bos, v.eos])], source.length, source.target_length, v.pad)
     hidden, spans = source.hidden(len(text))

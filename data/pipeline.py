@@ -1,17 +1,40 @@
 """The input pipeline: one global order of examples, this host's share of it, resumed from one integer."""
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
-import grain
 import numpy as np
 
-from data.examples import Example
+from data.draws import Draws, shuffled
+from data.examples import Example, stacked
 
-ExampleFn = Callable[[Example, np.random.Generator], Example]
+ExampleFn = Callable[[Example, Draws], Example]
+
+
+class Source(Protocol):
+    """Rows by their index, many at once."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: np.ndarray) -> Example:
+        """Arrays [n, ...] of rows [n]."""
+
+
+class Stacked:
+    """Examples of one shape that are in memory already, as a source."""
+
+    def __init__(self, examples: list[Example]):
+        self.arrays, self.count = stacked(examples), len(examples)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, indices: np.ndarray) -> Example:
+        return {name: values[indices] for name, values in self.arrays.items()}
 
 
 def training_batches(
-    rows,
+    rows: Source,
     example: ExampleFn,
     *,
     batch_size: int,
@@ -22,11 +45,11 @@ def training_batches(
     """This host's part of every global batch, for ever.
 
     All rows are shuffled anew in each epoch. Row k of a global batch is example position + k of the run; it is the
-    same for any number of hosts and any batch size, and its random generator depends on (seed, position + k) alone.
+    same for any number of hosts and any batch size, and what is drawn for it depends on (seed, position + k) alone.
 
     Args:
-      rows: random-access source of rows.
-      example: row -> model inputs.
+      rows: source of rows.
+      example: rows [n, ...] and their draws -> model inputs [n, ...].
       batch_size: examples in a global batch.
       position: examples already consumed by all hosts together.
       mine: which rows of each global batch this host holds, [rows] indices; None for all.
@@ -34,19 +57,15 @@ def training_batches(
     Yields:
       numpy arrays [rows, ...].
     """
-    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat().random_map(example)
     mine = np.arange(batch_size) if mine is None else mine
     while True:
-        yield _stacked([dataset[int(position + k)] for k in mine])
+        numbers = position + mine
+        yield example(rows[shuffled(numbers, len(rows), seed)], Draws(seed, numbers))
         position += batch_size
 
 
-def _stacked(examples: list[Example]) -> Example:
-    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-
-
 def evaluation_batches(
-    rows, example: ExampleFn, *, batch_size: int, seed: int, mine: np.ndarray | None = None, limit: int = 0
+    rows: Source, example: ExampleFn, *, batch_size: int, seed: int, mine: np.ndarray | None = None, limit: int = 0
 ) -> Iterator[Example]:
     """Every row once, in order, with the same randomness each time; the last batch is filled with empty examples.
 
@@ -57,8 +76,8 @@ def evaluation_batches(
     count = min(len(rows), limit) if limit else len(rows)
     chosen = np.linspace(0, len(rows) - 1, count).astype(int)
     mine = np.arange(batch_size) if mine is None else mine
-    blank = {name: np.zeros_like(value) for name, value in example(rows[0], np.random.default_rng(0)).items()}
     for begin in range(0, count, batch_size):
         places = begin + mine
-        here = [example(rows[i], np.random.default_rng([seed, i])) for i in chosen[places[places < count]]]
-        yield _stacked(here + [blank] * (len(mine) - len(here)))
+        indices = chosen[np.minimum(places, count - 1)]
+        made = example(rows[indices], Draws(seed, indices))
+        yield {name: np.where((places < count).reshape(-1, *[1] * (x.ndim - 1)), x, 0) for name, x in made.items()}

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
+from data.pipeline import Stacked
 from data.tasks import Item, Task
 from data.tokenizer import Tokenizer
 
@@ -103,8 +104,8 @@ def span_windows(item: Item, tokenizer: Tokenizer, length: int, most_question: i
         at += max(1, room // 2)
 
 
-class TaskRows:
-    """A random-access source of a split's examples for grain; `item_of[i]` is the item that example i comes from."""
+class TaskRows(Stacked):
+    """A split's examples; `item_of[i]` is the item that example i comes from."""
 
     def __init__(self, items: list[Item], task: Task, tokenizer: Tokenizer, length: int):
         self.examples: list[Example] = []
@@ -115,12 +116,7 @@ class TaskRows:
             encoded = encode(item, task.kind, task.labels, tokenizer, length)
             self.examples += encoded
             self.item_of += [i] * len(encoded)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[int(index)]
+        super().__init__(self.examples)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

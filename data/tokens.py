@@ -71,7 +71,7 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
     if meta["bytes"] == 0:
         raise InputError(f"the {split} split of {corpus.name} is empty; give more text, or --data.validation FILE")
     ids = np.memmap(home / "ids.bin", dtype=meta["dtype"], mode="r")
-    return Tokens(ids, np.load(home / "starts.npy"), meta["bytes"], home)
+    return Tokens(ids, np.load(home / "starts.npy", mmap_mode="r"), meta["bytes"], home)
 
 
 def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None:
@@ -103,8 +103,8 @@ def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None
 class Rows:
     """Rows of `length` + 1 tokens, each overlapping the next by one, so that every token is predicted once.
 
-    A random-access source for grain. An item: {"tokens", "segments"}, both [length + 1] int32; segments number
-    the documents in the row from 1, and are 0 where a last row is padded.
+    A source: of n indices {"tokens", "segments"}, both [n, length + 1] int32; segments number the documents in the
+    row from 1, and are 0 where a last row is padded.
     """
 
     def __init__(self, tokens: Tokens, length: int, pad: int, separate: bool = True, padded: bool = False):
@@ -120,17 +120,19 @@ class Rows:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        begin = int(index) * self.length
-        ids = np.asarray(self.tokens.ids[begin : begin + self.length + 1], np.int32)
-        segments = np.ones(len(ids), np.int32)
-        if self.separate:
-            first, last = np.searchsorted(self.tokens.starts, (begin + 1, begin + len(ids)))
-            for start in self.tokens.starts[first:last]:
-                segments[start - begin :] += 1
-        short = self.length + 1 - len(ids)
-        if short:
-            ids, segments = np.pad(ids, (0, short), constant_values=self.pad), np.pad(segments, (0, short))
-        return {"tokens": ids, "segments": segments}
+    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        ids, starts = self.tokens.ids, self.tokens.starts
+        begin = np.asarray(indices, np.int64) * self.length
+        at = begin[:, None] + np.arange(self.length + 1)
+        tokens, segments = ids[np.minimum(at, len(ids) - 1)].astype(np.int32), np.ones(at.shape, np.int32)
+        if self.separate:  # 1 more from each start of a document on
+            first, last = np.searchsorted(starts, np.stack([begin + 1, begin + self.length + 1]))
+            count = last - first
+            row = np.repeat(np.arange(len(begin)), count)
+            number = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + first[row]
+            segments[row, starts[number] - begin[row]] += 1
+            segments = np.cumsum(segments, axis=1, dtype=np.int32) - np.arange(self.length + 1, dtype=np.int32)
+        if len(at) and at[:, -1].max() >= len(ids):
+            real = at < len(ids)
+            tokens, segments = np.where(real, tokens, self.pad), np.where(real, segments, 0)
+        return {"tokens": tokens, "segments": segments}

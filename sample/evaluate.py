@@ -141,10 +141,9 @@ def causal_figures(model: TextModel, suite: str, held: Tokens) -> list[Figure]:
     cfg, context, lengths = model.recipe.data, model.recipe.model.context, model.tokenizer.byte_lengths()
     rows = tokens.Rows(held, context, model.tokenizer.pad, cfg.separate_documents, padded=True)
     pieces = []
-    for i in range(len(rows)):  # one document's part of a row is one piece: nothing sees another document
-        row = rows[i]
-        for segment in range(1, row["segments"].max() + 1):
-            pieces.append(row["tokens"][row["segments"] == segment].tolist())
+    for ids, segments in zip(*rows[np.arange(len(rows))].values(), strict=True):
+        for segment in range(1, segments.max() + 1):  # one document's part of a row: nothing sees another document
+            pieces.append(ids[segments == segment].tolist())
     pieces = [p for p in pieces if len(p) > 1]
     nats = -np.array(scoring.causal_logprobs(model.run.module, model.run.params, pieces, context + 1))
     count = np.array([len(p) - 1 for p in pieces])

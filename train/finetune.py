@@ -161,9 +161,8 @@ class Tuner:
         rows, items = self.rows[split], self.task.splits[split]
         scores = []
         for begin in range(0, len(rows), self.batch_size):
-            part = [rows[i] for i in range(begin, min(begin + self.batch_size, len(rows)))]
-            part += [part[0]] * (self.batch_size - len(part))
-            found = jax.device_get(self._predict(params, {k: np.stack([e[k] for e in part]) for k in part[0]}))
+            part = rows[np.minimum(np.arange(begin, begin + self.batch_size), len(rows) - 1)]
+            found = jax.device_get(self._predict(params, part))
             scores.append(np.stack(found, axis=-1) if self.task.kind == "span" else found)
         flat = np.concatenate(scores)[: len(rows) * (len(items[0]["choices"]) if self.task.kind == "choice" else 1)]
         got = decisions(self.info, flat, rows.examples, rows.item_of, items)

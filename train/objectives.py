@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from common.config import ObjectiveConfig
 from data import examples, pairs
-from data.pipeline import ExampleFn
+from data.pipeline import ExampleFn, Source
 from data.tokenizer import Vocabulary
 from data.tokens import Rows, Tokens
 from model.loss import TokenLoss, cross_entropy
@@ -31,13 +31,13 @@ class Objective:
     """The loss is the sum over terms of (sum of nats) / (sum of weights), each division made once, globally.
 
     Args:
-      source: tokens, row length, whether a last short row counts -> random-access rows, and the pure function
-        (row, generator) -> model inputs, in numpy.
+      source: tokens, row length, whether a last short row counts -> rows, and the pure function (rows, draws) ->
+        model inputs, in numpy.
       weights: batch -> weight of every term; a function of the batch alone.
       terms: bound module, batch, deterministic -> sums of every term.
     """
 
-    source: Callable[[Tokens, int, bool], tuple[Any, ExampleFn]]
+    source: Callable[[Tokens, int, bool], tuple[Source, ExampleFn]]
     weights: Callable[[Batch], dict[str, jax.Array]]
     terms: Callable[[Any, Batch, bool], Sums]
 
@@ -45,7 +45,7 @@ class Objective:
 def causal(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Objective:
     """Next-token prediction: the objective of GPT (GPT-1, section 3.1)."""
 
-    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Any, ExampleFn]:
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Source, ExampleFn]:
         return Rows(tokens, length, vocabulary.pad, separate, padded), examples.causal
 
     def weights(batch: Batch) -> dict[str, jax.Array]:
@@ -63,7 +63,7 @@ def masked(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Obje
     """Masked language modelling, and next-sentence prediction where the recipe asks for it (arXiv 1810.04805, 3.1)."""
     masking = examples.Masking(cfg.mask_rate, cfg.mask_share, cfg.random_share, cfg.whole_words)
 
-    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Any, ExampleFn]:
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Source, ExampleFn]:
         pairs = {"pairs": cfg.next_sentence, "separate": separate, "padded": padded}
         return examples.masked_source(tokens, length, vocabulary, masking, **pairs)
 
@@ -88,7 +88,7 @@ def after_source(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -
     """Next-token prediction of a target behind its source (arXiv 1706.03762); the source is a text's other language,
     or the text with spans hidden (arXiv 1910.10683, section 3.1.4)."""
 
-    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Any, ExampleFn]:
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Source, ExampleFn]:
         if cfg.kind == "pairs":
             return pairs.PackedPairs(tokens, length, vocabulary), examples.as_is
         rows = pairs.Spans(tokens, length, vocabulary, cfg.mask_rate, cfg.span_length, padded)
@@ -113,7 +113,7 @@ def hybrid(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Obje
     """
     masking = examples.Masking(cfg.mask_rate, cfg.mask_share, cfg.random_share, cfg.whole_words)
 
-    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Any, ExampleFn]:
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Source, ExampleFn]:
         return Rows(tokens, length, vocabulary.pad, separate, padded), functools.partial(
             examples.hybrid, vocabulary=vocabulary, masking=masking, causal_share=cfg.causal_share
         )

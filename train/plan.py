@@ -15,6 +15,7 @@ from common.config import MeshConfig
 from common.errors import InputError
 from common.families import make_module, tiny_inputs
 from common.recipe import Recipe
+from data.draws import Draws
 from data.tokenizer import made_up_vocabulary
 from data.tokens import Tokens
 from model.config import TransformerConfig
@@ -138,8 +139,8 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> tuple[Any, TrainState, dict[str
     length, rows = model.context, recipe.train.batch_size
     document = length // 2 if recipe.objective.kind == "pairs" else 2 * length
     source, example = objective.source(made_up_tokens(document, model.vocab_size), length, False)
-    one = example(source[0], np.random.default_rng(0))
-    batch = {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype) for name, x in one.items()}
+    one = example(source[np.arange(1)], Draws(0, np.arange(1)))
+    batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in one.items()}
     return step, state, batch, placed
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InputError
-from data import corpora, plays
+from data import corpora, files, plays
 from tests.data.reading import STORY, everything, in_all, load
 
 HYPOTHESIS = settings(max_examples=100, deadline=None, database=None, derandomize=True)
@@ -151,6 +151,24 @@ def test_unchanged_files_are_prepared_once(tmp_path, cache, monkeypatch):
     path.write_text(STORY + "more\n")
     with pytest.raises(AssertionError, match="second time"):
         load(path, cache)
+
+
+def test_a_file_that_was_not_touched_is_not_read_again(tmp_path, cache, monkeypatch):
+    path, digests = tmp_path / "a.txt", []
+    path.write_text(STORY)
+    digest = files.hashlib.file_digest
+    monkeypatch.setattr(files.hashlib, "file_digest", lambda *a: digests.append(a) or digest(*a))
+    first = load(path, cache)
+    load(path, cache)
+    assert len(digests) == 2  # just written: another change might bear the same time
+    monkeypatch.setattr(files, "SETTLED", -1)
+    load(path, cache)
+    monkeypatch.setattr(files, "documents", None)
+    assert load(path, cache).fingerprint == first.fingerprint
+    assert len(digests) == 3
+    monkeypatch.undo()
+    path.write_text(STORY.replace("story", "novel"))
+    assert load(path, cache).fingerprint != first.fingerprint
 
 
 def test_a_changed_file_is_another_corpus(tmp_path, cache):

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from data import examples
+from data.draws import Draws
 from data.tokenizer import made_up_vocabulary
 
 LENGTH, V = 41, 37
@@ -20,14 +21,22 @@ def row(seed: int = 0) -> examples.Example:
 
 
 def make(seed: int, share: float, masking: examples.Masking = MASKING) -> examples.Example:
-    return examples.hybrid(row(), np.random.default_rng(seed), VOCABULARY, masking, share)
+    return many([seed], share, masking, row())
+
+
+def many(seeds, share: float, masking: examples.Masking = MASKING, one=None) -> examples.Example:
+    """As drawn for these examples of one row; of one example without its first axis."""
+    rows = {name: np.stack([x] * len(seeds)) for name, x in (one or row()).items()}
+    made = examples.hybrid(rows, Draws(1, np.array(seeds)), VOCABULARY, masking, share)
+    return {name: x[0] for name, x in made.items()} if len(seeds) == 1 else made
 
 
 def test_rows_read_forward_are_causal_rows_with_no_prefix():
-    plain, got = examples.causal(row(), np.random.default_rng(0)), make(3, 1.0)
+    plain = examples.causal({name: x[None] for name, x in row().items()}, Draws(0, np.arange(1)))
+    got = make(3, 1.0)
     assert got.pop("prefix") == 0
     for name, value in plain.items():
-        np.testing.assert_array_equal(got[name], value)
+        np.testing.assert_array_equal(got[name], value[0])
 
 
 def test_rows_read_both_ways_ask_one_place_before_each_hidden_token():
@@ -47,20 +56,18 @@ def test_rows_read_both_ways_ask_one_place_before_each_hidden_token():
 
 
 def test_hidden_places_are_spread_evenly():
-    count = np.zeros(LENGTH)
-    for seed in range(2000):
-        count[make(seed, 0.0)["weights"] > 0] += 1
+    count = (many(range(2000), 0.0)["weights"] > 0).sum(axis=0)
     asked = count[count > 0] / 2000
     assert len(asked) == LENGTH - 1 - 2
     assert abs(asked - 0.3).max() < 5 * (0.3 * 0.7 / 2000) ** 0.5 + 0.02  # round(0.3 * 38) / 38 is 0.289
 
 
 def test_the_share_is_a_probability_per_row():
-    forward = sum(make(seed, 0.25)["prefix"] == 0 for seed in range(2000))
+    forward = (many(range(2000), 0.25)["prefix"] == 0).sum()
     assert abs(forward / 2000 - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5
 
 
 def test_a_row_of_specials_asks_nothing():
     blank = {"tokens": np.full(LENGTH + 1, VOCABULARY.pad, np.int32), "segments": np.zeros(LENGTH + 1, np.int32)}
-    got = examples.hybrid(blank, np.random.default_rng(0), VOCABULARY, dataclasses.replace(MASKING, rate=0.5), 0.0)
+    got = many([0], 0.0, dataclasses.replace(MASKING, rate=0.5), blank)
     assert got["weights"].sum() == 0

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from common.errors import InputError
-from data.examples import Masking, Pairs, hide, masked_row, places_within, sentence_pair, truncate_pair
-from data.pipeline import training_batches
+from data.draws import Draws
+from data.examples import Masking, Pairs, hide, masked_row, places_within, sentence_pair, truncated
+from data.pipeline import Stacked, training_batches
 from data.tokenizer import made_up_vocabulary
 
 ROWS, LENGTH, SIGMAS = 1000, 61, 4
@@ -29,13 +30,19 @@ def row_of(n: int) -> np.ndarray:
 @functools.cache
 def examples_of(masking: Masking, slots: int = LENGTH, seed: int = 0) -> list:
     """(original, hidden, chosen places, what is asked) of every row."""
-    found = []
-    for n in range(ROWS):
-        tokens = row_of(n)
-        hidden, asked = hide(tokens, np.random.default_rng([seed, n]), VOCABULARY, masking, slots)
-        np.testing.assert_array_equal(tokens, row_of(n))
-        found.append((tokens, hidden, asked["places"][asked["weights"] > 0], asked))
-    return found
+    tokens = np.stack([row_of(n) for n in range(ROWS)])
+    before = tokens.copy()
+    hidden, asked = hide(tokens, Draws(seed, np.arange(ROWS)), VOCABULARY, masking, slots)
+    np.testing.assert_array_equal(tokens, before)
+    return [(*both, one["places"][one["weights"] > 0], one) for *both, one in zip(tokens, hidden, singly(asked), strict=True)]
+
+
+def singly(examples: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    return [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
+
+
+def draws_of(*numbers: int, seed: int = 0) -> Draws:
+    return Draws(seed, np.array(numbers))
 
 
 def near(count: float, trials: int, share: float) -> bool:
@@ -54,7 +61,7 @@ def test_the_share_of_text_that_is_chosen_is_the_rate_in_every_row(rate):
 
 
 def test_one_token_is_chosen_where_the_rate_rounds_to_none():
-    _, asked = hide(np.array([2, 9, 8, 3, 0]), np.random.default_rng(0), VOCABULARY, Masking(rate=0.01), 4)
+    _, asked = hide(np.array([[2, 9, 8, 3, 0]]), draws_of(0), VOCABULARY, Masking(rate=0.01), 4)
     assert asked["weights"].sum() == 1
 
 
@@ -77,10 +84,10 @@ def test_every_place_with_text_is_chosen_equally_often():
 
 
 def test_a_row_without_text_asks_for_nothing():
-    tokens = np.array([2, 3, 4, 1, 0, 0], np.int32)
-    hidden, asked = hide(tokens, np.random.default_rng(0), VOCABULARY, Masking(), 3)
+    tokens = np.array([[2, 3, 4, 1, 0, 0]], np.int32)
+    hidden, asked = hide(tokens, draws_of(0), VOCABULARY, Masking(), 3)
     np.testing.assert_array_equal(hidden, tokens)
-    assert {k: v.tolist() for k, v in asked.items()} == {"places": [0] * 3, "targets": [0] * 3, "weights": [0.0] * 3}
+    assert {k: v.tolist() for k, v in asked.items()} == {"places": [[0] * 3], "targets": [[0] * 3], "weights": [[0.0] * 3]}
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
@@ -134,16 +141,16 @@ def test_only_chosen_tokens_change_and_their_originals_are_asked_for(masking):
 
 
 def test_a_seed_hides_the_same_again_and_another_seed_hides_something_else():
-    again = [hide(row_of(n), np.random.default_rng([0, n]), VOCABULARY, Masking(), LENGTH) for n in range(50)]
+    again = [hide(row_of(n)[None], draws_of(n), VOCABULARY, Masking(), LENGTH)[0] for n in range(50)]
     different = 0
     for n, (first, other) in enumerate(zip(examples_of(Masking())[:50], examples_of(Masking(), seed=1), strict=False)):
-        np.testing.assert_array_equal(again[n][0], first[1])
+        np.testing.assert_array_equal(again[n][0], first[1])  # alone as among others
         different += not np.array_equal(first[2], other[2])
     assert different == 50
 
 
 def test_every_epoch_hides_other_tokens_of_the_same_row():
-    rows = [{"tokens": row_of(0), "segments": np.ones(LENGTH, np.int32)}]
+    rows = Stacked([{"tokens": row_of(0), "segments": np.ones(LENGTH, np.int32)}])
     example = functools.partial(masked_row, vocabulary=VOCABULARY, masking=Masking(), slots=9)
     batches = training_batches(rows, example, batch_size=1, seed=0)
     seen = [tuple(next(batches)["places"][0]) for _ in range(8)]
@@ -205,19 +212,19 @@ def test_whole_words_take_the_share_of_tokens_that_the_rate_says(rate):
     ids=["middle", "beginning", "end", "padded"],
 )
 def test_a_row_opens_with_bos_and_keeps_its_documents(tokens, segments, read, read_segments):
-    row = {"tokens": np.array(tokens, np.int32), "segments": np.array(segments, np.int32)}
-    made = masked_row(row, np.random.default_rng(0), VOCABULARY, UNTOUCHED, 3)
+    row = {"tokens": np.array([tokens], np.int32), "segments": np.array([segments], np.int32)}
+    (made,) = singly(masked_row(row, draws_of(0), VOCABULARY, UNTOUCHED, 3))
     assert made["tokens"].tolist() == read
     assert made["segments"].tolist() == read_segments
     np.testing.assert_array_equal(made["positions"], places_within(np.array(read_segments)))
-    assert row["tokens"].tolist() == tokens
+    assert row["tokens"].tolist() == [tokens]
 
 
 def test_what_is_hidden_in_a_row_is_asked_for_where_it_stands():
-    for n in range(50):
-        row = {"tokens": row_of(n), "segments": np.ones(LENGTH, np.int32)}
-        plain = masked_row(row, np.random.default_rng(n), VOCABULARY, UNTOUCHED, 9)["tokens"]
-        made = masked_row(row, np.random.default_rng(n), VOCABULARY, Masking(mask_share=1.0, random_share=0.0), 9)
+    rows = {"tokens": np.stack([row_of(n) for n in range(50)]), "segments": np.ones((50, LENGTH), np.int32)}
+    untouched = masked_row(rows, Draws(0, np.arange(50)), VOCABULARY, UNTOUCHED, 9)["tokens"]
+    masked = masked_row(rows, Draws(0, np.arange(50)), VOCABULARY, Masking(mask_share=1.0, random_share=0.0), 9)
+    for plain, made in zip(untouched, singly(masked), strict=True):
         places = made["places"][made["weights"] > 0]
         np.testing.assert_array_equal(np.flatnonzero((made["tokens"] == 4) & (plain != 4)), places)
         np.testing.assert_array_equal(made["targets"][made["weights"] > 0], plain[places])
@@ -254,10 +261,13 @@ def uneven() -> tuple[Pairs, list[range]]:
 
 
 def pairs_of(source: Pairs, count: int, masking: Masking = UNTOUCHED, **options) -> list[dict]:
-    return [
-        sentence_pair(source[n % len(source)], np.random.default_rng([3, n]), source, masking, 4, **options)
-        for n in range(count)
-    ]
+    n = np.arange(count)
+    return singly(sentence_pair(source[n % len(source)], Draws(3, n), source, masking, 4, **options))
+
+
+def piece_of(source: Pairs, index: int) -> list[int]:
+    (row,) = singly(source[np.array([index])])
+    return source.ids[row["begin"] : row["end"]].tolist()
 
 
 def texts_of(pair: dict) -> tuple[list[int], list[int]]:
@@ -276,18 +286,18 @@ def document_of(documents: list[range], text: list[int]) -> int:
 
 def test_pieces_begin_at_sentences_and_together_are_the_documents():
     source, documents = even()
-    pieces = [source[i]["piece"].tolist() for i in range(len(source))]
+    pieces = [piece_of(source, i) for i in range(len(source))]
     assert all((piece[0] - 5) % 7 == 0 for piece in pieces)
     assert list(itertools.chain(*pieces)) == list(itertools.chain(*documents))
 
 
 def test_no_token_is_in_no_piece_however_long_the_sentences():
     source, documents = uneven()
-    pieces = [source[i]["piece"].tolist() for i in range(len(source))]
+    pieces = [piece_of(source, i) for i in range(len(source))]
     assert set(itertools.chain(*pieces)) == set(itertools.chain(*documents))
     for i, piece in enumerate(pieces):
         assert document_of(documents, piece) == source.document(i)
-        assert source[i]["index"] == i
+        assert source[np.array([i])]["index"] == i
     ends = source.vocabulary.ends_sentence
     begins = [bool(ends[piece[0] - 1]) for piece in pieces]
     assert np.mean(begins) > 0.8  # the others are the middle of a sentence longer than a piece
@@ -326,7 +336,7 @@ def test_a_true_second_text_is_what_follows_the_first():
     for n, pair in enumerate(pairs_of(source, 400, short_share=0.0)):
         if not pair["random_next"]:
             a, b = texts_of(pair)
-            assert a + b == source[n % len(source)]["piece"].tolist()
+            assert a + b == piece_of(source, n % len(source))
             assert len(a) in (7, 14)
             true += 1
     assert true > 100
@@ -346,7 +356,7 @@ def test_a_false_second_text_is_a_piece_of_another_document():
 def test_a_piece_of_one_token_can_only_have_a_false_second_text():
     source, _ = corpus([[1], [7, 7]])
     for n in range(20):
-        pair = sentence_pair(source[0], np.random.default_rng(n), source, UNTOUCHED, 4)
+        (pair,) = singly(sentence_pair(source[np.arange(1)], draws_of(n), source, UNTOUCHED, 4))
         assert pair["random_next"] == 1
         assert texts_of(pair)[0] == [5]
 
@@ -374,26 +384,38 @@ def test_tokens_of_a_pair_are_hidden_as_those_of_a_row():
 # ---- truncation ----------------------------------------------------------------------------------------------------
 
 
-def test_the_longer_text_is_cut_down_to_the_shorter_one():
+def one_at_a_time(n: int, m: int, room: int, coins: np.ndarray) -> list[int]:
+    """[begin, end, begin, end] of what is left of two texts when the longer loses a token until both fit."""
+    ends, lost = [[0, n], [0, m]], [0, 0]
+    while (sizes := [end - begin for begin, end in ends]) and sum(sizes) > room:
+        i = int(sizes[1] > sizes[0])
+        if coins[i, lost[i]]:
+            ends[i][0] += 1
+        else:
+            ends[i][1] -= 1
+        lost[i] += 1
+    return ends[0] + ends[1]
+
+
+def test_the_longer_text_loses_tokens_until_both_fit():
     rng = np.random.default_rng(0)
-    for n, m, room in rng.integers(1, 40, (300, 3)):
-        a, b = truncate_pair(np.arange(n), np.arange(100, 100 + m), int(room), rng)
-        assert len(a) + len(b) == min(room, n + m)
-        for kept, length, first in ((a, n, 0), (b, m, 100)):
-            assert 0 <= len(kept) <= length
-            if len(kept):
-                np.testing.assert_array_equal(kept, np.arange(kept[0], kept[0] + len(kept)))
-                assert first <= kept[0] <= kept[-1] < first + length
-        if len(a) < n:
-            assert len(a) >= len(b) - 1
-        if len(b) < m:
-            assert len(b) >= len(a) - 1
+    n, m, room = rng.integers(1, 40, (3, 300))
+    coins, zero = rng.integers(0, 2, (300, 2, 80), np.uint8), np.zeros(300, int)
+    (a, size_a), (b, size_b) = truncated((zero, n), (zero, m), room, coins)
+    for i in range(300):
+        wanted = one_at_a_time(n[i], m[i], room[i], coins[i])
+        assert [a[i], a[i] + size_a[i], b[i], b[i] + size_b[i]] == wanted
 
 
-def test_a_cut_takes_from_the_front_and_the_back_alike():
-    front = back = 0
-    for seed in range(100):
-        a, _ = truncate_pair(np.arange(50), np.arange(3), 13, np.random.default_rng(seed))
-        front, back = front + int(a[0]), back + 49 - int(a[-1])
-    assert front + back == 100 * 40
-    assert near(front, front + back, 0.5)
+def test_a_pair_loses_from_the_front_and_the_back_alike():
+    source, documents = corpus([[200], [90]])  # no sentence ends inside
+    front = lost = 0
+    for n, pair in enumerate(pairs_of(source, 800, short_share=1.0)):
+        begin = documents[source.document(np.array([n % len(source)]))[0]][0]
+        piece = piece_of(source, n % len(source))
+        a, _ = texts_of(pair)
+        if len(a) < (half := len(piece) // 2):
+            assert a[0] - begin >= 0
+            front, lost = front + a[0] - piece[0], lost + half - len(a)
+    assert lost > 2000
+    assert near(front, lost, 0.5)

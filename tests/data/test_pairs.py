@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from common.errors import InputError
 from data import bibles, corpora
 from data.config import DataConfig
+from data.draws import Draws
 from data.pairs import PackedPairs, Spans, corrupted, pack, parts
 from data.tokenizer import made_up_vocabulary
 from data.tokens import Tokens
@@ -25,6 +26,10 @@ def make(pairs: list[tuple[int, int]], home=None) -> Tokens:
     return Tokens(np.concatenate(found).astype(np.uint16), starts.astype(np.int64), 1, home)
 
 
+def singly(examples: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    return [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
+
+
 def texts(ids: np.ndarray, segments: np.ndarray) -> list[list[int]]:
     return [ids[segments == n].tolist() for n in range(1, segments.max() + 1)]
 
@@ -34,7 +39,8 @@ def texts(ids: np.ndarray, segments: np.ndarray) -> list[list[int]]:
 def test_every_pair_is_in_one_row_with_its_own_source(pairs):
     tokens = make(pairs)
     found = []
-    for row in (rows := PackedPairs(tokens, 11, VOCABULARY)):
+    rows = PackedPairs(tokens, 11, VOCABULARY)
+    for row in singly(rows[np.arange(len(rows))]):
         assert all(value.shape == (11,) for value in row.values())
         sources, inputs = texts(row["source"], row["source_segments"]), texts(row["tokens"], row["segments"])
         targets = texts(row["targets"], row["segments"])
@@ -104,8 +110,9 @@ def test_spans_put_back_give_the_text(rate, mean_span):
     source = Spans(tokens, 64, VOCABULARY, rate, mean_span, padded=False)
     hidden_share, positions = [], []
     for i in range(len(source)):
-        row = source[i]
-        example = corrupted(row, np.random.default_rng(i), source)
+        row = source[np.array([i])]
+        (example,) = singly(corrupted(row, Draws(0, np.array([i])), source))
+        text = row["tokens"][0]
         shown = example["source"][example["source_segments"] > 0].tolist()
         told = example["targets"][example["segments"] > 0].tolist()
         assert len(example["source"]) == 64
@@ -114,12 +121,12 @@ def test_spans_put_back_give_the_text(rate, mean_span):
         assert told[0] == MASK
         begins = [i for i, token in enumerate(told) if token == MASK]
         spans = [told[a + 1 : b] for a, b in zip(begins, [*begins[1:], len(told)], strict=True)]
-        assert len(spans) == shown.count(MASK) == source.hidden(len(row["text"]))[1]
+        assert len(spans) == shown.count(MASK) == source.hidden(len(text))[1]
         restored = []
         for token in shown:
             restored += spans.pop(0) if token == MASK else [token]
-        assert restored == row["text"].tolist()
-        hidden_share.append(1 - (len(shown) - shown.count(MASK)) / len(row["text"]))
+        assert restored == text.tolist()
+        hidden_share.append(1 - (len(shown) - shown.count(MASK)) / len(text))
         positions += np.flatnonzero(np.array(shown) == MASK).tolist()
     assert abs(np.mean(hidden_share) - rate) < 0.02
     assert len(set(positions)) > 10  # not always the same places
@@ -127,10 +134,10 @@ def test_spans_put_back_give_the_text(rate, mean_span):
 
 def test_a_last_short_row_is_still_a_row():
     source = Spans(make([(60, 41)]), 32, VOCABULARY, 0.15, 3.0, padded=True)
-    example = corrupted(source[len(source) - 1], np.random.default_rng(0), source)
-    assert {k: v.shape for k, v in example.items()} == {
-        k: v.shape for k, v in corrupted(source[0], np.random.default_rng(0), source).items()
-    }
+    ends = np.array([0, len(source) - 1])
+    assert (source[ends]["segments"] > 0).all(axis=1).tolist() == [True, False]
+    made = corrupted(source[ends], Draws(0, ends), source)
+    assert (made["source_segments"][1] > 0).sum() < (made["source_segments"][0] > 0).sum() == 32
 
 
 # ---- corpora of pairs ----------------------------------------------------------------------------------------------

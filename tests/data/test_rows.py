@@ -12,12 +12,13 @@ from common.errors import InputError
 from data import tokens as token_files
 from data.config import DataConfig
 from data.corpora import Corpus
+from data.draws import Draws
 from data.examples import causal, places_within
 from data.tokens import Rows, Tokens
 
 HYPOTHESIS = settings(max_examples=150, deadline=None, database=None, derandomize=True)
 PAD, BOS, EOS = 0, 2, 3
-NO_RNG = np.random.default_rng(0)
+NO_DRAWS = Draws(0, np.arange(1))
 
 # Documents are lists of tokens without bos and eos, each token of the text another number.
 documents = st.lists(st.integers(1, 12), min_size=1, max_size=9)
@@ -34,13 +35,32 @@ def make(sizes: list[int]) -> tuple[Tokens, list[list[int]]]:
     return Tokens(ids, starts.astype(np.int64), bytes=sum(sizes)), found
 
 
+def every(source) -> dict[str, np.ndarray]:
+    return source[np.arange(len(source))]
+
+
+def singly(examples: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    return [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
+
+
+@given(documents, st.integers(1, 11), st.lists(st.integers(0, 99), max_size=5))
+@HYPOTHESIS
+def test_rows_read_together_in_any_order_are_those_read_alone(sizes, length, picks):
+    rows = Rows(make(sizes)[0], length, PAD, padded=True)
+    picks = np.array(picks, int) % len(rows)
+    together = rows[picks]
+    for n, i in enumerate(picks):
+        alone = rows[np.array([i])]
+        for name in ("tokens", "segments"):
+            np.testing.assert_array_equal(together[name][n], alone[name][0])
+
+
 @given(documents, st.integers(1, 11))
 @HYPOTHESIS
 def test_every_token_but_the_first_of_its_document_is_predicted_once(sizes, length):
     tokens, found = make(sizes)
     predicted = []
-    for row in Rows(tokens, length, PAD, padded=True):
-        example = causal(row, NO_RNG)
+    for example in singly(causal(every(Rows(tokens, length, PAD, padded=True)), NO_DRAWS)):
         for before, target, weight in zip(example["tokens"], example["targets"], example["weights"], strict=True):
             assert weight in (0, 1)
             if weight:
@@ -53,8 +73,7 @@ def test_every_token_but_the_first_of_its_document_is_predicted_once(sizes, leng
 @HYPOTHESIS
 def test_the_next_document_is_never_predicted_from_the_last(sizes, length):
     tokens, _ = make(sizes)
-    for row in Rows(tokens, length, PAD, padded=True):
-        example = causal(row, NO_RNG)
+    for example in singly(causal(every(Rows(tokens, length, PAD, padded=True)), NO_DRAWS)):
         crossing = (example["tokens"] == EOS) | (example["targets"] == BOS) | (example["targets"] == PAD)
         np.testing.assert_array_equal(example["weights"] == 0, crossing)
 
@@ -63,8 +82,7 @@ def test_the_next_document_is_never_predicted_from_the_last(sizes, length):
 @HYPOTHESIS
 def test_segments_and_positions_start_again_with_every_document(sizes, length):
     tokens, _ = make(sizes)
-    for row in Rows(tokens, length, PAD, padded=True):
-        example = causal(row, NO_RNG)
+    for example in singly(causal(every(Rows(tokens, length, PAD, padded=True)), NO_DRAWS)):
         segment, position = 1, -1
         for token, in_segment, at in zip(example["tokens"], example["segments"], example["positions"], strict=True):
             if token == PAD:
@@ -80,8 +98,8 @@ def test_segments_and_positions_start_again_with_every_document(sizes, length):
 def test_together_documents_are_one_segment_and_all_is_predicted(sizes, length):
     tokens, _ = make(sizes)
     weights = 0
-    for row in Rows(tokens, length, PAD, separate=False, padded=True):
-        example = causal(row, NO_RNG)
+    for row in singly(every(Rows(tokens, length, PAD, separate=False, padded=True))):
+        example = {name: x[0] for name, x in causal({k: x[None] for k, x in row.items()}, NO_DRAWS).items()}
         real = row["tokens"] != PAD
         np.testing.assert_array_equal(row["segments"], real)
         np.testing.assert_array_equal(example["positions"][real[:-1]], np.arange(real[:-1].sum()))
@@ -94,7 +112,7 @@ def test_together_documents_are_one_segment_and_all_is_predicted(sizes, length):
 @HYPOTHESIS
 def test_rows_cover_the_text_and_overlap_by_one_token(sizes, length):
     tokens, _ = make(sizes)
-    rows = [row["tokens"] for row in Rows(tokens, length, PAD, padded=True)]
+    rows = list(every(Rows(tokens, length, PAD, padded=True))["tokens"])
     assert all(len(row) == length + 1 for row in rows)
     assert all(a[-1] == b[0] for a, b in zip(rows, rows[1:], strict=False))
     joined = np.concatenate([rows[0], *(row[1:] for row in rows[1:])])
@@ -109,14 +127,13 @@ def test_without_padding_only_whole_rows_are_kept():
     assert [len(Rows(tokens, n, PAD, padded=True)) for n in (17, 16, 9, 8, 4)] == [1, 2, 2, 3, 5]
     for n in (16, 9, 8, 4):
         whole, padded = Rows(tokens, n, PAD), Rows(tokens, n, PAD, padded=True)
-        for i in range(len(whole)):
-            np.testing.assert_array_equal(whole[i]["tokens"], padded[i]["tokens"])
-            assert (whole[i]["segments"] > 0).all()
+        np.testing.assert_array_equal(every(whole)["tokens"], every(padded)["tokens"][: len(whole)])
+        assert (every(whole)["segments"] > 0).all()
 
 
 def test_a_row_drawn_by_hand():
     tokens, _ = make([3, 1])
-    example = causal(Rows(tokens, 9, PAD, padded=True)[0], NO_RNG)
+    (example,) = singly(causal(every(Rows(tokens, 9, PAD, padded=True)), NO_DRAWS))
     expected = {
         "tokens": [2, 10, 11, 12, 3, 2, 13, 3, 0],
         "targets": [10, 11, 12, 3, 2, 13, 3, 0, 0],

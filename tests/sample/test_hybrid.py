@@ -12,6 +12,7 @@ import bothways
 from common.config import ObjectiveConfig
 from common.errors import InputError
 from data import examples
+from data.draws import Draws
 from data.tokenizer import made_up_vocabulary
 from model.gpt import GPT, MaskedNextToken
 from model.task import TaskModel
@@ -58,10 +59,10 @@ def test_the_loss_reads_each_row_by_its_own_mask(body):
     cfg, params, _ = body
     vocabulary = made_up_vocabulary(V)
     objective = make_objective(ObjectiveConfig(kind="hybrid", mask_rate=0.4), vocabulary)
-    row = {"tokens": np.arange(6, 6 + T + 1, dtype=np.int32), "segments": np.ones(T + 1, np.int32)}
-    rng = np.random.default_rng(0)
-    rows = [examples.hybrid(row, rng, vocabulary, examples.Masking(0.4), share) for share in (1.0, 0.0)]
-    batch = {k: jnp.stack([r[k] for r in rows]) for k in rows[0]}
+    row = {"tokens": np.arange(6, 6 + T + 1, dtype=np.int32)[None], "segments": np.ones((1, T + 1), np.int32)}
+    draws = Draws(0, np.arange(1))
+    rows = [examples.hybrid(row, draws, vocabulary, examples.Masking(0.4), share) for share in (1.0, 0.0)]
+    batch = {k: jnp.concatenate([r[k] for r in rows]) for k in rows[0]}
 
     def terms(bound):
         return objective.terms(bound, batch, True)["hybrid"].nats

@@ -10,6 +10,7 @@ import pytest
 from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from common.families import FAMILIES, make_module, tiny_inputs
 from data import examples, pairs
+from data.draws import Draws
 from data.tokenizer import made_up_vocabulary
 from train import sharding
 from train.objectives import make_objective
@@ -26,8 +27,8 @@ def causal_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.nd
     for i in range(rows):
         segments = np.repeat([1, 2, 0], [5, LENGTH + 1 - 5 - i % 4, i % 4]).astype(np.int32)
         tokens = rng.integers(5, vocab, LENGTH + 1).astype(np.int32)
-        made.append(examples.causal({"tokens": tokens, "segments": segments}, rng))
-    return {k: np.stack([m[k] for m in made]) for k in made[0]}
+        made.append({"tokens": tokens, "segments": segments})
+    return examples.causal(examples.stacked(made), Draws(seed, np.arange(rows)))
 
 
 def masked_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.ndarray]:
@@ -37,11 +38,8 @@ def masked_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.nd
     ids = rng.integers(5, vocab, 300)
     source = examples.Pairs(ids, np.array([0, 100, 200]), LENGTH, vocabulary)
     masking = examples.Masking(rate=0.3)
-    made = [
-        examples.sentence_pair(source[int(rng.integers(len(source)))], rng, source, masking, 5, short_share=0.5)
-        for _ in range(rows)
-    ]
-    return {k: np.stack([m[k] for m in made]) for k in made[0]}
+    picked, draws = source[rng.integers(len(source), size=rows)], Draws(seed, np.arange(rows))
+    return examples.sentence_pair(picked, draws, source, masking, 5, short_share=0.5)
 
 
 def pairs_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.ndarray]:
