@@ -217,4 +217,8 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None) ->
         found = newest_whole(manager, average if task is None else restore, say)
     if found is None:
         raise InputError(f"{home} has no checkpoint yet; train it first")
-    return Run(home, recipe, tokenizer, module_of(recipe, task), found[1], found[0], task)
+    asked = recipe
+    if any(len(at.device_set) > 1 for at in jax.tree.leaves(shardings)):
+        # The compiler spreads what it can see into; a kernel of one's own would have to be told how.
+        asked = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention="xla"))
+    return Run(home, recipe, tokenizer, module_of(asked, task), found[1], found[0], task)

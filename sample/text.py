@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from common.errors import InputError
+from common.recipe import Recipe
 from common.rundir import Run, directory, load_run
 from model.cache import Cache
 from model.seq2seq import Seq2Seq
 from sample import score as scoring
 from sample.beam import make_beam_search
-from sample.decode import Decoder, Row, Source, bucket
+from sample.decode import Begin, Decoder, Forward, Logits, Row, Source, bucket
 from sample.method import Method
 
 BATCH = 128
@@ -66,28 +68,33 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(found)[1]], True) if found else (text, False)
 
 
+def callbacks(module: nn.Module, recipe: Recipe, known: int) -> tuple[Forward, Logits, Begin]:
+    """What a `Decoder` asks of a recipe's module. Rows of the token table from `known` on stand for no token."""
+    cfg, reads = recipe.model, "decode" if recipe.family == "seq2seq" else None
+
+    def forward(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        return module.apply({"params": params}, tokens, cache=cache, method=reads)
+
+    def logits(params: Any, features: jax.Array) -> jax.Array:
+        real = module.apply({"params": params}, features, method="logits")
+        return real.at[..., known:].set(-jnp.inf)
+
+    def begin(params: Any, batch: int, size: int, source: Source | None) -> Cache:
+        if source is None:
+            return Cache.empty(cfg, batch, size)
+        return module.apply({"params": params}, *source, size, method="begin")
+
+    return forward, logits, begin
+
+
 class TextModel:
     """A run that can be asked: `sample`, `score`. Made by `bothways.load`."""
 
     def __init__(self, run: Run):
         self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer
-        module, cfg = run.module, run.recipe.model
-
         self.has_source = run.recipe.family == "seq2seq"
-
-        def forward(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-            return module.apply({"params": params}, tokens, cache=cache, method="decode" if self.has_source else None)
-
-        def begin(params: Any, batch: int, size: int, source: Source | None) -> Cache:
-            if source is None:
-                return Cache.empty(cfg, batch, size)
-            return module.apply({"params": params}, *source, size, method="begin")
-
-        def logits(params: Any, features: jax.Array) -> jax.Array:
-            real = module.apply({"params": params}, features, method="logits")
-            return real.at[..., len(self.tokenizer) :].set(-jnp.inf)  # rows of the table that are no token
-
-        self._decoder = Decoder(forward, logits, begin, cfg.context, self.tokenizer.eos)
+        forward, logits, begin = callbacks(run.module, run.recipe, len(run.tokenizer))
+        self._decoder = Decoder(forward, logits, begin, run.recipe.model.context, self.tokenizer.eos)
         self._beams = make_beam_search(forward, logits, self.tokenizer.eos)
 
     @classmethod

@@ -15,11 +15,13 @@ import bothways
 from common.config import MeshConfig
 from common.errors import InputError
 from configs import find
-from train import hlo, sharding
-from train.candidates import candidates, flags, guess, held, meshes, parameter_axes, with_ramp
+from plan import hlo
+from plan.candidates import candidates, flags, guess, held, meshes, parameter_axes, with_ramp
+from plan.roofline import between_slices, collective_seconds
+from plan.training import plan, search
+from train import sharding
 from train.chips import CHIPS, Topology
 from train.flops import executed_flops, recipe_flops_per_token
-from train.plan import between_slices, collective_seconds, plan, search
 
 # A loop of 7 turns that gathers 3 x 5 bfloat16 from 2 x 2 devices, and a reduction outside; written as a TPU's compiler
 # writes: the gather appears again in a fusion that it overlaps with, a kernel describes itself over several lines, and
@@ -84,6 +86,27 @@ def test_memory_counts_what_leaves_the_chip():
     inside += 120 + 120 + 120  # the fusion reads and writes; the kernel reads, and writes to memory space 1
     inside += 0 + 16 + 2 * 44  # the scatter reads that and writes; the slice reads and writes one row
     assert hlo.read(PROGRAM, 4).memory == 7 * inside + 2 * 308
+
+
+def test_what_is_written_in_place_is_neither_read_nor_written_whole():
+    """As a cache is: one place of a large array is read, changed and put back."""
+    text = """HloModule made_up
+
+%change (p.0: f32[64,7], p.1: s32[]) -> f32[64,7] {
+  %p.0 = f32[64,7]{1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %old = f32[1,7]{1,0} dynamic-slice(%p.0, %p.1), dynamic_slice_sizes={1,7}
+  %new = f32[1,7]{1,0} add(%old, %old)
+  ROOT %put = f32[64,7]{1,0} dynamic-update-slice(%p.0, %new, %p.1)
+}
+
+ENTRY %main (x: f32[64,7], i: s32[]) -> f32[64,7] {
+  %x = f32[64,7]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %changed = f32[64,7]{1,0} fusion(%x, %i), kind=kLoop, calls=%change
+}
+"""
+    assert hlo.read(text, 1).memory == 28 + 28 + 4
 
 
 def test_loops_without_an_end_are_told():
