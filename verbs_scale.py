@@ -46,7 +46,7 @@ class PlanOptions:
     rows: int = 16
     """Rows that are decoded together, each as long as the context."""
     json: bool = False
-    """Print one JSON object; with --search one per layout, the best first."""
+    """Print one JSON object, the decoding step's under `decode`; with --search one per layout, the best first."""
 
 
 def plan(argv: list[str]) -> None:
@@ -77,18 +77,18 @@ def plan(argv: list[str]) -> None:
                 plans[0] = dataclasses.replace(plans[0], notes=(*plans[0].notes, f"this fits: {fitting}"))
             except InputError as e:
                 plans[0] = dataclasses.replace(plans[0], notes=(*plans[0].notes, str(e)))
-    decoded, why = None, ""
+    decoded = None
     if options.decode:
         say("compiling the step that samples")
         try:
             decoded = plan_decoding(recipe, topology, options.rows)
         except InputError as e:
-            why = str(e)
+            say(str(e))
     for p in plans if options.json else plans[:1]:
         if options.json:
             print(json.dumps(dataclasses.asdict(p) | {"decode": decoded and dataclasses.asdict(decoded)}), flush=True)
         else:
-            print("\n".join([shown(p), *([shown_decoding(decoded)] if decoded else []), *([why] if why else [])]))
+            print(shown(p) + (f"\n{shown_decoding(decoded)}" if decoded else ""), flush=True)
 
 
 def shown(p: Any) -> str:

@@ -32,7 +32,7 @@ def load(home: str | Path, mesh: MeshConfig = ONE) -> "TextModel | MaskedModel |
     from sample.text import TextModel
     from train.sharding import shardings_for_reading
 
-    run = load_run(directory(home), say, lambda shapes: shardings_for_reading(shapes, mesh))
+    run = load_run(directory(home), say, lambda shapes: shardings_for_reading(shapes, mesh), narrow=True)
     if run.task is not None:
         return TaskPredictor(run)
     if run.recipe.objective.kind == "hybrid":

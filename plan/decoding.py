@@ -13,7 +13,7 @@ from common.config import MeshConfig
 from common.errors import InputError
 from common.families import make_module
 from common.recipe import Recipe
-from common.rundir import param_shapes
+from common.rundir import as_multiplied, param_shapes
 from model.axes import activations_placed_by
 from plan import hlo
 from plan.candidates import PAD_VOCABULARY, held, parameter_axes
@@ -50,7 +50,7 @@ class DecodePlan:
     memory: dict[str, float]
     """What memory_per_chip is made of, while it decodes or while it reads the prompts: the larger of the two."""
     weights_seconds: float
-    """To read every weight once, in the type it is multiplied in. No step is faster, but of models so small that some stay
+    """To read every weight once. No step is faster, but of models so small that some stay
     in the memory beside the matrix units."""
     compute_seconds: float | None
     memory_seconds: float | None
@@ -67,8 +67,8 @@ class DecodePlan:
 def plan_decoding(recipe: Recipe, topology: Topology, rows: int = ROWS) -> DecodePlan:
     """Compile what `sample` runs, on as few chips of a topology as hold it.
 
-    The weights are as a run keeps them, float32, and as `load` spreads them: over `tensor` as far as the heads divide,
-    the rest over `fsdp`.
+    The weights are of the types, and spread, as `load` has them: over `tensor` as far as the heads divide, the rest over
+    `fsdp`.
 
     Raises:
       InputError: not even all chips of one slice hold it; or libtpu is missing.
@@ -98,7 +98,7 @@ def _spreads(recipe: Recipe, topology: Topology, rows: int) -> Any:
         for tensor in (n for n in range(devices, 0, -1) if devices % n == 0):
             sizes = {"data": 1, "fsdp": devices // tensor, "tensor": tensor, "context": 1}
             fitting = [(r, mine) for r, axes in known if (mine := held(axes, sizes)) is not None]
-            if fitting and 4 * fitting[0][1] + cache / tensor < 0.9 * chip.memory / chip.devices:
+            if fitting and 2 * fitting[0][1] + cache / tensor < 0.9 * chip.memory / chip.devices:
                 yield _slice_of(topology, devices), fitting[0][0], sizes
                 break
         devices *= 2
@@ -120,7 +120,7 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
     model = dataclasses.replace(model, attention=model.attention if count == 1 else "xla")
     placed = activations_placed_by(sharding.place_activations(mesh)) if count == 1 else contextlib.nullcontext()
     recipe = dataclasses.replace(recipe, model=model)
-    shapes = param_shapes(recipe)
+    shapes = as_multiplied(param_shapes(recipe), model)
     spread = sharding.parameter_shardings(mesh, shapes)
     params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, spread)
     with placed:
@@ -133,8 +133,7 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
     each = min(count, chip.devices)
     parts = {"weights": weights, "cache": cache, "temporaries, padding, program": used - weights - cache}
     share = chip.devices  # of a chip that one device is
-    reading = sum(math.prod(at.shard_shape(s.shape)) for s, at in zip(*map(jax.tree.leaves, (shapes, spread)), strict=True))
-    times: dict[str, float | None] = {"weights": reading * model.compute_dtype.itemsize / (chip.bandwidth / share)}
+    times: dict[str, float | None] = {"weights": weights / (chip.bandwidth / share)}
     if traced:
         times["compute"] = executed_flops(traced.jaxpr.jaxpr)[0] / (count * chip.flops / share)
     if once and twice:

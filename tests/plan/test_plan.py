@@ -16,7 +16,7 @@ from common.config import MeshConfig
 from common.errors import InputError
 from configs import find
 from plan import hlo
-from plan.candidates import candidates, flags, guess, held, meshes, parameter_axes, with_ramp
+from plan.candidates import candidates, flags, guess, held, meshes, parameter_axes, rate, with_ramp
 from plan.roofline import between_slices, collective_seconds
 from plan.training import plan, search
 from train import sharding
@@ -267,6 +267,22 @@ def test_more_pieces_and_more_recomputing_take_less_memory():
     assert memory("none", 1) > memory("dots", 1) > memory("full", 1) > memory("full", 2)
 
 
+def test_more_pieces_take_more_time_and_a_group_of_all_has_every_link():
+    recipe, topology = find("gpt2_small"), Topology.parse("v5e:2x2")
+    sizes = {"data": 4, "fsdp": 1, "tensor": 1}
+
+    def seconds(accumulate):
+        train = dataclasses.replace(recipe.train, accumulate=accumulate)
+        return guess(dataclasses.replace(recipe, train=train), topology, sizes, 1.2e8).seconds
+
+    assert seconds(2) < seconds(16) < seconds(128)
+    v5e, v4 = Topology.parse("v5e:16x16"), Topology.parse("v4:2x2x4")
+    assert rate(v5e, 1) == math.inf
+    assert rate(v5e, 256) == pytest.approx(256 / 255 * 4 * CHIPS["v5e"].link)  # two rings, both ways round each
+    assert rate(v5e, 4) == pytest.approx(4 / 3 * 2 * CHIPS["v5e"].link)
+    assert rate(v4, 16) == pytest.approx(16 / 15 * 3 * CHIPS["v4"].link)  # three lines
+
+
 def test_the_flags_that_are_told_give_the_layout_that_was_planned():
     from verbs_scale import PlanOptions, _parse
 
@@ -328,7 +344,7 @@ def test_padded_rows_stand_for_no_token(tiny_with):
 def test_the_command_line_plans(tmp_path, capfd, eight_devices):
     argv = ["plan", "shakespeare_gpt", "--topology", "cpu:8", "--model.n-layers", "1", "--model.context", "16"]
     argv += ["--data.vocab-size", "320", "--model.d-model", "16", "--optimizer.name", "adamw"]
-    assert bothways.main([*argv, "--json"]) == 0
+    assert bothways.main([*argv, "--no-decode", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     wanted = "recipe topology mesh chips fits memory_per_chip memory_limit flops_per_step step_seconds mfu_bound "
     assert set((wanted + "tokens_per_second collectives").split()) <= set(told)
