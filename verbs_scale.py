@@ -40,17 +40,24 @@ class PlanOptions:
     """So many slices, joined by the data-centre network."""
     search: bool = False
     """Compile several layouts (mesh, pieces of a batch, what is recomputed) and recommend the best."""
+    decode: bool = True
+    """Plan sampling too: the decoding step, or the reading of a masked model, on as few of these chips as hold it."""
+    rows: int = 16
+    """Rows that are decoded together, each as long as the context."""
     json: bool = False
-    """Print one JSON object; with --search one per layout, the best first."""
+    """Print one JSON object, the decoding step's under `decode`; with --search one per layout, the best first."""
 
 
 def plan(argv: list[str]) -> None:
-    """Compile a recipe's train step for a topology, and tell what it would need."""
+    """Compile a recipe's train step and its decoding step for a topology, and tell what they would need."""
     _, recipe, options = _parse("plan", argv, PlanOptions, "bothways plan gpt2_xl --topology v5e:16x16 [--search]")
     from common.config import MeshConfig
-    from train import plan as planning
+    from plan import training as planning
+    from plan.decoding import plan_decoding
     from train.chips import Topology
 
+    if options.rows < 1:
+        raise InputError(f"--rows is {options.rows}; at least 1 row is decoded")
     topology = Topology.parse(options.topology, options.slices)
     if options.search:
         plans = planning.search(recipe, topology, say)
@@ -66,8 +73,16 @@ def plan(argv: list[str]) -> None:
                 plans[0] = dataclasses.replace(plans[0], notes=(*plans[0].notes, f"this fits: {fitting}"))
             except InputError as e:
                 plans[0] = dataclasses.replace(plans[0], notes=(*plans[0].notes, str(e)))
+    decoded = None
+    if options.decode:
+        say("compiling the step that samples")
+        try:
+            decoded = plan_decoding(recipe, topology, options.rows)
+        except InputError as e:
+            say(str(e))
     for p in plans if options.json else plans[:1]:
-        emit(p, options.json, shown(p))
+        both = dataclasses.asdict(p) | {"decode": decoded and dataclasses.asdict(decoded)}
+        emit(both, options.json, shown(p) + (f"\n{shown_decoding(decoded)}" if decoded else ""))
 
 
 def shown(p: Any) -> str:
@@ -100,6 +115,24 @@ def shown(p: Any) -> str:
     if p.flags:
         lines.append(f"  train it with     {p.flags}")
     return "\n".join([*lines, *(f"  note: {note}" for note in p.notes)])
+
+
+def shown_decoding(d: Any) -> str:
+    """The plan of a step that samples, for people."""
+    mesh = " x ".join(f"{name} {size}" for name, size in d.mesh.items() if size > 1)
+    what = "decoding step" if d.step == "decode" else "reading"
+    lines = [
+        f"{what} of {d.rows} rows of {d.context}: {d.chips} chip{'s' if d.chips > 1 else ''}{f', {mesh}' if mesh else ''}",
+        f"  memory per chip   {d.memory_per_chip / GIB:7.2f} GiB of {d.memory_limit / GIB:.2f}: "
+        + ("it fits" if d.fits else "IT DOES NOT FIT"),
+    ]
+    lines += [f"    {size / GIB:21.2f} GiB {name}" for name, size in d.memory.items() if size > 0.005 * GIB]
+    for name in ("weights", "compute", "memory", "network"):
+        seconds = getattr(d, f"{name}_seconds")
+        told = f"{1e3 * seconds:9.3f} ms" if seconds is not None else "  not known"
+        lines.append(f"  {name:8s} {told}" + ("   <- holds it back" if name == d.bound_by else ""))
+    lines.append(f"  at most           {d.tokens_per_second:,.0f} tokens/s, {d.tokens_per_second / d.rows:,.0f} a row")
+    return "\n".join([*lines, *(f"  note: {note}" for note in d.notes)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

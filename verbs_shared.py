@@ -27,7 +27,7 @@ def load(home: str | Path, mesh: MeshConfig = ONE) -> "Model | Embedder | TaskPr
     from sample.ask import ask
     from train.sharding import shardings_for_reading
 
-    return ask(load_run(directory(home), say, lambda shapes: shardings_for_reading(shapes, mesh)))
+    return ask(load_run(directory(home), say, lambda shapes: shardings_for_reading(shapes, mesh), narrow=True))
 
 
 def say(message: str) -> None:

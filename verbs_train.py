@@ -28,7 +28,7 @@ def train_verb(argv: list[str]) -> None:
             return
         raise InputError("train wants a recipe first: bothways train RECIPE [--workdir DIR] [--SECTION.FIELD VALUE ...]")
     base = on_from(Path(argv[0])) if (Path(argv[0]) / "recipe.json").is_file() else find(argv[0])
-    from train.hosts import HostsConfig, start
+    from train.hosts import HostsConfig, start, stdout_for_results
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
@@ -40,12 +40,13 @@ def train_verb(argv: list[str]) -> None:
         hosts: HostsConfig = HostsConfig()
 
     given = tyro.cli(Arguments, prog=f"bothways train {argv[0]}", args=argv[1:], default=Arguments(base))
-    start(given.hosts)
+    with stdout_for_results():
+        start(given.hosts)  # before anything is computed
+        from train.loop import train
+
+        result = train(given.recipe, given.workdir)
     import jax
 
-    from train.loop import train
-
-    result = train(given.recipe, given.workdir)
     bpb = f", {result.bits_per_byte:.3f} bits per byte" if result.bits_per_byte is not None else ""
     shown = (
         f"{result.run}: {result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s; "

@@ -31,6 +31,8 @@ from common.errors import InputError
 from common.families import make_module, tiny_inputs
 from common.recipe import Recipe
 from data.tokenizer import Tokenizer
+from model.axes import path_names
+from model.config import TransformerConfig
 from model.task import TaskModel
 
 T = TypeVar("T")
@@ -182,11 +184,24 @@ def param_shapes(recipe: Recipe, task: TaskInfo | None = None) -> Any:
     return jax.eval_shape(lambda: module_of(recipe, task).init(jax.random.key(0), **inputs)["params"])
 
 
-def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None) -> Run:
+def as_multiplied(params: Any, cfg: TransformerConfig) -> Any:
+    """Shapes of parameters in the types that they are multiplied in: what the model would turn into activations' type at
+    every use, matrices and tables, is of that type already."""
+
+    def narrow(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        module, name = path_names(path)[-2:]
+        used = cfg.compute_dtype if name in ("kernel", "embedding") and module != "task_head" else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, used)
+
+    return jax.tree_util.tree_map_with_path(narrow, params)
+
+
+def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None, *, narrow: bool = False) -> Run:
     """Restore a run's parameters, on today's devices.
 
     Args:
       place: shapes of the parameters -> their shardings; None puts everything on the first device.
+      narrow: to be asked, not to be trained on: weights in the types of `as_multiplied`.
 
     Raises:
       InputError: no run, no checkpoint yet, or none that can be read.
@@ -195,6 +210,9 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None) ->
     tokenizer = Tokenizer.load(home)
     task = read_task(home)
     shapes = param_shapes(recipe, task)
+    kept = as_multiplied(shapes, recipe.model) if narrow else shapes
+    if recipe.train.average == 1 or task is not None:
+        shapes = kept  # a mean is taken of what was saved
     one = SingleDeviceSharding(jax.local_devices()[0])
     shardings = place(shapes) if place else jax.tree.map(lambda _: one, shapes)
     targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
@@ -218,4 +236,9 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None) ->
         found = newest_whole(manager, average if task is None else restore, say)
     if found is None:
         raise InputError(f"{home} has no checkpoint yet; train it first")
-    return Run(home, recipe, tokenizer, module_of(recipe, task), found[1], found[0], task)
+    params = jax.tree.map(lambda x, s: x.astype(s.dtype), found[1], kept)
+    asked = recipe
+    if any(len(at.device_set) > 1 for at in jax.tree.leaves(shardings)):
+        # The compiler spreads what it can see into; a kernel of one's own would have to be told how.
+        asked = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention="xla"))
+    return Run(home, recipe, tokenizer, module_of(asked, task), params, found[0], task)

@@ -14,7 +14,7 @@ class HybridModel(TextModel):
 
     def __init__(self, run: Run):
         super().__init__(run)
-        self.both_ways = MaskedModel(dataclasses.replace(run, module=MaskedNextToken(run.recipe.model.resolved())))
+        self.both_ways = MaskedModel(dataclasses.replace(run, module=MaskedNextToken(run.module.cfg)))
 
     def fill(self, texts: Sequence[str], *, top: int = 5, steps: int = 1) -> list[Filled]:
         """As MaskedModel.fill."""

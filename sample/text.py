@@ -5,17 +5,19 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from common.errors import InputError
+from common.recipe import Recipe
 from common.rundir import Run
 from data.tokenizer import Tokenizer
 from model.cache import Cache
 from sample import score as scoring
 from sample.beam import make_beam_search
-from sample.decode import Decoder, Row, Source, bucket
+from sample.decode import Begin, Decoder, Forward, Logits, Row, Source, bucket
 from sample.embed import vectors
 from sample.method import Method
 
@@ -83,28 +85,33 @@ def shown_sample(
     return Sample(prompt, text, count, round(float(sum(logprobs[:count])), 3), ended)
 
 
+def callbacks(module: nn.Module, recipe: Recipe, known: int) -> tuple[Forward, Logits, Begin]:
+    """What a `Decoder` asks of a recipe's module. Rows of the token table from `known` on stand for no token."""
+    cfg, reads = recipe.model, "decode" if recipe.family == "seq2seq" else None
+
+    def forward(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        return module.apply({"params": params}, tokens, cache=cache, method=reads)
+
+    def logits(params: Any, features: jax.Array) -> jax.Array:
+        real = module.apply({"params": params}, features, method="logits")
+        return real.at[..., known:].set(-jnp.inf)
+
+    def begin(params: Any, batch: int, size: int, source: Source | None) -> Cache:
+        if source is None:
+            return Cache.empty(cfg, batch, size)
+        return module.apply({"params": params}, *source, size, method="begin")
+
+    return forward, logits, begin
+
+
 class TextModel:
     """A run that can be asked: `sample`, `score`. Made by `bothways.load`."""
 
     def __init__(self, run: Run):
         self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer
-        module, cfg = run.module, run.recipe.model
-
         self.has_source = run.recipe.family == "seq2seq"
-
-        def forward(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-            return module.apply({"params": params}, tokens, cache=cache, method="decode" if self.has_source else None)
-
-        def begin(params: Any, batch: int, size: int, source: Source | None) -> Cache:
-            if source is None:
-                return Cache.empty(cfg, batch, size)
-            return module.apply({"params": params}, *source, size, method="begin")
-
-        def logits(params: Any, features: jax.Array) -> jax.Array:
-            real = module.apply({"params": params}, features, method="logits")
-            return real.at[..., len(self.tokenizer) :].set(-jnp.inf)  # rows of the table that are no token
-
-        self.decoder = Decoder(forward, logits, begin, cfg.context, self.tokenizer.eos)
+        forward, logits, begin = callbacks(run.module, run.recipe, len(run.tokenizer))
+        self.decoder = Decoder(forward, logits, begin, run.recipe.model.context, self.tokenizer.eos)
         self._beams = make_beam_search(forward, logits, self.tokenizer.eos)
 
     def encode_prompt(self, prompt: str) -> list[int]:

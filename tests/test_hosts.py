@@ -58,11 +58,12 @@ class Processes:
         argv = [sys.executable, "-m", "bothways", "train", str(path), "--workdir", str(home), *flags]
         argv += ["--hosts.coordinator", f"localhost:{port}", "--hosts.heartbeat", "10"]
         self.logs = [home.parent / f"{home.name}-{count}-{index}.log" for index in range(count)]
+        self.results = home.parent / f"{home.name}-{count}.out"
         self.all = []
         for index, log in enumerate(self.logs):
-            with log.open("w") as out:
+            with log.open("w") as err, self.results.open("a") as out:
                 mine = env | {"JAX_PROCESS_ID": str(index)}
-                self.all.append(subprocess.Popen(argv, env=mine, stdout=subprocess.DEVNULL, stderr=out))
+                self.all.append(subprocess.Popen(argv, env=mine, stdout=out, stderr=err))
 
     def reach(self, home, step: int) -> None:
         """Wait until this step is in the metrics."""
@@ -87,6 +88,7 @@ def test_four_then_two_then_one(recipe, alone, tmp_path):
     (stopped,) = (int(path.name) for path in (home / "checkpoints").iterdir())
     assert all(f"stopped by SIGTERM at step {stopped}" in log.read_text() for log in four.logs)
     assert losses(home) == pytest.approx(alone[:stopped], rel=1e-4)
+    assert four.results.read_text() == ""  # gloo tells of its peers elsewhere
 
     two = Processes(2, recipe, home, "--mesh.tensor", "2")  # both hold every row, and half of every head
     saved = (stopped // SAVE + 1) * SAVE

@@ -13,6 +13,7 @@ import bothways
 from common import rundir
 from common.config import MeshConfig
 from common.errors import InputError
+from sample.masked import MaskedModel
 from tests.train.bodies import body, write
 from train import sharding
 from train.loop import train
@@ -38,6 +39,8 @@ def test_one_device_to_four_and_back(family, tiny, tmp_path):
     kernel = four.run.params[{"gpt": "decoder", "bert": "encoder"}[family]]["stack"]["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (1, 22 // 2, 26 // 2)
     same(four.run.params, made.params)
+    # Only what the compiler can see into can it spread; a kernel would have to be told how.
+    assert (one.run.module.cfg.attention, four.run.module.cfg.attention) == ("auto", "xla")
 
     write(dataclasses.replace(made, params=four.run.params), tmp_path / "four")  # a checkpoint of four devices
     back = bothways.load(tmp_path / "four")
@@ -52,6 +55,19 @@ def test_one_device_to_four_and_back(family, tiny, tmp_path):
         wanted, found = (m.sample(["the dog"], max_tokens=5, greedy=True)[0] for m in (one, four))
         assert found.text == wanted.text
         assert found.logprob == pytest.approx(wanted.logprob, rel=1e-4)
+
+
+def test_weights_that_are_asked_are_of_the_type_they_are_multiplied_in(tiny, tmp_path):
+    """And say what they say in float32."""
+    made = body("bert", tiny, dtype="bfloat16")
+    write(made, tmp_path / "run")
+    asked, wide = bothways.load(tmp_path / "run"), rundir.load_run(tmp_path / "run", print)
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(wide.params)}
+    assert kinds == {"float32"}
+    flat = jax.tree_util.tree_leaves_with_path(asked.run.params)
+    assert all((leaf.dtype == "bfloat16") == (path[-1].key in ("kernel", "embedding")) for path, leaf in flat)
+    texts = ["the dog sees", "the king"]
+    assert asked.score(texts) == MaskedModel(wide).score(texts)
 
 
 def test_what_one_device_cannot_hold_is_spread_over_all(tiny, monkeypatch):

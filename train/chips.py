@@ -198,6 +198,8 @@ class Topology:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", self.accelerator_type)
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        # One process at a time may hold a TPU; any number may plan, since none touches one.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         options: dict[str, Any] = {"chip_config_name": "megacore"} if self.chip_name == "v4" else {}
         if self.slices > 1:
             options["num_slices"] = self.slices

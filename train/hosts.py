@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import os
 import signal
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -68,6 +69,20 @@ def start(cfg: HostsConfig) -> None:
         alone = isinstance(e, ValueError) or "before any JAX calls" in str(e)  # no cluster; or JAX runs already
         if not alone:
             raise
+
+
+@contextlib.contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """What libraries below Python say on file descriptor 1 meanwhile (gloo, of its peers) goes to standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextlib.contextmanager

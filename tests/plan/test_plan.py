@@ -15,11 +15,13 @@ import bothways
 from common.config import MeshConfig
 from common.errors import InputError
 from configs import find
-from train import hlo, sharding
-from train.candidates import candidates, flags, guess, held, meshes, parameter_axes, with_ramp
+from plan import hlo
+from plan.candidates import candidates, flags, guess, held, meshes, parameter_axes, rate, with_ramp
+from plan.roofline import between_slices, collective_seconds
+from plan.training import plan, search
+from train import sharding
 from train.chips import CHIPS, Topology
 from train.flops import executed_flops, recipe_flops_per_token
-from train.plan import between_slices, collective_seconds, plan, search
 
 pytestmark = pytest.mark.usefixtures("compiled_well")
 
@@ -86,6 +88,27 @@ def test_memory_counts_what_leaves_the_chip():
     inside += 120 + 120 + 120  # the fusion reads and writes; the kernel reads, and writes to memory space 1
     inside += 0 + 16 + 2 * 44  # the scatter reads that and writes; the slice reads and writes one row
     assert hlo.read(PROGRAM, 4).memory == 7 * inside + 2 * 308
+
+
+def test_what_is_written_in_place_is_neither_read_nor_written_whole():
+    """As a cache is: one place of a large array is read, changed and put back."""
+    text = """HloModule made_up
+
+%change (p.0: f32[64,7], p.1: s32[]) -> f32[64,7] {
+  %p.0 = f32[64,7]{1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %old = f32[1,7]{1,0} dynamic-slice(%p.0, %p.1), dynamic_slice_sizes={1,7}
+  %new = f32[1,7]{1,0} add(%old, %old)
+  ROOT %put = f32[64,7]{1,0} dynamic-update-slice(%p.0, %new, %p.1)
+}
+
+ENTRY %main (x: f32[64,7], i: s32[]) -> f32[64,7] {
+  %x = f32[64,7]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %changed = f32[64,7]{1,0} fusion(%x, %i), kind=kLoop, calls=%change
+}
+"""
+    assert hlo.read(text, 1).memory == 28 + 28 + 4
 
 
 def test_loops_without_an_end_are_told():
@@ -246,6 +269,22 @@ def test_more_pieces_and_more_recomputing_take_less_memory():
     assert memory("none", 1) > memory("dots", 1) > memory("full", 1) > memory("full", 2)
 
 
+def test_more_pieces_take_more_time_and_a_group_of_all_has_every_link():
+    recipe, topology = find("gpt2_small"), Topology.parse("v5e:2x2")
+    sizes = {"data": 4, "fsdp": 1, "tensor": 1}
+
+    def seconds(accumulate):
+        train = dataclasses.replace(recipe.train, accumulate=accumulate)
+        return guess(dataclasses.replace(recipe, train=train), topology, sizes, 1.2e8).seconds
+
+    assert seconds(2) < seconds(16) < seconds(128)
+    v5e, v4 = Topology.parse("v5e:16x16"), Topology.parse("v4:2x2x4")
+    assert rate(v5e, 1) == math.inf
+    assert rate(v5e, 256) == pytest.approx(256 / 255 * 4 * CHIPS["v5e"].link)  # two rings, both ways round each
+    assert rate(v5e, 4) == pytest.approx(4 / 3 * 2 * CHIPS["v5e"].link)
+    assert rate(v4, 16) == pytest.approx(16 / 15 * 3 * CHIPS["v4"].link)  # three lines
+
+
 def test_the_flags_that_are_told_give_the_layout_that_was_planned():
     from verbs_scale import PlanOptions, _parse
 
@@ -307,7 +346,7 @@ def test_padded_rows_stand_for_no_token(tiny_with):
 def test_the_command_line_plans(tmp_path, capfd, eight_devices):
     argv = ["plan", "shakespeare_gpt", "--topology", "cpu:8", "--model.n-layers", "1", "--model.context", "16"]
     argv += ["--data.vocab-size", "320", "--model.d-model", "16", "--optimizer.name", "adamw"]
-    assert bothways.main([*argv, "--json"]) == 0
+    assert bothways.main([*argv, "--no-decode", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     wanted = "recipe topology mesh chips fits memory_per_chip memory_limit flops_per_step step_seconds mfu_bound "
     assert set((wanted + "tokens_per_second collectives").split()) <= set(told)

@@ -1,15 +1,14 @@
-"""What a recipe would need on chips that are not here: its real train step, compiled ahead of time, and a roofline."""
+"""The train step: compiled for chips that are not here, and the layouts in which it fits and is fastest."""
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from common.config import MeshConfig
 from common.errors import InputError
@@ -19,9 +18,11 @@ from data.draws import Draws
 from data.tokenizer import made_up_vocabulary
 from data.tokens import Tokens
 from model.config import TransformerConfig
-from train import hlo, sharding
-from train.candidates import candidates, flags
-from train.chips import GIB, Topology, quiet_stderr, usual_shape
+from plan import hlo
+from plan.candidates import candidates, flags
+from plan.roofline import between_slices, bytes_per_device, compile_quietly, read_text, summed_collectives
+from train import sharding
+from train.chips import GIB, Topology, usual_shape
 from train.flops import executed_flops, recipe_flops_per_token, tokens_per_row
 from train.objectives import make_objective
 from train.optimizer import make_optimizer
@@ -90,8 +91,8 @@ def plan(recipe: Recipe, topology: Topology, before: Recipe | None = None) -> Pl
     traced = step.trace(state, batch, 0)
     executed, kernels = executed_flops(traced.jaxpr.jaxpr)
     parts = {
-        "parameters": _bytes_per_device(state.params, placed.params),
-        "optimizer": _bytes_per_device(state.opt_state, placed.opt_state),
+        "parameters": bytes_per_device(state.params, placed.params),
+        "optimizer": bytes_per_device(state.opt_state, placed.opt_state),
     }
     compiled, used, notes = compile_quietly(traced.lower())
     traffic, said = read_text(compiled, mesh.size) if compiled else (None, [])
@@ -163,100 +164,6 @@ def made_up_tokens(length: int, vocab_size: int) -> Tokens:
     return Tokens(ids.astype(np.int32), np.arange(0, len(ids), size), len(ids))
 
 
-def compile_quietly(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, float, list[str]]:
-    """The compiled program, or None and the bytes it would need on a device; and what there is to say."""
-    try:
-        with quiet_stderr():
-            return lowered.compile(), 0.0, []
-    except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-        found = re.search(r"(?:Used|required [^(]*\()\s*([\d.]+)([KMGT]?)", str(e))
-        used = float(found[1]) * units[found[2]] if found else 0.0
-        return None, used, ["it does not fit, so nothing is known of what travels"]
-
-
-def read_text(compiled: jax.stages.Compiled, devices: int) -> tuple[hlo.Traffic | None, list[str]]:
-    """Traffic of a compiled program; None where its text cannot be had."""
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as e:  # the largest programs do not fit into one message
-        return None, [f"the program's text cannot be read ({str(e).splitlines()[0][:80]}): the roofline is of compute only"]
-    traffic = hlo.read(text or "", devices)
-    loops = f"{traffic.endless} loops of unknown length are counted once"
-    return traffic, [loops] if traffic.endless else []
-
-
-def _bytes_per_device(shapes: Any, shardings: Any) -> float:
-    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-    return float(sum(math.prod(_shard(placed, leaf.shape)) * leaf.dtype.itemsize for leaf, placed in leaves))
-
-
-def _shard(placed: NamedSharding, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return placed.shard_shape(shape)
-
-
-def collective_seconds(collective: hlo.Collective, topology: Topology, devices: list) -> float:
-    """How long a collective takes at best, once.
-
-    Rings over every axis of the torus that the group spans, all at once; data goes both ways round where the axis
-    is closed. Of a gathered array of V bytes each device receives V (1 - 1/g); a reduction sends it twice, a scatter
-    once (jax-ml.github.io/scaling-book, "Sharded matrices"). Across slices a device's part of V goes through its share
-    of the data-centre network.
-    """
-    chip = topology.chip
-    group = [devices[i] for i in collective.group if i < len(devices)]
-    slices = len({getattr(d, "slice_index", 0) or 0 for d in group})
-    within = len(group) // slices
-    rate = 0.0
-    places = np.array([list(getattr(d, "coords", (d.id,))) for d in group])
-    for axis in range(min(places.shape[1], len(topology.shape))):
-        along = np.unique(places[:, axis])
-        if len(along) > 1:
-            stride = int(np.min(np.diff(along)))  # others share the links between
-            ring = topology.wraps(axis) and len(along) * stride == topology.shape[axis]
-            rate += chip.link / chip.devices * (2 if ring else 1) / stride
-    share = {"all-reduce": 2.0, "all-to-all": 0.5, "ragged-all-to-all": 0.5}.get(collective.kind, 1.0)
-    size = collective.bytes
-    if collective.kind == "collective-permute":
-        return size / (chip.network / chip.devices if slices > 1 else rate or chip.link)
-    # On one chip, between its two devices, nothing goes through a link.
-    seconds = share * size * (1 - 1 / within) / rate if within > 1 and rate else 0.0
-    if slices > 1:
-        seconds += share * size / within * (1 - 1 / slices) / (chip.network / chip.devices)
-    return seconds
-
-
-def _mesh_axes(mesh: Mesh, group: tuple[int, ...]) -> str:
-    """The axes of the mesh along which a group lies, such as data+fsdp."""
-    places = np.array(np.unravel_index(np.array(group) % mesh.size, mesh.devices.shape))
-    return "+".join(name for name, along in zip(mesh.axis_names, places, strict=True) if len(np.unique(along)) > 1)
-
-
-def summed_collectives(traffic: hlo.Traffic, topology: Topology, mesh: Mesh) -> tuple[dict[str, Any], ...]:
-    """Collectives by kind and mesh axes: bytes and seconds of a step, the slowest first."""
-    devices, rows = list(mesh.devices.flat), {}
-    for c in traffic.collectives:
-        row = rows.setdefault((c.kind, _mesh_axes(mesh, c.group)), {"bytes": 0.0, "seconds": 0.0, "times": 0})
-        row["bytes"] += c.bytes * c.times
-        row["times"] += c.times
-        row["seconds"] += c.times * collective_seconds(c, topology, devices)
-    found = [{"kind": kind, "axes": axes, **row} for (kind, axes), row in rows.items()]
-    return tuple(sorted(found, key=lambda row: -row["seconds"]))
-
-
-def between_slices(topology: Topology, parameters: float) -> dict[str, Any]:
-    """The gradients' way over the data-centre network, which a program for several slices does not spell out.
-
-    Args:
-      parameters: bytes of parameters, hence of float32 gradients, per chip.
-    """
-    share = 1 - 1 / topology.slices
-    seconds = 2 * parameters * share / topology.chip.network
-    return {"kind": "all-reduce", "axes": "data, slices", "bytes": parameters, "seconds": seconds, "times": 1}
-
-
 def _roofline(
     recipe: Recipe,
     topology: Topology,
@@ -321,10 +228,12 @@ def _full_steps(recipe: Recipe) -> float:
 
 
 TRIES = 5
+ENOUGH = 300.0
+"""Seconds after which a search that has found a layout begins no other."""
 
 
 def search(recipe: Recipe, topology: Topology, say: Callable[[str], None], *, tries: int = TRIES) -> list[Plan]:
-    """Compile the layouts that promise most, the best first: those that fit, then by step_seconds.
+    """Compile the layouts that promise most, the best first: those that fit, then the fastest as expected.
 
     Args:
       tries: how many; with 1 only as many as it takes to find one that fits, at most 3.
@@ -344,7 +253,11 @@ def search(recipe: Recipe, topology: Topology, say: Callable[[str], None], *, tr
         raise InputError(too_small(recipe, topology, ranked[0].memory))
     plans: list[Plan] = []
     seen: list[tuple] = []
+    began = time.monotonic()
     for guess in ranked:
+        if any(p.fits for p in plans) and time.monotonic() - began > ENOUGH:
+            say(f"  stopping here, after {time.monotonic() - began:.0f} s")
+            break
         mesh, ways = guess.recipe.mesh, (guess.recipe.mesh, guess.recipe.model.remat)
         if ways in seen or sum(w[0] == mesh for w in seen) > 1:
             continue
@@ -360,7 +273,7 @@ def search(recipe: Recipe, topology: Topology, say: Callable[[str], None], *, tr
         say(f"  {told(plans[-1])}")
         if len(plans) >= (tries if tries > 1 else 3) or (tries == 1 and plans[-1].fits):
             break
-    plans.sort(key=lambda p: (not p.fits, p.step_seconds))
+    plans.sort(key=lambda p: (not p.fits, max(p.step_seconds, p.scheduled_seconds or 0.0)))
     if not plans or not plans[0].fits:
         raise InputError(too_small(recipe, topology, min([p.memory_per_chip for p in plans] or [ranked[0].memory])))
     return plans
@@ -370,7 +283,10 @@ def told(p: Plan) -> str:
     """A plan in one line."""
     if not p.fits:
         return f"does not fit: {p.memory_per_chip / GIB:.1f} of {p.memory_limit / GIB:.1f} GiB per chip"
-    return f"{p.memory_per_chip / GIB:.1f} GiB per chip, {p.step_seconds:.3g} s a step, MFU at most {p.mfu_bound:.0%}"
+    expected = f", expected {p.mfu_expected:.0%}" if p.mfu_expected else ""
+    return (
+        f"{p.memory_per_chip / GIB:.1f} GiB per chip, {p.step_seconds:.3g} s a step, MFU at most {p.mfu_bound:.0%}{expected}"
+    )
 
 
 def too_small(recipe: Recipe, topology: Topology, memory: float) -> str:

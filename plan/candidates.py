@@ -1,6 +1,6 @@
 """Ways to lay a recipe out on so many chips, and a guess from the shapes at what each would need.
 
-The guesses only rank; what is told to a person comes from the compiler (train/plan.py).
+The guesses only rank; what is told to a person comes from the compiler (plan/training.py).
 """
 
 import dataclasses
@@ -65,6 +65,18 @@ def meshes(topology: Topology) -> list[dict[str, int]]:
     return found
 
 
+def rate(topology: Topology, group: int) -> float:
+    """Bytes per second at which a device gathers from a group of so many; infinite from itself alone.
+
+    A group of all has every axis of the torus, a smaller one as few as hold it.
+    """
+    if group == 1:
+        return math.inf
+    links = [2 if topology.wraps(i) else 1 for i, side in enumerate(topology.shape) if side > 1] or [1]
+    axes = len(links) if group == topology.devices_count else min(len(links), 1 + (group > max(topology.shape)))
+    return topology.chip.link / topology.chip.devices * axes * sum(links) / len(links) * group / (group - 1)
+
+
 def guess(recipe: Recipe, topology: Topology, sizes: dict[str, int], mine: float) -> Guess:
     """Memory and time of one step, from the shapes alone.
 
@@ -86,20 +98,21 @@ def guess(recipe: Recipe, topology: Topology, sizes: dict[str, int], mine: float
     whole = 2 * (2 * layer_multiplies(cfg)) / tensor
     logits = 6 * min(2.0**27, tokens * cfg.vocab_size / tensor)
     memory = state + cfg.n_layers * tokens * kept[cfg.remat] + working + whole + logits
-    # ---- time: the longer of computing and sending
+    # ---- time: the longest of computing, sending and moving weights within the chip
     flops = recipe_flops_per_token(recipe) * recipe.train.batch_size * tokens_per_row(recipe)
     again = {"none": 1.0, "dots": 1.02, "full": 4 / 3}[cfg.remat]
     compute = flops * again / (topology.devices_count * chip.flops / chip.devices)
-    per_axis = 2 * chip.link / chip.devices
-    gathered = 2 * mine * sizes["fsdp"] * (1 - 1 / sizes["fsdp"])
+    gathered = 2 * mine * sizes["fsdp"]  # bfloat16, of all that one device gathers
     passes = (3 if cfg.remat == "full" else 2) * pieces
-    fsdp = gathered * (passes + 2 * pieces) / (per_axis * min(chip.dimensions, 1 + (sizes["fsdp"] > max(topology.shape))))
-    data = 2 * 4 * mine * (1 - 1 / sizes["data"]) / per_axis
+    moved = 28 * mine + pieces * ((12 * mine if pieces > 1 else 0) + 3 * gathered)  # state; gradients added up; weights
+    network = gathered * (passes + 2 * pieces) / rate(topology, sizes["fsdp"])
+    network += 2 * 4 * mine / rate(topology, sizes["data"])
     if topology.slices > 1:
-        data += 2 * 4 * mine / (chip.network / chip.devices)
+        network += 2 * 4 * mine / (chip.network / chip.devices)
     around = (6 if cfg.remat == "full" else 4) * 2 * 2 * tokens * cfg.d_model * pieces * cfg.n_layers
-    network = fsdp + data + around * (1 - 1 / tensor) / per_axis
-    seconds = max(compute, network) + 0.1 * min(compute, network)  # what overlaps does so not quite
+    network += around * (1.25 if recipe.family == "seq2seq" else 1) / rate(topology, sizes["tensor"])
+    times = sorted([compute, network, moved / (chip.bandwidth / chip.devices)])
+    seconds = times[2] + 0.1 * (times[0] + times[1])  # what overlaps does so not quite
     # Of two that are as fast, the one with fewer ways to split comes first.
     return Guess(recipe, memory * chip.devices, seconds * (1 + 0.02 * (tensor > 1) + 0.01 * (pieces > 1)))
 

@@ -63,7 +63,7 @@ class Traffic:
     cycles: float
     """The compiler's own estimate of the clock cycles that one device computes; 0 where it gives none."""
     endless: int
-    """Loops whose number of turns could not be read; they count once."""
+    """Loops whose number of turns could not be read."""
 
 
 def shapes_of(text: str) -> list[Shape]:
@@ -111,12 +111,13 @@ def _turns(loop: Instruction, computations: dict[str, list[Instruction]]) -> int
     return None
 
 
-def read(text: str, devices: int) -> Traffic:
+def read(text: str, devices: int, unknown: int = 1) -> Traffic:
     """What the compiled program of one device moves in one run.
 
     Args:
       text: as jax.stages.Compiled.as_text gives it.
       devices: all that take part.
+      unknown: how often a loop turns whose text does not say it.
     """
     computations, entry = _computations(text)
     times: dict[str, int] = collections.defaultdict(int)  # how often each computation runs
@@ -134,7 +135,7 @@ def read(text: str, devices: int) -> Traffic:
                 endless += turns is None
                 body = re.search(r"body=%?([\w.\-]+)", i.rest)
                 if body:
-                    visit(body[1], count * (1 if turns is None else turns), inside)
+                    visit(body[1], count * (unknown if turns is None else turns), inside)
                 continue
             called = _CALLED.findall(i.rest)
             if branches := re.search(r"branch_computations=\{([^}]*)\}", i.rest):
@@ -227,11 +228,10 @@ def _memory(i: Instruction, around: list[Instruction], computations: dict[str, l
     for j in (j for j in inner if j.kind == "parameter"):
         number = int(j.rest.split(")")[0])
         users = [k for k in inner if j.name in k.operands]
-        if users and number < len(read) and read[number]:
-            if all(k.kind in ("dynamic-slice", "gather", "slice") for k in users):
-                read[number] = sum(sum(s.bytes for s in k.shapes) for k in users)
-            elif all(k.kind == "dynamic-update-slice" and k.operands[0] == j.name for k in users):
-                read[number] = 0.0  # written in place; see below
+        cut = [k for k in users if k.kind in ("dynamic-slice", "gather", "slice")]
+        put = [k for k in users if k.kind == "dynamic-update-slice" and k.operands[0] == j.name]  # in place; see below
+        if users and number < len(read) and read[number] and len(cut) + len(put) == len(users):
+            read[number] = sum(sum(s.bytes for s in k.shapes) for k in cut)
     sizes = {k.name: sum(s.bytes for s in k.shapes) for k in inner}
     for k in inner:
         if k.kind == "dynamic-update-slice" and len(k.operands) > 1 and written >= sizes[k.name]:

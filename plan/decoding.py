@@ -1,0 +1,216 @@
+"""The step that samples: a token for every row of a causal model or encoder-decoder, a reading of a masked model."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from common.config import MeshConfig
+from common.errors import InputError
+from common.families import make_module
+from common.recipe import Recipe
+from common.rundir import as_multiplied, param_shapes
+from model.axes import activations_placed_by
+from plan import hlo
+from plan.candidates import PAD_VOCABULARY, held, parameter_axes
+from plan.roofline import bytes_per_device, compile_quietly, read_text, summed_collectives
+from plan.training import planned_model, with_vocabulary
+from sample.decode import Decoder
+from sample.masked import hidden_logits
+from sample.method import Method
+from sample.text import callbacks
+from train import sharding
+from train.chips import Topology, usual_shape
+from train.flops import executed_flops
+
+ROWS = 16
+MASKS = 16
+"""Places asked for in a masked model's row: a chunk, as `sample` fills it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePlan:
+    """Bytes and seconds are of one step: a token more for every row; of masked models, a reading of every row."""
+
+    step: str
+    """decode or read."""
+    rows: int
+    context: int
+    """Places of the cache: the prompt takes half of them, what is said the rest. Of masked models, of a row."""
+    chips: int
+    """As few as hold it."""
+    mesh: dict[str, int]
+    fits: bool
+    memory_per_chip: float
+    memory_limit: float
+    memory: dict[str, float]
+    """What memory_per_chip is made of, while it decodes or while it reads the prompts: the larger of the two."""
+    weights_seconds: float
+    """To read every weight once. No step is faster, but of models so small that some stay
+    in the memory beside the matrix units."""
+    compute_seconds: float | None
+    memory_seconds: float | None
+    network_seconds: float | None
+    bound_by: str
+    step_seconds: float
+    """The longest of the three, and of weights_seconds."""
+    tokens_per_second: float
+    """Of all rows together, at best: tokens said; of masked models, tokens read."""
+    compile_seconds: float
+    notes: tuple[str, ...]
+
+
+def plan_decoding(recipe: Recipe, topology: Topology, rows: int = ROWS) -> DecodePlan:
+    """Compile what `sample` runs, on as few chips of a topology as hold it.
+
+    The weights are of the types, and spread, as `load` has them: over `tensor` as far as the heads divide, the rest over
+    `fsdp`.
+
+    Raises:
+      InputError: not even all chips of one slice hold it; or libtpu is missing.
+    """
+    recipe, began, found = with_vocabulary(recipe), time.monotonic(), None
+    for where, placed, sizes in _spreads(recipe, topology, rows):
+        found = _compiled(placed, where, sizes, rows)
+        if found.fits:
+            return dataclasses.replace(found, compile_seconds=time.monotonic() - began)
+    if found is None:
+        raise InputError(
+            f"the weights of {recipe.name} and the cache of {rows} rows do not fit on {topology.name}: sample fewer "
+            "--rows, or take a larger slice"
+        )
+    return found
+
+
+def _spreads(recipe: Recipe, topology: Topology, rows: int) -> Any:
+    """(topology, recipe, mesh) from one device on, doubling, where the weights and the cache may fit."""
+    chip, cfg = topology.chip, recipe.model.resolved()
+    padded = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_multiple=PAD_VOCABULARY))
+    known = [(r, parameter_axes(r)) for r in (recipe, padded)]
+    cache = 2 * rows * cfg.n_layers * cfg.context * cfg.n_kv_heads * (cfg.d_head + cfg.d_value)
+    cache = 0 if recipe.family == "bert" else cache * (2 if recipe.family == "seq2seq" else 1)
+    devices = 1
+    while devices <= math.prod(topology.shape) * chip.devices:
+        for tensor in (n for n in range(devices, 0, -1) if devices % n == 0):
+            sizes = {"data": 1, "fsdp": devices // tensor, "tensor": tensor, "context": 1}
+            fitting = [(r, mine) for r, axes in known if (mine := held(axes, sizes)) is not None]
+            if fitting and 2 * fitting[0][1] + cache / tensor < 0.9 * chip.memory / chip.devices:
+                yield _slice_of(topology, devices), fitting[0][0], sizes
+                break
+        devices *= 2
+
+
+def _slice_of(topology: Topology, devices: int) -> Topology:
+    """The smallest slice of the same chip with so many devices."""
+    chips = -(-devices // topology.chip.devices)
+    shape = (devices,) if topology.chip_name == "cpu" else usual_shape(topology.chip_name, max(chips, 4))
+    larger = shape is None or math.prod(shape) > math.prod(topology.shape)
+    return dataclasses.replace(topology, shape=topology.shape if larger else shape, slices=1)
+
+
+def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: int) -> DecodePlan:
+    chip, count = topology.chip, math.prod(sizes.values())
+    mesh = sharding.make_mesh(MeshConfig(**sizes), topology.devices()[:count])
+    model = planned_model(recipe.model, mesh.devices.flat[0].platform)
+    # As load_run does. Of one device, the kernels ask the mesh what it is.
+    model = dataclasses.replace(model, attention=model.attention if count == 1 else "xla")
+    placed = activations_placed_by(sharding.place_activations(mesh)) if count == 1 else contextlib.nullcontext()
+    recipe = dataclasses.replace(recipe, model=model)
+    shapes = as_multiplied(param_shapes(recipe), model)
+    spread = sharding.parameter_shardings(mesh, shapes)
+    params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, spread)
+    with placed:
+        traced, before, cache, notes = (_reading if recipe.family == "bert" else _decoding)(recipe, params, rows)
+        compiled, used, said = compile_quietly(traced.lower()) if traced else (None, before, [])
+    notes += said
+    once, twice = [read_text(compiled, count, turns)[0] if compiled else None for turns in (1, 2)]
+    used = max(before, _bytes(compiled) if compiled else used)
+    weights = bytes_per_device(shapes, spread)
+    each = min(count, chip.devices)
+    parts = {"weights": weights, "cache": cache, "temporaries, padding, program": used - weights - cache}
+    share = chip.devices  # of a chip that one device is
+    times: dict[str, float | None] = {"weights": weights / (chip.bandwidth / share)}
+    if traced:
+        times["compute"] = executed_flops(traced.jaxpr.jaxpr)[0] / (count * chip.flops / share)
+    if once and twice:
+        step = _turn(once, twice) if twice.endless else once
+        times["memory"] = step.memory / (chip.bandwidth / share)
+        times["network"] = sum(row["seconds"] for row in summed_collectives(step, topology, mesh))
+    if -(-count // chip.devices) > chip.host:
+        notes.append(f"`sample` uses the {chip.host} chips of one host, and cannot run on so many yet")
+    slowest = max(times, key=lambda name: times[name] or 0.0)
+    longest = times[slowest] or 0.0
+    masked = recipe.family == "bert"
+    return DecodePlan(
+        step="read" if masked else "decode",
+        rows=rows,
+        context=model.context,
+        chips=-(-count // chip.devices),
+        mesh=dict(mesh.shape),
+        fits=compiled is not None and each * used <= chip.memory,
+        memory_per_chip=each * used,
+        memory_limit=chip.memory,
+        memory={name: each * size for name, size in parts.items() if size > 0},
+        weights_seconds=times["weights"] or 0.0,
+        compute_seconds=times.get("compute"),
+        memory_seconds=times.get("memory"),
+        network_seconds=times.get("network"),
+        bound_by=slowest,
+        step_seconds=longest,
+        tokens_per_second=rows * (model.context if masked else 1) / longest,
+        compile_seconds=0.0,
+        notes=tuple(notes),
+    )
+
+
+def _reading(recipe: Recipe, params: Any, rows: int) -> tuple[Any, float, float, list[str]]:
+    """A masked model's reading of full rows, traced; nothing comes before it, and it keeps no cache."""
+    shape = rows, recipe.model.context
+    tokens, places = _integers(*shape), _integers(rows, MASKS)
+    return hidden_logits.trace(make_module(recipe.family, recipe.model), params, tokens, tokens, places), 0.0, 0.0, []
+
+
+def _decoding(recipe: Recipe, params: Any, rows: int) -> tuple[Any, float, float, list[str]]:
+    """The decoding loop, traced, after prompts of half the context; what the reading of those needs, in bytes of a
+    device; and the bytes of the cache. The loop is None where already the prompts do not fit."""
+    cfg = recipe.model
+    decoder = Decoder(*callbacks(make_module(recipe.family, cfg), recipe, cfg.vocab_size), cfg.context, eos=0)
+    source = (_integers(rows, cfg.context),) * 2 if recipe.family == "seq2seq" else None
+    each, prompts = _integers(rows), _integers(rows, cfg.context // 2)
+    traced = decoder.prefill.trace(params, prompts, each, each, source, size=cfg.context)
+    compiled, used, notes = compile_quietly(traced.lower())
+    if compiled is None:
+        return None, used, 0.0, notes
+    # The state lies where the compiler put it, as when `sample` runs.
+    state = jax.tree.map(
+        lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), traced.out_info, compiled.output_shardings
+    )
+    cache = bytes_per_device(state.cache, jax.tree.map(lambda s: s.sharding, state.cache))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    loop = decoder.run.trace(params, state, keys, each, Method.make(), _integers())
+    return loop, _bytes(compiled), cache, notes
+
+
+def _integers(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _bytes(compiled: jax.stages.Compiled) -> float:
+    """What a program needs on a device while it runs."""
+    s = compiled.memory_analysis()
+    kept = s.argument_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes
+    return float(kept + s.temp_size_in_bytes + s.generated_code_size_in_bytes)
+
+
+def _turn(once: hlo.Traffic, twice: hlo.Traffic) -> hlo.Traffic:
+    """One turn of a loop of unknown length: what it adds to the traffic if it turns once more."""
+    collectives = tuple(
+        dataclasses.replace(a, times=b.times - a.times)
+        for a, b in zip(once.collectives, twice.collectives, strict=True)
+        if b.times > a.times
+    )
+    return hlo.Traffic(collectives, twice.memory - once.memory, twice.cycles - once.cycles, 0)

@@ -1,0 +1,79 @@
+"""Planning of the step that samples: the real programs compile, and what is told of them is counted by hand."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+import bothways
+from common.errors import InputError
+from plan import hlo
+from plan.candidates import parameter_axes
+from plan.decoding import _turn, plan_decoding
+from tests.plan.test_plan import PROGRAM
+from train import chips
+from train.chips import GIB, Topology
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_without_optimization():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def small(recipe, **model):
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=37, n_layers=1, **model))
+
+
+def test_a_decoding_step(tiny_recipe, eight_devices):
+    recipe = small(tiny_recipe)
+    cfg = recipe.model.resolved()
+    d = plan_decoding(recipe, Topology.parse("cpu:8"), rows=3)
+    assert (d.step, d.chips, d.fits) == ("decode", 1, True)
+    parameters = sum(jax.numpy.prod(jax.numpy.array(shape)).item() for shape, _ in parameter_axes(recipe))
+    assert d.memory["weights"] == 4 * parameters
+    # keys and values of every place in float32, and a length per row
+    assert d.memory["cache"] == 3 * (4 * cfg.context * cfg.n_kv_heads * (cfg.d_head + cfg.d_value) + 4)
+    assert d.weights_seconds == pytest.approx(4 * parameters / chips.CPU.bandwidth)
+    assert d.memory_seconds > d.weights_seconds
+    assert d.step_seconds == max(d.weights_seconds, d.compute_seconds, d.memory_seconds, d.network_seconds)
+    assert d.tokens_per_second == pytest.approx(3 / d.step_seconds)
+
+
+def test_as_few_chips_as_hold_it(tiny_recipe, eight_devices, monkeypatch):
+    recipe = small(tiny_recipe, n_heads=4, n_kv_heads=4, d_model=24)
+    one = plan_decoding(recipe, Topology.parse("cpu:8"), rows=2)
+    monkeypatch.setattr(chips, "CPU", dataclasses.replace(chips.CPU, memory=0.8 * one.memory_per_chip))
+    two = plan_decoding(recipe, Topology.parse("cpu:8"), rows=2)
+    assert two.fits
+    assert two.chips > one.chips
+    assert two.memory["weights"] < one.memory["weights"]
+    monkeypatch.setattr(chips, "CPU", dataclasses.replace(chips.CPU, memory=1000))
+    with pytest.raises(InputError, match="do not fit on cpu:8"):
+        plan_decoding(recipe, Topology.parse("cpu:8"), rows=2)
+
+
+def test_one_turn_of_the_loop_is_what_a_second_turn_adds():
+    endless = PROGRAM.replace("direction=LT", "direction=NE")
+    turn = _turn(hlo.read(endless, 4), hlo.read(endless, 4, 2))
+    whole = hlo.read(PROGRAM, 4)
+    assert turn.cycles == whole.cycles / 7
+    assert turn.memory == (whole.memory - 2 * 308) / 7
+    assert {(c.kind, c.times) for c in turn.collectives} == {("all-gather", 1), ("reduce-scatter", 1)}
+
+
+@pytest.mark.parametrize("family", ["bert", "seq2seq"])
+def test_the_command_line_plans_every_family(family, capfd, eight_devices):
+    name = {"bert": "shakespeare_bert", "seq2seq": "bible"}[family]
+    argv = ["plan", name, "--topology", "cpu:8", "--model.n-layers", "1", "--model.context", "16", "--rows", "2"]
+    argv += ["--data.vocab-size", "320", "--model.d-model", "16", "--optimizer.name", "adamw", "--json"]
+    assert bothways.main(argv) == 0
+    told = json.loads(capfd.readouterr().out)["decode"]
+    assert told["step"] == ("read" if family == "bert" else "decode")
+    assert told["fits"]
+    assert told["memory_limit"] == 4 * GIB
+    assert ("cache" in told["memory"]) == (family == "seq2seq")
+    assert bothways.main([*argv, "--rows", "0"]) == 2
+    assert "--rows is 0" in capfd.readouterr().err
