@@ -21,13 +21,14 @@ from model.config import TransformerConfig
 
 END_OF_TEXT = "<|endoftext|>"
 BERT_ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+RUNNING_TEXT = DataConfig(separate_documents=False)
 ADAMW = OptimizerConfig(learning_rate=1e-4, schedule="constant", b2=0.95, weight_decay=0.1, clip_norm=1.0)
 
 
 def gpt(layers: int, width: int, heads: int, vocabulary: int, context: int) -> Recipe:
     """A GPT-2 without dropout, as it is pre-trained today."""
     sizes = {"n_layers": layers, "d_model": width, "n_heads": heads, "vocab_size": vocabulary, "context": context}
-    return Recipe("gpt", "gpt", TransformerConfig(**sizes).resolved(), DataConfig(), optimizer=ADAMW)
+    return Recipe("gpt", "gpt", TransformerConfig(**sizes).resolved(), RUNNING_TEXT, optimizer=ADAMW)
 
 
 def bert(layers: int, width: int, heads: int, vocabulary: int, context: int) -> Recipe:

@@ -284,7 +284,7 @@ def continued(
     """Up to so many tokens behind every row of ids, as the run's own decoder says them, at temperature 1 or greedily."""
     key = jax.random.key(seed)
     going = [Row(list(ids), jax.random.fold_in(key, i)) for i, ids in enumerate(rows)]
-    model._decoder.generate(model.run.params, going, Method.make(1.0, 0, 1.0, 0.0, greedy), tokens)
+    model._decoder.generate(model.params, going, Method.make(1.0, 0, 1.0, 0.0, greedy), tokens)
     return [row.tokens for row in going]
 
 

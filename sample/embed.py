@@ -11,7 +11,7 @@ import numpy as np
 
 from common.errors import InputError
 from common.rundir import Run
-from sample.decode import bucket
+from sample.decode import bucket, close_bucket
 
 BATCH = 64
 
@@ -28,7 +28,7 @@ def pooled(module: nn.Module, params: Any, tokens: jax.Array, segments: jax.Arra
 
 def padded(rows: Sequence[Sequence[int]], context: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows as [B, T] tokens and segments, both dimensions in their buckets."""
-    T, B = min(bucket(max(map(len, rows))), context), bucket(len(rows), 1)
+    T, B = min(close_bucket(max(map(len, rows))), context), bucket(len(rows), 1)
     tokens, segments = np.full((B, T), pad, np.int32), np.zeros((B, T), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)], segments[i, : len(row)] = row, 1

@@ -15,6 +15,7 @@ from common.errors import InputError
 from common.rundir import Run, directory, load_run
 from model.cache import Cache
 from model.seq2seq import Seq2Seq
+from model.stack import for_decoding
 from sample import score as scoring
 from sample.beam import make_beam_search
 from sample.decode import Decoder, Row, Source, bucket
@@ -46,6 +47,9 @@ class Score:
     """nats"""
     tokens: int
     rule: str
+
+
+_for_decoding = jax.jit(for_decoding, static_argnums=1)
 
 
 def batched(rows: list[Row], size: int = BATCH) -> Iterator[list[Row]]:
@@ -94,6 +98,11 @@ class TextModel:
     def load(cls, home: str | Path, say: Callable[[str], None] = print) -> "TextModel":
         """Restore a run directory. Raises InputError if it is none."""
         return cls(load_run(directory(home), say))
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The run's parameters laid out for decoding, kept beside the stored ones; made when first wanted."""
+        return _for_decoding(self.run.params, self.recipe.model.compute_dtype)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """What is read of a prompt: its ids, or the token that opens a document; a source's ids and the end of it.
@@ -182,7 +191,7 @@ class TextModel:
         chunk = 4 if stream else 32 if stop else 0
         for batch in batched(rows):
             most = [self._most(row, max_tokens) for row in batch]
-            self._decoder.generate(self.run.params, batch, method, most, chunk=chunk, after_chunk=after_chunk)
+            self._decoder.generate(self.params, batch, method, most, chunk=chunk, after_chunk=after_chunk)
         return [self._result(prompts[i // num], row, stop) for i, row in enumerate(rows)]
 
     def _most(self, row: Row, max_tokens: int | None) -> int:
@@ -223,9 +232,9 @@ class TextModel:
             limits = [min(self._most(r, max_tokens), self.recipe.model.context - len(r.context)) for r in batch]
             if min(limits) < 1:
                 raise InputError("a prompt fills the model's context; beam search does not go beyond it")
-            state, _, _ = self._decoder.start(self.run.params, batch, limits)
+            state, _, _ = self._decoder.start(self.params, batch, limits)
             how = {"beams": beams, "alpha": alpha, "size": bucket(max(limits))}
-            found = self._beams(self.run.params, state.cache, state.logits, state.limit, **how)
+            found = self._beams(self.params, state.cache, state.logits, state.limit, **how)
             done, length, logprob = jax.device_get((found.done, found.done_length, found.done_logprob))
             for i, row in enumerate(batch):
                 hypotheses = [done[i, k, : length[i, k]].tolist() for k in range(num)]
