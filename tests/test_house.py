@@ -10,7 +10,7 @@ from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainCon
 from data.config import DataConfig
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("common", "model", "data", "train", "sample", "convert", "compare", "configs", "launch")
+FOLDERS = ("common", "model", "data", "train", "sample", "convert", "compare", "configs", "launch", "benchmarks")
 # What each folder may import. `common` holds recipe and run directory: it stands between the families and the verbs.
 MAY_IMPORT = {
     "model": {"model"},
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "convert": {"convert", "common", "model", "data"},
     "configs": {"configs", "common", "model", "data"},
     "launch": {"launch", "train.chips", "common"},
+    "benchmarks": {"benchmarks", "bothways", "compare", "convert", "configs", "train", "sample", "common", "model", "data"},
 }
 SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))] + [
     ROOT / "bothways.py",
