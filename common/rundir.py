@@ -33,6 +33,7 @@ from common.recipe import Recipe
 from data.tokenizer import Tokenizer
 from model.axes import path_names
 from model.config import TransformerConfig
+from model.stack import for_decoding
 from model.task import TaskModel
 
 T = TypeVar("T")
@@ -201,7 +202,7 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None, *,
 
     Args:
       place: shapes of the parameters -> their shardings; None puts everything on the first device.
-      narrow: to be asked, not to be trained on: weights in the types of `as_multiplied`.
+      narrow: to be asked, not to be trained on: weights in the types of `as_multiplied`, of what decodes `for_decoding`.
 
     Raises:
       InputError: no run, no checkpoint yet, or none that can be read.
@@ -237,6 +238,8 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None, *,
     if found is None:
         raise InputError(f"{home} has no checkpoint yet; train it first")
     params = jax.tree.map(lambda x, s: x.astype(s.dtype), found[1], kept)
+    if narrow and recipe.family != "bert":
+        params = jax.jit(for_decoding)(params)
     asked = recipe
     if any(len(at.device_set) > 1 for at in jax.tree.leaves(shardings)):
         # The compiler spreads what it can see into; a kernel of one's own would have to be told how.

@@ -75,10 +75,12 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout_attention)
         self.out = Projection(cfg, (cfg.d_model,), n_in=2, residual=True)
 
-    def keys_values(self, source: Float[jax.Array, "B S D"]) -> LayerCache:
+    def keys_values(
+        self, source: Float[jax.Array, "B S D"]
+    ) -> tuple[Float[jax.Array, "B S G K"], Float[jax.Array, "B S G W"]]:
         """What is looked at, before positions."""
         k, v = self.key(source), self.value(source)
-        return LayerCache(self.key_norm(k) if self.cfg.qk_norm else k, v)
+        return (self.key_norm(k) if self.cfg.qk_norm else k), v
 
     def __call__(
         self,
@@ -93,8 +95,8 @@ class Attention(nn.Module):
     ) -> tuple[Float[jax.Array, "B T D"], LayerCache | None]:
         cfg = self.cfg
         q = self.query_norm(self.query(x)) if cfg.qk_norm else self.query(x)
-        seen = memory if isinstance(memory, LayerCache) else self.keys_values(x if memory is None else memory)
-        k, v = seen.k, seen.v
+        remembered = isinstance(memory, LayerCache)
+        k, v = memory.read() if remembered else self.keys_values(x if memory is None else memory)
         if cfg.positions == "rotary" and memory is None:
             base = rotary_base or cfg.rotary_base
             q, k = (rotate(x, positions, base, cfg.rotary_scaling) for x in (q, k))
@@ -103,7 +105,7 @@ class Attention(nn.Module):
         v = constrain_activation(v, "batch", "keys", "kv_heads", "head")
         if cache is not None:
             cache = cache.write(k, v, length)
-            k, v = cache.k, cache.v
+            k, v = cache.read()
         dropping = cfg.dropout_attention > 0 and not deterministic
         dropout = (lambda p: self.dropout(p, deterministic=False)) if dropping else None
         y = attend(q, k, v, mask, dropout, cfg.attention)

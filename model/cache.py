@@ -10,10 +10,10 @@ from model.config import TransformerConfig
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values of one layer, by position."""
+    """Keys and values of one layer, by position; kept as attention reads them, heads before places."""
 
-    k: Float[jax.Array, "B S G K"]
-    v: Float[jax.Array, "B S G W"]
+    k: Float[jax.Array, "B G S K"]
+    v: Float[jax.Array, "B G S W"]
     memory: "LayerCache | None" = None
     """Of a decoder under an encoder: the keys and values of what the encoder said."""
 
@@ -22,10 +22,21 @@ class LayerCache:
     ) -> "LayerCache":
         """T new places per row, each row from its own `start`."""
 
-        def put(row: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), (at, 0, 0))
+        def put(old: Float[jax.Array, "S K"], new: Float[jax.Array, "T K"], at: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (at, 0))
 
-        return self.replace(k=jax.vmap(put)(self.k, k, start), v=jax.vmap(put)(self.v, v, start))
+        # A start for every head of every row, since XLA's CPU backend would copy the cache of a single row.
+        heads_of_rows, at = jax.vmap(jax.vmap(put)), jnp.broadcast_to(start[:, None], self.k.shape[:2])
+        return self.replace(k=heads_of_rows(self.k, k.swapaxes(1, 2), at), v=heads_of_rows(self.v, v.swapaxes(1, 2), at))
+
+    @classmethod
+    def of(cls, k: Float[jax.Array, "B S G K"], v: Float[jax.Array, "B S G W"]) -> "LayerCache":
+        """What holds exactly these."""
+        return cls(k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    def read(self) -> tuple[Float[jax.Array, "B S G K"], Float[jax.Array, "B S G W"]]:
+        """Keys and values of all places."""
+        return self.k.swapaxes(1, 2), self.v.swapaxes(1, 2)
 
 
 @flax.struct.dataclass
@@ -43,14 +54,14 @@ class Cache:
         cfg = cfg.resolved()
 
         def zeros(width: int) -> jax.Array:
-            return jnp.zeros((batch, size, cfg.n_kv_heads, width), cfg.compute_dtype)
+            return jnp.zeros((batch, cfg.n_kv_heads, size, width), cfg.compute_dtype)
 
         layers = tuple(LayerCache(zeros(cfg.d_head), zeros(cfg.d_value)) for _ in range(cfg.n_layers))
         return cls(layers, jnp.zeros((batch,), jnp.int32))
 
     @property
     def size(self) -> int:
-        return self.layers[0].k.shape[1]
+        return self.layers[0].k.shape[2]
 
     def take(self, rows: Int[jax.Array, " N"], *, memory: bool = True) -> "Cache":
         """The rows at these indices: how a beam search follows its survivors.

@@ -1,5 +1,6 @@
 """Blocks in sequence: unrolled or scanned, rematerialised or not. The parameters are the same in all cases."""
 
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,27 @@ REMAT = {
 }
 
 
-def split_layers(blocks: dict, n_layers: int) -> list[dict]:
+def split_layers(blocks: dict | tuple[dict, ...]) -> tuple[dict, ...]:
     """Stacked parameters [L, ...] as one tree per layer. lax.split, since its gradient is one concatenation."""
+    if isinstance(blocks, tuple):
+        return blocks
     leaves, treedef = jax.tree.flatten(blocks)
+    n_layers = leaves[0].shape[0]
     columns = [jax.lax.split(leaf, (1,) * n_layers) for leaf in leaves]
-    return [treedef.unflatten([column[i][0] for column in columns]) for i in range(n_layers)]
+    return tuple(treedef.unflatten([column[i][0] for column in columns]) for i in range(n_layers))
+
+
+def for_decoding(params: dict) -> dict:
+    """The same parameters as a decode step reads them: a tree per layer instead of stacked ones, of which a step would
+    first copy each layer's part. Modules take either."""
+    return {
+        name: split_layers(inner) if name == "blocks" else for_decoding(inner) if isinstance(inner, dict) else inner
+        for name, inner in params.items()
+    }
 
 
 class Stack(nn.Module):
-    """L blocks. Parameters live in `blocks`, each with a leading axis of layers.
+    """L blocks. Parameters live in `blocks`, each with a leading axis of layers; or as `for_decoding` made them.
 
     With a cache the layers are always unrolled: decoding wants each layer's cache by itself, and layers may
     keep caches of different sizes.
@@ -37,14 +50,15 @@ class Stack(nn.Module):
 
     def setup(self):
         self.block = Block(self.cfg, cross=self.cross, parent=None)
-        self.blocks = self.param("blocks", self.init_blocks)
+        given = self.has_variable("params", "blocks")  # else: initialising
+        self.blocks = self.get_variable("params", "blocks") if given else self.param("blocks", self.init_blocks)
 
     def remember(self, memory: Float[jax.Array, "B S D"]) -> tuple[LayerCache, ...]:
         """What every layer's cross-attention looks at, computed once per source."""
         attention = Attention(self.cfg, parent=None)
         return tuple(
-            attention.apply({"params": params["cross"]}, memory, method="keys_values")
-            for params in split_layers(self.blocks, self.cfg.n_layers)
+            LayerCache.of(*attention.apply({"params": params["cross"]}, memory, method="keys_values"))
+            for params in split_layers(self.blocks)
         )
 
     def __call__(
@@ -72,7 +86,8 @@ class Stack(nn.Module):
             run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan_layers, static_argnums=3)
 
         period = len(cfg.layer_pattern)
-        scanned = cfg.n_layers // period * period if cfg.scan_layers and cache is None else 0
+        scannable = cfg.scan_layers and cache is None and not isinstance(blocks, tuple)
+        scanned = cfg.n_layers // period * period if scannable else 0
         if scanned:
             # One turn of the loop is one period of the layer pattern, so that every window stays a constant.
             def turn(x, turn_input):
@@ -86,7 +101,7 @@ class Stack(nn.Module):
             blocks = jax.tree.map(lambda p: p[scanned:], blocks)
 
         new_layers = []
-        for layer, params in enumerate(split_layers(blocks, cfg.n_layers - scanned), start=scanned):
+        for layer, params in enumerate(split_layers(blocks) if scanned < cfg.n_layers else (), start=scanned):
             layer_cache = cache.layers[layer] if cache is not None else None
             x, layer_cache = run(x, params, layer, layer, layer_cache)
             new_layers.append(layer_cache)

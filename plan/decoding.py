@@ -15,6 +15,7 @@ from common.families import make_module
 from common.recipe import Recipe
 from common.rundir import as_multiplied, param_shapes
 from model.axes import activations_placed_by
+from model.stack import for_decoding
 from plan import hlo
 from plan.candidates import PAD_VOCABULARY, held, parameter_axes
 from plan.roofline import bytes_per_device, compile_quietly, read_text, summed_collectives
@@ -123,6 +124,10 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
     shapes = as_multiplied(param_shapes(recipe), model)
     spread = sharding.parameter_shardings(mesh, shapes)
     params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, spread)
+    if recipe.family != "bert":
+        split = jax.jit(for_decoding).lower(params)
+        at = split.compile().output_shardings
+        params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), split.out_info, at)
     with placed:
         traced, before, cache, notes = (_reading if recipe.family == "bert" else _decoding)(recipe, params, rows)
         compiled, used, said = compile_quietly(traced.lower()) if traced else (None, before, [])

@@ -11,7 +11,7 @@ from common.config import FinetuneConfig, MeshConfig, ObjectiveConfig, Optimizer
 from data.config import DataConfig
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("common", "model", "data", "train", "sample", "convert", "compare", "configs", "launch", "plan")
+FOLDERS = ("common", "model", "data", "train", "sample", "convert", "compare", "configs", "launch", "plan", "benchmarks")
 # What each folder may import. `common` holds recipe and run directory: it stands between the families and the verbs.
 MAY_IMPORT = {
     "model": {"model"},
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "configs": {"configs", "common", "model", "data"},
     "launch": {"launch", "train.chips", "common"},
     "plan": {"plan", "train", "sample", "common", "model", "data"},
+    "benchmarks": {"benchmarks", "bothways", "compare", "convert", "configs", "train", "sample", "common", "model", "data"},
 }
 SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))] + [
     ROOT / "bothways.py",

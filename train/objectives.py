@@ -52,7 +52,10 @@ def causal(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Obje
         return {"nll": jnp.sum(batch["weights"])}
 
     def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
-        features, _ = module(batch["tokens"], batch["positions"], batch["segments"], deterministic=deterministic)
+        # Where documents are not kept apart only padding has a segment of its own; it stands last, where causality hides
+        # it from all that counts, and a kernel that knows nothing but causality can be taken.
+        segments = batch["segments"] if separate else None
+        features, _ = module(batch["tokens"], batch["positions"], segments, deterministic=deterministic)
         smoothing = 0.0 if deterministic else cfg.label_smoothing
         return {"nll": cross_entropy(features, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
 

@@ -84,5 +84,5 @@ def test_taken_rows_go_on_as_the_rows_they_were_taken_from(setting):
 def test_a_cache_has_a_place_per_layer_for_keys_and_values_of_its_heads(setting):
     cache = Cache.empty(setting.cfg, batch=2, size=7)
     shapes = [(layer.k.shape, layer.v.shape) for layer in cache.layers]
-    assert shapes == [((2, 7, setting.cfg.n_kv_heads, 6),) * 2] * 2
+    assert shapes == [((2, setting.cfg.n_kv_heads, 7, 6),) * 2] * 2
     assert cache.length.tolist() == [0, 0]

@@ -39,7 +39,7 @@ class Known:
 
 
 def empty_cache(params, batch: int, size: int, source=None) -> Cache:
-    zeros = jnp.zeros((batch, size, 1, 1))
+    zeros = jnp.zeros((batch, 1, size, 1))
     return Cache((LayerCache(zeros, zeros),), jnp.zeros((batch,), jnp.int32))
 
 
@@ -74,7 +74,7 @@ def remembering(tokens: int, seed: int, eos: int = 0, eos_bias: float = 0.0, sta
         said = (tokens + 1)[:, :, None, None]
         layer = cache.layers[0].write(said, said, cache.length)
         slots, here = jnp.arange(cache.size), cache.length[:, None] + jnp.arange(T)
-        parts = (layer.k[:, :, 0, 0].astype(jnp.int32) * weights[: cache.size])[:, None]
+        parts = (layer.k[:, 0, :, 0].astype(jnp.int32) * weights[: cache.size])[:, None]
         state = jnp.where(slots <= here[..., None], parts, 0).sum(axis=-1) % states
         return jax.nn.one_hot(state, states), Cache((layer,), cache.length + T)
 

@@ -1,0 +1,137 @@
+"""Training steps: forward, backward, clipping, AdamW, on batches that change; ours is the step that `bothways train` takes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.harness import OURS, Row, Setting, Side, alternate
+from benchmarks.models import ADAMW, model_of, random_tokens, torch_model
+from common.families import make_module
+from common.recipe import Recipe
+from common.rundir import load_run
+from data.tokenizer import Vocabulary
+from train import sharding
+from train.objectives import make_objective
+from train.optimizer import make_optimizer
+from train.step import TrainState, make_eval_step, make_train_step, state_shardings
+
+Batch = dict[str, np.ndarray]
+PEER = "transformers, PyTorch eager, fused AdamW"
+MASK_ID = 4
+
+
+def gpt_batch(recipe: Recipe, rows: int, length: int, seed: int) -> Batch:
+    """What data/examples.py makes of rows of one document."""
+    ids = random_tokens(recipe, rows, length + 1, seed)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    ones = np.ones((rows, length), np.int32)
+    given = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "segments": ones, "positions": positions}
+    return given | {"weights": ones.astype(np.float32)}
+
+
+def bert_batch(recipe: Recipe, rows: int, length: int, seed: int) -> Batch:
+    """The same for masked rows: 15 % of the places are asked for, and hidden."""
+    ids, rng = random_tokens(recipe, rows, length, seed), np.random.default_rng(seed)
+    asked = max(1, round(recipe.objective.mask_rate * length))
+    places = np.sort(np.stack([rng.choice(length, asked, replace=False) for _ in range(rows)])).astype(np.int32)
+    tokens = ids.copy()
+    np.put_along_axis(tokens, places, MASK_ID, axis=1)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    given = {"tokens": tokens, "places": places, "targets": np.take_along_axis(ids, places, axis=1)}
+    given |= {"segments": np.ones((rows, length), np.int32), "positions": positions}
+    return given | {"weights": np.ones((rows, asked), np.float32)}
+
+
+def ours(recipe: Recipe, params: Any, batches: list[Batch], steps: int) -> tuple[Side, Callable[[Batch], float]]:
+    """(so many steps, the loss of a batch without dropout)."""
+    mesh = sharding.make_mesh(recipe.mesh, jax.devices()[:1])
+    ids = np.arange(recipe.model.vocab_size)
+    vocabulary = Vocabulary(0, 2, 3, MASK_ID, ids < 5, ids[5:], ids > 4, ids > 4)
+    objective = make_objective(recipe.objective, vocabulary, recipe.data.separate_documents)
+    optimizer = make_optimizer(recipe.optimizer, 1_000)
+    zero = jnp.zeros((), jnp.int32)
+    module = make_module(recipe.family, recipe.model)
+    state = TrainState(zero, params, optimizer.init(params), zero, zero)
+    shardings = state_shardings(mesh, jax.eval_shape(lambda: state))
+    state = jax.tree.map(jnp.copy, jax.device_put(state, shardings))  # the step consumes it
+    step = make_train_step(module, objective, optimizer, mesh, shardings)
+    evaluate = make_eval_step(module, objective, mesh, shardings.params)
+
+    def run() -> float:
+        nonlocal state
+        for i in range(steps):
+            state, metrics = step(state, sharding.to_global(mesh, batches[i % len(batches)]))
+        return float(jax.block_until_ready((state, metrics))[1]["loss"])
+
+    def loss(batch: Batch) -> float:
+        nats, _, weight = next(iter(evaluate(params, sharding.to_global(mesh, batch)).values()))
+        return float(nats / weight)
+
+    return run, loss
+
+
+def pytorch(model: Any, batches: list[Batch], steps: int) -> tuple[Side, Callable[[Batch], float]]:
+    """The same of a module of `transformers`; a masked loss is told by labels of -100, as its users do."""
+    import torch
+
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2]}, {"params": plain, "weight_decay": 0.0}]
+    how = {"lr": ADAMW.learning_rate, "betas": (ADAMW.b1, ADAMW.b2), "eps": ADAMW.eps}
+    adamw = torch.optim.AdamW(groups, weight_decay=ADAMW.weight_decay, fused=True, **how)
+
+    def loss_of(batch: Batch) -> Any:
+        labels = batch["targets"]
+        if "places" in batch:
+            labels = np.full_like(batch["tokens"], -100)
+            np.put_along_axis(labels, batch["places"], batch["targets"], axis=1)
+        logits = model(torch.from_numpy(batch["tokens"]).long()).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(labels).long().flatten())
+
+    def run() -> float:
+        model.train()
+        for i in range(steps):
+            adamw.zero_grad()
+            value = loss_of(batches[i % len(batches)])
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW.clip_norm)
+            adamw.step()
+        return value.item()
+
+    def loss(batch: Batch) -> float:
+        model.eval()
+        with torch.no_grad():
+            return loss_of(batch).item()
+
+    return run, loss
+
+
+def compare(setting: Setting, name: str, rows: int, length: int, steps: int, what: str) -> Row:
+    """Tokens per second of training steps. Both sides begin with the same weights, and must agree on the first loss."""
+    recipe, home = model_of(setting, name)
+    rows, length = (2, 16) if setting.tiny else (rows, length)
+    make = gpt_batch if recipe.family == "gpt" else bert_batch
+    batches = [make(recipe, rows, length, seed) for seed in range(4)]
+    run, loss = ours(recipe, load_run(home, print).params, batches, steps)
+    sides = {OURS: run}
+    if setting.peers:
+        kind = "GPT2LMHeadModel" if recipe.family == "gpt" else "BertForMaskedLM"
+        sides[PEER], theirs = pytorch(torch_model(home, kind), batches, steps)
+        assert abs(loss(batches[0]) - theirs(batches[0])) < 1e-3, "the sides do not compute the same loss"
+    seconds = alternate(sides, setting.rounds)
+    return Row(what, "tokens/s", rows * length * steps, seconds, "1.2 x PyTorch")
+
+
+def gpt_small(setting: Setting) -> Row:
+    what = "GPT training step, 6 layers, 384 wide, vocabulary 8192, 8 x 256"
+    return compare(setting, "gpt-small", 8, 256, 2, what)
+
+
+def gpt2(setting: Setting) -> Row:
+    return compare(setting, "gpt2", 4, 256, 1, "GPT-2 124M training step, 4 x 256")
+
+
+def bert_base(setting: Setting) -> Row:
+    return compare(setting, "bert-base", 16, 128, 1, "BERT-base training step, 16 x 128, dropout 0.1")
