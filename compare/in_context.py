@@ -180,13 +180,10 @@ def conclude(found: dict[str, list[dict[str, list[float]]]], best: dict[str, lis
     share = used["causal"].value / np.mean([np.subtract(*parts(best[t])) for t in TASKS])
     finding += f", {share:.0%} of what the best possible reader does)"
     if "masked" in found:
-        apart = difference(
-            *(
-                [float(np.mean([gains[a, t][s] for t in TASKS])) for s in range(len(found[a]))]
-                for a in ("causal", "masked")
-            )
-        )
-        finding += f"; the masked model, shown the same, {told(used['masked'])}; the two differ by {told(apart)}"
+        late_of = {a: [float(np.mean([parts(r[t])[1] for t in TASKS])) for r in found[a]] for a in ("causal", "masked")}
+        at, other = (str(mean(late_of[a])) for a in ("causal", "masked"))
+        finding += f"; late in a document its answers cost {at} nats, those of the masked model, shown the same, {other} "
+        finding += f"(difference {told(difference(late_of['masked'], late_of['causal']))})"
     return Result(
         verdict(used["causal"]),
         finding + ".",

@@ -89,7 +89,7 @@ def write(home: Path, found: list[tuple[Experiment, Result]], about: dict[str, A
     """`report.html` and `report.json` in a directory.
 
     Args:
-      about: size, arms (name -> what it is), seeds, command.
+      about: size, arms (name -> what it is), seeds, options, scale, made (what measured).
     """
     commands = [f"bothways compare {e.name}{about['options']}" for e, _ in found]
     claims = "".join(
@@ -114,7 +114,7 @@ beside each claim stands what others found there.</p>
 made for there being several claims. The models: {html.escape(models)}.</p>
 {sections}
 <p class="soft">Made by <code>bothways compare{html.escape(about["options"])}</code>. The same figures, for machines:
-<code>report.json</code>.</p>
+<code>report.json</code>. Measured with {html.escape("; ".join(about["made"]))}.</p>
 </body></html>
 """
     (home / "report.html").write_text(page)

@@ -2,6 +2,10 @@
 
 import dataclasses
 import importlib
+import importlib.metadata
+import os
+import platform
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +37,17 @@ def controlled(arms: dict[str, Recipe]) -> dict[str, Recipe]:
 def masked_only(hybrid: Recipe) -> Recipe:
     """The hybrid recipe with no row read forward: a masked model of exactly the same parameters."""
     return dataclasses.replace(hybrid, objective=dataclasses.replace(hybrid.objective, causal_share=0.0))
+
+
+def made_with() -> str:
+    """What measured: the commit, where this is a checkout, and the versions."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "no checkout"
+    version = importlib.metadata.version
+    return f"commit {commit}, jax {version('jax')}, Python {platform.python_version()}, {os.cpu_count()} CPU cores"
 
 
 def described(recipe: Recipe) -> str:
@@ -69,6 +84,7 @@ def compare(
         chosen = experiment(name)
         new = not kept[name].exists()
         Result.from_json(lab.part(f"result-{name}", lambda e=chosen: dataclasses.asdict(e.run(lab))))
+        lab.part(f"made-{name}", made_with)
         found = [(experiment(n), Result.from_json(lab.part(f"result-{n}", dict))) for n in NAMES if kept[n].exists()]
         s, steps = lab.size, lab.size.text_steps or lab.recipes["causal"].train.steps
         about = {
@@ -76,6 +92,7 @@ def compare(
             "options": options,
             "seeds": s.seeds,
             "scale": f"{s.seeds} seeds, {steps} steps on running text, {s.toy_steps} on made-up data.",
+            "made": sorted({lab.part(f"made-{e.name}", made_with) for e, _ in found}),
             "arms": {arm: described(r) for arm, r in lab.recipes.items()},
         }
         page, _ = report.write(home, found, about)

@@ -122,7 +122,8 @@ def test_the_page_stands_by_itself(tmp_path):
         )
         for n, v in (("a", stats.HOLDS), ("b", stats.FAILS), ("c", stats.OPEN))
     ]
-    about = {"size": "s", "options": " --size s", "seeds": 2, "scale": "little.", "arms": {"causal": "a GPT"}}
+    about = {"size": "s", "options": " --size s", "seeds": 2, "scale": "little.", "made": ["commit abc"]}
+    about |= {"arms": {"causal": "a GPT"}}
     path, _ = report.write(tmp_path, found, about)
     page = Page(path.read_text())
     assert page.ids == ["a", "b", "c"]
@@ -130,6 +131,7 @@ def test_the_page_stands_by_itself(tmp_path):
     assert not page.outside
     assert "Of 3 claims 1 hold here, 1 do not, and 1 are not decided" in page.text
     assert "bothways compare b --size s" in page.text
+    assert "Measured with commit abc." in page.text
     assert "rate <x>" in page.text
     assert "a rule" in page.text
     assert pictures.INK not in path.read_text()
