@@ -167,7 +167,8 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
         f"What the masked model writes is, to a judge that counts words, {told(writes, ' bits per token')} further from real "
         "text than the causal one's (less is nearer), but of its pairs of tokens "
         f"{distinct('masked', patient)} are distinct, of the causal one's {distinct('causal', 'left to right')}, "
-        f"of real text's {real['writes']['distinct']:.0%}; drawn 16 tokens at once, {told(blends, ' bits')} further still. Understanding: the masked model is "
+        f"of real text's {real['writes']['distinct']:.0%}; "
+        f"drawn 16 tokens at once, {told(blends, ' bits')} further still. Understanding: the masked model is "
         f"{ranked({'filling spans': fills, 'a tuned task': understands})}, than the causal one.",
         f"{len(tuned['causal'])} seeds. The judge only counts words; it cannot tell sense, nor dullness: read it "
         "beside distinct-2 and self-BLEU. The claim counts as held only if all "

@@ -1,6 +1,8 @@
-"""Reading a corpus in a test: all its documents, by split or joined again."""
+"""Reading in a test: all documents of a corpus, by split or joined again; examples one by one."""
 
 from pathlib import Path
+
+import numpy as np
 
 from data import corpora
 from data.config import DataConfig
@@ -23,3 +25,8 @@ def in_all(corpus: corpora.Corpus) -> dict[str, str]:
         for name, text in documents:
             whole[name] = whole.get(name, "") + text
     return whole
+
+
+def singly(examples: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Arrays [n, ...] as n examples."""
+    return [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]

@@ -1,4 +1,4 @@
-"""What is hidden: pure functions of (rows, draws), tested as distributions."""
+"""What is hidden: a pure function of (rows, draws), tested as a distribution."""
 
 import functools
 
@@ -8,9 +8,21 @@ import pytest
 from data.draws import Draws
 from data.examples import Masking, hide, masked_row, places_within
 from data.pipeline import Stacked, training_batches
-from tests.data.drawn import LENGTH, SIGMAS, UNTOUCHED, VOCABULARY, draws_of, near, row_of, singly
+from data.tokenizer import made_up_vocabulary
+from tests.data.reading import singly
 
-ROWS = 1000
+ROWS, LENGTH, SIGMAS = 1000, 61, 4
+VOCABULARY = made_up_vocabulary(211)
+UNTOUCHED = Masking(mask_share=0.0, random_share=0.0)
+
+
+def row_of(n: int) -> np.ndarray:
+    """Text with special tokens in it, and padding at the end: as much of both as n says."""
+    rng = np.random.default_rng([1, n])
+    tokens = rng.choice(VOCABULARY.ordinary, LENGTH).astype(np.int32)
+    tokens[rng.permutation(LENGTH)[: n % 7]] = rng.integers(1, 5, n % 7)
+    tokens[LENGTH - n % 11 :] = VOCABULARY.pad
+    return tokens
 
 
 @functools.cache
@@ -21,6 +33,15 @@ def examples_of(masking: Masking, slots: int = LENGTH, seed: int = 0) -> list:
     hidden, asked = hide(tokens, Draws(seed, np.arange(ROWS)), VOCABULARY, masking, slots)
     np.testing.assert_array_equal(tokens, before)
     return [(*both, one["places"][one["weights"] > 0], one) for *both, one in zip(tokens, hidden, singly(asked), strict=True)]
+
+
+def draws_of(*numbers: int, seed: int = 0) -> Draws:
+    return Draws(seed, np.array(numbers))
+
+
+def near(count: float, trials: int, share: float) -> bool:
+    """Whether a binomial count is within some standard deviations of what is expected."""
+    return abs(count - trials * share) <= SIGMAS * np.sqrt(trials * share * (1 - share)) + 1e-9
 
 
 # ---- which tokens are chosen ---------------------------------------------------------------------------------------

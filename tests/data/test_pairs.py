@@ -12,6 +12,7 @@ from data.draws import Draws
 from data.pairs import PackedPairs, Spans, corrupted, pack, parts
 from data.tokenizer import made_up_vocabulary
 from data.tokens import Tokens
+from tests.data.reading import singly
 
 HYPOTHESIS = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 VOCABULARY = made_up_vocabulary(101)
@@ -24,10 +25,6 @@ def make(pairs: list[tuple[int, int]], home=None) -> Tokens:
     found = [[BOS, *(5 + (7 * d + k) % 96 for k in range(n)), EOS] for d, n in enumerate(np.ravel(pairs))]
     starts = np.cumsum([0] + [len(d) for d in found])[:-1]
     return Tokens(np.concatenate(found).astype(np.uint16), starts.astype(np.int64), 1, home)
-
-
-def singly(examples: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    return [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
 
 
 def texts(ids: np.ndarray, segments: np.ndarray) -> list[list[int]]:

@@ -15,6 +15,7 @@ from data.corpora import Corpus
 from data.draws import Draws
 from data.examples import causal, places_within
 from data.tokens import Rows, Tokens
+from tests.data.reading import singly
 
 HYPOTHESIS = settings(max_examples=150, deadline=None, database=None, derandomize=True)
 PAD, BOS, EOS = 0, 2, 3
@@ -37,10 +38,6 @@ def make(sizes: list[int]) -> tuple[Tokens, list[list[int]]]:
 
 def every(source) -> dict[str, np.ndarray]:
     return source[np.arange(len(source))]
-
-
-def singly(examples: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    return [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
 
 
 @given(documents, st.integers(1, 11), st.lists(st.integers(0, 99), max_size=5))

@@ -1,4 +1,4 @@
-"""Which texts stand together: pure functions of (rows, draws), tested as distributions."""
+"""Which texts stand together: a pure function of (pieces, draws), tested as a distribution."""
 
 import dataclasses
 import itertools
@@ -10,10 +10,17 @@ from common.errors import InputError
 from data.draws import Draws
 from data.examples import Masking, Pairs, sentence_pair, truncated
 from data.tokenizer import made_up_vocabulary
-from tests.data.drawn import UNTOUCHED, VOCABULARY, draws_of, near, singly
+from tests.data.reading import singly
 
 ROOM = 21
 PAIR = ROOM + 3
+VOCABULARY = made_up_vocabulary(211)
+UNTOUCHED = Masking(mask_share=0.0, random_share=0.0)
+
+
+def near(count: float, trials: int, share: float) -> bool:
+    """Whether a binomial count is within some standard deviations of what is expected."""
+    return abs(count - trials * share) <= 4 * np.sqrt(trials * share * (1 - share)) + 1e-9
 
 
 def corpus(sentences: list[list[int]], length: int = PAIR) -> tuple[Pairs, list[range]]:
@@ -136,7 +143,7 @@ def test_a_false_second_text_is_a_piece_of_another_document():
 def test_a_piece_of_one_token_can_only_have_a_false_second_text():
     source, _ = corpus([[1], [7, 7]])
     for n in range(20):
-        (pair,) = singly(sentence_pair(source[np.arange(1)], draws_of(n), source, UNTOUCHED, 4))
+        (pair,) = singly(sentence_pair(source[np.arange(1)], Draws(0, np.array([n])), source, UNTOUCHED, 4))
         assert pair["random_next"] == 1
         assert texts_of(pair)[0] == [5]
 
