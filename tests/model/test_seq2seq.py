@@ -155,7 +155,7 @@ def test_post_norm_is_stable_at_initialisation(layers, residual, least):
     """
     published = find("transformer_base").model
     small = {"vocab_size": 53, "d_model": 64, "n_heads": 4, "d_ff": 256, "init_std": 64**-0.5, "context": 16}
-    off = {"dropout_embed": 0.0, "dropout_residual": 0.0, "dtype": "float32"}
+    off = {"dropout_embed": 0.0, "dropout_residual": 0.0, "dtype": "float32", "scan_layers": True}
     cfg = TransformerConfig(
         **dataclasses.asdict(published) | small | off | {"n_layers": layers, "init_residual": residual}
     ).resolved()

@@ -1,9 +1,9 @@
 """The train step computes the same update however it is cut up or spread."""
 
 import dataclasses
+import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,19 +61,23 @@ OBJECTIVES = {
 }
 
 
+@functools.cache
+def first_state(family, cfg, optimizer):
+    """Compiled once for all meshes."""
+    module, optimizer = make_module(family, cfg), make_optimizer(optimizer, 10)
+    return jax.device_get(jax.jit(lambda: init_state(module, tiny_inputs(family), optimizer, 3))())
+
+
 def run(cfg, mesh_cfg, devices, steps=2, accumulate=1, optimizer=None, batches=None, family="gpt"):
     """State, metrics and evaluation after some steps on a mesh of these devices."""
     mesh = sharding.make_mesh(mesh_cfg, devices)
     module = make_module(family, cfg)
     objective = make_objective(OBJECTIVES[family], made_up_vocabulary(cfg.vocab_size))
     batches = batches or [BATCHES[family](cfg.vocab_size, seed=k) for k in range(steps)]
-    optimizer = make_optimizer(optimizer or OptimizerConfig(learning_rate=1e-2, eps=1e-3), 10)
-
-    def fresh():
-        return init_state(module, tiny_inputs(family), optimizer, 3)
-
-    shardings = state_shardings(mesh, jax.eval_shape(fresh))
-    state = jax.jit(fresh, out_shardings=shardings)()
+    asked = optimizer or OptimizerConfig(learning_rate=1e-2, eps=1e-3)
+    begun, optimizer = first_state(family, cfg, asked), make_optimizer(asked, 10)
+    shardings = state_shardings(mesh, jax.eval_shape(lambda: begun))
+    state = jax.device_put(jax.tree.map(np.copy, begun), shardings)  # a step consumes it
     step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=accumulate)
     metrics = []
     for batch in batches:
@@ -189,15 +193,18 @@ def test_dropout_differs_between_steps_and_not_between_runs(shardable, eight_dev
 
 def test_label_smoothing_is_for_training_only(shardable, eight_devices):
     module, batch = make_module("gpt", shardable), causal_batch(shardable.vocab_size)
-    params = module.init(jax.random.key(0), **tiny_inputs("gpt"))["params"]
+    params = first_state("gpt", shardable, OptimizerConfig()).params
 
     def nats(smoothing, deterministic):
         objective = make_objective(ObjectiveConfig(label_smoothing=smoothing), made_up_vocabulary(40))
-        return module.apply(
-            {"params": params},
-            method=lambda m: objective.terms(m, jax.tree.map(jnp.asarray, batch), deterministic),
-            rngs={"dropout": jax.random.key(0)},
-        )["nll"].nats
+
+        @jax.jit
+        def run(params, batch):
+            rngs = {"dropout": jax.random.key(0)}
+            terms = module.apply({"params": params}, method=lambda m: objective.terms(m, batch, deterministic), rngs=rngs)
+            return terms["nll"].nats
+
+        return run(params, batch)
 
     assert nats(0.3, True) == nats(0.0, True)
     assert abs(nats(0.3, False) - nats(0.0, False)) > 1e-2
