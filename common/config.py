@@ -225,18 +225,21 @@ class MeshConfig:
 class FinetuneConfig:
     """What `finetune` does beside what the run itself says."""
 
-    epochs: int = 3
-    """Passes over the training split."""
+    epochs: int = 0
+    """Passes over the training split. 0: 3; for small bodies, of less than 20M parameters, 5."""
     batch_size: int = 32
     """Items in a batch."""
     learning_rates: tuple[float, ...] = ()
-    """The grid. Empty: 2e-5, 3e-5, 5e-5 as in BERT; for bodies of less than 20M parameters 3e-4 and 1e-3."""
+    """The grid. Empty: 2e-5, 3e-5, 5e-5 as in BERT; for small bodies 3e-3."""
+    optimizer: Literal["", "adamw", "adafactor", "lion", "muon"] = ""
+    """Empty: what the run was trained with."""
     seeds: int = 3
     """Runs per learning rate."""
     length: int = 0
     """Tokens per text. 0: the model's context."""
-    pool: Literal["token", "mean"] = "token"
-    """What a head for whole texts reads: the first token (masked) or last (causal), as in the papers; or the mean of all."""
+    pool: Literal["", "token", "mean"] = ""
+    """What a head for whole texts reads: the first token (masked) or last (causal), as in the papers; or the mean of all
+    tokens. Empty: token; for small bodies, whose single tokens have learnt little, mean."""
     warmup_share: float = 0.1
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = 0.01
@@ -249,11 +252,24 @@ class FinetuneConfig:
     scratch: bool = True
     """Also train the same network from random weights, over the same grid."""
 
+    def settled(self, parameters: int, optimizer: str) -> "FinetuneConfig":
+        """With what was left open, for a body of so many parameters that was trained with this optimizer."""
+        epochs, rates, pool = (5, (3e-3,), "mean") if parameters < 20_000_000 else (3, (2e-5, 3e-5, 5e-5), "token")
+        return dataclasses.replace(
+            self,
+            epochs=self.epochs or epochs,
+            learning_rates=self.learning_rates or rates,
+            optimizer=self.optimizer or optimizer,
+            pool=self.pool or pool,
+        )
+
     def check(self, kind: str, context: int) -> None:
         """Raises InputError for numbers out of range."""
-        for name in ("epochs", "batch_size", "seeds", "patience"):
+        for name in ("batch_size", "seeds", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.epochs < 0:
+            raise InputError(f"epochs is {self.epochs}; it cannot be negative")
         if self.lm_weight < 0:
             raise InputError(f"lm-weight is {self.lm_weight}; it cannot be negative")
         if self.lm_weight and kind != "causal":

@@ -91,6 +91,7 @@ class Tuner:
     """One task on one body: compiled once, run for every learning rate and seed."""
 
     def __init__(self, run: Run, task: Task, cfg: FinetuneConfig):
+        cfg = cfg.settled(sum(x.size for x in jax.tree.leaves(run.params)), run.recipe.optimizer.name)
         self.run, self.task, self.cfg = run, task, cfg
         self.length = cfg.length or run.recipe.model.context
         self.info = TaskInfo(task.name, task.kind, task.labels, self.length, task.metrics, cfg.pool)
@@ -112,8 +113,10 @@ class Tuner:
     def _programs(self) -> tuple[Callable, Callable]:
         """Jitted: (key, peak learning rate, the body's parameters or None for random ones) -> state; and the train step."""
         steps = self.per_epoch * self.cfg.epochs
-        unit = OptimizerConfig(  # AdamW's updates are proportional to the rate, which comes behind it
+        unit = OptimizerConfig(  # updates are proportional to the rate, which comes behind them
+            name=self.cfg.optimizer,
             learning_rate=1.0,
+            adam_learning_rate=1.0,
             schedule="linear",
             warmup_steps=min(steps - 1, round(self.cfg.warmup_share * steps)),
             b2=0.999,
@@ -208,8 +211,6 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
     cfg.check(run.recipe.objective.kind, run.recipe.model.context)
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise InputError(f"{home} exists already; give another directory with --workdir")
-    small = sum(x.size for x in jax.tree.leaves(run.params)) < 20_000_000
-    rates = cfg.learning_rates or ((3e-4, 1e-3) if small else (2e-5, 3e-5, 5e-5))
     tuner, lead = Tuner(run, task, cfg), task.metrics[0]
     counts = {split: len(items) for split, items in task.splits.items()}
     say(f"{task.name}: {task.kind}, " + ", ".join(f"{n} {split}" for split, n in counts.items()))
@@ -220,7 +221,7 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
 
     def grid(pretrained: bool) -> tuple[list[dict[str, float]], Any, float]:
         tried: dict[float, list[tuple[float, Any]]] = {}
-        for rate in rates:
+        for rate in tuner.cfg.learning_rates:
             tried[rate] = [tuner.fit(rate, seed, pretrained) for seed in range(cfg.seeds)]
         best = max(tried, key=lambda rate: np.mean([value for value, _ in tried[rate]]))
         for rate, found in tried.items():

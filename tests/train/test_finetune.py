@@ -44,6 +44,14 @@ def test_the_mean_over_a_text_leaves_padding_out():
     np.testing.assert_allclose(found, [features[0, :3].mean(0), features[1].mean(0)], rtol=1e-6)
 
 
+def test_what_is_left_open_is_settled_by_the_size_of_the_body_and_its_optimizer():
+    small, large = FinetuneConfig().settled(10**6, "muon"), FinetuneConfig().settled(10**8, "adamw")
+    assert (small.epochs, small.learning_rates, small.optimizer, small.pool) == (5, (3e-3,), "muon", "mean")
+    assert (large.epochs, large.learning_rates, large.optimizer, large.pool) == (3, (2e-5, 3e-5, 5e-5), "adamw", "token")
+    given = FinetuneConfig(epochs=2, learning_rates=(1e-4,), optimizer="adamw", pool="token")
+    assert given.settled(10**6, "muon") == given
+
+
 # ---- learning ------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +225,7 @@ def test_filling_a_text_changes_no_score(bodies, family):
             f"length is {LENGTH + 1}; it must be between 5 and the model's context, {LENGTH}",
         ),
         ("gpt", {"length": 2}, "length is 2"),
-        ("gpt", {"epochs": 0}, "epochs is 0; it must be at least 1"),
+        ("gpt", {"epochs": -1}, "epochs is -1; it cannot be negative"),
         ("gpt", {"batch_size": 0}, "batch-size is 0"),
         ("gpt", {"learning_rates": (1e-3, -1.0)}, "each must be positive"),
     ],
