@@ -53,11 +53,11 @@ def ours(recipe, checks: int = CHECKS) -> dict:
 
     shardings = state_shardings(mesh, jax.eval_shape(fresh))
     state = jax.jit(fresh, out_shardings=shardings)()
-    step = make_train_step(module, objective, optimizer, mesh, shardings, seed=cfg.seed)
+    step = make_train_step(module, objective, optimizer, mesh, shardings)
     batches = pipeline.training_batches(*source, batch_size=cfg.batch_size, seed=cfg.seed)
     first = sharding.to_global(mesh, next(batches))
-    step = step.lower(state, first).compile()
-    state, _ = jax.block_until_ready(step(state, first))
+    step = step.lower(state, first, cfg.seed).compile()
+    state, _ = jax.block_until_ready(step(state, first, cfg.seed))
     compiled = time.perf_counter() - began
 
     evaluate = Evaluator(recipe, objective, module, tokenizer, held_out, mesh, shardings.params)
@@ -65,7 +65,7 @@ def ours(recipe, checks: int = CHECKS) -> dict:
     for done in range(2, cfg.steps + 1):
         batch = sharding.to_global(mesh, next(batches))
         tokens_seen += batch["tokens"].size
-        state, _ = step(state, batch)
+        state, _ = step(state, batch, cfg.seed)
         if done * checks // cfg.steps > (done - 1) * checks // cfg.steps:
             jax.block_until_ready(state)
             paused = time.perf_counter()

@@ -24,11 +24,12 @@ from common.config import OptimizerConfig, TrainConfig
 from common.recipe import Recipe
 from data.config import DataConfig
 from data.pipeline import training_batches
+from data.tokenizer import made_up_vocabulary
 from model.config import TransformerConfig
+from plan.training import abstract_step, made_up_tokens
 from train import sharding
 from train.flops import recipe_flops_per_token
 from train.objectives import make_objective
-from train.plan import abstract_step, made_up_tokens, made_up_vocabulary
 
 HERE = Path(__file__).parent
 BASE = TransformerConfig(
@@ -49,7 +50,7 @@ def compiled_step(recipe: Recipe):
     """The compiled train step, and shapes of its state."""
     mesh = sharding.make_mesh(recipe.mesh)
     step, state, batch, _ = abstract_step(recipe, mesh)
-    return step.lower(state, batch).compile(), state
+    return step.lower(state, batch, 0).compile(), state
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def tokens_per_second(recipe: Recipe, seconds: float) -> float:
     taken: list[float] = []
     while len(taken) < 4 or sum(taken[1:]) < seconds:
         began = time.perf_counter()
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, 0)
         jax.block_until_ready((state, metrics))
         taken.append(time.perf_counter() - began)
     return rows * length / statistics.median(taken[1:])

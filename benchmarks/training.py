@@ -63,7 +63,7 @@ def ours(recipe: Recipe, params: Any, batches: list[Batch], steps: int) -> tuple
     def run() -> float:
         nonlocal state
         for i in range(steps):
-            state, metrics = step(state, sharding.to_global(mesh, batches[i % len(batches)]))
+            state, metrics = step(state, sharding.to_global(mesh, batches[i % len(batches)]), 0)
         return float(jax.block_until_ready((state, metrics))[1]["loss"])
 
     def loss(batch: Batch) -> float:

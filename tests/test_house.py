@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "configs": {"configs", "common", "model", "data"},
     "launch": {"launch", "train.chips", "common"},
     "plan": {"plan", "train", "sample", "common", "model", "data"},
-    "benchmarks": {"benchmarks", "bothways", "compare", "convert", "configs", "train", "sample", "common", "model", "data"},
+    "benchmarks": {"benchmarks", "bothways", "compare", "convert", "configs", "plan", "train", "sample", "common", "model", "data"},
 }
 SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))] + [
     ROOT / "bothways.py",
