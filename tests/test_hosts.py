@@ -56,7 +56,7 @@ class Processes:
         env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         env |= {"JAX_NUM_PROCESSES": str(count)}
         argv = [sys.executable, "-m", "bothways", "train", str(path), "--workdir", str(home), *flags]
-        argv += ["--hosts.coordinator", f"localhost:{port}", "--hosts.heartbeat", "10"]
+        argv += ["--hosts.coordinator", f"localhost:{port}", "--hosts.heartbeat", "30"]
         self.logs = [home.parent / f"{home.name}-{count}-{index}.log" for index in range(count)]
         self.results = home.parent / f"{home.name}-{count}.out"
         self.all = []

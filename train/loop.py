@@ -163,6 +163,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     pending: tuple[int, dict[str, jax.Array], int] | None = None
     held: dict[str, float] | None = None
     new_shape_at = {first for first, _, _ in cfg.stages()} | {cfg.short_steps}
+    tidy = jax.process_count() == 1  # of several, one that fails leaves at once: what waits for the others would hang
     try:
         with hosts.sigterm_noticed() as stop_at:
             iterator = batches(start)
@@ -193,10 +194,15 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
             if held is None:  # the run was complete already
                 held = evaluate(state.params)
             manager.wait_until_finished()
+        tidy = True
+    except (Stopped, Diverged):  # on every process
+        tidy = True
+        raise
     finally:
         reporter.close()
-        reporter.plot()
-        manager.close()
+        if tidy:
+            reporter.plot()
+            manager.close()
     bpb = held.get("bits_per_byte")
     return Result(str(home), cfg.steps, held["loss"], bpb, time.monotonic() - began, meter.tokens_per_second)
 
