@@ -44,11 +44,11 @@ recipes = {
     ),
     "shakespeare_chars": Recipe(
         family="gpt",
-        model=TransformerConfig(**SMALL | {"context": 64}),
+        model=TransformerConfig(**SMALL | {"context": 64, "n_layers": 2}),
         data=DataConfig(corpus="shakespeare", tokenizer="char"),
         objective=ObjectiveConfig(kind="causal"),
-        optimizer=dataclasses.replace(OPTIMIZER, warmup_steps=10),
-        train=TrainConfig(steps=300, batch_size=16, eval_every=1000, save_every=500, log_every=20),
+        optimizer=dataclasses.replace(OPTIMIZER, learning_rate=0.02, adam_learning_rate=0.02, warmup_steps=10),
+        train=TrainConfig(steps=400, batch_size=12, eval_every=1000, save_every=500, log_every=20),
     ),
     "shakespeare_hybrid": Recipe(
         family="gpt",
