@@ -15,8 +15,9 @@ from common.config import MeshConfig
 from common.errors import InputError
 from model.stack import for_decoding
 from sample.masked import MaskedModel
-from tests.train.bodies import body, write
+from tests.train.bodies import body, dog_task, write
 from train import sharding
+from train.finetune import FinetuneConfig, Tuner
 from train.loop import train
 
 MESH = MeshConfig(1, 2, 2)
@@ -41,6 +42,10 @@ def test_one_device_to_four_and_back(family, tiny, tmp_path):
     kernel = (blocks[0] if family == "gpt" else blocks)["mlp"]["up"]["kernel"]  # what decodes has a tree per layer
     assert kernel.sharding.shard_shape(kernel.shape)[-2:] == (22 // 2, 26 // 2)
     asked = for_decoding(made.params) if family == "gpt" else made.params
+    # Fine-tuning takes weights that lie on one device, and trains on all.
+    tuner = Tuner(rundir.load_run(tmp_path / "one", print), dog_task("classify"), FinetuneConfig())
+    assert shards(tuner.run.params) == {8}
+    tuner.fresh.lower(jax.random.key(0), 1e-2, tuner.run.params)  # refuses arrays that lie apart from the mesh
     same(four.run.params, asked)
     # Only what the compiler can see into can it spread; a kernel would have to be told how.
     assert (one.run.module.cfg.attention, four.run.module.cfg.attention) == ("auto", "xla")
