@@ -301,9 +301,7 @@ class Evaluator:
 
     def __call__(self, params: Any) -> dict[str, float]:
         cfg = self.recipe.train
-        sizes = self.recipe.mesh.sizes(jax.device_count())
-        shards = sizes["data"] * sizes["fsdp"]
-        batch_size = max(shards, cfg.batch_size // shards * shards)
+        batch_size = cfg.batch_size // cfg.accumulate  # no more at once than training has
         sums: dict[str, np.ndarray] = {}
         size = 0
         mine = sharding.local_rows(self.mesh, batch_size)

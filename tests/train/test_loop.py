@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import types
 
 import jax
 import numpy as np
@@ -12,7 +13,10 @@ import pytest
 from common import rundir
 from common.config import MeshConfig
 from common.errors import Diverged, InputError, Stopped
-from train.loop import train
+from data.examples import as_is
+from data.pipeline import Stacked
+from train import sharding
+from train.loop import Evaluator, train
 
 
 def on_devices(recipe, **fields):
@@ -167,3 +171,16 @@ def test_a_batch_ramp_sees_every_row_in_order(recipe, tmp_path, monkeypatch):
     assert [len(b) for b in seen["ramp"][:5]].count(16) >= 1
     n = min(len(flat), len(ramp))
     np.testing.assert_array_equal(flat[:n], ramp[:n])
+
+
+def test_evaluation_takes_no_more_rows_at_once_than_training(recipe, monkeypatch):
+    cut, sizes = on_devices(recipe, batch_size=32, accumulate=2, eval_rows=0), []
+    rows = Stacked([{"targets": np.zeros(3, int), "weights": np.ones(3)}] * 40)
+    tokenizer = types.SimpleNamespace(byte_lengths=lambda: np.ones(1))
+    evaluate = Evaluator(cut, None, None, tokenizer, (rows, as_is), sharding.make_mesh(cut.mesh), None)
+    monkeypatch.setattr(evaluate, "count_bytes", lambda *_: 3)
+    monkeypatch.setattr(
+        evaluate, "step", lambda _, batch: sizes.append(len(batch["targets"])) or {"nll": (1.0, 1.0, 1.0)}
+    )
+    evaluate(None)
+    assert sizes == [16, 16, 16]
