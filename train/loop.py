@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -77,6 +78,11 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     with hosts.first():
         corpus = corpora.load(recipe.data)
         if existing is not None:
+            if not rundir.trained_on(home, corpus.fingerprint):
+                raise InputError(
+                    f"data.corpus={recipe.data.corpus} is not the text that {home} was trained on; put that back, "
+                    "or train into another directory with --workdir DIR"
+                )
             tokenizer = Tokenizer.load(home)
         else:
             tell(f"reading {recipe.data.corpus}, preparing its tokenizer and token rows in {recipe.data.cache}")
@@ -112,6 +118,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     if writes and existing is None:
         home.mkdir(parents=True, exist_ok=True)
         tokenizer.save_in(home)
+        (home / "corpus.json").write_text(json.dumps({"fingerprint": corpus.fingerprint}))
         partial = home / ".recipe.json"
         partial.write_text(recipe.to_json())
         partial.replace(home / "recipe.json")

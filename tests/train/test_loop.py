@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import types
 
@@ -13,8 +14,11 @@ import pytest
 from common import rundir
 from common.config import MeshConfig
 from common.errors import Diverged, InputError, Stopped
+from data import corpora
 from data.examples import as_is
 from data.pipeline import Stacked
+from data.tokenizer import Tokenizer
+from sample import evaluate as figures
 from train import sharding
 from train.loop import Evaluator, train
 
@@ -132,6 +136,27 @@ def test_another_recipe_in_the_same_directory_is_refused(whole, recipe):
     other = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, learning_rate=0.5))
     with pytest.raises(InputError, match=r"optimizer.learning_rate: 0.003 -> 0.5"):
         train(other, whole[0])
+
+
+def test_a_run_goes_on_with_its_own_text_only(whole, recipe, text_file, tmp_path, monkeypatch):
+    home = tmp_path / "run"
+    shutil.copytree(whole[0], home)
+    held, cfg = tmp_path / "new.txt", recipe.data
+    shutil.copy(text_file, held)
+    glob = dataclasses.replace(recipe, data=dataclasses.replace(cfg, corpus=str(tmp_path / "*.txt")))
+    with pytest.raises(InputError, match=r"\*.txt is not the text that .* was trained on; put that back"):
+        train(glob, home)
+    told = []
+    model = types.SimpleNamespace(recipe=glob, tokenizer=Tokenizer.load(home), run=types.SimpleNamespace(home=home))
+    monkeypatch.setattr(figures, "causal_figures", lambda *_: [])
+    figures.evaluate(model, ["validation"], told.append)
+    assert "no longer the text" in told.pop()
+    moved = dataclasses.replace(glob, data=dataclasses.replace(cfg, corpus=str(tmp_path / text_file.name)))
+    held.rename(tmp_path / text_file.name)
+    assert corpora.load(moved.data).fingerprint == corpora.load(cfg).fingerprint
+    (home / "corpus.json").unlink()  # as runs were left before it was kept
+    figures.evaluate(model, ["validation"], told.append)
+    assert told == []
 
 
 def test_divergence_stops_the_run_and_leaves_the_checkpoint(recipe, tmp_path):
