@@ -119,6 +119,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
         home.mkdir(parents=True, exist_ok=True)
         tokenizer.save_in(home)
         (home / "corpus.json").write_text(json.dumps({"fingerprint": corpus.fingerprint}))
+    if writes and existing != recipe:  # of a run that goes on: what it may change, readers must see
         partial = home / ".recipe.json"
         partial.write_text(recipe.to_json())
         partial.replace(home / "recipe.json")

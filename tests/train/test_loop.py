@@ -116,8 +116,9 @@ def partial_mesh(make):
 def test_a_finished_run_is_not_trained_again(whole, recipe):
     home, result = whole
     before = (home / "metrics.jsonl").read_text()
-    again = train(recipe, home)
+    again = train(on_devices(recipe, log_every=2), home)
     assert again.loss == pytest.approx(result.loss)
+    assert rundir.read_recipe(home).train.log_every == 2  # what it was told last
     assert (home / "metrics.jsonl").read_text() == before
 
 
