@@ -27,7 +27,8 @@ class Recipe:
 
     def check(self, devices: int) -> None:
         """Raises InputError that lists everything wrong with the recipe on so many devices, with the numbers."""
-        found = [*self.model.problems(), *self.data.problems(), *self.objective.problems()]
+        found = _strangers(self)
+        found += [*self.model.problems(), *self.data.problems(), *self.objective.problems()]
         found += [*self.optimizer.problems(), *self.train.problems(), *self.mesh.problems(devices)]
         if not found:
             sizes = self.mesh.sizes(devices)
@@ -99,6 +100,19 @@ class Recipe:
             for k in mine
             if mine[k] != theirs[k] and k != "name" and not any(k == f or k.startswith(f + ".") for f in FREE)
         ]
+
+
+def _strangers(section: Any, where: str = "") -> list[str]:
+    """What stands in a field, or in a tuple there, that its type does not list."""
+    found = []
+    for name, hint in get_type_hints(type(section)).items():
+        value, several = getattr(section, name), get_origin(hint) is tuple
+        choices = get_args(get_args(hint)[0] if several else hint)
+        if dataclasses.is_dataclass(hint):
+            found += _strangers(value, f"{where}{name}.")
+        elif choices and not set(value if several else [value]) <= set(choices):
+            found.append(f"{where}{name} is {value!r}; there are {', '.join(choices)}")
+    return found
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

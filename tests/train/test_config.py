@@ -48,13 +48,24 @@ def test_mesh_fills_the_rest():
 def test_every_problem_is_listed_at_once(tiny_recipe):
     broken = dataclasses.replace(
         tiny_recipe,
-        model=dataclasses.replace(tiny_recipe.model, n_heads=5, n_kv_heads=2, d_head=0, d_model=22),
+        family="gtp",
+        model=dataclasses.replace(
+            tiny_recipe.model, n_heads=5, n_kv_heads=2, d_head=0, d_model=22, positions="rope", layer_pattern=("dense", "x")
+        ),
         optimizer=dataclasses.replace(tiny_recipe.optimizer, learning_rate=-1.0),
         train=dataclasses.replace(tiny_recipe.train, steps=0),
     )
     with pytest.raises(InputError) as e:
         broken.check(1)
-    for part in ("d_model=22", "n_heads=5", "learning_rate is -1.0", "train.steps is 0"):
+    for part in (
+        "family is 'gtp'; there are gpt, bert, seq2seq",
+        "model.positions is 'rope'; there are learned, sinusoidal, rotary",
+        "model.layer_pattern is ('dense', 'x'); there are dense, local",
+        "d_model=22",
+        "n_heads=5",
+        "learning_rate is -1.0",
+        "train.steps is 0",
+    ):
         assert part in str(e.value)
 
 
