@@ -179,6 +179,7 @@ def test_collective_seconds():
 def test_topologies():
     assert Topology.parse("v5e-256") == Topology.parse("v5litepod-256") == Topology.parse("v5e:16x16")
     assert Topology.parse("v4-32").shape == (2, 2, 4)
+    assert Topology.parse("cpu-8") == Topology.parse("cpu:8")
     assert Topology.parse("v5p:8x8x8").accelerator_type == "v5p-1024"
     assert Topology.parse("7x:4x4x4").devices_count == 128
     assert Topology.parse("v6e:4x4", slices=3).chips == 48
