@@ -53,7 +53,7 @@ def test_every_problem_is_listed_at_once(tiny_recipe):
             tiny_recipe.model, n_heads=5, n_kv_heads=2, d_head=0, d_model=22, positions="rope", layer_pattern=("dense", "x")
         ),
         optimizer=dataclasses.replace(tiny_recipe.optimizer, learning_rate=-1.0),
-        train=dataclasses.replace(tiny_recipe.train, steps=0),
+        train=dataclasses.replace(tiny_recipe.train, steps=0, seed=2**31),
     )
     with pytest.raises(InputError) as e:
         broken.check(1)
@@ -65,6 +65,7 @@ def test_every_problem_is_listed_at_once(tiny_recipe):
         "n_heads=5",
         "learning_rate is -1.0",
         "train.steps is 0",
+        "train.seed is 2147483648; it must be at most 2147483647",
     ):
         assert part in str(e.value)
 
