@@ -40,10 +40,14 @@ class Recipe:
                         f" times train.accumulate={self.train.accumulate}: set --train.batch-size to a multiple of "
                         f"{shards * self.train.accumulate}, or change the mesh"
                     )
+            kind, wanted = self.objective.kind, KINDS[self.family]
+            least = 5 if self.objective.next_sentence else 3 if kind == "spans" else 2  # with what stands around a token
             for name, length in (("model.context", self.model.context), ("train.short_length", self.train.short_length)):
                 if length % sizes["context"]:
                     found.append(f"{name}={length} is not divisible by mesh.context={sizes['context']}")
-            kind, wanted = self.objective.kind, KINDS[self.family]
+                if 0 < length < least:
+                    what = "next sentences" if self.objective.next_sentence else f"objective.kind={kind}"
+                    found.append(f"{name} is {length}; rows for {what} need at least {least} tokens")
             if kind not in wanted:
                 found.append(
                     f"objective.kind={kind} is not for a {self.family}, whose mask serves {' or '.join(wanted)}; "

@@ -8,6 +8,10 @@ from common.config import MeshConfig, TrainConfig
 from common.errors import InputError
 from common.recipe import Recipe
 from configs import find, names
+from data.pipeline import evaluation_batches
+from data.tokenizer import made_up_vocabulary
+from plan.training import made_up_tokens
+from train.objectives import make_objective
 
 
 def test_without_a_ramp_position_is_step_times_batch():
@@ -82,6 +86,24 @@ def test_rows_that_the_context_axis_does_not_divide(tiny_recipe):
     with pytest.raises(InputError, match="train.short_length=6 is not divisible by mesh.context=4") as e:
         recipe.check(8)
     assert "model.context" not in str(e.value)
+
+
+@pytest.mark.parametrize(("name", "least"), [("bert_tiny", 5), ("roberta_base", 2), ("spans_base", 3), ("gpt1", 2)])
+def test_rows_that_hold_no_example(name, least):
+    """The least length makes examples; less is refused."""
+    recipe, vocabulary = find(name), made_up_vocabulary(101)
+    objective = make_objective(recipe.objective, vocabulary)
+    rows, example = objective.source(made_up_tokens(7, 101), least, True)
+    for batch in evaluation_batches(rows, example, batch_size=8, seed=0):
+        assert max(batch[key].shape[1] for key in ("tokens", "source") if key in batch) == least
+    for length, short in ((least - 1, 0), (512, least - 1)):
+        cut = dataclasses.replace(
+            recipe,
+            model=dataclasses.replace(recipe.model, context=length),
+            train=dataclasses.replace(recipe.train, short_length=short, short_steps=short),
+        )
+        with pytest.raises(InputError, match=f"is {least - 1}; "):
+            cut.check(1)
 
 
 def test_recipes_survive_json():
