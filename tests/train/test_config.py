@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from common.config import MeshConfig, TrainConfig
+from common.config import MeshConfig, ObjectiveConfig, TrainConfig
 from common.errors import InputError
 from common.recipe import Recipe
 from configs import find, names
@@ -104,6 +104,14 @@ def test_rows_that_hold_no_example(name, least):
         )
         with pytest.raises(InputError, match=f"is {least - 1}; "):
             cut.check(1)
+
+
+@pytest.mark.parametrize("kind", ["masked", "hybrid", "spans"])
+def test_a_tokenizer_without_a_mask_hides_nothing(kind):
+    vocabulary = dataclasses.replace(made_up_vocabulary(101), mask=None)
+    with pytest.raises(InputError, match=f"kind={kind} hides tokens behind a mask, and this tokenizer has no mask"):
+        make_objective(ObjectiveConfig(kind=kind), vocabulary)
+    make_objective(ObjectiveConfig(kind="causal"), vocabulary)
 
 
 def test_recipes_survive_json():
