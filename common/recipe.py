@@ -13,6 +13,16 @@ from model.config import TransformerConfig
 HOW_OFTEN = ("log_every", "keep", "average", "eval_every", "eval_rows", "save_every")
 FREE = ("mesh", "model.attention", "data.cache", *(f"train.{name}" for name in HOW_OFTEN))
 
+IN_JSON = {
+    str: (str, "a string"),
+    Literal: (str, "a string"),
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    tuple: (list, "a list"),
+}
+"""How a field of each type is written: types of JSON's values, and their name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -89,7 +99,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        """Raises InputError for text that is no JSON and for fields that this version does not know."""
+        """Raises InputError for text that is no JSON, and for fields or types that are not those of a recipe."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as e:
@@ -126,8 +136,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+def _build(cls: type, values: Any, where: str) -> Any:
     hints = get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise InputError(f"{where} is {json.dumps(values)[:60]}; it must be a JSON object, with the fields of {cls.__name__}")
     unknown = set(values) - set(hints)
     if unknown:
         raise InputError(f"{where} has fields this version does not know: {', '.join(sorted(unknown))}")
@@ -136,6 +148,9 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             return _build(hint, value, f"{where}.{name}")
-        return tuple(value) if get_origin(hint) is tuple and get_args(hint) else value
+        types, said = IN_JSON[get_origin(hint) or hint]
+        if not isinstance(value, types):
+            raise InputError(f"{where}.{name} is {json.dumps(value)[:60]}; it must be {said}")
+        return tuple(value) if types is list else value
 
     return cls(**{name: convert(name, value) for name, value in values.items()})

@@ -119,6 +119,23 @@ def test_recipes_survive_json():
         assert Recipe.from_json(recipe.to_json()) == recipe
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", r"recipe is \[\]; it must be a JSON object"),
+        ('{"model": 3}', "recipe.model is 3; it must be a JSON object, with the fields of TransformerConfig"),
+        ('{"model": {"layer_pattern": "dense"}}', 'recipe.model.layer_pattern is "dense"; it must be a list'),
+        ('{"train": {"steps": "many"}}', 'recipe.train.steps is "many"; it must be a whole number'),
+        ('{"family": null}', "recipe.family is null; it must be a string"),
+        ('{"trian": {}}', "fields this version does not know: trian"),
+        ("{", "not JSON"),
+    ],
+)
+def test_json_that_is_no_recipe(text, message):
+    with pytest.raises(InputError, match=message):
+        Recipe.from_json(text)
+
+
 def test_every_recipe_is_sound():
     for recipe in names().values():
         devices = 8 if recipe.train.batch_size % 8 == 0 else 1
