@@ -75,6 +75,8 @@ class Recipe:
                 )
             if kind == "masked" and not self.model.masked_head:
                 found.append("a masked objective needs the head that predicts tokens: set --model.masked-head True")
+            if self.objective.next_sentence and kind != "masked":
+                found.append(f"objective.next_sentence is for masked objectives, not {kind}; leave it out")
             if self.objective.next_sentence and not self.model.next_sentence:
                 found.append("objective.next_sentence needs the head: set --model.next-sentence True")
             if self.objective.next_sentence and self.model.segment_types not in (0, 2):

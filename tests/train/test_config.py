@@ -106,6 +106,12 @@ def test_rows_that_hold_no_example(name, least):
             cut.check(1)
 
 
+def test_next_sentences_are_asked_of_masked_rows_only(tiny_recipe):
+    asked = dataclasses.replace(tiny_recipe, objective=ObjectiveConfig(next_sentence=True))
+    with pytest.raises(InputError, match="next_sentence is for masked objectives, not causal"):
+        asked.check(1)
+
+
 @pytest.mark.parametrize("kind", ["masked", "hybrid", "spans"])
 def test_a_tokenizer_without_a_mask_hides_nothing(kind):
     vocabulary = dataclasses.replace(made_up_vocabulary(101), mask=None)
