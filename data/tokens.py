@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from common.errors import InputError
 from data import tokenizer as tokenizers
@@ -36,7 +37,7 @@ class Tokens:
 def obtain_tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
     """The tokenizer that a configuration names: read from its file, or trained once and kept in the cache."""
     if cfg.tokenizer.endswith((".model", ".json")):
-        return Tokenizer.load(Path(cfg.tokenizer).expanduser())
+        return Tokenizer.load(epath.Path(cfg.tokenizer).expanduser())  # on a bucket too
     version = f"{corpus.fingerprint} {cfg.tokenizer} {cfg.vocab_size} {tokenizers.TRAINING_BYTES}"
     key = hashlib.sha256(version.encode()).hexdigest()[:16]
     path = Path(cfg.cache).expanduser() / "tokenizers" / f"{key}.model"

@@ -72,7 +72,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     existing = rundir.read_recipe(home) if (home / "recipe.json").exists() else None
 
     if existing is None and cfg.init_from:
-        rundir.read_recipe(Path(cfg.init_from))  # else corpus and vocabulary would be prepared in vain
+        rundir.read_recipe(rundir.directory(cfg.init_from))  # else corpus and vocabulary would be prepared in vain
 
     # ---- data -------------------------------------------------------------------------------------------------
     with hosts.first():
@@ -136,7 +136,8 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
         state = jax.jit(fresh, out_shardings=shardings)(cfg.seed)  # not a constant: seeds share their programs
         if cfg.init_from:
             place = functools.partial(sharding.parameter_shardings, mesh)
-            state = state.replace(params=start_from(Path(cfg.init_from), recipe.model, state.params, place))
+            other = rundir.directory(cfg.init_from)
+            state = state.replace(params=start_from(other, recipe.model, state.params, place))
     tell(
         f"{count:,} parameters, {len(text.ids):,} tokens of text, rows of {recipe.model.context}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)" + (f", resumed at step {start}" if start else "")
