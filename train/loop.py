@@ -271,13 +271,14 @@ class Meter:
         self.peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self.tokens = 0
         self.clock: float | None = None
-        self.away = 0.0
+        self.spent = self.away = 0.0
 
     def count(self, tokens: int) -> None:
         if self.clock is None:
             self.clock = time.monotonic()  # the first step is done: compiled
         else:
             self.tokens += tokens
+            self.spent = time.monotonic() - self.clock - self.away
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -287,9 +288,8 @@ class Meter:
 
     @property
     def tokens_per_second(self) -> float:
-        if self.clock is None or not self.tokens:
-            return 0.0
-        return self.tokens / max(1e-9, time.monotonic() - self.clock - self.away)
+        """Up to the last step that was counted."""
+        return self.tokens / max(1e-9, self.spent)
 
     @property
     def mfu(self) -> float | None:

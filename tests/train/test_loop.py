@@ -20,7 +20,7 @@ from data.pipeline import Stacked
 from data.tokenizer import Tokenizer
 from sample import evaluate as figures
 from train import sharding
-from train.loop import Evaluator, train
+from train.loop import Evaluator, Meter, train
 
 
 def on_devices(recipe, **fields):
@@ -210,3 +210,22 @@ def test_evaluation_takes_no_more_rows_at_once_than_training(recipe, monkeypatch
     )
     evaluate(None)
     assert sizes == [16, 16, 16]
+
+
+def test_speed_is_that_of_the_steps_alone(recipe, monkeypatch):
+    now, meter = [0.0], Meter(recipe)
+    monkeypatch.setattr(train.__globals__["time"], "monotonic", lambda: now[0])
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    pass_time(7)  # the first step is compiled
+    meter.count(100)
+    pass_time(2)
+    meter.count(100)
+    with meter.paused():
+        pass_time(30)
+    pass_time(2)
+    meter.count(100)
+    pass_time(50)  # saving and plotting
+    assert meter.tokens_per_second == 50
