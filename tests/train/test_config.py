@@ -11,6 +11,7 @@ from configs import find, names
 from data.pipeline import evaluation_batches
 from data.tokenizer import made_up_vocabulary
 from plan.training import made_up_tokens
+from train.flops import tokens_per_row
 from train.objectives import make_objective
 
 
@@ -95,7 +96,10 @@ def test_rows_that_hold_no_example(name, least):
     objective = make_objective(recipe.objective, vocabulary)
     rows, example = objective.source(made_up_tokens(7, 101), least, True)
     for batch in evaluation_batches(rows, example, batch_size=8, seed=0):
-        assert max(batch[key].shape[1] for key in ("tokens", "source") if key in batch) == least
+        lengths = [batch[key].shape[1] for key in ("tokens", "source") if key in batch]
+        assert max(lengths) == least
+        small = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, context=least))
+        assert sum(lengths) == tokens_per_row(small)
     for length, short in ((least - 1, 0), (512, least - 1)):
         cut = dataclasses.replace(
             recipe,
