@@ -27,7 +27,10 @@ def train_verb(argv: list[str]) -> None:
             print("\n`bothways train RECIPE --help` lists every field.")
             return
         raise InputError("train wants a recipe first: bothways train RECIPE [--workdir DIR] [--SECTION.FIELD VALUE ...]")
-    base = on_from(Path(argv[0])) if (Path(argv[0]) / "recipe.json").is_file() else find(argv[0])
+    from common.rundir import directory
+
+    home = directory(argv[0])
+    base = on_from(home) if (home / "recipe.json").exists() else find(argv[0])
     from train.hosts import HostsConfig, start, stdout_for_results
 
     @dataclasses.dataclass(frozen=True)

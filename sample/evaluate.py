@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from common import rundir
 from common.errors import InputError
 from data import corpora, examples, pairs, pipeline, tokens
 from data.tokens import Tokens
@@ -64,6 +65,8 @@ def evaluate(
             raise InputError(f"no suite {suite!r}; there are {', '.join(SUITES)}")
     cfg = model.recipe.data
     corpus = corpora.load(cfg)
+    if not rundir.trained_on(model.run.home, corpus.fingerprint):
+        say(f"{cfg.corpus} is no longer the text that {model.run.home} was trained on: it may have seen what is held out")
     train = tokens.prepare(corpus, "train", model.tokenizer, cfg.cache)
     figures = []
     for suite in suites:

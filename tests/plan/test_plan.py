@@ -14,6 +14,7 @@ import pytest
 import bothways
 from common.config import MeshConfig
 from common.errors import InputError
+from common.families import make_module
 from configs import find
 from plan import hlo
 from plan.candidates import candidates, flags, guess, held, meshes, parameter_axes, rate, with_ramp
@@ -21,7 +22,7 @@ from plan.roofline import between_slices, collective_seconds
 from plan.training import plan, search
 from train import sharding
 from train.chips import CHIPS, Topology
-from train.flops import executed_flops, recipe_flops_per_token
+from train.flops import executed_flops, recipe_flops_per_token, seq2seq_flops_per_row
 
 pytestmark = pytest.mark.usefixtures("compiled_well")
 
@@ -149,6 +150,17 @@ def test_executed_flops_count_loops_and_recomputation():
     assert executed_flops(jax.make_jaxpr(jax.grad(f))(shape).jaxpr)[0] == 7 * 4 * one  # again, and two products back
 
 
+def test_flops_of_an_encoder_decoder_are_those_of_its_products(tiny_with):
+    """With a target shorter than its source; the drawn mask computes what causality hides, and the head is not here."""
+    cfg, length = tiny_with(context=11, n_kv_heads=1, d_value=5), 7
+    module, tokens, source = make_module("seq2seq", cfg), jnp.zeros((1, length), jnp.int32), jnp.zeros((1, 11), jnp.int32)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens, source))
+    traced = jax.make_jaxpr(lambda params: module.apply(params, tokens, source))(params)
+    hidden = cfg.n_layers * cfg.n_heads * (cfg.d_head + cfg.d_value) * length**2 / 2
+    head = length * cfg.vocab_size * cfg.d_model
+    assert executed_flops(traced.jaxpr)[0] == seq2seq_flops_per_row(cfg, length) / 3 + 2 * (hidden - head)
+
+
 def at(*coords, slice_index=0):
     return types.SimpleNamespace(id=0, coords=coords, slice_index=slice_index)
 
@@ -179,6 +191,7 @@ def test_collective_seconds():
 def test_topologies():
     assert Topology.parse("v5e-256") == Topology.parse("v5litepod-256") == Topology.parse("v5e:16x16")
     assert Topology.parse("v4-32").shape == (2, 2, 4)
+    assert Topology.parse("cpu-8") == Topology.parse("cpu:8")
     assert Topology.parse("v5p:8x8x8").accelerator_type == "v5p-1024"
     assert Topology.parse("7x:4x4x4").devices_count == 128
     assert Topology.parse("v6e:4x4", slices=3).chips == 48
