@@ -66,7 +66,8 @@ def train_verb(argv: list[str]) -> None:
                 result = dataclasses.replace(result, bits_per_byte=figure.value)
                 shown += f"; bits per byte by the diffusion bound {figure.value:.3f}"
         texts = ["To be, or [MASK] to be", "the [MASK] of the [MASK]", "I [MASK] you,"]
-        for filled in model.fill(texts, top=3, steps=2):
+        fitting = [text for text in texts if len(model.tokenizer.encode(text)) + 2 <= model.context]
+        for filled in model.fill(fitting, top=3, steps=2):
             guesses = [" ".join(f"{t['token']!r} {t['p']:.2f}" for t in mask) for mask in filled.masks]
             say(f"--- {filled.text}\n    {filled.filled}     {' | '.join(guesses)}")
     elif model.recipe.family == "seq2seq":

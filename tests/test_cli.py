@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
 import bothways
+from train.loop import Result
 
 TINY_FLAGS = (
     "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context 16 --data.vocab-size 320 --train.batch-size 8 "
@@ -40,6 +42,21 @@ def test_train_prints_one_json_object(run_home, tiny_args, capfd):
     assert set(result) == {"run", "steps", "loss", "bits_per_byte", "seconds", "tokens_per_second"}
     assert result["steps"] == 4
     assert "what it says" in err
+
+
+def test_only_texts_that_fit_are_filled_after_training(monkeypatch, capfd):
+    """In a context of 16 characters and what stands around them, the first of the three texts is too long."""
+    asked = []
+    tokenizer = types.SimpleNamespace(encode=lambda text: text.replace("[MASK]", "?"))
+    fill = lambda texts, **_: asked.extend(texts) or []  # noqa: E731
+    model = types.SimpleNamespace(
+        recipe=bothways.recipe("shakespeare_bert"), context=18, tokenizer=tokenizer, fill=fill
+    )
+    monkeypatch.setattr("train.loop.train", lambda *_: Result("x", 1, 1.0, None, 1.0, 1.0))
+    monkeypatch.setattr("verbs_train.load", lambda _: model)
+    monkeypatch.setattr("sample.evaluate.evaluate", lambda *_: [])
+    call(capfd, "train", "shakespeare_bert")
+    assert asked == ["the [MASK] of the [MASK]", "I [MASK] you,"]
 
 
 def test_sample_json(run_home, capfd):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import random
+import types
 
 import numpy as np
 import pytest
@@ -67,6 +68,9 @@ def test_all_held_out_strings_are_copied_or_reversed(learn, task):
     model = learn(task)
     pairs = held_out_pairs(model, "test")
     assert len(pairs) > 100
+    narrow = dataclasses.replace(model.recipe, model=dataclasses.replace(MODEL, context=5))  # letters, and the end
+    fitting = held_out_pairs(types.SimpleNamespace(recipe=narrow, tokenizer=model.tokenizer), "test")
+    assert fitting == [pair for pair in pairs if len(pair[0]) < 5] != []
     said = model.sample([source for source, _ in pairs], greedy=True)
     assert [s.text for s in said] == [TASKS[task](source) for source, _ in pairs]
     assert {s.stop for s in said} == {"eos"}
