@@ -317,6 +317,31 @@ def test_a_mesh_that_cannot_hold_the_model_is_refused(planned, eight_devices):
         search(dataclasses.replace(planned, mesh=MeshConfig()), Topology.parse("v5e:16x16"), lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "value", "said"),
+    [
+        ("optimizer", "learning_rate", -1.0, "learning_rate is -1"),
+        ("model", "n_heads", 0, "n_heads is 0"),
+        ("", "", 0, "libtpu, which is not installed"),
+        ("", "", 0, "a torus that cannot be cut so"),
+    ],
+)
+def test_a_search_that_finds_nothing_says_why(planned, eight_devices, monkeypatch, section, field, value, said):
+    def fails(*_):
+        raise NotImplementedError("a torus that cannot be cut so")
+
+    recipe = dataclasses.replace(planned, mesh=MeshConfig())
+    if section:
+        recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **{field: value})})
+    topology = Topology.parse("v5e:2x2" if "libtpu" in said else "cpu:8")
+    monkeypatch.setattr("plan.training.plan", fails)
+    monkeypatch.setattr("train.chips.importlib.util.find_spec", lambda _: None)
+    told = []
+    with pytest.raises(InputError, match=said):
+        search(recipe, topology, told.append)
+    assert bool(told) == ("torus" in said)
+
+
 def test_padded_rows_stand_for_no_token(tiny_with):
     from common.families import make_module
     from model.loss import cross_entropy
