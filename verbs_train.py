@@ -127,6 +127,8 @@ def finetune_verb(
     body = load_run(directory(run), say)
     if body.task is not None:
         raise InputError(f"{run} is fine-tuned already, for {body.task.name}; start from the run it came from")
+    if body.recipe.family == "seq2seq":
+        raise InputError(f"{run} is an encoder-decoder; a head for labels goes on a gpt or a bert")
     labelled = tasks.load(task, text=text_field, pair=pair_field, label=label_field)
     home = workdir or f"runs/{body.home.name}-{labelled.name.replace('/', '-')}"
     result = run_finetuning(body, labelled, home, how)
