@@ -213,7 +213,7 @@ def _evaluate(
     own = [s for s in suites if not s.startswith("lm-eval:")]
     if (shots is not None or rule or tasks_from) and not tasks:
         raise InputError("--shots, --rule and --tasks-from are for lm-eval tasks, such as lm-eval:lambada_openai")
-    figures = evaluate(model, own, say)
+    figures = evaluate(model, own, say) if own else []  # a task needs nothing of the text that the run was trained on
     if tasks:
         try:
             from compare import harness

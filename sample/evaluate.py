@@ -64,7 +64,7 @@ def evaluate(
             raise InputError(f"no suite {suite!r}; there are {', '.join(SUITES)}")
     cfg = model.recipe.data
     corpus = corpora.load(cfg)
-    train = tokens.prepare(corpus, "train", model.tokenizer, cfg.cache)
+    train = functools.partial(tokens.prepare, corpus, "train", model.tokenizer, cfg.cache)  # for masked runs alone
     figures = []
     for suite in suites:
         if model.recipe.objective.kind == "pairs":
@@ -72,14 +72,14 @@ def evaluate(
             continue
         held = tokens.prepare(corpus, suite, model.tokenizer, cfg.cache)
         figures += (
-            masked_figures(model, suite, held, train)
+            masked_figures(model, suite, held, train())
             if isinstance(model, MaskedModel)
             else span_figures(model, suite, held)
             if model.recipe.objective.kind == "spans"
             else causal_figures(model, suite, held)
         )
         if isinstance(model, HybridModel):
-            both = masked_figures(model.both_ways, suite, held, train)
+            both = masked_figures(model.both_ways, suite, held, train())
             figures += [dataclasses.replace(f, metric=f"both_ways_{f.metric}") for f in both]
     return figures
 

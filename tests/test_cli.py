@@ -9,6 +9,7 @@ import types
 import pytest
 
 import bothways
+from data import tokens
 from train.loop import Result
 
 TINY_FLAGS = (
@@ -84,14 +85,18 @@ def test_score_reads_a_file(run_home, tmp_path, capfd):
     assert all(r["logprob"] < 0 and r["tokens"] > 3 and r["rule"] == "causal" for r in results)
 
 
-def test_evaluate_agrees_with_training(run_home, tiny_args, capfd):
+def test_evaluate_agrees_with_training(run_home, tiny_args, capfd, monkeypatch):
+    """And reads no more text than it measures on."""
     trained = json.loads(call(capfd, "train", *tiny_args, "--workdir", run_home, "--json", "--train.eval-rows", "0").out)
+    prepare, read = tokens.prepare, []
+    monkeypatch.setattr(tokens, "prepare", lambda corpus, split, *rest: read.append(split) or prepare(corpus, split, *rest))
     figures = [
         json.loads(line) for line in call(capfd, "evaluate", run_home, "validation", "test", "--json").out.splitlines()
     ]
     assert [(f["suite"], f["metric"]) for f in figures] == [
         (s, m) for s in ("validation", "test") for m in ("loss", "bits_per_byte")
     ]
+    assert read == ["validation", "test"]
     assert figures[0]["value"] == pytest.approx(trained["loss"], rel=1e-4)
     assert figures[1]["value"] == pytest.approx(trained["bits_per_byte"], rel=1e-4)
     for f in figures:

@@ -101,7 +101,7 @@ def test_rolling_and_generation(runs):
         assert "\n" not in said[0]
 
 
-def test_a_task_of_ones_own_through_the_command_line(runs, tmp_path, capsys):
+def test_a_task_of_ones_own_through_the_command_line(runs, tiny_recipe, tmp_path, capsys):
     items = [{"text": "the dog sees", "choices": [" the cat", " xq"], "label": i % 2} for i in range(10)]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items))
@@ -115,6 +115,8 @@ def test_a_task_of_ones_own_through_the_command_line(runs, tmp_path, capsys):
     task |= {"training_split": "train", "test_split": "test", "doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}"}
     task |= {"doc_to_target": "label", "metric_list": [{"metric": "acc"}]}
     (tmp_path / "own_choice.yaml").write_text(json.dumps(task))
+    recipe = runs["causal"] / "recipe.json"  # the run's own text is not asked for
+    recipe.write_text(recipe.read_text().replace(tiny_recipe.data.corpus, "gone.txt"))
     arguments = [
         "evaluate",
         str(runs["causal"]),
