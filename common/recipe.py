@@ -36,7 +36,8 @@ class Recipe:
                 if batch % (shards * self.train.accumulate):
                     found.append(
                         f"a batch of {batch} rows does not divide into data*fsdp={shards} parts"
-                        f" times train.accumulate={self.train.accumulate}: set --train.batch-size to a multiple of "
+                        f" times train.accumulate={self.train.accumulate}: set "
+                        f"--train.{'batch-size' if batch == self.train.batch_size else 'ramp-from'} to a multiple of "
                         f"{shards * self.train.accumulate}, or change the mesh"
                     )
             for name, length in (("model.context", self.model.context), ("train.short_length", self.train.short_length)):

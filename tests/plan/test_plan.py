@@ -299,7 +299,10 @@ def test_the_flags_that_are_told_give_the_layout_that_was_planned():
 
 def test_a_ramp_that_begins_higher_ends_after_as_many_rows():
     recipe = find("gpt3_13b")
+    with pytest.raises(InputError, match=r"a batch of 16 rows .* set --train.ramp-from to a multiple of 128"):
+        dataclasses.replace(recipe, mesh=MeshConfig(fsdp=128)).check(128)
     raised = with_ramp(recipe, 128)
+    dataclasses.replace(raised, mesh=MeshConfig(fsdp=128)).check(128)
     assert all(size % 128 == 0 for _, _, size in raised.train.stages())
     for before, after in [
         (recipe.train.steps, raised.train.steps),
