@@ -60,9 +60,9 @@ class Recipe:
                     "keep more"
                 )
             if kind == "masked" and not self.model.masked_head:
-                found.append("a masked objective needs the head that predicts tokens: set --model.masked-head True")
+                found.append("a masked objective needs the head that predicts tokens: set --model.masked-head")
             if self.objective.next_sentence and not self.model.next_sentence:
-                found.append("objective.next_sentence needs the head: set --model.next-sentence True")
+                found.append("objective.next_sentence needs the head: set --model.next-sentence")
             if self.objective.next_sentence and self.model.segment_types not in (0, 2):
                 found.append(f"pairs have 2 segment types, and model.segment_types={self.model.segment_types}")
             if self.objective.label_smoothing and self.model.vocab_multiple > 1:
