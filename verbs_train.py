@@ -69,7 +69,8 @@ def train_verb(argv: list[str]) -> None:
                 result = dataclasses.replace(result, bits_per_byte=figure.value)
                 shown += f"; bits per byte by the diffusion bound {figure.value:.3f}"
         texts = ["To be, or [MASK] to be", "the [MASK] of the [MASK]", "I [MASK] you,"]
-        for filled in model.fill(texts, top=3, steps=2):
+        fitting = [text for text in texts if len(model.tokenizer.encode(text)) + 2 <= model.context]
+        for filled in model.fill(fitting, top=3, steps=2):
             guesses = [" ".join(f"{t['token']!r} {t['p']:.2f}" for t in mask) for mask in filled.masks]
             say(f"--- {filled.text}\n    {filled.filled}     {' | '.join(guesses)}")
     elif model.recipe.family == "seq2seq":
@@ -129,6 +130,8 @@ def finetune_verb(
     body = load_run(directory(run), say)
     if body.task is not None:
         raise InputError(f"{run} is fine-tuned already, for {body.task.name}; start from the run it came from")
+    if body.recipe.family == "seq2seq":
+        raise InputError(f"{run} is an encoder-decoder; a head for labels goes on a gpt or a bert")
     labelled = tasks.load(task, text=text_field, pair=pair_field, label=label_field)
     home = workdir or f"runs/{body.home.name}-{labelled.name.replace('/', '-')}"
     result = run_finetuning(body, labelled, home, how)

@@ -47,7 +47,8 @@ class Recipe:
                 if batch % (shards * self.train.accumulate):
                     found.append(
                         f"a batch of {batch} rows does not divide into data*fsdp={shards} parts"
-                        f" times train.accumulate={self.train.accumulate}: set --train.batch-size to a multiple of "
+                        f" times train.accumulate={self.train.accumulate}: set "
+                        f"--train.{'batch-size' if batch == self.train.batch_size else 'ramp-from'} to a multiple of "
                         f"{shards * self.train.accumulate}, or change the mesh"
                     )
             kind, wanted = self.objective.kind, KINDS[self.family]
@@ -74,11 +75,11 @@ class Recipe:
                     "keep more"
                 )
             if kind == "masked" and not self.model.masked_head:
-                found.append("a masked objective needs the head that predicts tokens: set --model.masked-head True")
+                found.append("a masked objective needs the head that predicts tokens: set --model.masked-head")
             if self.objective.next_sentence and kind != "masked":
                 found.append(f"objective.next_sentence is for masked objectives, not {kind}; leave it out")
             if self.objective.next_sentence and not self.model.next_sentence:
-                found.append("objective.next_sentence needs the head: set --model.next-sentence True")
+                found.append("objective.next_sentence needs the head: set --model.next-sentence")
             if self.objective.next_sentence and self.model.segment_types not in (0, 2):
                 found.append(f"pairs have 2 segment types, and model.segment_types={self.model.segment_types}")
             if self.objective.label_smoothing and self.model.vocab_multiple > 1:

@@ -61,6 +61,17 @@ def directory(home: str | os.PathLike) -> Path:
     return path
 
 
+def on_disk(home: str | os.PathLike) -> Path:
+    """A directory by its name that only a disk can hold.
+
+    Raises:
+      InputError: it is on a bucket.
+    """
+    if "://" in os.fspath(home):
+        raise InputError(f"{home} is on a bucket, and this is written to a disk only: give a directory, and copy it there")
+    return Path(home)
+
+
 def on_bucket(home: Path) -> bool:
     """Whether files here cannot be added to, only written whole."""
     return "://" in str(home)

@@ -143,3 +143,16 @@ def test_a_run_directory_on_a_bucket(tiny_recipe, tmp_path, monkeypatch):
 def test_a_bucket_that_cannot_be_reached(monkeypatch):
     with pytest.raises(InputError, match=r"cannot reach s3://nowhere/x .*install"):
         rundir.directory("s3://nowhere/x")
+
+
+def test_what_a_bucket_cannot_hold_is_refused(tmp_path, monkeypatch, capfd):
+    """And nothing is written to a directory here that is named like it; what is only read is looked for there."""
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path / "x")
+    for argv in (["import", here, "gs://bucket/x"], ["export", here, "gs://bucket/x"], ["compare", "--workdir", "gs://bucket/x"]):
+        assert bothways.main(argv) == 2
+        assert "gs://bucket/x is on a bucket" in capfd.readouterr().err
+    assert bothways.main(["export", "gs://bucket/none", here]) == 2
+    assert "gs://bucket/none does not exist" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())

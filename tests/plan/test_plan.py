@@ -312,7 +312,10 @@ def test_the_flags_that_are_told_give_the_layout_that_was_planned():
 
 def test_a_ramp_that_begins_higher_ends_after_as_many_rows():
     recipe = find("gpt3_13b")
+    with pytest.raises(InputError, match=r"a batch of 16 rows .* set --train.ramp-from to a multiple of 128"):
+        dataclasses.replace(recipe, mesh=MeshConfig(fsdp=128)).check(128)
     raised = with_ramp(recipe, 128)
+    dataclasses.replace(raised, mesh=MeshConfig(fsdp=128)).check(128)
     assert all(size % 128 == 0 for _, _, size in raised.train.stages())
     for before, after in [
         (recipe.train.steps, raised.train.steps),
@@ -328,6 +331,31 @@ def test_a_mesh_that_cannot_hold_the_model_is_refused(planned, eight_devices):
         plan(bad, Topology.parse("cpu:8"))
     with pytest.raises(InputError, match="cannot be laid out"):
         search(dataclasses.replace(planned, mesh=MeshConfig()), Topology.parse("v5e:16x16"), lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "said"),
+    [
+        ("optimizer", "learning_rate", -1.0, "learning_rate is -1"),
+        ("model", "n_heads", 0, "n_heads is 0"),
+        ("", "", 0, "libtpu, which is not installed"),
+        ("", "", 0, "a torus that cannot be cut so"),
+    ],
+)
+def test_a_search_that_finds_nothing_says_why(planned, eight_devices, monkeypatch, section, field, value, said):
+    def fails(*_):
+        raise NotImplementedError("a torus that cannot be cut so")
+
+    recipe = dataclasses.replace(planned, mesh=MeshConfig())
+    if section:
+        recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **{field: value})})
+    topology = Topology.parse("v5e:2x2" if "libtpu" in said else "cpu:8")
+    monkeypatch.setattr("plan.training.plan", fails)
+    monkeypatch.setattr("train.chips.importlib.util.find_spec", lambda _: None)
+    told = []
+    with pytest.raises(InputError, match=said):
+        search(recipe, topology, told.append)
+    assert bool(told) == ("torus" in said)
 
 
 def test_padded_rows_stand_for_no_token(tiny_with):
