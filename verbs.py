@@ -31,7 +31,7 @@ def _sample(
     min_p: float = 0.0,
     greedy: bool = False,
     beams: int | None = None,
-    length_penalty: float = 0.6,
+    length_penalty: float | None = None,
     num: int = 1,
     seed: int = 0,
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
@@ -57,7 +57,7 @@ def _sample(
         greedy: Always the most likely token.
         beams: Width of a beam search instead of sampling (causal models; encoder-decoders search with 4 unless
             another method is asked for).
-        length_penalty: What a beam search's log-probabilities are divided by grows with length to this power.
+        length_penalty: What a beam search's log-probabilities are divided by grows with length to this power (0.6).
         num: Continuations of each prompt.
         seed: The same seed gives the same text.
         stop: End before this string; may be given several times.
@@ -88,18 +88,17 @@ def _sample(
     chosen = {
         "max_tokens": max_tokens,
         "beams": beams,
+        "length_penalty": length_penalty,
         "chunk": chunk,
         "steps": steps,
         "sweeps": sweeps,
         "stream": stream or None,
     }
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-    wrong = set(options) & ({"beams", "stream"} if masked else {"chunk", "steps", "sweeps"})
+    wrong = set(options) & ({"beams", "length_penalty", "stream"} if masked else {"chunk", "steps", "sweeps"})
     if wrong:
         why = "fills chunks of masks and never goes left to right" if masked else "goes left to right and has no masks"
-        raise InputError(f"--{min(wrong)} is not for a {family} run, which {why}")
-    if not masked:
-        options["length_penalty"] = length_penalty
+        raise InputError(f"--{min(wrong).replace('_', '-')} is not for a {family} run, which {why}")
     if stream:
         print("" if family == "seq2seq" else prompts[0], end="", flush=True)
         options["stream"] = lambda _, piece: print(piece, end="", flush=True)
@@ -213,7 +212,7 @@ def _evaluate(
     own = [s for s in suites if not s.startswith("lm-eval:")]
     if (shots is not None or rule or tasks_from) and not tasks:
         raise InputError("--shots, --rule and --tasks-from are for lm-eval tasks, such as lm-eval:lambada_openai")
-    figures = evaluate(model, own, say)
+    figures = evaluate(model, own, say) if own else []  # a task needs nothing of the text that the run was trained on
     if tasks:
         try:
             from compare import harness

@@ -14,8 +14,8 @@ from verbs_shared import emit, say
 GIB = 2**30
 
 
-def _parse(verb: str, argv: list[str], options: type, example: str) -> tuple[Recipe, Any, Any]:
-    """The recipe as it is named, the recipe with the fields that were set, and the verb's own options."""
+def _parse(verb: str, argv: list[str], options: type, example: str) -> tuple[Recipe, Any]:
+    """The recipe with the fields that were set, and the verb's own options."""
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         raise InputError(f"{verb} wants a recipe first: {example}")
     if argv[0] in ("-h", "--help"):
@@ -27,7 +27,7 @@ def _parse(verb: str, argv: list[str], options: type, example: str) -> tuple[Rec
         "Arguments", fields, bases=(options,), frozen=True, kw_only=True, namespace={"__doc__": options.__doc__}
     )
     given = tyro.cli(arguments, prog=f"bothways {verb} {argv[0]}", args=argv[1:])
-    return base, given.recipe, given
+    return given.recipe, given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class PlanOptions:
 
 def plan(argv: list[str]) -> None:
     """Compile a recipe's train step and its decoding step for a topology, and tell what they would need."""
-    _, recipe, options = _parse("plan", argv, PlanOptions, "bothways plan gpt2_xl --topology v5e:16x16 [--search]")
+    recipe, options = _parse("plan", argv, PlanOptions, "bothways plan gpt2_xl --topology v5e:16x16 [--search]")
     from common.config import MeshConfig
     from plan import training as planning
     from plan.decoding import plan_decoding
@@ -168,7 +168,7 @@ class LaunchOptions:
 def launch(argv: list[str]) -> None:
     """Start a recipe on a slice or a cluster."""
     example = "bothways launch gpt2_small --on tpu --topology v5e-16 --bucket gs://NAME --project P --zone Z [--dry-run]"
-    _, recipe, o = _parse("launch", argv, LaunchOptions, example)
+    recipe, o = _parse("launch", argv, LaunchOptions, example)
     from launch.start import prepare, start
 
     names = ("bucket", "slices", "spot", "project", "zone", "partition", "hours")

@@ -27,7 +27,10 @@ def train_verb(argv: list[str]) -> None:
             print("\n`bothways train RECIPE --help` lists every field.")
             return
         raise InputError("train wants a recipe first: bothways train RECIPE [--workdir DIR] [--SECTION.FIELD VALUE ...]")
-    base = on_from(Path(argv[0])) if (Path(argv[0]) / "recipe.json").is_file() else find(argv[0])
+    from common.rundir import directory
+
+    home = directory(argv[0])
+    base = on_from(home) if (home / "recipe.json").exists() else find(argv[0])
     from train.hosts import HostsConfig, start, stdout_for_results
 
     @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,8 @@ def train_verb(argv: list[str]) -> None:
                 result = dataclasses.replace(result, bits_per_byte=figure.value)
                 shown += f"; bits per byte by the diffusion bound {figure.value:.3f}"
         texts = ["To be, or [MASK] to be", "the [MASK] of the [MASK]", "I [MASK] you,"]
-        for filled in model.fill(texts, top=3, steps=2):
+        fitting = [text for text in texts if len(model.tokenizer.encode(text)) + 2 <= model.context]
+        for filled in model.fill(fitting, top=3, steps=2):
             guesses = [" ".join(f"{t['token']!r} {t['p']:.2f}" for t in mask) for mask in filled.masks]
             say(f"--- {filled.text}\n    {filled.filled}     {' | '.join(guesses)}")
     elif model.recipe.family == "seq2seq":
@@ -126,6 +130,8 @@ def finetune_verb(
     body = load_run(directory(run), say)
     if body.task is not None:
         raise InputError(f"{run} is fine-tuned already, for {body.task.name}; start from the run it came from")
+    if body.recipe.family == "seq2seq":
+        raise InputError(f"{run} is an encoder-decoder; a head for labels goes on a gpt or a bert")
     labelled = tasks.load(task, text=text_field, pair=pair_field, label=label_field)
     home = workdir or f"runs/{body.home.name}-{labelled.name.replace('/', '-')}"
     result = run_finetuning(body, labelled, home, how)

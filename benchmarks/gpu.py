@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import versions
+from train.chips import PEAK_FLOPS
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""bfloat16 FLOP/s without sparsity, by a part of the device's name."""
 BANDWIDTH_BYTES = 2**32
 
 
@@ -39,13 +38,9 @@ def seconds_each(run: Callable[[], Any], times: int) -> float:
     return statistics.median(found)
 
 
-def peak(device: str) -> float | None:
-    return next((flops for part, flops in PEAKS.items() if part in device), None)
-
-
 def tell_training(side: str, model: str, device: str, flops: float, rows: int, length: int, seconds: float) -> None:
     """`flops` per token, counted alike on every side: train/flops.py, causal attention counted half."""
-    speed, most = rows * length / seconds, peak(device)
+    speed, most = rows * length / seconds, PEAK_FLOPS.get(device)
     mfu = speed * flops / most if most else None
     shape = {"rows": rows, "length": length}
     tell(what=f"{model} training", side=side, device=device, tokens_per_second=speed, mfu=mfu, **shape)

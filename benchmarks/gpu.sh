@@ -8,7 +8,10 @@ out=${1:-gpu.jsonl}
 : >"$out"
 failed=0
 side() { # PYTHON SECONDS NAME
-  timeout "$2" "$1" -m benchmarks.gpu "$3" $tiny >>"$out" || { failed=1; echo "{\"side\": \"$3\", \"failed\": $?}" >>"$out"; }
+  timeout "$2" "$1" -m benchmarks.gpu "$3" $tiny >>"$out" || {
+    code=$? failed=1
+    echo "{\"side\": \"$3\", \"failed\": $code}" >>"$out"
+  }
 }
 tiny=$2
 side "$PYTHON" 110 train-gpt2

@@ -141,6 +141,8 @@ class TrainConfig:
         for name in ("seed", "eval_rows", "ramp_from", "ramp_rows", "short_length", "short_steps"):
             if getattr(self, name) < 0:
                 found.append(f"train.{name} is {getattr(self, name)}; it cannot be negative")
+        if self.seed > 2**31 - 1:
+            found.append(f"train.seed is {self.seed}; it must be at most {2**31 - 1}")
         if (self.ramp_from > 0) != (self.ramp_rows > 0):
             found.append(f"train.ramp_from={self.ramp_from} and train.ramp_rows={self.ramp_rows}: set both or neither")
         if (self.short_length > 0) != (self.short_steps > 0):

@@ -13,6 +13,16 @@ from model.config import TransformerConfig
 HOW_OFTEN = ("log_every", "keep", "average", "eval_every", "eval_rows", "save_every")
 FREE = ("mesh", "model.attention", "data.cache", *(f"train.{name}" for name in HOW_OFTEN))
 
+IN_JSON = {
+    str: (str, "a string"),
+    Literal: (str, "a string"),
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    tuple: (list, "a list"),
+}
+"""How a field of each type is written: types of JSON's values, and their name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -27,7 +37,8 @@ class Recipe:
 
     def check(self, devices: int) -> None:
         """Raises InputError that lists everything wrong with the recipe on so many devices, with the numbers."""
-        found = [*self.model.problems(), *self.data.problems(), *self.objective.problems()]
+        found = _strangers(self)
+        found += [*self.model.problems(), *self.data.problems(), *self.objective.problems()]
         found += [*self.optimizer.problems(), *self.train.problems(), *self.mesh.problems(devices)]
         if not found:
             sizes = self.mesh.sizes(devices)
@@ -36,13 +47,18 @@ class Recipe:
                 if batch % (shards * self.train.accumulate):
                     found.append(
                         f"a batch of {batch} rows does not divide into data*fsdp={shards} parts"
-                        f" times train.accumulate={self.train.accumulate}: set --train.batch-size to a multiple of "
+                        f" times train.accumulate={self.train.accumulate}: set "
+                        f"--train.{'batch-size' if batch == self.train.batch_size else 'ramp-from'} to a multiple of "
                         f"{shards * self.train.accumulate}, or change the mesh"
                     )
+            kind, wanted = self.objective.kind, KINDS[self.family]
+            least = 5 if self.objective.next_sentence else 3 if kind == "spans" else 2  # with what stands around a token
             for name, length in (("model.context", self.model.context), ("train.short_length", self.train.short_length)):
                 if length % sizes["context"]:
                     found.append(f"{name}={length} is not divisible by mesh.context={sizes['context']}")
-            kind, wanted = self.objective.kind, KINDS[self.family]
+                if 0 < length < least:
+                    what = "next sentences" if self.objective.next_sentence else f"objective.kind={kind}"
+                    found.append(f"{name} is {length}; rows for {what} need at least {least} tokens")
             if kind not in wanted:
                 found.append(
                     f"objective.kind={kind} is not for a {self.family}, whose mask serves {' or '.join(wanted)}; "
@@ -59,9 +75,11 @@ class Recipe:
                     "keep more"
                 )
             if kind == "masked" and not self.model.masked_head:
-                found.append("a masked objective needs the head that predicts tokens: set --model.masked-head True")
+                found.append("a masked objective needs the head that predicts tokens: set --model.masked-head")
+            if self.objective.next_sentence and kind != "masked":
+                found.append(f"objective.next_sentence is for masked objectives, not {kind}; leave it out")
             if self.objective.next_sentence and not self.model.next_sentence:
-                found.append("objective.next_sentence needs the head: set --model.next-sentence True")
+                found.append("objective.next_sentence needs the head: set --model.next-sentence")
             if self.objective.next_sentence and self.model.segment_types not in (0, 2):
                 found.append(f"pairs have 2 segment types, and model.segment_types={self.model.segment_types}")
             if self.objective.label_smoothing and self.model.vocab_multiple > 1:
@@ -84,7 +102,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        """Raises InputError for text that is no JSON and for fields that this version does not know."""
+        """Raises InputError for text that is no JSON, and for fields or types that are not those of a recipe."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as e:
@@ -101,6 +119,19 @@ class Recipe:
         ]
 
 
+def _strangers(section: Any, where: str = "") -> list[str]:
+    """What stands in a field, or in a tuple there, that its type does not list."""
+    found = []
+    for name, hint in get_type_hints(type(section)).items():
+        value, several = getattr(section, name), get_origin(hint) is tuple
+        choices = get_args(get_args(hint)[0] if several else hint)
+        if dataclasses.is_dataclass(hint):
+            found += _strangers(value, f"{where}{name}.")
+        elif choices and not set(value if several else [value]) <= set(choices):
+            found.append(f"{where}{name} is {value!r}; there are {', '.join(choices)}")
+    return found
+
+
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -108,8 +139,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+def _build(cls: type, values: Any, where: str) -> Any:
     hints = get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise InputError(f"{where} is {json.dumps(values)[:60]}; it must be a JSON object, with the fields of {cls.__name__}")
     unknown = set(values) - set(hints)
     if unknown:
         raise InputError(f"{where} has fields this version does not know: {', '.join(sorted(unknown))}")
@@ -118,6 +151,9 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             return _build(hint, value, f"{where}.{name}")
-        return tuple(value) if get_origin(hint) is tuple and get_args(hint) else value
+        types, said = IN_JSON[get_origin(hint) or hint]
+        if not isinstance(value, types):
+            raise InputError(f"{where}.{name} is {json.dumps(value)[:60]}; it must be {said}")
+        return tuple(value) if types is list else value
 
     return cls(**{name: convert(name, value) for name, value in values.items()})

@@ -4,6 +4,7 @@ It lies on a disk, or on a bucket: gs://bucket/runs/x (etils.epath, orbax and te
 
 runs/x/recipe.json         the recipe, every derived value filled in
 runs/x/tokenizer.model     sentencepiece; or tokenizer.json and tokenizer_config.json, of an imported run
+runs/x/corpus.json         of a run trained here: the fingerprint of its text
 runs/x/checkpoints/STEP/   orbax: params, train (optimizer and counters), meta (step, data position)
 runs/x/metrics.jsonl       a line per logged step and per evaluation
 runs/x/task.json           of a fine-tuned run: kind, labels, length
@@ -58,6 +59,17 @@ def directory(home: str | os.PathLike) -> Path:
             "for gs:// install gcsfs and google-cloud-storage, and log in with gcloud auth application-default login"
         ) from e
     return path
+
+
+def on_disk(home: str | os.PathLike) -> Path:
+    """A directory by its name that only a disk can hold.
+
+    Raises:
+      InputError: it is on a bucket.
+    """
+    if "://" in os.fspath(home):
+        raise InputError(f"{home} is on a bucket, and this is written to a disk only: give a directory, and copy it there")
+    return Path(home)
 
 
 def on_bucket(home: Path) -> bool:
@@ -158,6 +170,12 @@ def read_recipe(home: Path) -> Recipe:
         what = "is not a run directory: it has no recipe.json" if home.exists() else "does not exist"
         raise InputError(f"{home} {what}; give the directory that `bothways train` wrote, such as runs/shakespeare_gpt")
     return Recipe.from_json(path.read_text())
+
+
+def trained_on(home: Path, fingerprint: str) -> bool:
+    """Whether this is the text that a run was trained on; of imported runs, and old ones, nobody knows: yes."""
+    path = home / "corpus.json"
+    return not path.exists() or json.loads(path.read_text())["fingerprint"] == fingerprint
 
 
 def read_task(home: Path) -> TaskInfo | None:

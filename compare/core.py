@@ -229,7 +229,7 @@ def readings(model: Model) -> dict[str, MaskedModel]:
         return {BOTH: model}
     ask, cfg = model.recipe.objective, model.recipe.model
     found = {}
-    if ask.kind == "causal" or ask.causal_share > 0:
+    if ask.kind == "causal" or (ask.kind == "hybrid" and ask.causal_share > 0):
         found[FORWARD] = MaskedModel(dataclasses.replace(model.run, module=MaskedNextToken(cfg, both_ways=False)))
     if isinstance(model, HybridModel) and ask.causal_share < 1:
         found[BOTH] = model.both_ways

@@ -62,6 +62,8 @@ class BothwaysLM(TemplateLM):
         self.tokens = self.model.tokenizer
         self.add_bos = str(add_bos) != "False"
         known = readings(self.model)
+        if not known:
+            raise InputError(f"lm-eval asks a gpt or a bert; {self.model.run.home} is a {self.model.recipe.family} run")
         self.rule = rule or ("causal" if FORWARD in known else "pll_word")
         fits = [r for r in RULES if (FORWARD if r == "causal" else BOTH) in known]
         if self.rule not in fits:

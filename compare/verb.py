@@ -1,7 +1,6 @@
 """The command line of the comparison."""
 
 from json import dumps
-from pathlib import Path
 
 from tyro.conf import Positional
 
@@ -14,7 +13,7 @@ def compare(
     causal: str = "",
     masked: str = "",
     hybrid: str = "",
-    workdir: Path | None = None,
+    workdir: str = "",
     json: bool = False,
 ) -> None:
     """The controlled experiments of GPT against BERT: report.html and report.json.
@@ -27,25 +26,25 @@ def compare(
         causal: A recipe read forward (shakespeare_gpt).
         masked: A recipe read both ways; by default the hybrid one with no row read forward, and shakespeare_bert.
         hybrid: A recipe trained in both readings (shakespeare_hybrid).
-        workdir: Where runs, measurements and report are kept (runs/compare-SIZE).
+        workdir: Where runs, measurements and report are kept, on a disk (runs/compare-SIZE).
         json: One JSON object per experiment.
     """
     import jax
 
+    from common.rundir import on_disk
     from compare.run import compare as run_comparison
     from compare.run import masked_only
 
+    home = on_disk(workdir or f"runs/compare-{size}")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs, alike for every seed
     both = find(hybrid or "shakespeare_hybrid")
     arms = {"causal": find(causal or "shakespeare_gpt")}
     arms |= {"masked": find(masked) if masked else masked_only(both)}
     arms |= {} if masked and not hybrid else {"hybrid": both}
     arms |= {} if masked or hybrid else {"bert": find("shakespeare_bert")}
-    given = {"size": size, "causal": causal, "masked": masked, "hybrid": hybrid, "workdir": workdir and str(workdir)}
+    given = {"size": size, "causal": causal, "masked": masked, "hybrid": hybrid, "workdir": workdir}
     options = "".join(f" --{k} {v}" for k, v in given.items() if v)
-    for experiment, result in run_comparison(
-        experiments, size, arms, workdir or Path("runs") / f"compare-{size}", options
-    ):
+    for experiment, result in run_comparison(experiments, size, arms, home, options):
         told = {"experiment": experiment.name, "verdict": result.verdict, "finding": result.finding, "sure": result.sure}
         shown = f"{experiment.title}\n  {result.verdict}: {result.finding}\n"
         print(dumps(told, ensure_ascii=False) if json else shown, flush=True)

@@ -75,8 +75,8 @@ def without_order(lab: Lab) -> DataConfig:
                 for _, text in corpus.documents(split):
                     out.write(json.dumps({"text": shuffled(text, rng)}) + "\n")
             partial.replace(path)
-    tokenizer = home / "tokenizer.model"
-    text_of(lab).tokenizer.save(tokenizer)
+    text_of(lab).tokenizer.save_in(home)
+    tokenizer = next(path for name in ("tokenizer.json", "tokenizer.model") if (path := home / name).exists())
     return DataConfig(
         str(paths["train"]), str(paths["validation"]), tokenizer=str(tokenizer), cache=str(lab.home / "cache")
     )

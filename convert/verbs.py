@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json as jsons
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
@@ -16,31 +15,33 @@ Positional = tyro.conf.Positional
 say = functools.partial(print, file=sys.stderr)
 
 
-def import_verb(source: Positional[str], run: Positional[Path], corpus: str = "shakespeare", json: bool = False) -> None:
+def import_verb(source: Positional[str], run: Positional[str], corpus: str = "shakespeare", json: bool = False) -> None:
     """A published checkpoint becomes a run: GPT-2, BERT, RoBERTa, ModernBERT, the Llama family.
 
     Args:
         source: A Hugging Face directory with safetensors, a .gguf file of the Llama family, or a name on the hub.
-        run: The run directory to write.
+        run: The run directory to write, on a disk.
         corpus: The text that `evaluate` and `train` take for this run unless told otherwise.
         json: Print the result as one JSON object.
     """
+    from common.rundir import on_disk
     from convert.run import import_run
 
-    _show(import_run(source, run, corpus, say), json)
+    _show(import_run(source, on_disk(run), corpus, say), json)
 
 
-def export_verb(run: Positional[Path], dest: Positional[Path], json: bool = False) -> None:
+def export_verb(run: Positional[str], dest: Positional[str], json: bool = False) -> None:
     """A run becomes a Hugging Face directory, which `transformers` opens.
 
     Args:
         run: A run directory.
-        dest: The directory to write.
+        dest: The directory to write, on a disk.
         json: Print the result as one JSON object.
     """
+    from common.rundir import directory, on_disk
     from convert.run import export_run
 
-    _show(export_run(run, dest, say), json)
+    _show(export_run(directory(run), on_disk(dest), say), json)
 
 
 def _show(result: "Converted", as_json: bool) -> None:

@@ -21,7 +21,8 @@ class DataConfig:
     vocab_size: int = 8192
     """Pieces of a tokenizer to be trained."""
     separate_documents: bool = True
-    """Documents packed into one row do not see each other. False: they do, as in GPT-3 (section 2.2)."""
+    """Documents packed into one row do not see each other. False: they do, as in GPT-3 (section 2.2).
+    Spans are hidden in running text, whatever this says (T5, arXiv 1910.10683, section 3.1.4)."""
     cache: str = "~/.cache/bothways"
     """Where prepared corpora and token rows are kept and reused."""
 

@@ -26,6 +26,8 @@ class Corpus:
     fingerprint: str
     read: Callable[[str], Documents]
     splits: tuple[str, ...] = ("train", "validation", "test")
+    paired: bool = False
+    """Document 2i is a source, 2i + 1 its target."""
 
     def documents(self, split: str) -> Documents:
         """(name, text) of every document of a split."""
@@ -149,7 +151,7 @@ def load(cfg: DataConfig) -> Corpus:
                 if cfg.corpus == "bibles"
                 else "the corpus 'shakespeare' is plain text and has no pairs; leave out data.source_field and target_field"
             )
-    return corpus
+    return dataclasses.replace(corpus, paired=bool(cfg.source_field))
 
 
 def from_bibles(cfg: DataConfig, cache: Path) -> Corpus:

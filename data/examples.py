@@ -185,7 +185,7 @@ class Pairs:
         if len(starts) < 2:
             raise InputError(
                 f"next-sentence pairs need negatives from another document, and there is {len(starts)} document; "
-                "give more files, or set --objective.next-sentence False"
+                "give more files, or set --objective.no-next-sentence"
             )
         self.begins = starts + 1  # behind bos
         self.ends = np.append(starts[1:], len(ids)) - 1  # before eos

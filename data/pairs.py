@@ -130,25 +130,29 @@ class Spans:
 
     def __init__(self, tokens: Tokens, length: int, vocabulary: Vocabulary, rate: float, mean_span: float, padded: bool):
         self.vocabulary, self.rate, self.mean_span, self.length = vocabulary, rate, mean_span, length
-        room = next(n for n in range(2 * length, 1, -1) if self.counts(n)[0] <= length)
-        self.target_length = self.counts(room)[1]
+        room, self.target_length = span_lengths(length, rate, mean_span)
         self.rows = Rows(tokens, room - 1, vocabulary.pad, False, padded)
-
-    def counts(self, room: int) -> tuple[int, int]:
-        """Tokens of source and target, each with its eos, made of `room` tokens of text."""
-        hidden, spans = self.hidden(room)
-        return room - hidden + spans + 1, hidden + spans + 1
-
-    def hidden(self, room: int) -> tuple[int, int]:
-        """How many tokens are hidden of so many, in how many spans."""
-        hidden = min(max(1, round(room * self.rate)), room - 1)
-        return hidden, min(max(1, round(hidden / self.mean_span)), room - hidden)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, indices: np.ndarray) -> Example:
         return self.rows[indices]
+
+
+def hidden_spans(room: int, rate: float, mean_span: float) -> tuple[int, int]:
+    """How many of `room` tokens are hidden, in how many spans."""
+    hidden = min(max(1, round(room * rate)), room - 1)
+    return hidden, min(max(1, round(hidden / mean_span)), room - hidden)
+
+
+def span_lengths(length: int, rate: float, mean_span: float) -> tuple[int, int]:
+    """Tokens of text that make a source of at most `length` tokens, and of its target; both with their eos."""
+    for room in range(2 * length, 1, -1):
+        hidden, spans = hidden_spans(room, rate, mean_span)
+        if room - hidden + spans + 1 <= length:
+            break
+    return room, hidden + spans + 1
 
 
 def parts(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -168,7 +172,7 @@ def with_spans_hidden(text: np.ndarray, rng: np.random.Generator, source: Spans)
     v = source.vocabulary
     if len(text) < 2:  # a last row's single token: nothing to ask
         return packed([text], [np.array([v.bos, v.eos])], source.length, source.target_length, v.pad)
-    hidden, spans = source.hidden(len(text))
+    hidden, spans = hidden_spans(len(text), source.rate, source.mean_span)
     stay, go = parts(len(text) - hidden, spans, rng), parts(hidden, spans, rng)
     inverse = np.repeat(np.tile([False, True], spans), np.stack([stay, go], axis=1).reshape(-1))
     first = inverse & ~np.concatenate([[False], inverse[:-1]])

@@ -218,12 +218,11 @@ def lines(texts: Iterable[str]) -> Iterator[str]:
     """What a vocabulary is learnt from: the lines of the texts, up to TRAINING_BYTES."""
     budget = TRAINING_BYTES
     for text in texts:
-        for line in text.split("\n"):
-            if line:
-                budget -= len(line)
-                yield line
-        if budget < 0:
-            return
+        for line in filter(None, text.split("\n")):
+            budget -= len(line.encode())
+            if budget < 0:
+                return
+            yield line
 
 
 def train(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePieceTokenizer:

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from common.errors import InputError
 from data import tokenizer as tokenizers
@@ -17,7 +18,7 @@ from data.corpora import Corpus
 from data.tokenizer import Tokenizer
 
 BATCH = 256
-"""Documents tokenised at once."""
+"""Documents tokenised at once; even, so that no pair is torn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Tokens:
 def obtain_tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
     """The tokenizer that a configuration names: read from its file, or trained once and kept in the cache."""
     if cfg.tokenizer.endswith((".model", ".json")):
-        return Tokenizer.load(Path(cfg.tokenizer).expanduser())
+        return Tokenizer.load(epath.Path(cfg.tokenizer).expanduser())  # on a bucket too
     version = f"{corpus.fingerprint} {cfg.tokenizer} {cfg.vocab_size} {tokenizers.TRAINING_BYTES}"
     key = hashlib.sha256(version.encode()).hexdigest()[:16]
     path = Path(cfg.cache).expanduser() / "tokenizers" / f"{key}.model"
@@ -54,7 +55,7 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
     Raises:
       InputError: the split holds no text.
     """
-    key = hashlib.sha256(f"1 {corpus.fingerprint} {tokenizer.fingerprint} {split}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{1 + corpus.paired} {corpus.fingerprint} {tokenizer.fingerprint} {split}".encode()).hexdigest()[:16]
     home = Path(cache).expanduser() / "tokens" / f"{corpus.name.replace('/', '-')}-{split}-{key}"
     if not (home / "meta.json").exists():
         home.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +82,9 @@ def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None
 
         def flush(texts: list[str]) -> None:
             nonlocal position, size
-            for text, ids in zip(texts, tokenizer.encode_many(texts), strict=True):
-                if ids:
+            encoded = tokenizer.encode_many(texts)
+            for i, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+                if ids and (not corpus.paired or encoded[i ^ 1]):  # without tokens it falls out, and the other of its pair
                     starts.append(position)
                     position += len(ids) + 2
                     size += len(text.encode())

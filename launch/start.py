@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.errors import InputError
 from common.recipe import Recipe
+from data.files import looks_like_files
 from launch.engines import ENGINES, Launch
 from launch.job import GPUs, Job, check_bucket, code_archive, job_name
 from train.chips import Topology
@@ -39,12 +40,38 @@ def prepare(
     """A job and what starts it; nothing is written or run.
 
     Raises:
-      InputError: a topology, a bucket or a name that cannot be; or a recipe that cannot run on so many devices.
+      InputError: a topology, a bucket or a name that cannot be; or a recipe that cannot run on so many devices, or whose
+        files stay here.
     """
     where = GPUs.parse(topology) if on == "slurm" or is_gpu(topology) else Topology.parse(topology, slices)
+    if slices > 1 and isinstance(where, GPUs):
+        raise InputError(f"--slices {slices} is for TPUs; more GPUs are more nodes: --topology {where.kind}:NODESxGPUS")
     recipe.check(where.devices_count)
+    if left := files_left_here(recipe, shared=on == "slurm"):
+        how = (
+            "give absolute paths that all nodes see"
+            if on == "slurm"
+            else "name a dataset of TFDS, a tokenizer that is learnt there, a run on a bucket; or train there by hand"
+        )
+        raise InputError(f"only the source tree and the recipe travel, and not {', '.join(left)}: {how}")
     job = Job(recipe, where, job_name(recipe, name), check_bucket(bucket, on), code=code_archive(), **options)
     return job, ENGINES[on](job)
+
+
+def files_left_here(recipe: Recipe, *, shared: bool) -> list[str]:
+    """The fields that name files which the machines elsewhere do not see, with their values.
+
+    Args:
+      shared: the machines have a disk in common with this one; an absolute path may be there.
+    """
+    data, start = recipe.data, recipe.train.init_from
+    found = {
+        "data.corpus": data.corpus if looks_like_files(data.corpus) else "",
+        "data.validation": data.validation,
+        "data.tokenizer": data.tokenizer if data.tokenizer.endswith((".model", ".json")) else "",
+        "train.init_from": "" if "://" in start else start,
+    }
+    return [f"{k}={v}" for k, v in found.items() if v and not (shared and Path(v).expanduser().is_absolute())]
 
 
 def is_gpu(topology: str) -> bool:

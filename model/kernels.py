@@ -122,7 +122,8 @@ def splash(
 def _cudnn_knows(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> bool:
     T, S, K = q.shape[1], k.shape[1], q.shape[3]
     heads = v.shape[3] == K and K % 8 == 0 and K <= 128
-    return q.dtype in (jnp.bfloat16, jnp.float16) and heads and T % 2 == 0 and S % 2 == 0
+    whole = _shard_lengths(q, k)[0] == T  # JAX refuses it queries that are spread
+    return q.dtype in (jnp.bfloat16, jnp.float16) and heads and whole and T % 2 == 0 and S % 2 == 0
 
 
 def cudnn(

@@ -239,9 +239,11 @@ def search(recipe: Recipe, topology: Topology, say: Callable[[str], None], *, tr
       tries: how many; with 1 only as many as it takes to find one that fits, at most 3.
 
     Raises:
-      InputError: no layout is possible, or none fits; says which topology would do.
+      InputError: the recipe cannot run on any layout, none is possible, or none fits; says which topology would do.
     """
     recipe = with_vocabulary(recipe)
+    whole = dataclasses.replace(recipe.train, accumulate=1)
+    dataclasses.replace(recipe, train=whole, mesh=MeshConfig()).check(1)  # what is wrong whatever the layout
     ranked = candidates(recipe, topology)
     if not ranked:
         raise InputError(
@@ -251,7 +253,9 @@ def search(recipe: Recipe, topology: Topology, say: Callable[[str], None], *, tr
         )
     if ranked[0].memory > 3 * topology.chip.memory:
         raise InputError(too_small(recipe, topology, ranked[0].memory))
+    topology.devices()  # says what is missing, before it is missing for every layout
     plans: list[Plan] = []
+    last: Exception | None = None
     seen: list[tuple] = []
     began = time.monotonic()
     for guess in ranked:
@@ -269,13 +273,16 @@ def search(recipe: Recipe, topology: Topology, say: Callable[[str], None], *, tr
             plans.append(plan(guess.recipe, topology, recipe))
         except (InputError, NotImplementedError) as e:  # a mesh that this torus cannot be cut into
             say(f"  not possible: {str(e).splitlines()[0][:120]}")
+            last = e
             continue
         say(f"  {told(plans[-1])}")
         if len(plans) >= (tries if tries > 1 else 3) or (tries == 1 and plans[-1].fits):
             break
     plans.sort(key=lambda p: (not p.fits, max(p.step_seconds, p.scheduled_seconds or 0.0)))
-    if not plans or not plans[0].fits:
-        raise InputError(too_small(recipe, topology, min([p.memory_per_chip for p in plans] or [ranked[0].memory])))
+    if not plans:
+        raise InputError(f"no layout of {recipe.name} on {topology.name} can be compiled: {last}") from last
+    if not plans[0].fits:
+        raise InputError(too_small(recipe, topology, min(p.memory_per_chip for p in plans)))
     return plans
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from common import rundir
 from common.errors import InputError
 from data import corpora, examples, pairs, pipeline, tokens
 from data.tokens import Tokens
@@ -64,7 +65,9 @@ def evaluate(
             raise InputError(f"no suite {suite!r}; there are {', '.join(SUITES)}")
     cfg = model.recipe.data
     corpus = corpora.load(cfg)
-    train = tokens.prepare(corpus, "train", model.tokenizer, cfg.cache)
+    if not rundir.trained_on(model.run.home, corpus.fingerprint):
+        say(f"{cfg.corpus} is no longer the text that {model.run.home} was trained on: it may have seen what is held out")
+    train = functools.partial(tokens.prepare, corpus, "train", model.tokenizer, cfg.cache)  # for masked runs alone
     figures = []
     for suite in suites:
         if model.recipe.objective.kind == "pairs":
@@ -72,37 +75,41 @@ def evaluate(
             continue
         held = tokens.prepare(corpus, suite, model.tokenizer, cfg.cache)
         figures += (
-            masked_figures(model, suite, held, train)
+            masked_figures(model, suite, held, train())
             if isinstance(model, MaskedModel)
             else span_figures(model, suite, held)
             if model.recipe.objective.kind == "spans"
             else causal_figures(model, suite, held)
         )
         if isinstance(model, HybridModel):
-            both = masked_figures(model.both_ways, suite, held, train)
+            both = masked_figures(model.both_ways, suite, held, train())
             figures += [dataclasses.replace(f, metric=f"both_ways_{f.metric}") for f in both]
     return figures
 
 
-def held_out_pairs(model: TextModel, suite: str) -> list[tuple[str, str]]:
-    """(source, target) of every pair of a split; of a run that restores spans, a few sources with masks in them."""
+def held_out_pairs(
+    model: TextModel, suite: str, say: Callable[[str], None] = lambda _: None
+) -> list[tuple[str, str]]:
+    """(source, target) of every pair of a split that fits into the context; of a run that restores spans, of a few
+    sources with masks in them."""
     if model.recipe.objective.kind == "spans":
-        texts = ("To be, or [MASK] to be", "I pray you, [MASK] me the [MASK].", "My [MASK], I am your servant.")
-        return [(text, "") for text in texts]
-    texts = [text for _, text in corpora.load(model.recipe.data).documents(suite)]
-    return list(zip(texts[::2], texts[1::2], strict=True))
+        texts = ["To be, or [MASK] to be", "", "I pray you, [MASK] me the [MASK].", "", "My [MASK], I am your servant.", ""]
+    else:
+        texts = [text for _, text in corpora.load(model.recipe.data).documents(suite)]
+    found, context = list(zip(texts[::2], texts[1::2], strict=True)), model.recipe.model.context
+    lengths = [max(len(model.tokenizer.encode(text)) + 1 for text in pair) for pair in found]
+    fitting = [pair for pair, length in zip(found, lengths, strict=True) if length <= context]
+    if len(fitting) < len(found):
+        say(f"{len(found) - len(fitting)} of {len(found)} pairs are longer than the context of {context} and left out")
+    return fitting
 
 
 def pair_figures(model: TextModel, suite: str, say: Callable[[str], None]) -> list[Figure]:
     from sacrebleu.metrics import BLEU, CHRF
 
-    found, context = held_out_pairs(model, suite), model.recipe.model.context
-    lengths = [max(len(model.tokenizer.encode(text)) + 1 for text in pair) for pair in found]
-    fitting = [pair for pair, length in zip(found, lengths, strict=True) if length <= context]
-    if len(fitting) < len(found):
-        say(f"{len(found) - len(fitting)} of {len(found)} pairs are longer than the context of {context} and left out")
+    fitting = held_out_pairs(model, suite, say)
     if not fitting:
-        raise InputError(f"no pair of the {suite} split fits into model.context={context} tokens")
+        raise InputError(f"no pair of the {suite} split fits into model.context={model.recipe.model.context} tokens")
     sources, targets = (list(side) for side in zip(*fitting, strict=True))
     logprobs, tokens_of = model.score_pairs(fitting)
     nats, count = -np.array(logprobs), np.array(tokens_of)

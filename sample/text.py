@@ -145,7 +145,7 @@ class TextModel:
         min_p: float = 0.0,
         greedy: bool = False,
         beams: int = 0,
-        length_penalty: float = 0.6,
+        length_penalty: float | None = None,
         num: int = 1,
         seed: int = 0,
         stop: Sequence[str] = (),
@@ -159,6 +159,7 @@ class TextModel:
           max_tokens: per continuation; None: 256, or 50 more than the source has (arXiv 1706.03762, section 6.1).
             Beyond the model's context, the text goes on from the last half of it, or ends where there is a source.
           beams: width of a beam search instead of sampling; `num` best hypotheses are returned.
+          length_penalty: of a beam search; None: 0.6.
           stop: a continuation ends before the first of these strings.
           stream: called with (index of the result, new piece of text) while it is being made.
 
@@ -177,7 +178,12 @@ class TextModel:
         if beams:
             if stream or stop or greedy:
                 raise InputError("beam search knows its text only at the end: leave out --stream, --stop and --greedy")
-            return self._search(prompts, encoded, beams, num, max_tokens, length_penalty)
+            if (temperature, top_k, top_p, min_p) != (1.0, 0, 1.0, 0.0):
+                raise InputError("beam search draws nothing: leave out --temperature, --top-k, --top-p and --min-p")
+            alpha = 0.6 if length_penalty is None else length_penalty
+            return self._search(prompts, encoded, beams, num, max_tokens, alpha)
+        if length_penalty is not None:
+            raise InputError("--length-penalty ranks what a beam search finds: add --beams, or leave it out")
         method = Method.make(temperature, top_k, top_p, min_p, greedy)
         rows = [self._row(encoded[i // num], key) for i, key in enumerate(draw_keys(prompts, num, seed))]
         shown = [""] * len(rows)

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +74,14 @@ def test_a_gpu_row_tells_figures_as_json(capsys):
     assert told["mfu"] is None  # the peak of a CPU is not known
     gpu.tell_training("a side", "gpt2", "NVIDIA H200", 989e6, 4, 250, 2.0)
     assert json.loads(capsys.readouterr().out)["mfu"] == pytest.approx(0.0005)
+
+
+def test_a_side_that_fails_is_told_with_its_code(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    out, script = tmp_path / "gpu.jsonl", Path(gpu.__file__).with_name("gpu.sh")
+    done = subprocess.run(["bash", script, out], env=os.environ | {"PYTHON": str(tmp_path / "python")}, capture_output=True)
+    assert done.returncode == 1
+    told = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(told) == 5
+    assert {side["failed"] for side in told} == {3}

@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
 import bothways
+from data import tokens
+from train.loop import Result
 
 TINY_FLAGS = (
     "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context 16 --data.vocab-size 320 --train.batch-size 8 "
@@ -42,6 +45,21 @@ def test_train_prints_one_json_object(run_home, tiny_args, capfd):
     assert "what it says" in err
 
 
+def test_only_texts_that_fit_are_filled_after_training(monkeypatch, capfd):
+    """In a context of 16 characters and what stands around them, the first of the three texts is too long."""
+    asked = []
+    tokenizer = types.SimpleNamespace(encode=lambda text: text.replace("[MASK]", "?"))
+    fill = lambda texts, **_: asked.extend(texts) or []  # noqa: E731
+    model = types.SimpleNamespace(
+        recipe=bothways.recipe("shakespeare_bert"), context=18, tokenizer=tokenizer, fill=fill
+    )
+    monkeypatch.setattr("train.loop.train", lambda *_: Result("x", 1, 1.0, None, 1.0, 1.0))
+    monkeypatch.setattr("verbs_train.load", lambda _: model)
+    monkeypatch.setattr("sample.evaluate.evaluate", lambda *_: [])
+    call(capfd, "train", "shakespeare_bert")
+    assert asked == ["the [MASK] of the [MASK]", "I [MASK] you,"]
+
+
 def test_sample_json(run_home, capfd):
     argv = ["sample", run_home, "the dog", "QUEEN:", "--num", "2", "--seed", "1", "--max-tokens", "9", "--json"]
     first = call(capfd, *argv).out
@@ -67,14 +85,18 @@ def test_score_reads_a_file(run_home, tmp_path, capfd):
     assert all(r["logprob"] < 0 and r["tokens"] > 3 and r["rule"] == "causal" for r in results)
 
 
-def test_evaluate_agrees_with_training(run_home, tiny_args, capfd):
+def test_evaluate_agrees_with_training(run_home, tiny_args, capfd, monkeypatch):
+    """And reads no more text than it measures on."""
     trained = json.loads(call(capfd, "train", *tiny_args, "--workdir", run_home, "--json", "--train.eval-rows", "0").out)
+    prepare, read = tokens.prepare, []
+    monkeypatch.setattr(tokens, "prepare", lambda corpus, split, *rest: read.append(split) or prepare(corpus, split, *rest))
     figures = [
         json.loads(line) for line in call(capfd, "evaluate", run_home, "validation", "test", "--json").out.splitlines()
     ]
     assert [(f["suite"], f["metric"]) for f in figures] == [
         (s, m) for s in ("validation", "test") for m in ("loss", "bits_per_byte")
     ]
+    assert read == ["validation", "test"]
     assert figures[0]["value"] == pytest.approx(trained["loss"], rel=1e-4)
     assert figures[1]["value"] == pytest.approx(trained["bits_per_byte"], rel=1e-4)
     for f in figures:

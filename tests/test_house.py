@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "compare": {"compare", "configs", "train", "sample", "common", "model", "data"},
     "convert": {"convert", "common", "model", "data"},
     "configs": {"configs", "common", "model", "data"},
-    "launch": {"launch", "train.chips", "common"},
+    "launch": {"launch", "train.chips", "data.files", "common"},
     "plan": {"plan", "train", "sample", "common", "model", "data"},
     "benchmarks": {"benchmarks", "bothways", "compare", "convert", "configs", "plan", "train", "sample", "common", "model", "data"},
 }

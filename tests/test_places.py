@@ -5,6 +5,7 @@ import json
 
 import fsspec
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -13,11 +14,15 @@ import bothways
 from common import rundir
 from common.config import MeshConfig
 from common.errors import InputError
+from data.tokens import obtain_tokenizer
 from model.stack import for_decoding
 from sample.masked import MaskedModel
-from tests.train.bodies import body, write
+from tests.train.bodies import body, dog_task, write
 from train import sharding
+from train.finetune import FinetuneConfig, Tuner
 from train.loop import train
+from train.start import check_start, start_from
+from verbs_train import on_from
 
 MESH = MeshConfig(1, 2, 2)
 
@@ -41,6 +46,10 @@ def test_one_device_to_four_and_back(family, tiny, tmp_path):
     kernel = (blocks[0] if family == "gpt" else blocks)["mlp"]["up"]["kernel"]  # what decodes has a tree per layer
     assert kernel.sharding.shard_shape(kernel.shape)[-2:] == (22 // 2, 26 // 2)
     asked = for_decoding(made.params) if family == "gpt" else made.params
+    # Fine-tuning takes weights that lie on one device, and trains on all.
+    tuner = Tuner(rundir.load_run(tmp_path / "one", print), dog_task("classify"), FinetuneConfig())
+    assert shards(tuner.run.params) == {8}
+    tuner.fresh.lower(jax.random.key(0), 1e-2, tuner.run.params)  # refuses arrays that lie apart from the mesh
     same(four.run.params, asked)
     # Only what the compiler can see into can it spread; a kernel would have to be told how.
     assert (one.run.module.cfg.attention, four.run.module.cfg.attention) == ("auto", "xla")
@@ -120,7 +129,30 @@ def test_a_run_directory_on_a_bucket(tiny_recipe, tmp_path, monkeypatch):
     (home / "checkpoints").mkdir()  # where a real bucket would hold the arrays
     assert bothways.load("gs://bucket/runs/x").recipe == rundir.read_recipe(home)
 
+    on = on_from(home)
+    assert on.data.tokenizer == "gs://bucket/runs/x/tokenizer.model"
+    on = dataclasses.replace(on, model=dataclasses.replace(on.model, attention="xla"))
+    check_start(on, obtain_tokenizer(on.data, None))
+    params = rundir.load_run(home, print).params
+    fresh = jax.tree.map(jnp.zeros_like, params)
+    same(start_from(rundir.directory(on.train.init_from), on.model, fresh, None), params)
+    with pytest.raises(InputError, match="d_model is 24, and there 22"):
+        train(dataclasses.replace(on, model=dataclasses.replace(on.model, d_model=24)), tmp_path / "on")
+
 
 def test_a_bucket_that_cannot_be_reached(monkeypatch):
     with pytest.raises(InputError, match=r"cannot reach s3://nowhere/x .*install"):
         rundir.directory("s3://nowhere/x")
+
+
+def test_what_a_bucket_cannot_hold_is_refused(tmp_path, monkeypatch, capfd):
+    """And nothing is written to a directory here that is named like it; what is only read is looked for there."""
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path / "x")
+    for argv in (["import", here, "gs://bucket/x"], ["export", here, "gs://bucket/x"], ["compare", "--workdir", "gs://bucket/x"]):
+        assert bothways.main(argv) == 2
+        assert "gs://bucket/x is on a bucket" in capfd.readouterr().err
+    assert bothways.main(["export", "gs://bucket/none", here]) == 2
+    assert "gs://bucket/none does not exist" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -128,7 +128,7 @@ class Topology:
             problem = _shape_problem(name, shape)
         elif found := re.fullmatch(r"(\w+)-(\d+)", text):
             name = _chip_name(found[1], text)
-            chips = int(found[2]) // 2 if CHIPS[name].counts_cores else int(found[2])
+            chips = int(found[2]) // 2 if CHIPS.get(name, CPU).counts_cores else int(found[2])
             shape = usual_shape(name, chips)
             problem = f"there is no slice of {chips} chips" if shape is None else ""
         else:
@@ -236,7 +236,9 @@ def _shape_problem(name: str, shape: tuple[int, ...]) -> str:
 
 def usual_shape(name: str, chips: int) -> tuple[int, ...] | None:
     """The shape nearest to a cube (or a square) of powers of two; the larger sides last."""
-    if chips < 4 or chips & (chips - 1) or (name != "cpu" and CHIPS[name].dimensions == 2 and chips > 256):
+    if name == "cpu":
+        return (chips,) if chips else None
+    if chips < 4 or chips & (chips - 1) or (CHIPS[name].dimensions == 2 and chips > 256):
         return None
     power = chips.bit_length() - 1
     if CHIPS[name].dimensions == 2:

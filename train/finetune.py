@@ -92,12 +92,13 @@ class Tuner:
 
     def __init__(self, run: Run, task: Task, cfg: FinetuneConfig):
         cfg = cfg.settled(sum(x.size for x in jax.tree.leaves(run.params)), run.recipe.optimizer.name)
-        self.run, self.task, self.cfg = run, task, cfg
+        self.mesh = sharding.make_mesh(MeshConfig())
+        placed = jax.device_put(run.params, sharding.parameter_shardings(self.mesh, run.params))
+        self.run, self.task, self.cfg = dataclasses.replace(run, params=placed), task, cfg
         self.length = cfg.length or run.recipe.model.context
         self.info = TaskInfo(task.name, task.kind, task.labels, self.length, task.metrics, cfg.pool)
         self.module = rundir.module_of(run.recipe, self.info).clone(dropout=cfg.dropout)
         self.rows = {split: TaskRows(items, task, run.tokenizer, self.length) for split, items in task.splits.items()}
-        self.mesh = sharding.make_mesh(MeshConfig())
         self.batch_size = -(-cfg.batch_size // jax.device_count()) * jax.device_count()
         self.per_epoch = max(1, len(self.rows["train"]) // self.batch_size)
         self.objective = task_objective(task.kind, cfg.lm_weight)

@@ -1,5 +1,6 @@
 """FLOPs: the model's from its shapes, and those of a program from its trace."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 
 from common.recipe import Recipe
+from data.pairs import span_lengths
 from model.config import TransformerConfig
 
 
@@ -38,27 +40,36 @@ def training_flops_per_token(cfg: TransformerConfig, *, causal: bool, predicted_
     return 6 * (cfg.n_layers * layer_multiplies(cfg) + pairs + head)
 
 
-def seq2seq_flops_per_token(cfg: TransformerConfig) -> float:
-    """The same for an encoder-decoder, per token of source and target together, where rows have as many of each.
+def seq2seq_flops_per_row(cfg: TransformerConfig, target: int) -> float:
+    """The same for an encoder-decoder, per row: `context` tokens of source and `target` of target.
 
-    The decoder has cross-attention besides: its projections, and every target token looks at all of the source.
+    The decoder has cross-attention besides: queries and outputs of the target's tokens, keys and values of the
+    source's, and every token of the target looks at all of the source.
     """
     cfg = cfg.resolved()
-    attention = cfg.d_model * (cfg.d_head + cfg.d_value) * (cfg.n_heads + cfg.n_kv_heads)
-    cross = attention + cfg.n_heads * (cfg.d_head + cfg.d_value) * cfg.context
-    encoder = training_flops_per_token(cfg, causal=False, predicted_share=0.0)
-    return (encoder + training_flops_per_token(cfg, causal=True) + 6 * cfg.n_layers * cross) / 2
+    width, source = cfg.d_head + cfg.d_value, cfg.context
+    cross = cfg.d_model * width * (target * cfg.n_heads + source * cfg.n_kv_heads)
+    cross += target * source * cfg.n_heads * width
+    encoder = source * training_flops_per_token(cfg, causal=False, predicted_share=0.0)
+    decoder = target * training_flops_per_token(dataclasses.replace(cfg, context=target), causal=True)
+    return encoder + decoder + 6 * cfg.n_layers * cross
+
+
+def target_length(recipe: Recipe) -> int:
+    """Tokens of target in a row of an encoder-decoder; those of hidden spans are fewer than the source's."""
+    asked, context = recipe.objective, recipe.model.context
+    return span_lengths(context, asked.mask_rate, asked.span_length)[1] if asked.kind == "spans" else context
 
 
 def tokens_per_row(recipe: Recipe) -> int:
     """Tokens that a row of the batch holds; an encoder-decoder's has a source and a target."""
-    return recipe.model.context * (2 if recipe.family == "seq2seq" else 1)
+    return recipe.model.context + (target_length(recipe) if recipe.family == "seq2seq" else 0)
 
 
 def recipe_flops_per_token(recipe: Recipe) -> float:
-    """training_flops_per_token of a recipe, at its full context; of an encoder-decoder, seq2seq_flops_per_token."""
+    """training_flops_per_token of a recipe, at its full context; of an encoder-decoder, source and target together."""
     if recipe.family == "seq2seq":
-        return seq2seq_flops_per_token(recipe.model)
+        return seq2seq_flops_per_row(recipe.model, target_length(recipe)) / tokens_per_row(recipe)
     causal = recipe.objective.kind == "causal"
     share = recipe.objective.mask_rate if recipe.objective.kind == "masked" else 1.0
     return training_flops_per_token(recipe.model, causal=causal, predicted_share=share)

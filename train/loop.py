@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -71,12 +72,17 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     existing = rundir.read_recipe(home) if (home / "recipe.json").exists() else None
 
     if existing is None and cfg.init_from:
-        rundir.read_recipe(Path(cfg.init_from))  # else corpus and vocabulary would be prepared in vain
+        rundir.read_recipe(rundir.directory(cfg.init_from))  # else corpus and vocabulary would be prepared in vain
 
     # ---- data -------------------------------------------------------------------------------------------------
     with hosts.first():
         corpus = corpora.load(recipe.data)
         if existing is not None:
+            if not rundir.trained_on(home, corpus.fingerprint):
+                raise InputError(
+                    f"data.corpus={recipe.data.corpus} is not the text that {home} was trained on; put that back, "
+                    "or train into another directory with --workdir DIR"
+                )
             tokenizer = Tokenizer.load(home)
         else:
             tell(f"reading {recipe.data.corpus}, preparing its tokenizer and token rows in {recipe.data.cache}")
@@ -112,6 +118,8 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     if writes and existing is None:
         home.mkdir(parents=True, exist_ok=True)
         tokenizer.save_in(home)
+        (home / "corpus.json").write_text(json.dumps({"fingerprint": corpus.fingerprint}))
+    if writes and existing != recipe:  # of a run that goes on: what it may change, readers must see
         partial = home / ".recipe.json"
         partial.write_text(recipe.to_json())
         partial.replace(home / "recipe.json")
@@ -128,7 +136,8 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
         state = jax.jit(fresh, out_shardings=shardings)(cfg.seed)  # not a constant: seeds share their programs
         if cfg.init_from:
             place = functools.partial(sharding.parameter_shardings, mesh)
-            state = state.replace(params=start_from(Path(cfg.init_from), recipe.model, state.params, place))
+            other = rundir.directory(cfg.init_from)
+            state = state.replace(params=start_from(other, recipe.model, state.params, place))
     tell(
         f"{count:,} parameters, {len(text.ids):,} tokens of text, rows of {recipe.model.context}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)" + (f", resumed at step {start}" if start else "")
@@ -262,13 +271,14 @@ class Meter:
         self.peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self.tokens = 0
         self.clock: float | None = None
-        self.away = 0.0
+        self.spent = self.away = 0.0
 
     def count(self, tokens: int) -> None:
         if self.clock is None:
             self.clock = time.monotonic()  # the first step is done: compiled
         else:
             self.tokens += tokens
+            self.spent = time.monotonic() - self.clock - self.away
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -278,9 +288,8 @@ class Meter:
 
     @property
     def tokens_per_second(self) -> float:
-        if self.clock is None or not self.tokens:
-            return 0.0
-        return self.tokens / max(1e-9, time.monotonic() - self.clock - self.away)
+        """Up to the last step that was counted."""
+        return self.tokens / max(1e-9, self.spent)
 
     @property
     def mfu(self) -> float | None:
@@ -301,9 +310,7 @@ class Evaluator:
 
     def __call__(self, params: Any) -> dict[str, float]:
         cfg = self.recipe.train
-        sizes = self.recipe.mesh.sizes(jax.device_count())
-        shards = sizes["data"] * sizes["fsdp"]
-        batch_size = max(shards, cfg.batch_size // shards * shards)
+        batch_size = cfg.batch_size // cfg.accumulate  # no more at once than training has
         sums: dict[str, np.ndarray] = {}
         size = 0
         mine = sharding.local_rows(self.mesh, batch_size)

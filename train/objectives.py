@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from common.config import ObjectiveConfig
+from common.errors import InputError
 from data import examples, pairs
 from data.pipeline import ExampleFn, Source
 from data.tokenizer import Vocabulary
@@ -149,5 +150,14 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig, Vocabulary, bool], Objective]] 
 
 
 def make_objective(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool = True) -> Objective:
-    """The objective of a configuration; `separate` keeps documents in one row from seeing each other."""
+    """The objective of a configuration; `separate` keeps documents in one row from seeing each other.
+
+    Raises:
+      InputError: it hides tokens, and the vocabulary has no mask to hide them with.
+    """
+    if vocabulary.mask is None and cfg.kind in ("masked", "hybrid", "spans"):
+        raise InputError(
+            f"objective.kind={cfg.kind} hides tokens behind a mask, and this tokenizer has no mask token; take another "
+            "with --data.tokenizer, or another --objective.kind"
+        )
     return OBJECTIVES[cfg.kind](cfg, vocabulary, separate)

@@ -16,13 +16,13 @@ from model.config import TransformerConfig
 from train.report import say
 
 HEADS = ("masked_head", "next_sentence", "pooler")
-FREE = (*HEADS, "context", "init", "init_std", "init_residual", "dtype", "scan_layers", "remat")
+FREE = (*HEADS, "context", "init", "init_std", "init_residual", "dtype", "attention", "scan_layers", "remat")
 """Fields of the model in which two runs may differ and still share their weights; so may every dropout."""
 
 
 def check_start(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Raises InputError if the run in train.init_from cannot be where this recipe starts, with what to change."""
-    home = Path(recipe.train.init_from)
+    home = rundir.directory(recipe.train.init_from)
     other = rundir.read_recipe(home)
     mine, theirs = (dataclasses.asdict(m.resolved()) for m in (recipe.model, other.model))
     found = [

@@ -1,13 +1,16 @@
 """lm-evaluation-harness over models whose probabilities are known; skipped where it is not installed."""
 
+import dataclasses
 import json
 import math
+import types
 
 import pytest
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'bothways[lmeval]'")
 
 import bothways
+from common.config import ObjectiveConfig
 from common.errors import InputError
 from compare import harness
 from compare.core import continued
@@ -20,10 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(scope="module")
 def runs(tiny_recipe, tmp_path_factory):
     """A causal and a hybrid run of two steps."""
-    import dataclasses
-
-    from common.config import ObjectiveConfig
-
     found = {}
     for kind in ("causal", "hybrid"):
         home = tmp_path_factory.mktemp("runs") / kind
@@ -83,6 +82,10 @@ def test_a_hybrid_run_is_scored_by_every_rule_and_others_are_refused(runs):
     assert len(set(found.values())) == 3
     with pytest.raises(InputError, match="causal"):
         harness.BothwaysLM(str(runs["causal"]), rule="pll")
+    recipe = types.SimpleNamespace(family="seq2seq", objective=ObjectiveConfig(kind="pairs"), model=None)
+    pairs = types.SimpleNamespace(recipe=recipe, run=types.SimpleNamespace(home="runs/x"), tokenizer=None)
+    with pytest.raises(InputError, match="runs/x is a seq2seq run"):
+        harness.BothwaysLM(pairs)
 
 
 def test_rolling_and_generation(runs):
@@ -98,7 +101,7 @@ def test_rolling_and_generation(runs):
         assert "\n" not in said[0]
 
 
-def test_a_task_of_ones_own_through_the_command_line(runs, tmp_path, capsys):
+def test_a_task_of_ones_own_through_the_command_line(runs, tiny_recipe, tmp_path, capsys):
     items = [{"text": "the dog sees", "choices": [" the cat", " xq"], "label": i % 2} for i in range(10)]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items))
@@ -112,6 +115,8 @@ def test_a_task_of_ones_own_through_the_command_line(runs, tmp_path, capsys):
     task |= {"training_split": "train", "test_split": "test", "doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}"}
     task |= {"doc_to_target": "label", "metric_list": [{"metric": "acc"}]}
     (tmp_path / "own_choice.yaml").write_text(json.dumps(task))
+    recipe = runs["causal"] / "recipe.json"  # the run's own text is not asked for
+    recipe.write_text(recipe.read_text().replace(tiny_recipe.data.corpus, "gone.txt"))
     arguments = [
         "evaluate",
         str(runs["causal"]),

@@ -22,13 +22,12 @@ def test_wilsons_interval(right, n, low, high):
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(0)
-    kept = {"student": 0, "wilson": 0, "paired": 0, "welch": 0}
+    kept = {"student": 0, "wilson": 0, "paired": 0}
     for _ in range(600):
         kept["student"] += stats.mean(rng.normal(3, 2, 4).tolist()).holds(3)
         kept["wilson"] += stats.share(int(rng.binomial(50, 0.2)), 50).holds(0.2)
         shared = rng.normal(0, 5, 4)
         kept["paired"] += stats.difference(shared + rng.normal(1, 1, 4), shared + rng.normal(0, 1, 4)).holds(1)
-        kept["welch"] += stats.difference(rng.normal(1, 1, 5), rng.normal(0, 3, 7), paired=False).holds(1)
     for name, count in kept.items():
         assert 0.91 < count / 600 < 0.985, name
 
@@ -37,7 +36,7 @@ def test_a_difference_over_pairs_takes_out_what_they_share():
     shared = np.array([0.0, 100.0, -50.0])
     more = shared + np.array([1.0, 1.1, 0.9])
     assert stats.verdict(stats.difference(more, shared)) == stats.HOLDS
-    assert stats.verdict(stats.difference(more, shared, paired=False)) == stats.OPEN
+    assert stats.verdict(stats.difference(more, shared[::-1])) == stats.OPEN
 
 
 def test_a_verdict_wants_an_interval_without_zero():

@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import math
 import random
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,12 @@ from common.config import ObjectiveConfig
 from common.rundir import Run
 from compare import directions, generation, labelled, prompts, stats, text, weights, writing
 from compare.core import BOTH, FORWARD, asked
+from data.config import DataConfig
+from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from sample.hybrid import HybridModel
 from tests.compare.oracles import bigram, characters, told_by
+from tests.convert.published import save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +129,17 @@ def test_shuffling_keeps_the_words_of_every_line():
     mixed = weights.shuffled(lines, random.Random(1))
     assert mixed != lines
     assert [sorted(a.split()) for a in mixed.split("\n")] == [sorted(a.split()) for a in lines.split("\n")]
+
+
+def test_text_without_order_keeps_a_published_tokenizer(text_file, cache_dir, tmp_path):
+    save_tokenizer("gpt2", tmp_path / "gpt2")
+    data = DataConfig(str(text_file), tokenizer=str(tmp_path / "gpt2" / "tokenizer.json"), cache=str(cache_dir))
+    (tmp_path / "lab").mkdir()
+    lab = types.SimpleNamespace(home=tmp_path / "lab", recipes={"causal": types.SimpleNamespace(data=data)})
+    mixed = weights.without_order(lab)
+    assert mixed.problems() == []
+    kept, given = (Tokenizer.load(Path(cfg.tokenizer)) for cfg in (mixed, data))
+    assert kept.fingerprint == given.fingerprint
 
 
 def test_a_claim_about_weights_holds_only_if_both_halves_do():

@@ -9,7 +9,7 @@ from common.errors import InputError
 from data import bibles, corpora
 from data.config import DataConfig
 from data.draws import Draws
-from data.pairs import PackedPairs, Spans, corrupted, pack, parts
+from data.pairs import PackedPairs, Spans, corrupted, hidden_spans, pack, parts
 from data.tokenizer import made_up_vocabulary
 from data.tokens import Tokens
 from tests.data.reading import singly
@@ -118,7 +118,7 @@ def test_spans_put_back_give_the_text(rate, mean_span):
         assert told[0] == MASK
         begins = [i for i, token in enumerate(told) if token == MASK]
         spans = [told[a + 1 : b] for a, b in zip(begins, [*begins[1:], len(told)], strict=True)]
-        assert len(spans) == shown.count(MASK) == source.hidden(len(text))[1]
+        assert len(spans) == shown.count(MASK) == hidden_spans(len(text), rate, mean_span)[1]
         restored = []
         for token in shown:
             restored += spans.pop(0) if token == MASK else [token]

@@ -210,6 +210,9 @@ def test_a_split_becomes_its_documents_in_order(tmp_path):
     assert found.ids.tolist() == [2, 10, 11, 12, 3, 2, 13, 3, 2, 14, 15, 3]
     assert found.starts.tolist() == [0, 5, 8]
     assert found.bytes == len("10 11 12" + "13" + " 14 15")
+    paired = dataclasses.replace(Source({"train": ["10", "", "11", "12", "", "13", "14", "15"]}).corpus(), paired=True)
+    found = token_files.prepare(paired, "train", Words(100), str(tmp_path))
+    assert found.ids.tolist() == [2, 11, 3, 2, 12, 3, 2, 14, 3, 2, 15, 3]  # sources stay with their targets
 
 
 def test_more_documents_than_are_encoded_at_once_are_all_there(tmp_path, monkeypatch):

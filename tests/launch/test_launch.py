@@ -182,11 +182,38 @@ def test_commands_run_in_order_where_the_files_lie(recipe, tmp_path):
         ("sky", "v5e-16", {**GCP, "slices": 2}, "one slice"),
         ("gke", "v5e-16", {"bucket": "gs://some-bucket", "name": "No_Good"}, "lower-case"),
         ("gke", "v5e:2x2", {"bucket": "gs://some-bucket"}, "multiply"),
+        ("slurm", "h100:2x8", {"bucket": "/shared", "slices": 2}, "h100:NODESxGPUS"),
+        ("sky", "h100:2x8", {**GCP, "slices": 2}, "--slices 2 is for TPUs"),
     ],
 )
 def test_bad_input_says_what_to_change(recipe, on, topology, options, said):
     with pytest.raises(InputError, match=said):
         prepare(recipe, on, topology, **options)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "here"),
+    [
+        ("data", "corpus", "books/*.txt"),
+        ("data", "validation", "held.jsonl"),
+        ("data", "tokenizer", "vocabulary/tokenizer.json"),
+        ("train", "init_from", "runs/gpt2"),
+    ],
+)
+def test_files_that_do_not_travel_are_refused(recipe, section, field, here):
+    """Where machines share a disk with this one, those that lie on it may be named."""
+
+    def launched(on, value):
+        changed = dataclasses.replace(getattr(recipe, section), **{field: value})
+        where = {"slurm": ("h100:2x8", "/shared"), "gke": ("v5e-16", "gs://some-bucket")}[on]
+        return prepare(dataclasses.replace(recipe, **{section: changed}), on, where[0], bucket=where[1])
+
+    for on, value in (("gke", here), ("gke", f"/shared/{here}"), ("slurm", here)):
+        with pytest.raises(InputError, match="only the source tree and the recipe travel") as refused:
+            launched(on, value)
+        assert f"{section}.{field}={value}:" in str(refused.value)
+    launched("slurm", f"/shared/{here}")
+    launched("gke", "gs://some-bucket/runs/gpt2" if field == "init_from" else getattr(recipe.data, field))
 
 
 def test_a_missing_launcher_is_named(recipe, tmp_path, monkeypatch):

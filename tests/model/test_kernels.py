@@ -97,7 +97,7 @@ def test_cudnn_is_told_the_same_mask(name):
     same(outcome(lambda *args: kernels.cudnn(*args, implementation="xla"), mask), outcome(reference, mask))
 
 
-def test_what_a_kernel_does_not_know_is_left_to_xla():
+def test_what_a_kernel_does_not_know_is_left_to_xla(eight_devices):
     q, k, v, _ = inputs(CAUSAL)
     assert kernels.choose("auto", q, k, v, CAUSAL) == "xla"  # this is a CPU
     assert kernels.choose("splash", q, k, v, PREFIX) == "xla"
@@ -106,6 +106,10 @@ def test_what_a_kernel_does_not_know_is_left_to_xla():
     assert kernels.choose("cudnn", q, k, v, CAUSAL) == "xla"  # float32
     unordered = dataclasses.replace(CAUSAL, ordered=False)
     assert kernels.choose("splash", q, k, v, unordered) == "xla"
+    q, k, v, _ = inputs(CAUSAL, jnp.bfloat16)
+    for mesh, kernel in ((MeshConfig(2, 2, 2, 1), "cudnn"), (MeshConfig(2, 1, 1, 4), "xla")):  # queries that are spread
+        with activations_placed_by(sharding.place_activations(sharding.make_mesh(mesh, eight_devices))):
+            assert kernels.choose("cudnn", q, k, v, CAUSAL) == kernel
 
 
 @pytest.mark.parametrize(("device", "kernel"), [("tpu", "splash"), ("gpu", "cudnn"), ("cpu", "xla")])

@@ -14,6 +14,7 @@ import pytest
 import bothways
 from common.config import MeshConfig
 from common.errors import InputError
+from common.families import make_module
 from configs import find
 from plan import hlo
 from plan.candidates import candidates, flags, guess, held, meshes, parameter_axes, rate, with_ramp
@@ -21,7 +22,7 @@ from plan.roofline import between_slices, collective_seconds
 from plan.training import plan, search
 from train import sharding
 from train.chips import CHIPS, Topology
-from train.flops import executed_flops, recipe_flops_per_token
+from train.flops import recipe_flops_per_token
 
 pytestmark = pytest.mark.usefixtures("compiled_well")
 
@@ -135,20 +136,6 @@ def test_a_compiled_loop_is_read_as_it_runs(eight_devices):
     assert (found.kind, found.bytes, len(found.group), found.times) == ("all-reduce", 13 * 4, 8, 5)
 
 
-def test_executed_flops_count_loops_and_recomputation():
-    def f(w):
-        def turn(x, _):
-            return jax.checkpoint(lambda y: jnp.sin(y @ w))(x), None
-
-        return jax.lax.scan(turn, jnp.ones((3, 5)), length=7)[0].sum()
-
-    one = 2 * 3 * 5 * 5
-    shape = jax.ShapeDtypeStruct((5, 5), jnp.float32)
-    forward = executed_flops(jax.make_jaxpr(f)(shape).jaxpr)
-    assert forward.tolist() == [7 * one, 0]
-    assert executed_flops(jax.make_jaxpr(jax.grad(f))(shape).jaxpr)[0] == 7 * 4 * one  # again, and two products back
-
-
 def at(*coords, slice_index=0):
     return types.SimpleNamespace(id=0, coords=coords, slice_index=slice_index)
 
@@ -179,6 +166,7 @@ def test_collective_seconds():
 def test_topologies():
     assert Topology.parse("v5e-256") == Topology.parse("v5litepod-256") == Topology.parse("v5e:16x16")
     assert Topology.parse("v4-32").shape == (2, 2, 4)
+    assert Topology.parse("cpu-8") == Topology.parse("cpu:8")
     assert Topology.parse("v5p:8x8x8").accelerator_type == "v5p-1024"
     assert Topology.parse("7x:4x4x4").devices_count == 128
     assert Topology.parse("v6e:4x4", slices=3).chips == 48
@@ -292,14 +280,17 @@ def test_the_flags_that_are_told_give_the_layout_that_was_planned():
         recipe, topology = find(name), Topology.parse("v5p:8x8x8")
         best = candidates(recipe, topology)[0].recipe
         said = flags(recipe, best).split()
-        assert _parse("plan", [name, "--topology", "v5p:8x8x8", *said], PlanOptions, "")[1] == best
+        assert _parse("plan", [name, "--topology", "v5p:8x8x8", *said], PlanOptions, "")[0] == best
         back = flags(best, dataclasses.replace(recipe, mesh=best.mesh))
         assert "--model.no-scan-layers" in back or best.model.scan_layers == recipe.model.scan_layers
 
 
 def test_a_ramp_that_begins_higher_ends_after_as_many_rows():
     recipe = find("gpt3_13b")
+    with pytest.raises(InputError, match=r"a batch of 16 rows .* set --train.ramp-from to a multiple of 128"):
+        dataclasses.replace(recipe, mesh=MeshConfig(fsdp=128)).check(128)
     raised = with_ramp(recipe, 128)
+    dataclasses.replace(raised, mesh=MeshConfig(fsdp=128)).check(128)
     assert all(size % 128 == 0 for _, _, size in raised.train.stages())
     for before, after in [
         (recipe.train.steps, raised.train.steps),
@@ -317,8 +308,32 @@ def test_a_mesh_that_cannot_hold_the_model_is_refused(planned, eight_devices):
         search(dataclasses.replace(planned, mesh=MeshConfig()), Topology.parse("v5e:16x16"), lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "value", "said"),
+    [
+        ("optimizer", "learning_rate", -1.0, "learning_rate is -1"),
+        ("model", "n_heads", 0, "n_heads is 0"),
+        ("", "", 0, "libtpu, which is not installed"),
+        ("", "", 0, "a torus that cannot be cut so"),
+    ],
+)
+def test_a_search_that_finds_nothing_says_why(planned, eight_devices, monkeypatch, section, field, value, said):
+    def fails(*_):
+        raise NotImplementedError("a torus that cannot be cut so")
+
+    recipe = dataclasses.replace(planned, mesh=MeshConfig())
+    if section:
+        recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **{field: value})})
+    topology = Topology.parse("v5e:2x2" if "libtpu" in said else "cpu:8")
+    monkeypatch.setattr("plan.training.plan", fails)
+    monkeypatch.setattr("train.chips.importlib.util.find_spec", lambda _: None)
+    told = []
+    with pytest.raises(InputError, match=said):
+        search(recipe, topology, told.append)
+    assert bool(told) == ("torus" in said)
+
+
 def test_padded_rows_stand_for_no_token(tiny_with):
-    from common.families import make_module
     from model.loss import cross_entropy
 
     for family in ("gpt", "bert"):

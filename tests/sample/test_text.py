@@ -154,6 +154,11 @@ def test_a_prompt_may_fill_the_context_and_no_more(model):
         ({"beams": 2, "greedy": True}, "leave out --stream, --stop and --greedy"),
         ({"beams": 2, "stop": ["a"]}, "leave out --stream, --stop and --greedy"),
         ({"beams": 2, "stream": print}, "leave out --stream, --stop and --greedy"),
+        ({"beams": 2, "temperature": 0.5}, "leave out --temperature"),
+        ({"beams": 2, "top_k": 3}, "--top-k"),
+        ({"beams": 2, "top_p": 0.9}, "--top-p"),
+        ({"beams": 2, "min_p": 0.1}, "--min-p"),
+        ({"length_penalty": 0.6}, "add --beams, or leave it out"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(model, settings, message):

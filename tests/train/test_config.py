@@ -4,10 +4,15 @@ import dataclasses
 
 import pytest
 
-from common.config import MeshConfig, TrainConfig
+from common.config import MeshConfig, ObjectiveConfig, TrainConfig
 from common.errors import InputError
 from common.recipe import Recipe
 from configs import find, names
+from data.pipeline import evaluation_batches
+from data.tokenizer import made_up_vocabulary
+from plan.training import made_up_tokens
+from train.flops import tokens_per_row
+from train.objectives import make_objective
 
 
 def test_without_a_ramp_position_is_step_times_batch():
@@ -48,13 +53,25 @@ def test_mesh_fills_the_rest():
 def test_every_problem_is_listed_at_once(tiny_recipe):
     broken = dataclasses.replace(
         tiny_recipe,
-        model=dataclasses.replace(tiny_recipe.model, n_heads=5, n_kv_heads=2, d_head=0, d_model=22),
+        family="gtp",
+        model=dataclasses.replace(
+            tiny_recipe.model, n_heads=5, n_kv_heads=2, d_head=0, d_model=22, positions="rope", layer_pattern=("dense", "x")
+        ),
         optimizer=dataclasses.replace(tiny_recipe.optimizer, learning_rate=-1.0),
-        train=dataclasses.replace(tiny_recipe.train, steps=0),
+        train=dataclasses.replace(tiny_recipe.train, steps=0, seed=2**31),
     )
     with pytest.raises(InputError) as e:
         broken.check(1)
-    for part in ("d_model=22", "n_heads=5", "learning_rate is -1.0", "train.steps is 0"):
+    for part in (
+        "family is 'gtp'; there are gpt, bert, seq2seq",
+        "model.positions is 'rope'; there are learned, sinusoidal, rotary",
+        "model.layer_pattern is ('dense', 'x'); there are dense, local",
+        "d_model=22",
+        "n_heads=5",
+        "learning_rate is -1.0",
+        "train.steps is 0",
+        "train.seed is 2147483648; it must be at most 2147483647",
+    ):
         assert part in str(e.value)
 
 
@@ -72,9 +89,61 @@ def test_rows_that_the_context_axis_does_not_divide(tiny_recipe):
     assert "model.context" not in str(e.value)
 
 
+@pytest.mark.parametrize(("name", "least"), [("bert_tiny", 5), ("roberta_base", 2), ("spans_base", 3), ("gpt1", 2)])
+def test_rows_that_hold_no_example(name, least):
+    """The least length makes examples; less is refused."""
+    recipe, vocabulary = find(name), made_up_vocabulary(101)
+    objective = make_objective(recipe.objective, vocabulary)
+    rows, example = objective.source(made_up_tokens(7, 101), least, True)
+    for batch in evaluation_batches(rows, example, batch_size=8, seed=0):
+        lengths = [batch[key].shape[1] for key in ("tokens", "source") if key in batch]
+        assert max(lengths) == least
+        small = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, context=least))
+        assert sum(lengths) == tokens_per_row(small)
+    for length, short in ((least - 1, 0), (512, least - 1)):
+        cut = dataclasses.replace(
+            recipe,
+            model=dataclasses.replace(recipe.model, context=length),
+            train=dataclasses.replace(recipe.train, short_length=short, short_steps=short),
+        )
+        with pytest.raises(InputError, match=f"is {least - 1}; "):
+            cut.check(1)
+
+
+def test_next_sentences_are_asked_of_masked_rows_only(tiny_recipe):
+    asked = dataclasses.replace(tiny_recipe, objective=ObjectiveConfig(next_sentence=True))
+    with pytest.raises(InputError, match="next_sentence is for masked objectives, not causal"):
+        asked.check(1)
+
+
+@pytest.mark.parametrize("kind", ["masked", "hybrid", "spans"])
+def test_a_tokenizer_without_a_mask_hides_nothing(kind):
+    vocabulary = dataclasses.replace(made_up_vocabulary(101), mask=None)
+    with pytest.raises(InputError, match=f"kind={kind} hides tokens behind a mask, and this tokenizer has no mask"):
+        make_objective(ObjectiveConfig(kind=kind), vocabulary)
+    make_objective(ObjectiveConfig(kind="causal"), vocabulary)
+
+
 def test_recipes_survive_json():
     for recipe in names().values():
         assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", r"recipe is \[\]; it must be a JSON object"),
+        ('{"model": 3}', "recipe.model is 3; it must be a JSON object, with the fields of TransformerConfig"),
+        ('{"model": {"layer_pattern": "dense"}}', 'recipe.model.layer_pattern is "dense"; it must be a list'),
+        ('{"train": {"steps": "many"}}', 'recipe.train.steps is "many"; it must be a whole number'),
+        ('{"family": null}', "recipe.family is null; it must be a string"),
+        ('{"trian": {}}', "fields this version does not know: trian"),
+        ("{", "not JSON"),
+    ],
+)
+def test_json_that_is_no_recipe(text, message):
+    with pytest.raises(InputError, match=message):
+        Recipe.from_json(text)
 
 
 def test_every_recipe_is_sound():

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -12,7 +14,13 @@ import pytest
 from common import rundir
 from common.config import MeshConfig
 from common.errors import Diverged, InputError, Stopped
-from train.loop import train
+from data import corpora
+from data.examples import as_is
+from data.pipeline import Stacked
+from data.tokenizer import Tokenizer
+from sample import evaluate as figures
+from train import sharding
+from train.loop import Evaluator, Meter, train
 
 
 def on_devices(recipe, **fields):
@@ -108,8 +116,9 @@ def partial_mesh(make):
 def test_a_finished_run_is_not_trained_again(whole, recipe):
     home, result = whole
     before = (home / "metrics.jsonl").read_text()
-    again = train(recipe, home)
+    again = train(on_devices(recipe, log_every=2), home)
     assert again.loss == pytest.approx(result.loss)
+    assert rundir.read_recipe(home).train.log_every == 2  # what it was told last
     assert (home / "metrics.jsonl").read_text() == before
 
 
@@ -128,6 +137,27 @@ def test_another_recipe_in_the_same_directory_is_refused(whole, recipe):
     other = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, learning_rate=0.5))
     with pytest.raises(InputError, match=r"optimizer.learning_rate: 0.003 -> 0.5"):
         train(other, whole[0])
+
+
+def test_a_run_goes_on_with_its_own_text_only(whole, recipe, text_file, tmp_path, monkeypatch):
+    home = tmp_path / "run"
+    shutil.copytree(whole[0], home)
+    held, cfg = tmp_path / "new.txt", recipe.data
+    shutil.copy(text_file, held)
+    glob = dataclasses.replace(recipe, data=dataclasses.replace(cfg, corpus=str(tmp_path / "*.txt")))
+    with pytest.raises(InputError, match=r"\*.txt is not the text that .* was trained on; put that back"):
+        train(glob, home)
+    told = []
+    model = types.SimpleNamespace(recipe=glob, tokenizer=Tokenizer.load(home), run=types.SimpleNamespace(home=home))
+    monkeypatch.setattr(figures, "causal_figures", lambda *_: [])
+    figures.evaluate(model, ["validation"], told.append)
+    assert "no longer the text" in told.pop()
+    moved = dataclasses.replace(glob, data=dataclasses.replace(cfg, corpus=str(tmp_path / text_file.name)))
+    held.rename(tmp_path / text_file.name)
+    assert corpora.load(moved.data).fingerprint == corpora.load(cfg).fingerprint
+    (home / "corpus.json").unlink()  # as runs were left before it was kept
+    figures.evaluate(model, ["validation"], told.append)
+    assert told == []
 
 
 def test_divergence_stops_the_run_and_leaves_the_checkpoint(recipe, tmp_path):
@@ -167,3 +197,35 @@ def test_a_batch_ramp_sees_every_row_in_order(recipe, tmp_path, monkeypatch):
     assert [len(b) for b in seen["ramp"][:5]].count(16) >= 1
     n = min(len(flat), len(ramp))
     np.testing.assert_array_equal(flat[:n], ramp[:n])
+
+
+def test_evaluation_takes_no_more_rows_at_once_than_training(recipe, monkeypatch):
+    cut, sizes = on_devices(recipe, batch_size=32, accumulate=2, eval_rows=0), []
+    rows = Stacked([{"targets": np.zeros(3, int), "weights": np.ones(3)}] * 40)
+    tokenizer = types.SimpleNamespace(byte_lengths=lambda: np.ones(1))
+    evaluate = Evaluator(cut, None, None, tokenizer, (rows, as_is), sharding.make_mesh(cut.mesh), None)
+    monkeypatch.setattr(evaluate, "count_bytes", lambda *_: 3)
+    monkeypatch.setattr(
+        evaluate, "step", lambda _, batch: sizes.append(len(batch["targets"])) or {"nll": (1.0, 1.0, 1.0)}
+    )
+    evaluate(None)
+    assert sizes == [16, 16, 16]
+
+
+def test_speed_is_that_of_the_steps_alone(recipe, monkeypatch):
+    now, meter = [0.0], Meter(recipe)
+    monkeypatch.setattr(train.__globals__["time"], "monotonic", lambda: now[0])
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    pass_time(7)  # the first step is compiled
+    meter.count(100)
+    pass_time(2)
+    meter.count(100)
+    with meter.paused():
+        pass_time(30)
+    pass_time(2)
+    meter.count(100)
+    pass_time(50)  # saving and plotting
+    assert meter.tokens_per_second == 50

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import random
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import bothways
 from common.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from common.errors import InputError
 from common.recipe import Recipe
+from compare.core import readings
 from data.config import DataConfig
 from model.config import TransformerConfig
 from sample.evaluate import evaluate, held_out_pairs
@@ -67,6 +69,9 @@ def test_all_held_out_strings_are_copied_or_reversed(learn, task):
     model = learn(task)
     pairs = held_out_pairs(model, "test")
     assert len(pairs) > 100
+    narrow = dataclasses.replace(model.recipe, model=dataclasses.replace(MODEL, context=5))  # letters, and the end
+    fitting = held_out_pairs(types.SimpleNamespace(recipe=narrow, tokenizer=model.tokenizer), "test")
+    assert fitting == [pair for pair in pairs if len(pair[0]) < 5] != []
     said = model.sample([source for source, _ in pairs], greedy=True)
     assert [s.text for s in said] == [TASKS[task](source) for source, _ in pairs]
     assert {s.stop for s in said} == {"eos"}
@@ -118,9 +123,11 @@ def test_what_an_encoder_decoder_cannot_do_is_said(reversing, capsys):
         (["sample", home, "abcdefgh" * 3], "the source has 25 tokens and the model's context is 16"),
         (["fill", home, "a[MASK]c"], "cannot fill"),
         (["sample", home, "abc", "--chunk", "3"], "--chunk is not for a seq2seq run"),
+        (["finetune", home, "tasks.csv"], "is an encoder-decoder; a head for labels goes on a gpt or a bert"),
     ):
         assert bothways.main(argv) == 2
         assert message in capsys.readouterr().err
+    assert readings(model) == {}
     with pytest.raises(InputError, match="source TAB target"):
         model.score(["no tab here"])
 

@@ -1,0 +1,32 @@
+"""FLOPs: counted in a trace, and told by shapes."""
+
+import jax
+import jax.numpy as jnp
+
+from common.families import make_module
+from train.flops import executed_flops, seq2seq_flops_per_row
+
+
+def test_executed_flops_count_loops_and_recomputation():
+    def f(w):
+        def turn(x, _):
+            return jax.checkpoint(lambda y: jnp.sin(y @ w))(x), None
+
+        return jax.lax.scan(turn, jnp.ones((3, 5)), length=7)[0].sum()
+
+    one = 2 * 3 * 5 * 5
+    shape = jax.ShapeDtypeStruct((5, 5), jnp.float32)
+    forward = executed_flops(jax.make_jaxpr(f)(shape).jaxpr)
+    assert forward.tolist() == [7 * one, 0]
+    assert executed_flops(jax.make_jaxpr(jax.grad(f))(shape).jaxpr)[0] == 7 * 4 * one  # again, and two products back
+
+
+def test_flops_of_an_encoder_decoder_are_those_of_its_products(tiny_with):
+    """With a target shorter than its source; the drawn mask computes what causality hides, and the head is not here."""
+    cfg, length = tiny_with(context=11, n_kv_heads=1, d_value=5), 7
+    module, tokens, source = make_module("seq2seq", cfg), jnp.zeros((1, length), jnp.int32), jnp.zeros((1, 11), jnp.int32)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens, source))
+    traced = jax.make_jaxpr(lambda params: module.apply(params, tokens, source))(params)
+    hidden = cfg.n_layers * cfg.n_heads * (cfg.d_head + cfg.d_value) * length**2 / 2
+    head = length * cfg.vocab_size * cfg.d_model
+    assert executed_flops(traced.jaxpr)[0] == seq2seq_flops_per_row(cfg, length) / 3 + 2 * (hidden - head)
