@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -223,20 +224,57 @@ def _memory(i: Instruction, around: list[Instruction], computations: dict[str, l
     written, read = _slow(i.shapes), [_slow(shapes) for shapes in inputs]
     if i.kind == "dynamic-update-slice":
         return 2 * (read[1] if len(read) > 1 else 0.0)
-    called = _CALLED.search(i.rest) if i.kind == "fusion" else None
-    inner = computations.get(called[1], []) if called else []
-    for j in (j for j in inner if j.kind == "parameter"):
-        number = int(j.rest.split(")")[0])
-        users = [k for k in inner if j.name in k.operands]
-        cut = [k for k in users if k.kind in ("dynamic-slice", "gather", "slice")]
-        put = [k for k in users if k.kind == "dynamic-update-slice" and k.operands[0] == j.name]  # in place; see below
-        if users and number < len(read) and read[number] and len(cut) + len(put) == len(users):
-            read[number] = sum(sum(s.bytes for s in k.shapes) for k in cut)
-    sizes = {k.name: sum(s.bytes for s in k.shapes) for k in inner}
-    for k in inner:
-        if k.kind == "dynamic-update-slice" and len(k.operands) > 1 and written >= sizes[k.name]:
-            written -= sizes[k.name] - sizes.get(k.operands[1], 0.0)
+    if i.kind == "custom-call" and '"AllocateBuffer"' in i.rest:
+        return 0.0
+    inner = _fused(i, computations)
+    for number, j in enumerate(_parameters(inner)):
+        if number < len(read) and read[number] and (part := _cut(j, inner, computations)) is not None:
+            read[number] = part
+    for part in _nested(inner, computations):
+        sizes = {k.name: sum(s.bytes for s in k.shapes) for k in part}
+        for k in part:
+            if k.kind == "dynamic-update-slice" and len(k.operands) > 1 and written >= sizes[k.name]:
+                written -= sizes[k.name] - sizes.get(k.operands[1], 0.0)
     return written + sum(read)
+
+
+def _fused(i: Instruction, computations: dict[str, list[Instruction]]) -> list[Instruction]:
+    called = _CALLED.search(i.rest) if i.kind == "fusion" else None
+    return computations.get(called[1], []) if called else []
+
+
+def _nested(inner: list[Instruction], computations: dict[str, list[Instruction]]) -> Iterator[list[Instruction]]:
+    """A fused computation, and those that its own fusions call."""
+    yield inner
+    for k in inner:
+        yield from _nested(within, computations) if (within := _fused(k, computations)) else ()
+
+
+def _parameters(inner: list[Instruction]) -> list[str]:
+    """Names, by their numbers."""
+    found = {int(j.rest.split(")")[0]): j.name for j in inner if j.kind == "parameter"}
+    return [found.get(number, "") for number in range(max(found, default=-1) + 1)]
+
+
+def _cut(name: str, inner: list[Instruction], computations: dict[str, list[Instruction]]) -> float | None:
+    """Bytes read of a fusion's parameter, where it is only cut from, or changed in place; None: all of it."""
+    users = [k for k in inner if name in k.operands]
+    total = 0.0 if users else None
+    for k in users:
+        if k.kind in ("dynamic-slice", "gather", "slice"):
+            parts = [float(sum(s.bytes for s in k.shapes))]
+        elif k.kind == "dynamic-update-slice" and k.operands[0] == name:
+            parts = [0.0]  # what it writes is counted there
+        elif k.kind == "bitcast":
+            parts = [_cut(k.name, inner, computations)]
+        else:
+            within = _fused(k, computations)
+            names = _parameters(within)
+            parts = [_cut(names[n], within, computations) for n, o in enumerate(k.operands) if o == name and n < len(names)]
+        if not parts or None in parts:
+            return None
+        total += sum(parts)
+    return total
 
 
 def _slow(shapes: list[Shape]) -> float:

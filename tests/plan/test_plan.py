@@ -110,6 +110,17 @@ ENTRY %main (x: f32[64,7], i: s32[]) -> f32[64,7] {
 }
 """
     assert hlo.read(text, 1).memory == 28 + 28 + 4
+    whole = """%whole (p.2: f32[64,7], p.3: s32[]) -> f32[64,7] {
+  %p.2 = f32[64,7]{1,0} parameter(0)
+  %p.3 = s32[] parameter(1)
+  %seen = f32[64,7]{1,0} bitcast(%p.2)
+  ROOT %inner = f32[64,7]{1,0} fusion(%seen, %p.3), kind=kLoop, calls=%change
+}
+
+ENTRY"""
+    nested = text.replace("ENTRY", whole).replace("(%x, %i), kind=kLoop, calls=%change", "(%x, %i), kind=kLoop, calls=%whole")
+    room = '  %room = f32[64,7]{1,0} custom-call(), custom_call_target="AllocateBuffer"\n  ROOT %changed'
+    assert hlo.read(nested.replace("  ROOT %changed", room), 1).memory == 28 + 28 + 4
 
 
 def test_loops_without_an_end_are_told():
