@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from common.errors import Diverged, InputError, Stopped
-from common.platform import leave_absent_tpu_alone
+from common.platform import leave_absent_tpu_alone, with_large_pages
 from common.recipe import Recipe
 from configs import find
 from verbs import VERBS, load, say
@@ -142,5 +142,11 @@ def main(argv: list[str] | None = None) -> int:
         return _leave(1)
 
 
+def command() -> int:
+    """`bothways` as a program."""
+    with_large_pages()
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -1,15 +1,15 @@
 """Continuing prompts greedily: ours as `bothways sample --greedy` does it, `transformers`, `ctranslate2`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tokenizers
 
 import bothways
-from benchmarks.harness import OURS, Row, Setting, Side, alternate
+from benchmarks.harness import OURS, Row, Setting, alternate
 from benchmarks.models import ctranslate_model, model_of, random_tokens, torch_model
 from compare.core import continued
 
@@ -22,8 +22,8 @@ def bytes_per_token(params: Any) -> int:
     return sum(x.nbytes for path, x in leaves if "position" not in jax.tree_util.keystr(path))
 
 
-def reading(size: int, times: int) -> Side:
-    """A side that reads so many bytes that often: a matrix-vector product, which waits for memory and nothing else."""
+def reading(size: int, times: int) -> Callable[[], None]:
+    """A function that reads so many bytes that often: a matrix-vector product, which waits for memory and nothing else."""
     matrix = jnp.ones((size // 4 // 1024, 1024), jnp.float32)
     product = jax.jit(lambda m, v: m @ v)
 
@@ -35,42 +35,57 @@ def reading(size: int, times: int) -> Side:
     return run
 
 
+def our_side(home: Path, prompts: list[list[int]], new: int) -> dict[str, Callable]:
+    model = bothways.load(home)
+    return {"run": lambda: continued(model, prompts, new, greedy=True)}
+
+
+def reading_side(home: Path, times: int) -> dict[str, Callable]:
+    return {"run": reading(bytes_per_token(bothways.load(home).run.params), times)}
+
+
+def transformers_side(home: Path, prompts: list[list[int]], new: int) -> dict[str, Callable]:
+    import torch
+
+    model, ids = torch_model(home, "GPT2LMHeadModel").eval(), torch.tensor(prompts)
+
+    def run() -> list[list[int]]:
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+        return out[:, ids.shape[1] :].tolist()
+
+    return {"run": run}
+
+
+def ctranslate_side(home: Path, prompts: list[list[int]], new: int) -> dict[str, Callable]:
+    model, pieces = ctranslate_model(home), pieces_of(home)
+
+    def run() -> list[list[int]]:
+        words = [[pieces[i] for i in row] for row in prompts]
+        how = {"max_length": new, "sampling_topk": 1, "include_prompt_in_result": False, "max_batch_size": 0}
+        return [r.sequences_ids[0] for r in model.generate_batch(words, **how)]
+
+    return {"run": run}
+
+
 def compare(setting: Setting, batch: int) -> Row:
     """New tokens per second, prompts included. All sides must say the same tokens."""
     length, new = (8, 8) if setting.tiny else (64, 128)
     recipe, home = model_of(setting, "gpt2")
-    model = bothways.load(home)
-    prompts = random_tokens(recipe, batch, length)
-    said: dict[str, list[list[int]]] = {}
-
-    def ours() -> None:
-        said[OURS] = continued(model, prompts.tolist(), new, greedy=True)
-
-    sides = {OURS: ours}
+    prompts = random_tokens(recipe, batch, length).tolist()
+    sides = {OURS: setting.side(our_side, home, prompts, new, ours=True)}
     if setting.peers:
-        import torch
-
-        theirs, fast = torch_model(home, "GPT2LMHeadModel").eval(), ctranslate_model(home)
-        ids = torch.from_numpy(prompts.astype(np.int64))
-        pieces = pieces_of(home)
-
-        def transformers() -> None:
-            with torch.inference_mode():
-                out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
-            said["transformers generate"] = out[:, length:].tolist()
-
-        def ctranslate2() -> None:
-            words = [[pieces[i] for i in row] for row in prompts.tolist()]
-            how = {"max_length": new, "sampling_topk": 1, "include_prompt_in_result": False, "max_batch_size": 0}
-            said["ctranslate2 float32"] = [r.sequences_ids[0] for r in fast.generate_batch(words, **how)]
-
-        sides |= {"transformers generate": transformers, "ctranslate2 float32": ctranslate2}
-    if batch == 1:
-        sides[LIMIT] = reading(bytes_per_token(model.run.params), new)
-    seconds = alternate(sides, setting.rounds)
+        sides["transformers generate"] = setting.side(transformers_side, home, prompts, new)
+        sides["ctranslate2 float32"] = setting.side(ctranslate_side, home, prompts, new)
+    said = {name: side.run() for name, side in sides.items()}
     assert len(said[OURS][0]) == new, "a row ended early: give the model another seed"
-    for side, tokens in said.items():
-        assert tokens == said[OURS], f"{side} does not say the same tokens"
+    for name, tokens in said.items():
+        assert tokens == said[OURS], f"{name} does not say the same tokens"
+    if batch == 1:
+        sides[LIMIT] = setting.side(reading_side, home, new, ours=True)
+    seconds = alternate(sides, setting.rounds)
+    for side in sides.values():
+        side.close()
     aim = "level with ctranslate2" + ("; at least 0.9 of the reading" if batch == 1 else "")
     return Row(f"GPT-2 124M generation, {batch} x ({length} + {new}) tokens", "tokens/s", batch * new, seconds, aim)
 

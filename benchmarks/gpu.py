@@ -70,8 +70,8 @@ def train_ours(name: str, shapes: Iterable[tuple[int, int]], tiny: bool, steps: 
         init = jax.jit(lambda m=module, f=recipe.family: m.init(jax.random.key(0), **tiny_inputs(f))["params"])
         device = jax.devices()[0].device_kind
         try:
-            run, _ = training.ours(recipe, init(), batches, steps)
-            seconds = seconds_each(run, 3) / steps
+            take, _ = training.ours(recipe, init(), batches)
+            seconds = seconds_each(functools.partial(take, steps), 3) / steps
         except jax.errors.JaxRuntimeError as e:
             tell(what=f"{name} training", side="bothways", rows=rows, length=length, failed=str(e).split("\n")[0][:200])
             continue
@@ -139,7 +139,7 @@ def score_ours(tiny: bool) -> None:
 
     with tempfile.TemporaryDirectory() as home:
         run = bothways.load(models.model_of(Setting(Path(home), tiny), "bert-base")[1])
-        sentences = scoring.sentences(run, *((3, 9) if tiny else (64, 30)))
+        sentences = scoring.sentences(len(run.tokenizer), *((3, 9) if tiny else (64, 30)))
         batched = seconds_each(lambda: run.score_tokens(sentences, "pll"), 3)
         single = seconds_each(lambda: scoring.one_copy_at_a_time(run, sentences), 1)
     told = {"sentences_per_second": len(sentences) / batched, "times_one_at_a_time": single / batched}

@@ -1,21 +1,28 @@
-"""How speed is measured: sides take turns in one process, and what is told are medians over the rounds."""
+"""How speed is measured: sides take turns, each in a process of its own; what is told are medians over the rounds."""
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
+import traceback
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.platform import asking_for_large_pages
+
 OURS = "bothways"
 PACKAGES = ("jax", "flax", "torch", "transformers", "ctranslate2")
 BEGIN, END = "<!-- table: written by python -m benchmarks -->", "<!-- end of table -->"
-Side = Callable[[], Any]
+Maker = Callable[..., Mapping[str, Callable[..., Any]]]
+"""Functions by name. "run" is what is timed; "warm", if there is one, goes before it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +59,80 @@ class Setting:
     peers: bool = True
     """False: our own sides only, which need no other package."""
 
+    def side(self, make: Maker, *arguments: Any, ours: bool = False) -> Any:
+        """An object with the functions that `make(*arguments)` returns; they run in a process of its own, unless `tiny`.
 
-def alternate(sides: Mapping[str, Side], rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, list]:
-    """Seconds of every side, round by round: A B C, A B C, ... A round before them, in which programs compile, is not
-    counted."""
+        Args:
+          ours: the process has its memory as `bothways` on the command line has it.
+        """
+        if self.tiny:
+            return types.SimpleNamespace(**make(*arguments), close=lambda: None)
+        return Apart(make, arguments, asking_for_large_pages() if ours else None)
+
+
+class Apart:
+    """Functions in another process. Calling one waits for its result; what it raises is raised here, as text."""
+
+    def __init__(self, make: Maker, arguments: tuple = (), tunables: str | None = None):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        before = os.environ.get("GLIBC_TUNABLES")
+        try:
+            if tunables:
+                os.environ["GLIBC_TUNABLES"] = tunables
+            self._process.start()
+        finally:
+            os.environ.pop("GLIBC_TUNABLES", None)
+            if before is not None:
+                os.environ["GLIBC_TUNABLES"] = before
+        theirs.close()
+        for name in self._receive():
+            setattr(self, name, functools.partial(self._call, name))
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        self._pipe.send((name, arguments))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            done, value = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"the process of a side ended with exit code {self._process.exitcode}") from None
+        if not done:
+            raise RuntimeError(f"in the process of a side:\n{value}")
+        return value
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Any, make: Maker, arguments: tuple) -> None:
+    """Make the functions, then answer for them."""
+    try:
+        functions = make(*arguments)
+        pipe.send((True, list(functions)))
+        while True:
+            name, given = pipe.recv()
+            pipe.send((True, functions[name](*given)))
+    except EOFError:
+        pass  # who asked has gone
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+
+
+def alternate(sides: Mapping[str, Any], rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, list]:
+    """Seconds of every side's `run`, round by round: A B C, A B C, ... A round before them, in which programs compile, is
+    not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
-        for name, run in sides.items():
+        for name, side in sides.items():
+            if hasattr(side, "warm"):
+                side.warm()
             began = clock()
-            run()
+            side.run()
             if turn:
                 seconds[name].append(clock() - began)
     return seconds

@@ -1,18 +1,22 @@
 """PLL of sentences (arXiv 1910.14659): all masked copies in full batches, against one copy at a time."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 
 import bothways
 from benchmarks.harness import OURS, Row, Setting, alternate
 from benchmarks.models import model_of, torch_model
+from data.tokenizer import Tokenizer
 from sample.masked import MaskedModel, hidden_logprobs
 
-PEER = "transformers, a copy at a time"
+PEERS = {"transformers, a sentence at a time": None, "transformers, a copy at a time": 1}
 
 
-def sentences(model: MaskedModel, count: int, most: int) -> list[list[int]]:
-    """Made-up sentences of 6 to `most` tokens, as those of minimal-pair sets have."""
-    rng, size = np.random.default_rng(0), len(model.tokenizer)
+def sentences(size: int, count: int, most: int) -> list[list[int]]:
+    """Made-up sentences of 6 to `most` tokens of `size`, as those of minimal-pair sets have."""
+    rng = np.random.default_rng(0)
     return [rng.integers(5, size, n).tolist() for n in rng.integers(6, most + 1, count)]
 
 
@@ -31,38 +35,49 @@ def one_copy_at_a_time(model: MaskedModel, texts: list[list[int]]) -> list[float
     return found
 
 
+def our_side(home: Path, texts: list[list[int]]) -> dict[str, Callable]:
+    model = bothways.load(home)
+    return {"run": lambda: model.score_tokens(texts, "pll").tolist()}
+
+
+def their_side(
+    home: Path, texts: list[list[int]], bos: int, eos: int, mask: int, copies: int | None
+) -> dict[str, Callable]:
+    """`transformers` on so many masked copies of a sentence at a time; None: on all of its copies."""
+    import torch
+
+    model = torch_model(home, "BertForMaskedLM").eval()
+
+    def score(ids: list[int]) -> float:
+        row, places = torch.tensor([bos, *ids, eos]), torch.arange(1, len(ids) + 1)
+        total = 0.0
+        for some in places.split(copies or len(ids)):
+            hidden = row.repeat(len(some), 1)
+            hidden[torch.arange(len(some)), some] = mask
+            with torch.inference_mode():
+                logprobs = model(hidden).logits[torch.arange(len(some)), some].log_softmax(-1)
+            total += logprobs[torch.arange(len(some)), row[some]].sum().item()
+        return total
+
+    return {"run": lambda: [score(ids) for ids in texts]}
+
+
 def pll(setting: Setting) -> Row:
-    """Sentences per second. Both sides must give the same."""
+    """Sentences per second. All sides must give the same."""
     count, most = (3, 9) if setting.tiny else (64, 30)
-    model = bothways.load(model_of(setting, "bert-base")[1])
-    home, texts = model.run.home, sentences(model, count, most)
-    found: dict[str, list[float]] = {}
-
-    def ours() -> None:
-        found[OURS] = model.score_tokens(texts, "pll").tolist()
-
-    sides = {OURS: ours}
+    recipe, home = model_of(setting, "bert-base")
+    texts = sentences(recipe.model.vocab_size, count, most)
+    sides = {OURS: setting.side(our_side, home, texts, ours=True)}
     if setting.peers:
-        import torch
-
-        theirs = torch_model(home, "BertForMaskedLM").eval()
-        bos, eos, mask = model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.mask
-
-        def one_at_a_time() -> None:
-            found[PEER] = []
-            for ids in texts:
-                row, total = torch.tensor([[bos, *ids, eos]]), 0.0
-                for place in range(1, len(ids) + 1):
-                    copy = row.clone()
-                    copy[0, place] = mask
-                    with torch.inference_mode():
-                        total += theirs(copy).logits[0, place].log_softmax(-1)[row[0, place]].item()
-                found[PEER].append(total)
-
-        sides[PEER] = one_at_a_time
-    seconds = alternate(sides, setting.rounds)
+        special = Tokenizer.load(home)
+        for name, copies in PEERS.items():
+            sides[name] = setting.side(their_side, home, texts, special.bos, special.eos, special.mask, copies)
+    found = {name: side.run() for name, side in sides.items()}
     for values in found.values():
         np.testing.assert_allclose(values, found[OURS], rtol=1e-4)
+    seconds = alternate(sides, setting.rounds)
+    for side in sides.values():
+        side.close()
     tokens = sum(map(len, texts))
     what = f"BERT-base PLL of {count} sentences, {tokens / count:.0f} tokens each"
-    return Row(what, "sentences/s", count, seconds, "10 x a copy at a time")
+    return Row(what, "sentences/s", count, seconds, "10 x one at a time")

@@ -1,13 +1,14 @@
 """Training steps: forward, backward, clipping, AdamW, on batches that change; ours is the step that `bothways train` takes."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import OURS, Row, Setting, Side, alternate
+from benchmarks.harness import OURS, Row, Setting, alternate
 from benchmarks.models import ADAMW, model_of, random_tokens, torch_model
 from common.families import make_module
 from common.recipe import Recipe
@@ -45,8 +46,12 @@ def bert_batch(recipe: Recipe, rows: int, length: int, seed: int) -> Batch:
     return given | {"weights": np.ones((rows, asked), np.float32)}
 
 
-def ours(recipe: Recipe, params: Any, batches: list[Batch], steps: int) -> tuple[Side, Callable[[Batch], float]]:
-    """(so many steps, the loss of a batch without dropout)."""
+Steps = Callable[[int], float]
+"""Takes so many steps and returns the last one's loss."""
+
+
+def ours(recipe: Recipe, params: Any, batches: list[Batch]) -> tuple[Steps, Callable[[Batch], float]]:
+    """(training steps, the loss of a batch without dropout)."""
     mesh = sharding.make_mesh(recipe.mesh, jax.devices()[:1])
     ids = np.arange(recipe.model.vocab_size)
     vocabulary = Vocabulary(0, 2, 3, MASK_ID, ids < 5, ids[5:], ids > 4, ids > 4)
@@ -60,7 +65,7 @@ def ours(recipe: Recipe, params: Any, batches: list[Batch], steps: int) -> tuple
     step = make_train_step(module, objective, optimizer, mesh, shardings)
     evaluate = make_eval_step(module, objective, mesh, shardings.params)
 
-    def run() -> float:
+    def run(steps: int) -> float:
         nonlocal state
         for i in range(steps):
             state, metrics = step(state, sharding.to_global(mesh, batches[i % len(batches)]), 0)
@@ -73,7 +78,7 @@ def ours(recipe: Recipe, params: Any, batches: list[Batch], steps: int) -> tuple
     return run, loss
 
 
-def pytorch(model: Any, batches: list[Batch], steps: int) -> tuple[Side, Callable[[Batch], float]]:
+def pytorch(model: Any, batches: list[Batch]) -> tuple[Steps, Callable[[Batch], float]]:
     """The same of a module of `transformers`; a masked loss is told by labels of -100, as its users do."""
     import torch
 
@@ -90,7 +95,7 @@ def pytorch(model: Any, batches: list[Batch], steps: int) -> tuple[Side, Callabl
         logits = model(torch.from_numpy(batch["tokens"]).long()).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(labels).long().flatten())
 
-    def run() -> float:
+    def run(steps: int) -> float:
         model.train()
         for i in range(steps):
             adamw.zero_grad()
@@ -108,30 +113,43 @@ def pytorch(model: Any, batches: list[Batch], steps: int) -> tuple[Side, Callabl
     return run, loss
 
 
+def our_side(recipe: Recipe, home: Path, batches: list[Batch], steps: int) -> dict[str, Callable]:
+    take, loss = ours(recipe, load_run(home, print).params, batches)
+    return {"warm": lambda: take(1), "run": lambda: take(steps), "loss": loss}
+
+
+def their_side(recipe: Recipe, home: Path, batches: list[Batch], steps: int) -> dict[str, Callable]:
+    kind = "GPT2LMHeadModel" if recipe.family == "gpt" else "BertForMaskedLM"
+    take, loss = pytorch(torch_model(home, kind), batches)
+    return {"warm": lambda: take(1), "run": lambda: take(steps), "loss": loss}
+
+
 def compare(setting: Setting, name: str, rows: int, length: int, steps: int, what: str) -> Row:
-    """Tokens per second of training steps. Both sides begin with the same weights, and must agree on the first loss."""
+    """Tokens per second of `steps` steps in a row, after one that is not counted: in it a side asks anew for memory that
+    the system took back while another had its turn. All begin with the same weights, and must agree on the first loss."""
     recipe, home = model_of(setting, name)
     rows, length = (2, 16) if setting.tiny else (rows, length)
     make = gpt_batch if recipe.family == "gpt" else bert_batch
     batches = [make(recipe, rows, length, seed) for seed in range(4)]
-    run, loss = ours(recipe, load_run(home, print).params, batches, steps)
-    sides = {OURS: run}
+    sides = {OURS: setting.side(our_side, recipe, home, batches, steps, ours=True)}
     if setting.peers:
-        kind = "GPT2LMHeadModel" if recipe.family == "gpt" else "BertForMaskedLM"
-        sides[PEER], theirs = pytorch(torch_model(home, kind), batches, steps)
-        assert abs(loss(batches[0]) - theirs(batches[0])) < 1e-3, "the sides do not compute the same loss"
+        sides[PEER] = setting.side(their_side, recipe, home, batches, steps)
+        differ = abs(sides[OURS].loss(batches[0]) - sides[PEER].loss(batches[0]))
+        assert differ < 1e-3, "the sides do not compute the same loss"
     seconds = alternate(sides, setting.rounds)
+    for side in sides.values():
+        side.close()
     return Row(what, "tokens/s", rows * length * steps, seconds, "1.2 x PyTorch")
 
 
 def gpt_small(setting: Setting) -> Row:
     what = "GPT training step, 6 layers, 384 wide, vocabulary 8192, 8 x 256"
-    return compare(setting, "gpt-small", 8, 256, 2, what)
+    return compare(setting, "gpt-small", 8, 256, 6, what)
 
 
 def gpt2(setting: Setting) -> Row:
-    return compare(setting, "gpt2", 4, 256, 1, "GPT-2 124M training step, 4 x 256")
+    return compare(setting, "gpt2", 4, 256, 3, "GPT-2 124M training step, 4 x 256")
 
 
 def bert_base(setting: Setting) -> Row:
-    return compare(setting, "bert-base", 16, 128, 1, "BERT-base training step, 16 x 128, dropout 0.1")
+    return compare(setting, "bert-base", 16, 128, 2, "BERT-base training step, 16 x 128, dropout 0.1")

@@ -3,6 +3,30 @@
 import glob
 import importlib.util
 import os
+import sys
+from pathlib import Path
+
+LARGE_PAGES = "glibc.malloc.hugetlb"
+KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def asking_for_large_pages() -> str | None:
+    """GLIBC_TUNABLES for a process that takes its memory in pages of 2 MiB; None where nothing is to be asked.
+
+    Linux may give such pages only to those that ask, and glibc asks if this variable says so when the process starts. A
+    step's scratch memory is handed out anew for each step: in pages of 4 KiB that can take a third of the step.
+    """
+    asked = os.environ.get("GLIBC_TUNABLES", "")
+    if LARGE_PAGES in asked or not KERNEL.exists() or "[madvise]" not in KERNEL.read_text():
+        return None
+    return ":".join(filter(None, (asked, f"{LARGE_PAGES}=1")))
+
+
+def with_large_pages() -> None:
+    """Begin this process anew, as it was called, where it then gets large pages. Whoever has set the variable has decided."""
+    if tunables := asking_for_large_pages():
+        os.environ["GLIBC_TUNABLES"] = tunables
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def leave_absent_tpu_alone() -> None:

@@ -1,23 +1,46 @@
 """The arithmetic of the benchmarks, and that our own side of each runs. What they measure is no test's business."""
 
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from benchmarks import generation, gpu, scoring, start, training
-from benchmarks.harness import OURS, Row, Setting, alternate, keep, record, table, write_table
+from benchmarks.harness import OURS, Apart, Row, Setting, alternate, keep, record, table, write_table
 
 
 def test_sides_take_turns_and_the_first_round_is_not_counted():
     said, ticks = [], itertools.count()  # a clock that advances by one at every look
-    seconds = alternate({"a": lambda: said.append("a"), "b": lambda: said.append("b")}, 2, lambda: next(ticks))
-    assert said == ["a", "b"] * 3
+    sides = {name: types.SimpleNamespace(run=functools.partial(said.append, name)) for name in "ab"}
+    sides["b"].warm = lambda: said.append("b is warm")
+    seconds = alternate(sides, 2, lambda: next(ticks))
+    assert said == ["a", "b is warm", "b"] * 3
     assert seconds == {"a": [1, 1], "b": [1, 1]}
+
+
+def numbers(*given: int) -> dict:
+    import os  # of the other process
+
+    return {"run": lambda: sum(given), "where": os.getpid, "asked": lambda name: os.environ.get(name), "wrong": dict.pop}
+
+
+def test_a_side_has_a_process_of_its_own(tmp_path):
+    side = Apart(numbers, (2, 3), "glibc.malloc.hugetlb=1")
+    assert side.run() == 5
+    assert side.where() != os.getpid()
+    assert side.asked("GLIBC_TUNABLES") == "glibc.malloc.hugetlb=1"
+    assert os.environ.get("GLIBC_TUNABLES") != "glibc.malloc.hugetlb=1"
+    with pytest.raises(RuntimeError, match="dict.pop"):
+        side.wrong()
+    side.close()
+    here = Setting(tmp_path, tiny=True).side(numbers, 2, 3)
+    assert (here.run(), here.where()) == (5, os.getpid())
 
 
 ROW = Row("speed", "tokens/s", 12, {OURS: [2.0, 3.0, 6.0], "peer": [4.0, 3.0, 24.0]}, "2 x")
@@ -80,7 +103,9 @@ def test_a_side_that_fails_is_told_with_its_code(tmp_path):
     (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")
     (tmp_path / "python").chmod(0o755)
     out, script = tmp_path / "gpu.jsonl", Path(gpu.__file__).with_name("gpu.sh")
-    done = subprocess.run(["bash", script, out], env=os.environ | {"PYTHON": str(tmp_path / "python")}, capture_output=True)
+    done = subprocess.run(
+        ["bash", script, out], env=os.environ | {"PYTHON": str(tmp_path / "python")}, capture_output=True
+    )
     assert done.returncode == 1
     told = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(told) == 5

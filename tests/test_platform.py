@@ -1,4 +1,4 @@
-"""libtpu may be installed to plan with: where no TPU is attached, JAX is kept from looking for one."""
+"""libtpu may be installed to plan with: where no TPU is attached, JAX is kept from looking for one. And large pages."""
 
 import glob
 import importlib.util
@@ -9,7 +9,8 @@ import sys
 import jax
 import pytest
 
-from common.platform import leave_absent_tpu_alone
+from common import platform
+from common.platform import leave_absent_tpu_alone, with_large_pages
 
 
 @pytest.fixture
@@ -50,3 +51,24 @@ def test_nothing_is_said_on_standard_error():
     done = subprocess.run([sys.executable, "-c", code], env=quiet, capture_output=True, text=True, check=True)
     assert done.stdout.strip() in ("cpu", "gpu", "tpu")
     assert done.stderr == ""
+
+
+def test_the_command_line_begins_anew_with_large_pages_once(monkeypatch, tmp_path):
+    begun = []
+    monkeypatch.setattr(os, "execv", lambda program, argv: begun.append((program, argv)))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "bothways", "train"])
+    monkeypatch.setattr(platform, "KERNEL", tmp_path / "enabled")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    with_large_pages()  # a kernel without them
+    for unasked in ("[always] madvise never", "always madvise [never]"):
+        platform.KERNEL.write_text(unasked + "\n")
+        with_large_pages()
+    assert not begun
+    platform.KERNEL.write_text("always [madvise] never\n")
+    with_large_pages()
+    assert begun == [(sys.executable, [sys.executable, "-m", "bothways", "train"])]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+    with_large_pages()
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # somebody has decided
+    with_large_pages()
+    assert len(begun) == 1

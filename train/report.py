@@ -44,7 +44,7 @@ class Reporter:
         )
         self.lines.seek(0, io.SEEK_END)
         self.uploaded = time.monotonic()
-        self.events = self._tensorboard(start)
+        self.events: Any = None
         columns = [
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -71,14 +71,14 @@ class Reporter:
                 continue  # the line that a kill cut short
         self.path.write_text("".join(line + "\n" for line in kept))
 
-    def _tensorboard(self, start: int) -> Any:
-        from tensorboardX import SummaryWriter
+    def _tensorboard(self) -> Any:
+        from tensorboardX import SummaryWriter  # seconds, where it finds PyTorch
 
         try:
-            return SummaryWriter(str(self.home / "events"), purge_step=start + 1 if start else None)
+            return SummaryWriter(str(self.home / "events"), purge_step=self.start + 1 if self.start else None)
         except ImportError as e:
             say(f"no TensorBoard events: {e}")
-            return None
+            return False
 
     def log(self, step: int, metrics: dict[str, float], shown: str) -> None:
         """One line of metrics, and what the progress bar says beside it."""
@@ -88,12 +88,14 @@ class Reporter:
         self.lines.flush()
         if time.monotonic() - self.uploaded > UPLOAD_EVERY:
             self.upload()
-        if self.events:
-            for name, value in metrics.items():
-                self.events.add_scalar(name, value, step)
         self.progress.update(self.task, completed=step, shown=shown)
         if not err.is_terminal:
             say(f"step {step}: {shown}")
+        if self.events is None:
+            self.events = self._tensorboard()
+        if self.events:
+            for name, value in metrics.items():
+                self.events.add_scalar(name, value, step)
 
     def upload(self) -> None:
         """Bring metrics.jsonl up to date on a bucket."""
