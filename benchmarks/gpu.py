@@ -102,7 +102,8 @@ def generate_ours(tiny: bool) -> None:
     @jax.jit
     def init() -> Any:
         params = module.init(jax.random.key(0), **tiny_inputs("gpt"))["params"]
-        return for_decoding(jax.tree.map(lambda x, s: x.astype(s.dtype), params, as_multiplied(params, cfg)))
+        narrow = jax.tree.map(lambda x, s: x.astype(s.dtype), params, as_multiplied(params, cfg))
+        return for_decoding(narrow, join=True)
 
     params = init()
     decoder = Decoder(

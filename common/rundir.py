@@ -13,6 +13,7 @@ runs/x/loss.png            the curves
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -256,10 +257,11 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None, *,
     if found is None:
         raise InputError(f"{home} has no checkpoint yet; train it first")
     params = jax.tree.map(lambda x, s: x.astype(s.dtype), found[1], kept)
+    alone = all(len(at.device_set) == 1 for at in jax.tree.leaves(shardings))
     if narrow and recipe.family != "bert":
-        params = jax.jit(for_decoding)(params)
+        params = jax.jit(functools.partial(for_decoding, join=alone))(params)
     asked = recipe
-    if any(len(at.device_set) > 1 for at in jax.tree.leaves(shardings)):
+    if not alone:
         # The compiler spreads what it can see into; a kernel of one's own would have to be told how.
         asked = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention="xla"))
     return Run(home, recipe, tokenizer, module_of(asked, task), params, found[0], task)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from model.attention import Attention
+from model.attention import Attention, side_by_side
 from model.block import Block
 from model.cache import Cache, LayerCache
 from model.config import TransformerConfig
@@ -29,13 +29,22 @@ def split_layers(blocks: dict | tuple[dict, ...]) -> tuple[dict, ...]:
     return tuple(treedef.unflatten([column[i][0] for column in columns]) for i in range(n_layers))
 
 
-def for_decoding(params: dict) -> dict:
+def for_decoding(params: dict, join: bool = False) -> dict:
     """The same parameters as a decode step reads them: a tree per layer instead of stacked ones, of which a step would
-    first copy each layer's part. Modules take either."""
-    return {
-        name: split_layers(inner) if name == "blocks" else for_decoding(inner) if isinstance(inner, dict) else inner
-        for name, inner in params.items()
-    }
+    first copy each layer's part. Modules take either.
+
+    Args:
+      join: with the projections of self-attention side by side (`side_by_side`); for a single device, since their parts
+        of several would not lie together.
+    """
+
+    def ready(name: str, inner: dict) -> dict | tuple[dict, ...]:
+        if name != "blocks":
+            return for_decoding(inner, join)
+        layers = split_layers(inner)
+        return tuple({**layer, "attention": side_by_side(layer["attention"])} for layer in layers) if join else layers
+
+    return {name: ready(name, inner) if isinstance(inner, dict) else inner for name, inner in params.items()}
 
 
 class Stack(nn.Module):

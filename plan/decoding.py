@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from typing import Any
@@ -125,7 +126,7 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
     spread = sharding.parameter_shardings(mesh, shapes)
     params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, spread)
     if recipe.family != "bert":
-        split = jax.jit(for_decoding).lower(params)
+        split = jax.jit(functools.partial(for_decoding, join=count == 1)).lower(params)
         at = split.compile().output_shardings
         params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), split.out_info, at)
     with placed:

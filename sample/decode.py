@@ -137,7 +137,7 @@ class Decoder:
         lengths = [len(row.context) for row in rows]
         tokens, _ = padded([row.context for row in rows], self.context)
         fill = len(tokens) - len(rows)
-        size = min(bucket(tokens.shape[1] + max(limits)), self.context)
+        size = min(close_bucket(tokens.shape[1] + max(limits)), self.context)
         source = padded([row.source for row in rows], self.context) if rows[0].source else None
         limit = np.array([*limits] + [0] * fill)
         state = self.prefill(params, tokens, np.array(lengths + [1] * fill), limit, source, size)

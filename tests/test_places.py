@@ -45,7 +45,7 @@ def test_one_device_to_four_and_back(family, tiny, tmp_path):
     blocks = four.run.params[{"gpt": "decoder", "bert": "encoder"}[family]]["stack"]["blocks"]
     kernel = (blocks[0] if family == "gpt" else blocks)["mlp"]["up"]["kernel"]  # what decodes has a tree per layer
     assert kernel.sharding.shard_shape(kernel.shape)[-2:] == (22 // 2, 26 // 2)
-    asked = for_decoding(made.params) if family == "gpt" else made.params
+    joined, asked = (for_decoding(made.params, join) if family == "gpt" else made.params for join in (True, False))
     # Fine-tuning takes weights that lie on one device, and trains on all.
     tuner = Tuner(rundir.load_run(tmp_path / "one", print), dog_task("classify"), FinetuneConfig())
     assert shards(tuner.run.params) == {8}
@@ -58,7 +58,8 @@ def test_one_device_to_four_and_back(family, tiny, tmp_path):
     write(dataclasses.replace(made, params=spread.params), tmp_path / "four")  # a checkpoint of four devices
     back = bothways.load(tmp_path / "four")
     assert shards(back.run.params) == {1}
-    same(back.run.params, asked)
+    same(back.run.params, joined)
+    same(one.run.params, joined)
 
     texts = ["the dog sees", "the king"]
     for model in (four, back):

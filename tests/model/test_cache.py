@@ -9,6 +9,7 @@ import pytest
 
 from model.cache import Cache
 from model.decoder import Decoder
+from model.stack import for_decoding
 
 LENGTHS = np.array([3, 8, 5])  # of the prompts, right-padded to 8 places in one batch
 STEPS = 4
@@ -44,7 +45,8 @@ def setting(request, tiny, filled) -> Setting:
     prefix = jnp.array([3, 2, 0]) if "prefix" in request.param else None
     full, none = jax.jit(lambda t: module.apply({"params": params}, t, prefix=prefix))(tokens)
     assert none is None
-    cached = jax.jit(lambda t, cache: module.apply({"params": params}, t, prefix=prefix, cache=cache))
+    ready = for_decoding(params, join="rotary" in request.param)  # one case as a single device reads them, one as several
+    cached = jax.jit(lambda t, cache: module.apply({"params": ready}, t, prefix=prefix, cache=cache))
     return Setting(cfg, tokens, prefix, np.asarray(full), cached)
 
 
