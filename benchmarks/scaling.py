@@ -130,14 +130,15 @@ def theory(recipe: Recipe, parameters: int) -> dict[str, float]:
     """Bytes that a step must hold at once in float32, by what they are for.
 
     For the backward pass a pre-norm block keeps, per token: the input of both norms and what they make of it (4 D), q, k
-    and v and what attention says (4 D), the MLP before and after its activation (2 F), and H scores for each of T keys.
+    and v and what attention says (4 D), the MLP before and after its activation (2 F), and H scores for each of T keys,
+    five eighths of which are left by causality in four blocks of queries (model/attention.py).
     Of a block that is recomputed only its input stays, with remat=dots what its kernels make too; and all of the one that
     is being recomputed. The logits stand
     once as they are and once as their gradient.
     """
     cfg = recipe.model.resolved()
     tokens = recipe.train.batch_size * cfg.context
-    whole = 8 * cfg.d_model + 2 * cfg.d_ff + cfg.n_heads * cfg.context
+    whole = 8 * cfg.d_model + 2 * cfg.d_ff + cfg.n_heads * cfg.context * 5 / 8
     products = 5 * cfg.d_model + cfg.d_ff  # what the kernels make: q, k, v, out, up, down
     kept = {"none": whole, "dots": cfg.d_model + products, "full": cfg.d_model}[cfg.remat]
     blocks = cfg.n_layers * kept + (whole if cfg.remat != "none" else 0)

@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from model.axes import constrain_activation, placement
+from model.axes import constrain_activation
 from model.cache import LayerCache
 from model.config import TransformerConfig
-from model.kernels import KERNELS, Q_AXES, choose
+from model.kernels import KERNELS, by_places, choose, spread_places
 from model.layers import Norm, Projection, rotate
 from model.mask import Mask
+
+BLOCKS = 4
+"""Of queries. More leave out more keys, and take longer to compile."""
 
 
 def attend(
@@ -26,18 +29,39 @@ def attend(
     """Scaled dot-product attention (arXiv 1706.03762, section 3.2.1); query heads share G key-value heads.
 
     The kernel is chosen by device, mask and shape (model/kernels.py); none of them knows dropout of probabilities.
-    What follows here is their reference, for XLA. The softmax is in float32. A query that may see nothing gets an
-    average that no loss looks at, not NaN.
+    For XLA the queries of long rows are cut into blocks, and keys that are hidden from a whole block are left out: of
+    causal scores three eighths.
     """
     chosen = choose(kernel, q, k, v, mask) if dropout is None else "xla"
     if chosen != "xla":
         return KERNELS[chosen](q, k, v, mask)
+    T = q.shape[1]
+    if T < 128 or not (mask.causal or mask.window) or not by_places(mask) or spread_places(q):
+        return attend_whole(q, k, v, mask, dropout)
+    size, found = -(-T // BLOCKS), []
+    for begin in range(0, T, size):
+        queries = slice(begin, min(begin + size, T))
+        keys = mask.seen_by(queries)
+        found.append(attend_whole(q[:, queries], k[:, keys], v[:, keys], mask.part(queries, keys), dropout))
+    return jnp.concatenate(found, axis=1)
+
+
+def attend_whole(
+    q: Float[jax.Array, "B T H K"],
+    k: Float[jax.Array, "B S G K"],
+    v: Float[jax.Array, "B S G W"],
+    mask: Mask,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+) -> Float[jax.Array, "B T H W"]:
+    """Every query on every key: the reference of all kernels. The softmax is in float32. A query that may see nothing
+    gets an average that no loss looks at, not NaN.
+    """
     B, T, H, K = q.shape
     G = k.shape[2]
-    at = placement(q.shape, *Q_AXES)
+    spread = spread_places(q)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * K**-0.5, k, v))  # heads before places
     # The heads of a group are one long row of queries, unless their places are spread: then k and v are repeated.
-    if at and at.spec[1] and G < H:
+    if spread and G < H:
         k, v, G = jnp.repeat(k, H // G, axis=1), jnp.repeat(v, H // G, axis=1), H
     scores = jnp.einsum("bgnk,bgsk->bgns", q.reshape(B, G, H // G * T, K), k, preferred_element_type=jnp.float32)
     scores = scores.reshape(B, H, T, -1)

@@ -37,9 +37,15 @@ def choose(wanted: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) ->
     return wanted if knows and knows(q, k, v, mask) else "xla"
 
 
-def _by_places(mask: Mask) -> bool:
+def by_places(mask: Mask) -> bool:
     """Whether places in the row say as much as positions do."""
     return mask.prefix is None and (mask.ordered or not (mask.causal or mask.window))
+
+
+def spread_places(q: jax.Array) -> bool:
+    """Whether several devices share the queries [B, T, H, K] of a row."""
+    shards = placement(q.shape, *Q_AXES)
+    return shards is not None and shards.shard_shape(q.shape)[1] < q.shape[1]
 
 
 # ---- splash -----------------------------------------------------------------------------------------------------
@@ -47,7 +53,7 @@ def _by_places(mask: Mask) -> bool:
 
 def _splash_knows(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> bool:
     T, S = _shard_lengths(q, k)
-    return _by_places(mask) and T % LANES == 0 and S % LANES == 0
+    return by_places(mask) and T % LANES == 0 and S % LANES == 0
 
 
 def _shard_lengths(q: jax.Array, k: jax.Array) -> tuple[int, int]:
@@ -122,7 +128,7 @@ def splash(
 def _cudnn_knows(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> bool:
     T, S, K = q.shape[1], k.shape[1], q.shape[3]
     heads = v.shape[3] == K and K % 8 == 0 and K <= 128
-    whole = _shard_lengths(q, k)[0] == T  # JAX refuses it queries that are spread
+    whole = not spread_places(q)  # or JAX refuses
     return q.dtype in (jnp.bfloat16, jnp.float16) and heads and whole and T % 2 == 0 and S % 2 == 0
 
 
@@ -134,7 +140,7 @@ def cudnn(
     implementation: str = "cudnn",
 ) -> Float[jax.Array, "B T H K"]:
     """cuDNN's flash attention. `implementation="xla"` computes the same from the same arguments, where no GPU is."""
-    causal = mask.causal and _by_places(mask)
+    causal = mask.causal and by_places(mask)
     window = mask.window if causal else 0
     structured = causal and mask.k_segments is None and mask.q_positions.shape == mask.k_positions.shape
     drawn = None if structured or _sees_all(mask) else mask.dense()[:, None]

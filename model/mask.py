@@ -69,6 +69,18 @@ class Mask:
         """The same mask, with keys `window` or more places away hidden. 0 leaves it as it is."""
         return self.replace(window=window)
 
+    def seen_by(self, queries: slice) -> slice:
+        """Places of all keys that queries at these places may see, of an `ordered` mask without a prefix."""
+        size, reach = self.k_positions.shape[1], self.window or self.k_positions.shape[1]
+        end = queries.stop if self.causal else min(size, queries.stop + reach - 1)
+        return slice(max(0, queries.start - reach + 1), end)
+
+    def part(self, queries: slice, keys: slice) -> "Mask":
+        """The mask of some places only. No longer `ordered`."""
+        mine = {name: getattr(self, name) for name in ("q_positions", "q_segments", "k_positions", "k_segments")}
+        cut = {n: x if x is None else x[:, queries if n[0] == "q" else keys] for n, x in mine.items()}
+        return self.replace(ordered=False, **cut)
+
     def dense(self) -> Bool[jax.Array, "B T S"]:
         """The mask drawn: True where query t may see key s."""
         q, k = self.q_positions[:, :, None], self.k_positions[:, None, :]

@@ -10,7 +10,7 @@ import pytest
 from common.config import MeshConfig
 from common.families import make_module
 from model import kernels
-from model.attention import attend
+from model.attention import attend, attend_whole
 from model.axes import activations_placed_by, constrain_activation
 from model.mask import Mask
 from train import sharding
@@ -63,12 +63,30 @@ def outcome(kernel, mask: Mask, width: int = K) -> tuple:
     return y, grads
 
 
-def reference(q, k, v, mask):
-    return attend(q, k, v, mask, kernel="xla")
-
-
 def same(found, wanted):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, wanted)
+
+
+@pytest.mark.parametrize("name", [*MASKS, "prefix"])
+def test_blocks_of_queries_equal_the_reference(name):
+    mask = (MASKS | {"prefix": PREFIX})[name]
+    same(outcome(attend, mask, 24), outcome(attend_whole, mask, 24))
+
+
+@pytest.mark.parametrize("places", [128, 131, 250, 255])
+@pytest.mark.parametrize(("causal", "window"), [(True, 0), (True, 50), (True, 1), (False, 50), (False, 200)])
+def test_blocks_leave_out_what_is_hidden_and_nothing_else(causal, window, places):
+    """Also where the last block is shorter. Scores of all queries and all keys stand nowhere."""
+    mask = Mask.self_attention(PLACES[:, :places], causal=causal).windowed(window)
+    q, k, v, _ = (x[:, :places] for x in inputs(CAUSAL))
+    same(attend(q, k, v, mask), attend_whole(q, k, v, mask))
+    seen = mask.dense()[0]
+    for begin in range(0, places, 17):
+        queries = slice(begin, min(begin + 17, places))
+        keys = mask.seen_by(queries)
+        assert np.flatnonzero(seen[queries].any(0)).tolist() == list(range(keys.start, keys.stop))
+    program = str(jax.make_jaxpr(lambda q, k, v: attend(q, k, v, mask))(q, k, v))
+    assert f"{places},{places}]" not in program
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -76,14 +94,14 @@ def test_splash_equals_the_reference(name):
     mask = MASKS[name]
     q, k, v, _ = inputs(mask)
     assert kernels.choose("splash", q, k, v, mask) == "splash"
-    same(outcome(kernels.splash, mask, 24), outcome(reference, mask, 24))
+    same(outcome(kernels.splash, mask, 24), outcome(attend_whole, mask, 24))
 
 
 @pytest.mark.parametrize("name", ["packed causal window", "bidirectional"])
 def test_splash_on_a_mesh_equals_the_reference(name, eight_devices):
     """Rows, heads and places are all spread."""
     mesh = sharding.make_mesh(MeshConfig(2, 1, 2, 2), eight_devices)
-    wanted = outcome(reference, MASKS[name])
+    wanted = outcome(attend_whole, MASKS[name])
     with activations_placed_by(sharding.place_activations(mesh)):
         same(outcome(kernels.splash, MASKS[name]), wanted)
 
@@ -94,7 +112,7 @@ def test_cudnn_is_told_the_same_mask(name):
     mask = (MASKS | {"prefix": PREFIX})[name]
     q, k, v, _ = inputs(mask, jnp.bfloat16)
     assert kernels.choose("cudnn", q, k, v, mask) == "cudnn"
-    same(outcome(lambda *args: kernels.cudnn(*args, implementation="xla"), mask), outcome(reference, mask))
+    same(outcome(lambda *args: kernels.cudnn(*args, implementation="xla"), mask), outcome(attend_whole, mask))
 
 
 def test_what_a_kernel_does_not_know_is_left_to_xla(eight_devices):
@@ -144,7 +162,7 @@ def test_the_configuration_chooses(field, calls, family, tiny_with):
 def test_xla_on_a_mesh_with_spread_places_equals_the_reference(name, eight_devices):
     """And no device holds all of a row's scores, though heads share keys and values."""
     mask = MASKS[name]
-    wanted = outcome(reference, mask)
+    wanted = outcome(attend_whole, mask)
     mesh = sharding.make_mesh(MeshConfig(2, 1, 1, 4), eight_devices)
     with activations_placed_by(sharding.place_activations(mesh)):
 
