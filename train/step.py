@@ -95,18 +95,17 @@ def make_train_step(
         metrics["loss"] = sum(metrics[name] for name in names)
         metrics["grad_norm"] = optax.global_norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
 
-        def update(params: Any, opt_state: optax.OptState) -> tuple[Any, optax.OptState]:
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
+        def if_good(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(good, new, old)
 
-        # A choice between new and old values, element by element, would hold both of them.
-        params, opt_state = jax.lax.cond(good, update, lambda *old: old, state.params, state.opt_state)
         bad = 1 - good.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
+            params=jax.tree.map(if_good, params, state.params),
+            opt_state=jax.tree.map(if_good, opt_state, state.opt_state),
             bad_in_row=(state.bad_in_row + bad) * bad,
             bad_total=state.bad_total + bad,
         )
