@@ -84,7 +84,7 @@ class Stack(nn.Module):
         dropout_key = None if deterministic else self.make_rng("dropout")
 
         def run(x, params, layer, like, layer_cache=None):
-            """Layer number `layer`, which may be traced; window and rotary base are those of layer `like`."""
+            """Layer number `layer`, a traced value; window and rotary base are those of layer `like`."""
             rngs = None if deterministic else {"dropout": jax.random.fold_in(dropout_key, layer)}
             local = mask.windowed(cfg.layer_window(like))
             arguments = (local, positions, layer_cache, cache and cache.length, memory, memory_mask, deterministic)
@@ -93,6 +93,7 @@ class Stack(nn.Module):
 
         if cache is None and cfg.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan_layers, static_argnums=3)
+        run = jax.jit(run, static_argnums=3)  # layers that are alike are traced once
 
         period = len(cfg.layer_pattern)
         scannable = cfg.scan_layers and cache is None and not isinstance(blocks, tuple)
@@ -112,7 +113,7 @@ class Stack(nn.Module):
         new_layers = []
         for layer, params in enumerate(split_layers(blocks) if scanned < cfg.n_layers else (), start=scanned):
             layer_cache = cache.layers[layer] if cache is not None else None
-            x, layer_cache = run(x, params, layer, layer, layer_cache)
+            x, layer_cache = run(x, params, layer, layer % period, layer_cache)
             new_layers.append(layer_cache)
         if cache is not None:
             cache = cache.replace(layers=tuple(new_layers), length=cache.length + x.shape[1])

@@ -188,7 +188,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
                 last = done == cfg.steps
                 held, stopping = None, stop_at(done)
                 evaluating = done % cfg.eval_every == 0 or last
-                if evaluating or stopping:
+                if evaluating or stopping or step == start:  # the first is told when it is done
                     _report(reporter, meter, *pending, cfg)
                     pending = None
                 if evaluating:

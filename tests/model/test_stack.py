@@ -118,6 +118,21 @@ def test_scanned_equals_unrolled_without_a_pattern(tiny_with, filled):
     same(*(jax.jit(module.apply)({"params": filled(module, tokens)}, tokens)[0] for module in modules))
 
 
+@pytest.mark.parametrize(("fields", "kinds"), [({}, 1), ({"layer_pattern": ("dense", "local"), "window": 3}, 2)])
+def test_layers_that_are_alike_are_traced_once(tiny_with, fields, kinds):
+    """Unrolled, with dropout: forward and backward know one block of each kind, however many layers there are."""
+
+    def products(layers: int) -> int:
+        module = Decoder(tiny_with(**PLAIN, **fields, n_layers=layers, dropout_residual=0.1))
+        tokens = jnp.zeros((1, 5), jnp.int32)
+        params = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens)["params"])
+        rngs = {"dropout": jax.random.key(1)}
+        loss = jax.grad(lambda p: module.apply({"params": p}, tokens, deterministic=False, rngs=rngs)[0].sum())
+        return jax.jit(loss).lower(params).as_text().count("dot_general")
+
+    assert products(kinds) == products(3 * kinds) == products(5 * kinds)
+
+
 def test_layers_drop_different_features_at_the_configured_rate(tiny_with, filled):
     """Each layer is made to add dropout(1) to a stream of zeros: with rate 1/5, 0 or 5/4.
 
