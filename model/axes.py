@@ -85,6 +85,12 @@ def devices_in_use() -> int:
     return placed.mesh.size if placed else jax.device_count()
 
 
+def platform() -> str:
+    """Where the computation that is being traced will run: cpu, gpu or tpu."""
+    placed = placement(())
+    return placed.mesh.devices.flat[0].platform if placed else jax.default_backend()
+
+
 def constrain_activation(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell whoever shards the computation which logical axes x has."""
     sharding = placement(x.shape, *axes)

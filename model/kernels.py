@@ -14,19 +14,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 
-from model.axes import placement
+from model.axes import placement, platform
 from model.mask import Mask
 
 LANES = 128
 """Splash cuts rows into blocks of a multiple of so many places."""
 
 Q_AXES, K_AXES = ("batch", "length", "heads", "head"), ("batch", "keys", "kv_heads", "head")
-
-
-def platform() -> str:
-    """Where the computation that is being traced will run: cpu, gpu or tpu."""
-    place = placement((1,), None)
-    return place.mesh.devices.flat[0].platform if place else jax.default_backend()
 
 
 def choose(wanted: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> str:

@@ -16,7 +16,7 @@ from model.config import RotaryScaling
 from model.decoder import Decoder
 from model.embed import Embedding
 from model.gpt import GPT
-from model.layers import Norm, Projection, rotary_frequencies, rotate, sinusoid
+from model.layers import PARTS, Norm, Projection, product, rotary_frequencies, rotate, sinusoid
 from model.mask import Mask
 
 erf = np.vectorize(math.erf)
@@ -93,6 +93,14 @@ def test_projection_contracts_its_last_axes(tiny, filled):
     params = filled(module, x)
     wanted = np.einsum("btij,ijkl->btkl", x, params["kernel"]) + params["bias"]
     np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [3 * PARTS, 3 * PARTS + 5])
+def test_product_of_one_row_is_that_of_it_among_others(width):
+    x, kernel = normal(2, width), normal(width, 7)
+    alone = jnp.concatenate([product(row[None], kernel) for row in jnp.asarray(x)])
+    np.testing.assert_allclose(alone, product(x, kernel), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(alone, x @ kernel, rtol=1e-5, atol=1e-5)
 
 
 def test_rotary_scores_depend_on_the_distance_only():
