@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from model.block import ACTIVATIONS
 from model.config import TransformerConfig
-from model.layers import Norm, Projection
+from model.layers import Norm, Projection, table_product
 
 
 class LMHead(nn.Module):
@@ -63,5 +63,5 @@ def logits_of(
     features: Float[jax.Array, "... D"], table: Float[jax.Array, "V D"], bias: Float[jax.Array, " V"] | None
 ) -> Float[jax.Array, "... V"]:
     """Scores of every token, float32."""
-    logits = jnp.einsum("...d,vd->...v", features, table.astype(features.dtype), preferred_element_type=jnp.float32)
+    logits = table_product(features, table.astype(features.dtype))
     return logits if bias is None else logits + bias

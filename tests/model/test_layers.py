@@ -16,7 +16,7 @@ from model.config import RotaryScaling
 from model.decoder import Decoder
 from model.embed import Embedding
 from model.gpt import GPT
-from model.layers import PARTS, Norm, Projection, product, rotary_frequencies, rotate, sinusoid
+from model.layers import PARTS, Norm, Projection, product, rotary_frequencies, rotate, sinusoid, table_product
 from model.mask import Mask
 
 erf = np.vectorize(math.erf)
@@ -101,6 +101,16 @@ def test_product_of_one_row_is_that_of_it_among_others(width):
     alone = jnp.concatenate([product(row[None], kernel) for row in jnp.asarray(x)])
     np.testing.assert_allclose(alone, product(x, kernel), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(alone, x @ kernel, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [3 * PARTS, 11 * PARTS, 97])
+def test_table_product_is_that_of_rows_among_more(size):
+    x, table = normal(5, 31, 3), normal(size, 3)
+    whole = table_product(jnp.asarray(x), table)
+    np.testing.assert_allclose(whole, np.einsum("abd,vd->abv", x, table), rtol=1e-5, atol=1e-5)
+    for rows in (x[0, 0], x[0], x[:, :6]):
+        few = table_product(jnp.asarray(rows), table)
+        np.testing.assert_allclose(few, rows @ table.T, rtol=1e-5, atol=1e-5)
 
 
 def test_rotary_scores_depend_on_the_distance_only():
