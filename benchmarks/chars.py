@@ -5,18 +5,21 @@
 Both sides learn from the same part of the file and are asked about the same other part, each character once, in windows
 of their own context. The reference (benchmarks.chars_reference) runs to its end; the loss that it ends at is the mark, and
 what is told is when the recipe first goes below it. The sides take turns, each in a process of its own; clocks stop while
-losses are measured, and run while programs compile.
+losses are measured, and run while programs compile. Ours has its memory as `bothways` on the command line has it.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from common.platform import asking_for_large_pages
 
 RECIPE, CHECKS = "shakespeare_chars", 25
 
@@ -82,8 +85,9 @@ def recipe_for(path: str, cache: str):
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus=path, cache=cache))
 
 
-def in_process(*arguments: str) -> dict:
-    done = subprocess.run([sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True, check=True)
+def in_process(*arguments: str, tunables: str | None = None) -> dict:
+    env = os.environ | ({"GLIBC_TUNABLES": tunables} if tunables else {})
+    done = subprocess.run([sys.executable, "-m", *arguments], env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -99,7 +103,7 @@ def compare(path: Path, rounds: int) -> dict:
             part.write_text("".join(text for _, text in corpus.documents(split)))
         for _ in range(rounds):
             reference = in_process("benchmarks.chars_reference", *map(str, parts.values()))
-            mine = in_process("benchmarks.chars", "--ours", str(path), "--cache", home)
+            mine = in_process("benchmarks.chars", "--ours", str(path), "--cache", home, tunables=asking_for_large_pages())
             crossing = next((s for _, s, loss in mine["curve"] if loss <= reference["loss"]), float("nan"))
             found.append(
                 {

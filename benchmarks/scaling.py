@@ -1,8 +1,8 @@
 """How cost grows: speed with context, width, layers and batch; memory against theory; start-up with the size of the text.
 
-    python -m benchmarks.scaling speed      # 3 minutes on 2 CPU cores
+    python -m benchmarks.scaling speed      # 5 minutes on 2 CPU cores
     python -m benchmarks.scaling memory     # 1 minute
-    python -m benchmarks.scaling start      # 3 minutes
+    python -m benchmarks.scaling start      # 1 minute
 
 Each writes its figures into scaling.json and its picture, scaling-NAME.png, beside this file.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import matplotlib
 import numpy as np
+from matplotlib import ticker
 
 from common.config import OptimizerConfig, TrainConfig
 from common.recipe import Recipe
@@ -105,6 +106,8 @@ def draw_speed(found: dict, plt) -> None:
         panel.loglog(x, y, "o-", color=BLUE, label="measured")
         panel.set_xticks(x, [str(v) for v in x])
         panel.minorticks_off()
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:,.0f}")
         panel.set_xlabel(TITLES[name])
         panel.set_ylim(min(y) / 2, max(max(y), max(best / flops)) * 1.6)
         panel.legend(frameon=False, fontsize=8)

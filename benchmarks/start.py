@@ -67,19 +67,22 @@ def first_step(setting: Setting) -> Row:
     command += ["--train.batch-size", "1", "--train.log-every", "1"]
     command += [part for name, value in sizes.items() for part in (f"--model.{name}", str(value))]
 
-    def ours(programs: Path) -> None:
+    def ours(programs: Path, *more: str) -> None:
         with tempfile.TemporaryDirectory(dir=home) as run:
-            seconds_until_loss([*command, "--workdir", run + "/run"], {"JAX_COMPILATION_CACHE_DIR": str(programs)})
+            seconds_until_loss([*command, *more, "--workdir", run + "/run"], {"JAX_COMPILATION_CACHE_DIR": str(programs)})
 
-    def cold() -> None:
+    def cold(*more: str) -> None:
         with tempfile.TemporaryDirectory(dir=home) as programs:
-            ours(Path(programs))
+            ours(Path(programs), *more)
 
     def theirs() -> None:
         seconds_until_loss([sys.executable, "-c", THEIRS, *map(str, (threads(), layers, width, heads))], {})
 
-    cached = f"{OURS}, from the cache"
-    runs = {OURS: cold, cached: lambda: ours(home / "programs")} | ({PEER: theirs} if setting.peers else {})
+    cache, scan = home / "programs", "--model.scan-layers"
+    runs = {OURS: cold, f"{OURS}, from the cache": lambda: ours(cache)}
+    runs |= {f"{OURS}, layers scanned": lambda: cold(scan)}
+    runs |= {f"{OURS}, layers scanned, from the cache": lambda: ours(cache, scan)}
+    runs |= {PEER: theirs} if setting.peers else {}
     sides = {name: types.SimpleNamespace(run=run) for name, run in runs.items()}  # each start is a process of its own
     seconds = alternate(sides, min(setting.rounds, 3))
     return Row("first step after start, GPT-2 124M, 1 x 256", "s", 0, seconds, "15 s; from the cache 5 s")

@@ -254,7 +254,7 @@ def _report(reporter: Reporter, meter: "Meter", step: int, metrics: dict[str, ja
         )
     if step % cfg.log_every == 0 or step == cfg.steps:
         speed = meter.tokens_per_second
-        shown = f"loss {values['loss']:.3f}  {speed:,.0f} tokens/s"
+        shown = f"loss {values['loss']:.3f}" + (f"  {speed:,.0f} tokens/s" if meter.tokens else "")
         if meter.mfu is not None:
             shown += f"  MFU {meter.mfu:.1%}"
             values["mfu"] = meter.mfu
@@ -293,8 +293,8 @@ class Meter:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOP utilisation (arXiv 2204.02311, appendix B); None where the chip's peak is not known."""
-        return self.tokens_per_second * self.flops / (self.peak * jax.device_count()) if self.peak else None
+        """Model FLOP utilisation (arXiv 2204.02311, appendix B); None where the chip's peak or nothing yet is known."""
+        return self.tokens_per_second * self.flops / (self.peak * jax.device_count()) if self.peak and self.tokens else None
 
 
 class Evaluator:
