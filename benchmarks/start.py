@@ -78,11 +78,14 @@ def first_step(setting: Setting) -> Row:
     def theirs() -> None:
         seconds_until_loss([sys.executable, "-c", THEIRS, *map(str, (threads(), layers, width, heads))], {})
 
-    cache, scan = home / "programs", "--model.scan-layers"
-    runs = {OURS: cold, f"{OURS}, from the cache": lambda: ours(cache)}
-    runs |= {f"{OURS}, layers scanned": lambda: cold(scan)}
-    runs |= {f"{OURS}, layers scanned, from the cache": lambda: ours(cache, scan)}
-    runs |= {PEER: theirs} if setting.peers else {}
+    kept, scan = home / "programs", "--model.scan-layers"
+    runs = {
+        OURS: cold,
+        f"{OURS}, from the cache": lambda: ours(kept),
+        f"{OURS}, layers scanned": lambda: cold(scan),
+        f"{OURS}, layers scanned, from the cache": lambda: ours(kept, scan),
+        **({PEER: theirs} if setting.peers else {}),
+    }
     sides = {name: types.SimpleNamespace(run=run) for name, run in runs.items()}  # each start is a process of its own
     seconds = alternate(sides, min(setting.rounds, 3))
     return Row("first step after start, GPT-2 124M, 1 x 256", "s", 0, seconds, "15 s; from the cache 5 s")

@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from model.axes import constrain_activation
+from model.axes import constrain_activation, platform
 from model.cache import LayerCache
 from model.config import TransformerConfig
-from model.kernels import KERNELS, by_places, choose, spread_places
+from model.kernels import KERNELS, LANES, by_places, choose, spread_places
 from model.layers import Norm, Projection, rotate
 from model.mask import Mask
 
 BLOCKS = 4
 """Of queries. More leave out more keys, and take longer to compile."""
+LONG = 128
+"""Queries from which on blocks of them are worth their calls."""
 
 
 def attend(
@@ -36,9 +38,10 @@ def attend(
     if chosen != "xla":
         return KERNELS[chosen](q, k, v, mask)
     T = q.shape[1]
-    if T < 128 or not (mask.causal or mask.window) or not by_places(mask) or spread_places(q):
+    if T < LONG or not (mask.causal or mask.window) or not by_places(mask) or spread_places(q):
         return attend_whole(q, k, v, mask, dropout)
-    size, found = -(-T // BLOCKS), []
+    tile = 1 if platform() == "cpu" else LANES
+    size, found = -(-T // (BLOCKS * tile)) * tile, []
     for begin in range(0, T, size):
         queries = slice(begin, min(begin + size, T))
         keys = mask.seen_by(queries)

@@ -61,6 +61,7 @@ def logical_axes(names: tuple[str, ...]) -> tuple[str, ...]:
 # (shape, logical axes) -> where an activation of this shape lies
 Place = Callable[[tuple[int, ...], tuple[str | None, ...]], NamedSharding]
 _place: contextvars.ContextVar[Place | None] = contextvars.ContextVar("place", default=None)
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
 @contextlib.contextmanager
@@ -88,7 +89,17 @@ def devices_in_use() -> int:
 def platform() -> str:
     """Where the computation that is being traced will run: cpu, gpu or tpu."""
     placed = placement(())
-    return placed.mesh.devices.flat[0].platform if placed else jax.default_backend()
+    return placed.mesh.devices.flat[0].platform if placed else _platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """While tracing inside, `platform` says this: for a computation that is compiled for devices that are not here."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
 
 
 def constrain_activation(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -18,8 +18,8 @@ PARTS = 8
 
 
 def _waits_for_reading(x: jax.Array, most: int) -> bool:
-    """Whether rows [..., D] are so few, and lie on a CPU, that their product takes the time of reading the matrix."""
-    return math.prod(x.shape[:-1]) <= most and x.dtype == jnp.float32 and platform() == "cpu"
+    """Whether rows [..., D] lie on a CPU and are so few that their product takes as long as reading the matrix."""
+    return 0 < math.prod(x.shape[:-1]) <= most and x.dtype == jnp.float32 and platform() == "cpu"
 
 
 def product(x: Float[jax.Array, "N D"], kernel: Float[jax.Array, "D F"]) -> Float[jax.Array, "N F"]:

@@ -77,9 +77,17 @@ class Mask:
 
     def part(self, queries: slice, keys: slice) -> "Mask":
         """The mask of some places only. No longer `ordered`."""
-        mine = {name: getattr(self, name) for name in ("q_positions", "q_segments", "k_positions", "k_segments")}
-        cut = {n: x if x is None else x[:, queries if n[0] == "q" else keys] for n, x in mine.items()}
-        return self.replace(ordered=False, **cut)
+
+        def cut(x: jax.Array | None, places: slice) -> jax.Array | None:
+            return x if x is None else x[:, places]
+
+        return self.replace(
+            q_positions=cut(self.q_positions, queries),
+            q_segments=cut(self.q_segments, queries),
+            k_positions=cut(self.k_positions, keys),
+            k_segments=cut(self.k_segments, keys),
+            ordered=False,
+        )
 
     def dense(self) -> Bool[jax.Array, "B T S"]:
         """The mask drawn: True where query t may see key s."""

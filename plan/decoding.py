@@ -1,6 +1,5 @@
 """The step that samples: a token for every row of a causal model or encoder-decoder, a reading of a masked model."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -15,7 +14,7 @@ from common.errors import InputError
 from common.families import make_module
 from common.recipe import Recipe
 from common.rundir import as_multiplied, param_shapes
-from model.axes import activations_placed_by
+from model.axes import activations_placed_by, traced_for
 from model.stack import for_decoding
 from plan import hlo
 from plan.candidates import PAD_VOCABULARY, held, parameter_axes
@@ -120,7 +119,7 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
     model = planned_model(recipe.model, mesh.devices.flat[0].platform)
     # As load_run does. Of one device, the kernels ask the mesh what it is.
     model = dataclasses.replace(model, attention=model.attention if count == 1 else "xla")
-    placed = activations_placed_by(sharding.place_activations(mesh)) if count == 1 else contextlib.nullcontext()
+    placed = activations_placed_by(sharding.place_activations(mesh)) if count == 1 else traced_for(mesh.devices.flat[0].platform)
     recipe = dataclasses.replace(recipe, model=model)
     shapes = as_multiplied(param_shapes(recipe), model)
     spread = sharding.parameter_shardings(mesh, shapes)

@@ -253,12 +253,14 @@ def _report(reporter: Reporter, meter: "Meter", step: int, metrics: dict[str, ja
             "Try a lower --optimizer.learning-rate or a longer --optimizer.warmup-steps"
         )
     if step % cfg.log_every == 0 or step == cfg.steps:
-        speed = meter.tokens_per_second
-        shown = f"loss {values['loss']:.3f}" + (f"  {speed:,.0f} tokens/s" if meter.tokens else "")
-        if meter.mfu is not None:
-            shown += f"  MFU {meter.mfu:.1%}"
-            values["mfu"] = meter.mfu
-        reporter.log(step, values | {"tokens_per_second": speed}, shown)
+        shown = f"loss {values['loss']:.3f}"
+        if meter.tokens:  # the first step has no speed yet
+            values["tokens_per_second"] = meter.tokens_per_second
+            shown += f"  {meter.tokens_per_second:,.0f} tokens/s"
+            if meter.mfu is not None:
+                values["mfu"] = meter.mfu
+                shown += f"  MFU {meter.mfu:.1%}"
+        reporter.log(step, values, shown)
     else:
         reporter.advance(step)
 
@@ -293,8 +295,8 @@ class Meter:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOP utilisation (arXiv 2204.02311, appendix B); None where the chip's peak or nothing yet is known."""
-        return self.tokens_per_second * self.flops / (self.peak * jax.device_count()) if self.peak and self.tokens else None
+        """Model FLOP utilisation (arXiv 2204.02311, appendix B); None where the chip's peak is not known."""
+        return self.tokens_per_second * self.flops / (self.peak * jax.device_count()) if self.peak else None
 
 
 class Evaluator:

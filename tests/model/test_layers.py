@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model.attention import Attention, attend
-from model.axes import path_names
+from model.axes import path_names, traced_for
 from model.block import ACTIVATIONS, MLP, Block
 from model.config import RotaryScaling
 from model.decoder import Decoder
@@ -111,6 +111,25 @@ def test_table_product_is_that_of_rows_among_more(size):
     for rows in (x[0, 0], x[0], x[:, :6]):
         few = table_product(jnp.asarray(rows), table)
         np.testing.assert_allclose(few, rows @ table.T, rtol=1e-5, atol=1e-5)
+
+
+def test_products_are_cut_where_few_rows_wait_for_a_cpu_and_nowhere_else():
+    kernel, table = normal(3 * PARTS, 7), normal(11 * PARTS, 3)
+
+    def cut(multiply, x, matrix) -> bool:
+        """Whether the product is a batch of several."""
+        (dot,) = (e for e in jax.make_jaxpr(lambda *a: multiply(*a))(x, matrix).eqns if e.primitive.name == "dot_general")
+        return dot.params["dimension_numbers"][1] != ((), ())
+
+    def rows(multiply, matrix, dtype=jnp.float32) -> list[int]:
+        width = 3 if multiply is table_product else 3 * PARTS
+        return [n for n in (0, 1, 2, 32, 33) if cut(multiply, jnp.zeros((n, width), dtype), jnp.asarray(matrix, dtype))]
+
+    assert rows(product, kernel) == [1]
+    assert rows(table_product, table) == [1, 2, 32]
+    assert rows(product, kernel, jnp.bfloat16) == rows(table_product, table, jnp.bfloat16) == []
+    with traced_for("tpu"):
+        assert rows(product, kernel) == rows(table_product, table) == []
 
 
 def test_rotary_scores_depend_on_the_distance_only():

@@ -72,6 +72,7 @@ def test_a_run_directory_describes_itself(whole):
     assert any((home / "events").iterdir())
     rows = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in rows if "tokens_per_second" in r] == [2, 3, 4, 5, 6]  # the first compiles
     assert [r["step"] for r in rows if "eval_loss" in r] == [3, 6]
     assert rows[-1]["eval_loss"] == result.loss
     assert rows[-1]["eval_bits_per_byte"] == result.bits_per_byte
