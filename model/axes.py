@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -65,13 +66,22 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 
 @contextlib.contextmanager
-def activations_placed_by(place: Place) -> Iterator[None]:
-    """While tracing inside, `constrain_activation` and `placement` ask this. Outside they do nothing."""
-    token = _place.set(place)
+def _set(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _place.reset(token)
+        variable.reset(token)
+
+
+def activations_placed_by(place: Place) -> contextlib.AbstractContextManager[None]:
+    """While tracing inside, `constrain_activation` and `placement` ask this. Outside they do nothing."""
+    return _set(_place, place)
+
+
+def traced_for(platform: str) -> contextlib.AbstractContextManager[None]:
+    """While tracing inside, `platform` says this: for a computation that is compiled for devices that are not here."""
+    return _set(_platform, platform)
 
 
 def placement(shape: tuple[int, ...], *axes: str | None) -> NamedSharding | None:
@@ -90,16 +100,6 @@ def platform() -> str:
     """Where the computation that is being traced will run: cpu, gpu or tpu."""
     placed = placement(())
     return placed.mesh.devices.flat[0].platform if placed else _platform.get() or jax.default_backend()
-
-
-@contextlib.contextmanager
-def traced_for(platform: str) -> Iterator[None]:
-    """While tracing inside, `platform` says this: for a computation that is compiled for devices that are not here."""
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
 
 
 def constrain_activation(x: jax.Array, *axes: str | None) -> jax.Array:
