@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common.platform import asking_for_large_pages
+from bothways.platform import asking_for_large_pages
 
 RECIPE, CHECKS = "shakespeare_chars", 25
 
@@ -30,22 +30,22 @@ def ours(recipe, checks: int = CHECKS) -> dict:
     Seconds are counted from when the text is ready, with the making of the state and all compiling.
     """
     import jax
+    from bothways.data import corpora, pipeline, tokens
+    from bothways.train.loop import Evaluator, resolve
+    from bothways.train.objectives import make_objective
+    from bothways.train.optimizer import make_optimizer
+    from bothways.train.step import init_state, make_train_step, state_shardings
 
-    from common.families import make_module, tiny_inputs
-    from data import corpora, pipeline, tokens
-    from train import sharding
-    from train.loop import Evaluator, resolve
-    from train.objectives import make_objective
-    from train.optimizer import make_optimizer
-    from train.step import init_state, make_train_step, state_shardings
+    from bothways import sharding
+    from bothways.registry import make_module, tiny_inputs
 
     corpus = corpora.load(recipe.data)
     tokenizer = tokens.obtain_tokenizer(recipe.data, corpus)
     text, held_text = (tokens.prepare(corpus, split, tokenizer, recipe.data.cache) for split in ("train", "validation"))
     recipe, cfg = resolve(recipe, tokenizer), recipe.train
     objective = make_objective(recipe.objective, tokenizer.vocabulary(), recipe.data.separate_documents)
-    source = objective.source(text, recipe.model.context, False)
-    held_out = objective.source(held_text, recipe.model.context, True)
+    source = objective.source(text, recipe.model.context_length, False)
+    held_out = objective.source(held_text, recipe.model.context_length, True)
 
     began = time.perf_counter()
     mesh, module = sharding.make_mesh(recipe.mesh), make_module(recipe.family, recipe.model)
@@ -79,7 +79,7 @@ def ours(recipe, checks: int = CHECKS) -> dict:
 
 
 def recipe_for(path: str, cache: str):
-    from configs import find
+    from bothways.configs import find
 
     recipe = find(RECIPE)
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus=path, cache=cache))
@@ -93,7 +93,7 @@ def in_process(*arguments: str, tunables: str | None = None) -> dict:
 
 def compare(path: Path, rounds: int) -> dict:
     """Medians over the rounds; the mark of a round is what its reference ended at."""
-    from data import corpora
+    from bothways.data import corpora
 
     found = []
     with tempfile.TemporaryDirectory() as home:
@@ -119,7 +119,13 @@ def compare(path: Path, rounds: int) -> dict:
     told = {name: round(statistics.median(one[name] for one in found), 4) for name in found[0]}
     ratio = statistics.median(one["reference_seconds"] / one["seconds"] for one in found)
     without = statistics.median(one["reference_seconds"] / (one["seconds"] - one["of_it_compiling"]) for one in found)
-    return {"file": path.name, "rounds": rounds, **told, "faster": round(ratio, 2), "faster_once_compiled": round(without, 2)}
+    return {
+        "file": path.name,
+        "rounds": rounds,
+        **told,
+        "faster": round(ratio, 2),
+        "faster_once_compiled": round(without, 2),
+    }
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import versions
-from train.chips import PEAK_FLOPS
+from bothways.chips import PEAK_FLOPS
 
 BANDWIDTH_BYTES = 2**32
 
@@ -57,13 +57,13 @@ def train_ours(name: str, shapes: Iterable[tuple[int, int]], tiny: bool, steps: 
     import jax
 
     from benchmarks import models, training
-    from common.families import make_module, tiny_inputs
-    from train.flops import training_flops_per_token
+    from bothways.flops import training_flops_per_token
+    from bothways.registry import make_module, tiny_inputs
 
     base = models.TINY[name] if tiny else models.FULL[name]
     for rows, length in shapes:
         # 50,304 rows of the table, as nanoGPT has them: a multiple of 128 divides well among tensor cores.
-        cfg = dataclasses.replace(base.model, context=length, vocab_multiple=128, dropout_attention=0.0)
+        cfg = dataclasses.replace(base.model, context_length=length, pad_vocab_to_multiple_of=128, dropout_attention=0.0)
         recipe = dataclasses.replace(base, model=cfg)
         batches = [(training.gpt_batch if recipe.family == "gpt" else training.bert_batch)(recipe, rows, length, 0)]
         module = make_module(recipe.family, cfg)
@@ -84,15 +84,15 @@ def generate_ours(tiny: bool) -> None:
     """GPT-2 XL with random weights: new tokens per second, and the share of the time that reading the weights takes."""
     import jax
     import jax.numpy as jnp
+    from bothways.model.cache import Cache
+    from bothways.model.stack import unstack_layers
+    from bothways.sample.decode import Decoder, Row
+    from bothways.sample.sampling_params import SamplingParams
 
     from benchmarks import models
     from benchmarks.generation import bytes_per_token, reading
-    from common.families import make_module, tiny_inputs
-    from common.rundir import as_multiplied
-    from model.cache import Cache
-    from model.stack import for_decoding
-    from sample.decode import Decoder, Row
-    from sample.method import Method
+    from bothways.registry import make_module, tiny_inputs
+    from bothways.rundir import compute_dtype_shapes
 
     recipe = models.TINY["gpt2"] if tiny else models.gpt(48, 1600, 25, 50_257, 1024)
     prompt, new = (8, 8) if tiny else (64, 128)
@@ -102,15 +102,15 @@ def generate_ours(tiny: bool) -> None:
     @jax.jit
     def init() -> Any:
         params = module.init(jax.random.key(0), **tiny_inputs("gpt"))["params"]
-        narrow = jax.tree.map(lambda x, s: x.astype(s.dtype), params, as_multiplied(params, cfg))
-        return for_decoding(narrow, join=True)
+        narrow = jax.tree.map(lambda x, s: x.astype(s.dtype), params, compute_dtype_shapes(params, cfg))
+        return unstack_layers(narrow, join=True)
 
     params = init()
     decoder = Decoder(
         lambda p, tokens, cache: module.apply({"params": p}, tokens, cache=cache),
         lambda p, features: module.apply({"params": p}, features, method="logits"),
         lambda p, batch, size, source: Cache.empty(cfg, batch, size),
-        cfg.context,
+        cfg.context_length,
         eos=-1,
     )
     size, times = bytes_per_token(params), 20
@@ -121,7 +121,7 @@ def generate_ours(tiny: bool) -> None:
 
         def run(prompts: np.ndarray = prompts) -> None:
             rows = [Row(ids, jax.random.key(0)) for ids in prompts.tolist()]
-            decoder.generate(params, rows, Method.make(greedy=True), new)
+            decoder.generate(params, rows, SamplingParams.make(greedy=True), new)
 
         seconds = seconds_each(run, 3)
         share = new * size / bandwidth / seconds
@@ -157,7 +157,7 @@ def train_torch(shapes: Iterable[tuple[int, int]], tiny: bool, steps: int = 10) 
     from torch.nn import functional as F
 
     from benchmarks import models
-    from train.flops import training_flops_per_token
+    from bothways.flops import training_flops_per_token
 
     base = (models.TINY if tiny else models.FULL)["gpt2"].model
     where = "cuda" if torch.cuda.is_available() else "cpu"
@@ -209,7 +209,7 @@ def train_torch(shapes: Iterable[tuple[int, int]], tiny: bool, steps: int = 10) 
                 adamw.zero_grad(set_to_none=True)
             return loss.item()
 
-        cfg = dataclasses.replace(base, context=length)
+        cfg = dataclasses.replace(base, context_length=length)
         device = torch.cuda.get_device_name() if where == "cuda" else "cpu"
         try:
             seconds = seconds_each(run, 3) / steps

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.platform import asking_for_large_pages
+from bothways.platform import asking_for_large_pages
 
 OURS = "bothways"
 PACKAGES = ("jax", "flax", "torch", "transformers", "ctranslate2")

@@ -8,16 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 import tokenizers
+from bothways.convert.run import export_run, save_params
+from bothways.data.config import DataConfig
+from bothways.data.published import PublishedTokenizer
+from bothways.data.tokenizer import Tokenizer
+from bothways.model.config import TransformerConfig
 
 from benchmarks.harness import Setting, threads
-from common.config import ObjectiveConfig, OptimizerConfig
-from common.families import make_module, tiny_inputs
-from common.recipe import Recipe
-from convert.run import export_run, save_params
-from data.config import DataConfig
-from data.published import PublishedTokenizer
-from data.tokenizer import Tokenizer
-from model.config import TransformerConfig
+from bothways.config import ObjectiveConfig, OptimizerConfig
+from bothways.recipes import Recipe
+from bothways.registry import make_module, tiny_inputs
 
 END_OF_TEXT = "<|endoftext|>"
 BERT_ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
@@ -27,13 +27,13 @@ ADAMW = OptimizerConfig(learning_rate=1e-4, schedule="constant", b2=0.95, weight
 
 def gpt(layers: int, width: int, heads: int, vocabulary: int, context: int) -> Recipe:
     """A GPT-2 without dropout, as it is pre-trained today."""
-    sizes = {"n_layers": layers, "d_model": width, "n_heads": heads, "vocab_size": vocabulary, "context": context}
+    sizes = {"n_layers": layers, "d_model": width, "n_heads": heads, "vocab_size": vocabulary, "context_length": context}
     return Recipe("gpt", "gpt", TransformerConfig(**sizes).resolved(), RUNNING_TEXT, optimizer=ADAMW)
 
 
 def bert(layers: int, width: int, heads: int, vocabulary: int, context: int) -> Recipe:
     """A BERT with its masked-token head, and dropout 0.1 everywhere, as in arXiv 1810.04805."""
-    sizes = {"n_layers": layers, "d_model": width, "n_heads": heads, "vocab_size": vocabulary, "context": context}
+    sizes = {"n_layers": layers, "d_model": width, "n_heads": heads, "vocab_size": vocabulary, "context_length": context}
     drop = dict.fromkeys(("dropout_embed", "dropout_attention", "dropout_residual"), 0.1)
     like = {"norm_position": "post", "norm_eps": 1e-12, "activation": "gelu", "segment_types": 2, "embed_norm": True}
     model = TransformerConfig(**sizes, **drop, **like, init_residual="same").resolved()

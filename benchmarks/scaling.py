@@ -20,22 +20,29 @@ from pathlib import Path
 import jax
 import matplotlib
 import numpy as np
+from bothways.data.config import DataConfig
+from bothways.data.pipeline import training_batches
+from bothways.data.tokenizer import made_up_vocabulary
+from bothways.model.config import TransformerConfig
+from bothways.plan.training import abstract_step, made_up_tokens
+from bothways.train.objectives import make_objective
 from matplotlib import ticker
 
-from common.config import OptimizerConfig, TrainConfig
-from common.recipe import Recipe
-from data.config import DataConfig
-from data.pipeline import training_batches
-from data.tokenizer import made_up_vocabulary
-from model.config import TransformerConfig
-from plan.training import abstract_step, made_up_tokens
-from train import sharding
-from train.flops import recipe_flops_per_token
-from train.objectives import make_objective
+from bothways import sharding
+from bothways.config import OptimizerConfig, TrainConfig
+from bothways.flops import recipe_flops_per_token
+from bothways.recipes import Recipe
 
 HERE = Path(__file__).parent
 BASE = TransformerConfig(
-    vocab_size=1024, context=256, n_layers=4, d_model=256, n_heads=4, positions="rotary", norm="rms", bias=False
+    vocab_size=1024,
+    context_length=256,
+    n_layers=4,
+    d_model=256,
+    n_heads=4,
+    position_embedding="rotary",
+    norm="rms",
+    bias=False,
 )
 TOKENS = 8192
 """In a step, unless it is the batch that grows."""
@@ -58,7 +65,7 @@ def compiled_step(recipe: Recipe):
 # ---- speed -----------------------------------------------------------------------------------------------------------
 
 SPEED = {
-    "context": [{"rows": TOKENS // T, "context": T} for T in (128, 256, 512, 1024, 2048, 4096, 8192)],
+    "context": [{"rows": TOKENS // T, "context_length": T} for T in (128, 256, 512, 1024, 2048, 4096, 8192)],
     "d_model": [{"rows": 8, "d_model": D} for D in (64, 128, 256, 512, 1024)],
     "n_layers": [{"rows": 8, "n_layers": L} for L in (1, 2, 4, 8, 16)],
     "rows": [{"rows": B} for B in (1, 2, 4, 8, 16, 32, 64)],
@@ -71,7 +78,7 @@ def tokens_per_second(recipe: Recipe, seconds: float) -> float:
     step, shapes = compiled_step(recipe)
     state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
     vocabulary = made_up_vocabulary(recipe.model.vocab_size)
-    length, rows = recipe.model.context, recipe.train.batch_size
+    length, rows = recipe.model.context_length, recipe.train.batch_size
     text = made_up_tokens(2 * length, recipe.model.vocab_size)
     source, example = make_objective(recipe.objective, vocabulary).source(text, length, False)
     batch = next(training_batches(source, example, batch_size=rows, seed=0))
@@ -113,14 +120,16 @@ def draw_speed(found: dict, plt) -> None:
         panel.set_ylim(min(y) / 2, max(max(y), max(best / flops)) * 1.6)
         panel.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("training tokens per second")
-    figure.suptitle("4 layers, width 256, context 256, 8,192 tokens a step with context, else 8 rows; float32", fontsize=10)
+    figure.suptitle(
+        "4 layers, width 256, context 256, 8,192 tokens a step with context, else 8 rows; float32", fontsize=10
+    )
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 MEMORY = [
     *[(f"{B} rows", {"rows": B}) for B in (4, 8, 16, 32)],
-    *[(f"context {T}", {"rows": 2048 // T, "context": T}) for T in (512, 1024, 2048)],
+    *[(f"context {T}", {"rows": 2048 // T, "context_length": T}) for T in (512, 1024, 2048)],
     *[(f"{L} layers", {"rows": 8, "n_layers": L}) for L in (2, 8)],
     ("width 512", {"rows": 8, "d_model": 512}),
     ("width 1024", {"rows": 8, "d_model": 1024}),
@@ -141,8 +150,8 @@ def theory(recipe: Recipe, parameters: int) -> dict[str, float]:
     once as they are and once as their gradient.
     """
     cfg = recipe.model.resolved()
-    tokens = recipe.train.batch_size * cfg.context
-    whole = 8 * cfg.d_model + 2 * cfg.d_ff + cfg.n_heads * cfg.context * 5 / 8
+    tokens = recipe.train.batch_size * cfg.context_length
+    whole = 8 * cfg.d_model + 2 * cfg.d_ff + cfg.n_heads * cfg.context_length * 5 / 8
     products = 5 * cfg.d_model + cfg.d_ff  # what the kernels make: q, k, v, out, up, down
     kept = {"none": whole, "dots": cfg.d_model + products, "full": cfg.d_model}[cfg.remat]
     blocks = cfg.n_layers * kept + (whole if cfg.remat != "none" else 0)
@@ -180,7 +189,9 @@ def draw_memory(found: list[dict], plt) -> None:
     measured = [sum(one["measured"].values()) / MIB for one in found]
     panel.plot(at, measured, "D", color=ORANGE, label="the compiled step")
     for x, y, one in zip(at, measured, found, strict=True):
-        panel.annotate(f"{one['ratio']:.2f}", (x, max(y, bottom[x])), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        panel.annotate(
+            f"{one['ratio']:.2f}", (x, max(y, bottom[x])), (0, 6), textcoords="offset points", ha="center", fontsize=8
+        )
     panel.set_xticks(at, [one["label"] for one in found], rotation=30, ha="right")
     panel.set_ylabel("MiB")
     panel.margins(y=0.1)
@@ -205,7 +216,7 @@ def write_text(path: Path, megabytes: int) -> None:
 
 def start(_: float) -> list[dict]:
     """Seconds of two steps: of the first run on a text, and of the second; and of one that resumes for the second step."""
-    from train.loop import train
+    from bothways.train.loop import train
 
     found = []
     for megabytes in SIZES:
@@ -213,7 +224,7 @@ def start(_: float) -> list[dict]:
             home = Path(made)
             write_text(home / "text.txt", megabytes)
             time.sleep(3)  # a file that was just written is read again
-            recipe = recipe_of(8, vocab_size=0, n_layers=2, d_model=64, context=64)
+            recipe = recipe_of(8, vocab_size=0, n_layers=2, d_model=64, context_length=64)
             data = DataConfig(corpus=str(home / "text.txt"), tokenizer="char", cache=str(home / "cache"))
             cfg = dataclasses.replace(recipe.train, steps=2, save_every=1, eval_rows=8)
             seconds = {}

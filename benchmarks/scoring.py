@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from bothways.data.tokenizer import Tokenizer
+from bothways.sample.masked import MaskedModel, hidden_logprobs
 
 import bothways
 from benchmarks.harness import OURS, Row, Setting, alternate
 from benchmarks.models import model_of, torch_model
-from data.tokenizer import Tokenizer
-from sample.masked import MaskedModel, hidden_logprobs
 
 PEERS = {"transformers, a sentence at a time": None, "transformers, a copy at a time": 1}
 
@@ -28,7 +28,7 @@ def one_copy_at_a_time(model: MaskedModel, texts: list[list[int]]) -> list[float
         for place in range(1, len(ids) + 1):
             copy = row.copy()
             copy[0, place] = model.tokenizer.mask
-            asked = {"places": np.array([[place]], np.int32), "targets": row[:, place : place + 1]}
+            asked = {"mask_positions": np.array([[place]], np.int32), "targets": row[:, place : place + 1]}
             batch = {"tokens": copy, "segments": np.ones_like(row)} | asked
             total += float(hidden_logprobs(model.run.module, model.run.params, batch)[0, 0])
         found.append(total)

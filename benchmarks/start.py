@@ -61,7 +61,7 @@ def first_step(setting: Setting) -> Row:
     text = "\n\n".join(" ".join(rng.choices(words, k=60)) + "." for _ in range(200))
     (home / "text.txt").write_text(text)
     made_up_tokenizer("gpt", 50_257).save_in(home)
-    sizes = {"n-layers": layers, "d-model": width, "n-heads": heads, "context": 256}
+    sizes = {"n-layers": layers, "d-model": width, "n-heads": heads, "context-length": 256}
     command = [sys.executable, "-m", "bothways", "train", "gpt2_small", "--data.corpus", str(home / "text.txt")]
     command += ["--data.tokenizer", str(home / "tokenizer.json"), "--data.cache", str(home / "cache")]
     command += ["--train.batch-size", "1", "--train.log-every", "1"]

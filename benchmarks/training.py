@@ -7,17 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bothways.data.tokenizer import Vocabulary
+from bothways.train.objectives import make_objective
+from bothways.train.optimizer import make_optimizer
+from bothways.train.step import TrainState, make_eval_step, make_train_step, state_shardings
 
 from benchmarks.harness import OURS, Row, Setting, alternate
 from benchmarks.models import ADAMW, model_of, random_tokens, torch_model
-from common.families import make_module
-from common.recipe import Recipe
-from common.rundir import load_run
-from data.tokenizer import Vocabulary
-from train import sharding
-from train.objectives import make_objective
-from train.optimizer import make_optimizer
-from train.step import TrainState, make_eval_step, make_train_step, state_shardings
+from bothways import sharding
+from bothways.recipes import Recipe
+from bothways.registry import make_module
+from bothways.rundir import load_run
 
 Batch = dict[str, np.ndarray]
 PEER = "transformers, PyTorch eager, fused AdamW"
@@ -41,7 +41,7 @@ def bert_batch(recipe: Recipe, rows: int, length: int, seed: int) -> Batch:
     tokens = ids.copy()
     np.put_along_axis(tokens, places, MASK_ID, axis=1)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    given = {"tokens": tokens, "places": places, "targets": np.take_along_axis(ids, places, axis=1)}
+    given = {"tokens": tokens, "mask_positions": places, "targets": np.take_along_axis(ids, places, axis=1)}
     given |= {"segments": np.ones((rows, length), np.int32), "positions": positions}
     return given | {"weights": np.ones((rows, asked), np.float32)}
 
@@ -89,9 +89,9 @@ def pytorch(model: Any, batches: list[Batch]) -> tuple[Steps, Callable[[Batch], 
 
     def loss_of(batch: Batch) -> Any:
         labels = batch["targets"]
-        if "places" in batch:
+        if "mask_positions" in batch:
             labels = np.full_like(batch["tokens"], -100)
-            np.put_along_axis(labels, batch["places"], batch["targets"], axis=1)
+            np.put_along_axis(labels, batch["mask_positions"], batch["targets"], axis=1)
         logits = model(torch.from_numpy(batch["tokens"]).long()).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(labels).long().flatten())
 

@@ -7,11 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
-from compare import pictures
-from compare.core import BOTH, FORWARD, Experiment, Figure, Lab, Result, Table, continued, likeliest, readings
-from compare.stats import Estimate, all_of, apart, difference, mean_share, share, told, verdict
-from sample.masked import MaskedModel
+from bothways.compare import pictures
+from bothways.compare.core import (
+    BOTH,
+    FORWARD,
+    Experiment,
+    ExperimentRunner,
+    Measurement,
+    Result,
+    Table,
+    continued,
+    likeliest,
+    readings,
+)
+from bothways.compare.stats import Estimate, all_of, apart, difference, format_difference, mean_share, share, verdict
+from bothways.sample.masked import MaskedModel
 
 LETTERS, FACTS = "abcdefgh", 40
 ROW = 64
@@ -174,7 +184,7 @@ def baselines(cells: dict[str, list[tuple[str, str]]]) -> dict[str, dict[str, fl
     return found
 
 
-def run(lab: Lab) -> Result:
+def run(lab: ExperimentRunner) -> Result:
     cells = questions(max(5, lab.size.items // 4))
 
     def measured(arm: str, seed: int) -> dict[str, float]:
@@ -197,7 +207,7 @@ def conclude(found: dict[str, list[dict[str, float]]], baseline: dict[str, dict[
     }
     shown = {(arm, c): mean_share([run[c] for run in runs]) for arm, runs in found.items() for c in cells}
     best = {c: max(b[c] for b in baseline.values()) for c in cells}
-    figures = [Figure(f"{c}, {arm}", e, rule[arm], baseline=best[c]) for (arm, c), e in shown.items()]
+    figures = [Measurement(f"{c}, {arm}", e, rule[arm], baseline=best[c]) for (arm, c), e in shown.items()]
     rows = [[c, *(str(shown[arm, c]) for arm in found), *(f"{b[c]:.3f}" for b in baseline.values())] for c in cells]
 
     def averaged(arm: str, ending: str) -> list[float]:
@@ -222,9 +232,9 @@ def conclude(found: dict[str, list[dict[str, float]]], baseline: dict[str, dict[
             groups[task][f"{arm}, {length}"] = shown[arm, c]
     return Result(
         all_of(verdict(drop), verdict(curse)),
-        f"At lengths it never saw the causal model loses {told(drop, sign='')} of its answers, and stands {told(beyond)} against "
+        f"At lengths it never saw the causal model loses {format_difference(drop, sign='')} of its answers, and stands {format_difference(beyond)} against "
         f"the better of 5-gram and nearest neighbour; asked backwards, facts told from one end only cost it "
-        f"{told(curse, sign='')} against facts told from both.",
+        f"{format_difference(curse, sign='')} against facts told from both.",
         f"{len(found['causal'])} seeds, facts counted over all of them; a small model trained briefly fails tasks "
         "that a larger one learns, so a failure at "
         "trained lengths says nothing of the family. The claim counts as held only if both losses are significant.",

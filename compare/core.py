@@ -9,21 +9,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from bothways.compare.stats import Estimate
+from bothways.data.config import DataConfig
+from bothways.model.gpt import MaskedNextToken
+from bothways.sample.decode import Row
+from bothways.sample.hybrid import HybridModel
+from bothways.sample.masked import BATCH, MaskedModel, hidden_batch, hidden_logprobs
+from bothways.sample.open import Model, open_model
+from bothways.sample.sampling_params import SamplingParams
+from bothways.sample.text import TextModel
+from bothways.train.loop import train
 
-from common.errors import InputError
-from common.recipe import Recipe
-from common.rundir import load_run
-from compare.stats import Estimate
-from data.config import DataConfig
-from model.gpt import MaskedNextToken
-from sample.ask import Model, ask
-from sample.decode import Row
-from sample.hybrid import HybridModel
-from sample.masked import BATCH, MaskedModel, hidden_batch, hidden_logprobs
-from sample.method import Method
-from sample.text import TextModel
-from train.loop import train
-from train.report import say
+from bothways.errors import InputError
+from bothways.log import log
+from bothways.recipes import Recipe
+from bothways.rundir import load_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ SIZES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class Measurement:
     """A number of the report. `rule` says how it was scored, `expected` what theory gives, `baseline` what no model gives."""
 
     name: str
@@ -78,14 +78,14 @@ class Result:
     verdict: str
     finding: str
     sure: str
-    figures: list[Figure]
+    figures: list[Measurement]
     tables: list[Table]
     pictures: list[tuple[str, str]]
     """(SVG, what it shows)"""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Result":
-        figures = [Figure(**f | {"value": Estimate(**f["value"])}) for f in values["figures"]]
+        figures = [Measurement(**f | {"value": Estimate(**f["value"])}) for f in values["figures"]]
         tables = [Table(t["title"], tuple(t["columns"]), t["rows"]) for t in values["tables"]]
         return cls(**values | {"figures": figures, "tables": tables, "pictures": [tuple(p) for p in values["pictures"]]})
 
@@ -99,10 +99,10 @@ class Experiment:
     claim: str
     method: str
     known: str
-    run: Callable[["Lab"], Result]
+    run: Callable[["ExperimentRunner"], Result]
 
 
-class Lab:
+class ExperimentRunner:
     """Where experiments train and keep what they have: `runs/NAME` are ordinary runs, `parts/NAME.json` what was measured.
 
     Args:
@@ -136,11 +136,11 @@ class Lab:
         """The run of this name, trained now if it is not yet, and ready to be asked."""
         home = self.home / "runs" / name
         if not (home / "done").exists():
-            say(f"--- training {home}")
+            log(f"--- training {home}")
             train(dataclasses.replace(recipe, name=name), home)
             (home / "done").touch()
         if name not in self._models:
-            self._models[name] = ask(load_run(home, say))
+            self._models[name] = open_model(load_run(home, log))
         return self._models[name]
 
     def text(self, arm: str, seed: int, share: float = 1.0, tag: str = "", data: DataConfig | None = None) -> Model:
@@ -160,7 +160,7 @@ class Lab:
         """
         base, row = self.recipes[arm], how["row"]
         bert = base.family == "bert"
-        model = {"context": row + bert, "vocab_size": 0, "next_sentence": False, "segment_types": 0}
+        model = {"context_length": row + bert, "vocab_size": 0, "next_sentence": False, "segment_types": 0}
         if self.size.toy_width:
             model |= {
                 "n_layers": 2,
@@ -170,7 +170,12 @@ class Lab:
                 "d_head": 0,
                 "n_kv_heads": 0,
             }
-        ask = {"mask_rate": how.get("mask_rate", 0.3), "mask_share": 1.0, "random_share": 0.0, "next_sentence": False}
+        ask = {
+            "mask_rate": how.get("mask_rate", 0.3),
+            "mask_token_prob": 1.0,
+            "random_token_prob": 0.0,
+            "next_sentence": False,
+        }
         recipe = dataclasses.replace(
             base,
             data=self.documents(task, texts),
@@ -199,7 +204,7 @@ class Lab:
         path = self.home / "parts" / f"{name}.json"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            say(f"--- measuring {name}")
+            log(f"--- measuring {name}")
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(measure()))
             partial.replace(path)
@@ -209,7 +214,7 @@ class Lab:
 def _fixed(recipe: Recipe, steps: int, seed: int) -> Recipe:
     """The recipe at so many steps from this seed, warm-up within them; measured by the experiment, not by the loop."""
     warm = min(recipe.optimizer.warmup_steps, steps // 2)
-    often = {"eval_every": steps, "eval_rows": 32, "save_every": max(200, steps // 4), "keep": 1}
+    often = {"eval_every": steps, "eval_rows": 32, "save_every": max(200, steps // 4), "max_to_keep": 1}
     return dataclasses.replace(
         recipe,
         optimizer=dataclasses.replace(recipe.optimizer, warmup_steps=warm),
@@ -244,7 +249,7 @@ def asked(
     found: list[np.ndarray] = [np.zeros(0)] * len(rows)
     for some in batches(order, BATCH):
         chosen = ([values[i] for i in some] for values in (rows, places, targets))
-        batch = hidden_batch(*chosen, model.context, model.tokenizer.pad)
+        batch = hidden_batch(*chosen, model.context_length, model.tokenizer.pad)
         logprobs = np.asarray(hidden_logprobs(model.run.module, model.run.params, batch))
         for k, i in enumerate(some):
             found[i] = logprobs[k, : len(places[i])]
@@ -273,7 +278,7 @@ def continued(
     """Up to so many tokens behind every row of ids, as the run's own decoder says them, at temperature 1 or greedily."""
     key = jax.random.key(seed)
     going = [Row(list(ids), jax.random.fold_in(key, i)) for i, ids in enumerate(rows)]
-    model.decoder.generate(model.run.params, going, Method.make(1.0, 0, 1.0, 0.0, greedy), tokens)
+    model.decoder.generate(model.run.params, going, SamplingParams.make(1.0, 0, 1.0, 0.0, greedy), tokens)
     return [row.tokens for row in going]
 
 
@@ -281,6 +286,6 @@ def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def lines(estimates: dict[str, Estimate], rule: str, prefix: str = "", **more: Any) -> list[Figure]:
+def lines(estimates: dict[str, Estimate], rule: str, prefix: str = "", **more: Any) -> list[Measurement]:
     """A figure for each."""
-    return [Figure(f"{prefix}{name}", e, rule, **more) for name, e in estimates.items()]
+    return [Measurement(f"{prefix}{name}", e, rule, **more) for name, e in estimates.items()]

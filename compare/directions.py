@@ -3,14 +3,13 @@
 from typing import Any
 
 import numpy as np
-
-from compare import pictures
-from compare.core import BOTH, FORWARD, Experiment, Figure, Lab, Result, Table, asked, readings
-from compare.labelled import splits, tuned_accuracy
-from compare.stats import Estimate, all_of, difference, mean, mean_share, ranked, told, verdict
-from compare.text import Text, bound_nats, forward_nats, minimal_pairs, text_of
-from data.metrics import naive_bayes
-from sample.masked import MaskedModel
+from bothways.compare import pictures
+from bothways.compare.core import BOTH, FORWARD, Experiment, ExperimentRunner, Measurement, Result, Table, asked, readings
+from bothways.compare.labelled import splits, tuned_accuracy
+from bothways.compare.stats import Estimate, all_of, difference, format_difference, mean, mean_share, ranked, verdict
+from bothways.compare.text import Text, bound_nats, forward_nats, minimal_pairs, text_of
+from bothways.data.metrics import naive_bayes
+from bothways.sample.masked import MaskedModel
 
 RULES = {
     ("bits", FORWARD): "causal: bits per byte of held-out text read forward",
@@ -64,12 +63,12 @@ def pairs_right(model: MaskedModel, reading: str, pairs: list[tuple[str, str, st
     return (scores[::2] > scores[1::2]).tolist()
 
 
-def measured(lab: Lab, arm: str, seed: int) -> dict[str, dict[str, Any]]:
+def measured(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, dict[str, Any]]:
     """Of every reading that the model was trained in: bits per byte, pairs by phenomenon, cloze."""
     text, model, found = text_of(lab), lab.text(arm, seed), {}
     pairs, blanks = minimal_pairs(max(4, lab.size.items // 6)), cloze(text, max(4, lab.size.items // 2))
     for reading, asks in readings(model).items():
-        pieces = text.pieces(max(4, lab.size.items // 12), model.recipe.model.context - 2)
+        pieces = text.pieces(max(4, lab.size.items // 12), model.recipe.model.context_length - 2)
         nats = (forward_nats if reading == FORWARD else bound_nats)(asks, pieces)
         right = pairs_right(asks, reading, pairs)
         by_kind = {
@@ -80,12 +79,12 @@ def measured(lab: Lab, arm: str, seed: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def baselines(lab: Lab) -> dict[str, float]:
+def baselines(lab: ExperimentRunner) -> dict[str, float]:
     """What counting gives on the same items."""
     text = text_of(lab)
     pairs, blanks = minimal_pairs(max(4, lab.size.items // 6)), cloze(text, max(4, lab.size.items // 2))
     counted = [[text.unigram[text.tokenizer.encode(s)].sum() for s in both] for _, *both in pairs]
-    pieces = text.pieces(max(4, lab.size.items // 12), lab.recipes["causal"].model.context - 2)
+    pieces = text.pieces(max(4, lab.size.items // 12), lab.recipes["causal"].model.context_length - 2)
     train, _, test = splits(lab, TASK, EXAMPLES, 0)
     guesses = naive_bayes([t for t, _ in train], [str(y) for _, y in train], [t for t, _ in test])
     return {
@@ -96,7 +95,7 @@ def baselines(lab: Lab) -> dict[str, float]:
     }
 
 
-def run(lab: Lab) -> Result:
+def run(lab: ExperimentRunner) -> Result:
     found = {
         a: [lab.part(f"directions-{a}-{s}", lambda a=a, s=s: measured(lab, a, s)) for s in lab.seeds] for a in lab.arms()
     }
@@ -105,7 +104,7 @@ def run(lab: Lab) -> Result:
 
     def short(seed: int) -> float:
         text, model = text_of(lab), lab.text("causal", seed, share=rate, tag="-short")
-        pieces = text.pieces(max(4, lab.size.items // 12), model.recipe.model.context - 2)
+        pieces = text.pieces(max(4, lab.size.items // 12), model.recipe.model.context_length - 2)
         return text.bits(forward_nats(readings(model)[FORWARD], pieces).sum(), pieces)
 
     fewer = [lab.part(f"directions-short-{s}", lambda s=s: short(s)) for s in lab.seeds]
@@ -122,21 +121,25 @@ def conclude(found: dict, tuned: dict, fewer: list[float], baseline: dict[str, f
     def estimate(what: str, values: list[float]) -> Estimate:
         return mean(values) if what == "bits" else mean_share(values)
 
-    figures = [Figure(f"{w}, {a}, {r}", estimate(w, v), RULES[w, r], baseline=baseline[w]) for (w, a, r), v in by.items()]
+    figures = [
+        Measurement(f"{w}, {a}, {r}", estimate(w, v), RULES[w, r], baseline=baseline[w]) for (w, a, r), v in by.items()
+    ]
     figures += [
-        Figure(f"pairs: {k}, {a}, {r}", mean_share([x[r]["by_kind"][k] for x in runs]), RULES["pairs", r], baseline=0.5)
+        Measurement(
+            f"pairs: {k}, {a}, {r}", mean_share([x[r]["by_kind"][k] for x in runs]), RULES["pairs", r], baseline=0.5
+        )
         for a, runs in found.items()
         for r in runs[0]
         for k in runs[0][r]["by_kind"]
     ]
     short = mean(fewer)
     figures.append(
-        Figure(
+        Measurement(
             f"bits, causal at {rate:.0%} of the tokens, forward", short, RULES["bits", FORWARD], None, baseline["bits"]
         )
     )
     figures += [
-        Figure(f"fine-tuned on {TASK}, {a}", mean_share(t["test"]), TUNED, baseline=baseline["tuned"])
+        Measurement(f"fine-tuned on {TASK}, {a}", mean_share(t["test"]), TUNED, baseline=baseline["tuned"])
         for a, t in tuned.items()
     ]
 
@@ -149,9 +152,11 @@ def conclude(found: dict, tuned: dict, fewer: list[float], baseline: dict[str, f
     better = {what: against(what, "masked", "causal") for what in ("pairs", "cloze", "tuned")}
     equal_asked = difference(by["bits", "masked", BOTH], fewer)
     names = {"pairs": "minimal pairs", "cloze": "cloze", "tuned": "fine-tuning"}
-    rows = [["likelihood: bits per byte more", told(costs), verdict(costs)]]
-    rows.append([f"the same, causal at as many asked tokens ({rate:.0%})", told(equal_asked), verdict(equal_asked)])
-    rows += [[f"{names[w]}: accuracy more", told(e), verdict(e)] for w, e in better.items()]
+    rows = [["likelihood: bits per byte more", format_difference(costs), verdict(costs)]]
+    rows.append(
+        [f"the same, causal at as many asked tokens ({rate:.0%})", format_difference(equal_asked), verdict(equal_asked)]
+    )
+    rows += [[f"{names[w]}: accuracy more", format_difference(e), verdict(e)] for w, e in better.items()]
     tables = [
         Table("Masked against causal; the claim is that each is positive", ("measure", "difference", "claim"), rows)
     ]
@@ -171,20 +176,20 @@ def conclude(found: dict, tuned: dict, fewer: list[float], baseline: dict[str, f
     tables.insert(0, Table("Equal tokens seen; the last row but one at equal tokens asked for", columns, summary))
     finding = (
         f"At equal tokens the masked model is {ranked({names[w]: e for w, e in better.items()})}, than the causal one; text costs "
-        f"it {told(costs, ' bits per byte')}."
+        f"it {format_difference(costs, ' bits per byte')}."
     )
     if "hybrid" in found:
         rows = []
         for parent, reading in (("causal", FORWARD), ("masked", BOTH)):
             for what in ("bits", "pairs", "cloze"):
                 e = against(what, "hybrid", parent, reading, reading)
-                rows.append([f"{what}, {reading}, against {parent}", told(e)])
-            rows.append([f"fine-tuning, against {parent}", told(against("tuned", "hybrid", parent))])
+                rows.append([f"{what}, {reading}, against {parent}", format_difference(e)])
+            rows.append([f"fine-tuning, against {parent}", format_difference(against("tuned", "hybrid", parent))])
         tables.append(
             Table("Hybrid minus each parent, at equal tokens (fewer bits are better)", ("measure", "difference"), rows)
         )
         forward, both = (against("bits", "hybrid", p, r, r) for p, r in (("causal", FORWARD), ("masked", BOTH)))
-        costs_both = f"forward {told(forward, ' bits')}, both ways {told(both, ' bits')}"
+        costs_both = f"forward {format_difference(forward, ' bits')}, both ways {format_difference(both, ' bits')}"
         finding += f" One set of weights for both readings costs: {costs_both}."
     return Result(
         all_of(verdict(costs), *map(verdict, better.values())),

@@ -4,14 +4,13 @@ import time
 from typing import Any
 
 import numpy as np
-
-from compare import pictures
-from compare.core import (
+from bothways.compare import pictures
+from bothways.compare.core import (
     BOTH,
     FORWARD,
     Experiment,
-    Figure,
-    Lab,
+    ExperimentRunner,
+    Measurement,
     Model,
     Result,
     Table,
@@ -20,12 +19,12 @@ from compare.core import (
     likeliest,
     readings,
 )
-from compare.directions import EXAMPLES, TASK, TUNED
-from compare.labelled import tuned_accuracy
-from compare.stats import Estimate, all_of, difference, mean, mean_share, ranked, told, verdict
-from compare.text import Text, text_of
-from compare.writing import Judge, distinct, entropy, self_bleu
-from sample.masked import MaskedModel
+from bothways.compare.directions import EXAMPLES, TASK, TUNED
+from bothways.compare.labelled import tuned_accuracy
+from bothways.compare.stats import Estimate, all_of, difference, format_difference, mean, mean_share, ranked, verdict
+from bothways.compare.text import Text, text_of
+from bothways.compare.writing import Judge, distinct, entropy, self_bleu
+from bothways.sample.masked import MaskedModel
 
 PROMPT, NEW, CHUNK = 8, 64, 16
 SPANS = (1, 2, 4, 8, 16)
@@ -36,7 +35,7 @@ def by_chunks(model: MaskedModel, prompts: list[list[int]], new: int, steps: int
     """`new` tokens behind each prompt, CHUNK masks at a time, drawn in `steps` readings."""
     t, said, rng = model.tokenizer, [[] for _ in prompts], np.random.default_rng(seed)
     for _ in range(-(-new // CHUNK)):
-        kept = [(p + s)[-(model.context - 2 - CHUNK) :] for p, s in zip(prompts, said, strict=True)]
+        kept = [(p + s)[-(model.context_length - 2 - CHUNK) :] for p, s in zip(prompts, said, strict=True)]
         rows = [[t.bos, *k, *[t.mask] * CHUNK, t.eos] for k in kept]
         places = [list(range(len(k) + 1, len(k) + 1 + CHUNK)) for k in kept]
         model.fill_rows(rows, places, steps, drawn(rng))
@@ -63,7 +62,7 @@ def spans_right(model: Model, text: Text, count: int) -> dict[str, dict[str, flo
     return found
 
 
-def measured(lab: Lab, arm: str, seed: int) -> dict[str, Any]:
+def measured(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, Any]:
     text, model = text_of(lab), lab.text(arm, seed)
     count = max(4, lab.size.items // 12)
     prompts = [p[:PROMPT] for p in text.pieces(count, PROMPT + NEW)]
@@ -92,7 +91,7 @@ def described(judge: Judge, texts: list[list[int]]) -> dict[str, float]:
     return {"judge": bits, "distinct": distinct(new), "entropy": entropy(new), "self_bleu": self_bleu(new)}
 
 
-def reference(lab: Lab) -> dict[str, Any]:
+def reference(lab: ExperimentRunner) -> dict[str, Any]:
     """Real text by the same measures, and what always saying the commonest token gets right."""
     text = text_of(lab)
     pieces = text.pieces(max(4, lab.size.items // 12), PROMPT + NEW)
@@ -102,7 +101,7 @@ def reference(lab: Lab) -> dict[str, Any]:
     return {"writes": described(Judge(text.train), pieces), "spans": spans}
 
 
-def run(lab: Lab) -> Result:
+def run(lab: ExperimentRunner) -> Result:
     found = {
         a: [lab.part(f"generation-{a}-{s}", lambda a=a, s=s: measured(lab, a, s)) for s in lab.seeds] for a in lab.arms()
     }
@@ -126,7 +125,7 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
             each = {k: mean([r["writes"][way][k] for r in runs]) for k in RULES}
             rows.append([arm, way, *map(str, each.values())])
             figures += [
-                Figure(f"{k}, {arm}, {way}", e, RULES[k], baseline=real["writes"].get(k)) for k, e in each.items()
+                Measurement(f"{k}, {arm}, {way}", e, RULES[k], baseline=real["writes"].get(k)) for k, e in each.items()
             ]
     rows.append(["real text", "", *(f"{real['writes'][k]:.3f}" for k in RULES if k in real["writes"]), ""])
     spans = {
@@ -137,10 +136,10 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
     }
     rule = {FORWARD: "greedy from the left", BOTH: "likeliest, the surest first, a reading for each token"}
     figures += [
-        Figure(f"span of {n}, {a}, {r}", e, f"{rule[r]}; share of tokens right", baseline=real["spans"][n])
+        Measurement(f"span of {n}, {a}, {r}", e, f"{rule[r]}; share of tokens right", baseline=real["spans"][n])
         for (a, r, n), e in spans.items()
     ]
-    figures += [Figure(f"fine-tuned on {TASK}, {a}", mean_share(t), TUNED, baseline=0.5) for a, t in tuned.items()]
+    figures += [Measurement(f"fine-tuned on {TASK}, {a}", mean_share(t), TUNED, baseline=0.5) for a, t in tuned.items()]
     series: dict[str, list[tuple[float, Estimate]]] = {}
     for (arm, reading, n), e in spans.items():
         series.setdefault(f"{arm}, {reading}", []).append((int(n), e))
@@ -164,11 +163,11 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
     understands = difference(tuned["masked"], tuned["causal"])
     return Result(
         all_of(verdict(writes), verdict(fills), verdict(understands)),
-        f"What the masked model writes is, to a judge that counts words, {told(writes, ' bits per token')} further from real "
+        f"What the masked model writes is, to a judge that counts words, {format_difference(writes, ' bits per token')} further from real "
         "text than the causal one's (less is nearer), but of its pairs of tokens "
         f"{distinct('masked', patient)} are distinct, of the causal one's {distinct('causal', 'left to right')}, "
         f"of real text's {real['writes']['distinct']:.0%}; "
-        f"drawn 16 tokens at once, {told(blends, ' bits')} further still. Understanding: the masked model is "
+        f"drawn 16 tokens at once, {format_difference(blends, ' bits')} further still. Understanding: the masked model is "
         f"{ranked({'filling spans': fills, 'a tuned task': understands})}, than the causal one.",
         f"{len(tuned['causal'])} seeds. The judge only counts words; it cannot tell sense, nor dullness: read it "
         "beside distinct-2 and self-BLEU. The claim counts as held only if all "

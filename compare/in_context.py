@@ -5,11 +5,10 @@ import random
 from collections.abc import Callable
 
 import numpy as np
-
-from compare import pictures
-from compare.core import FORWARD, Experiment, Figure, Lab, Result, Table, asked, readings
-from compare.stats import Estimate, difference, mean, told, verdict
-from sample.masked import MaskedModel
+from bothways.compare import pictures
+from bothways.compare.core import FORWARD, Experiment, ExperimentRunner, Measurement, Result, Table, asked, readings
+from bothways.compare.stats import Estimate, difference, format_difference, mean, verdict
+from bothways.sample.masked import MaskedModel
 
 LETTERS = "abcdefghijklmnop"
 ROW = 36
@@ -115,7 +114,7 @@ def nats(model: MaskedModel, reading: str, items: list[Asked]) -> np.ndarray:
     return -np.concatenate(asked(model, rows, places, targets)).reshape(len(items), -1)
 
 
-def run(lab: Lab) -> Result:
+def run(lab: ExperimentRunner) -> Result:
     n = max(8, lab.size.items // 4)
 
     def measured(arm: str, seed: int) -> dict[str, list[float]]:
@@ -145,10 +144,10 @@ def conclude(found: dict[str, list[dict[str, list[float]]]], best: dict[str, lis
             gains[arm, task] = gain
             last = mean([parts(r[task])[1] for r in runs])
             figures.append(
-                Figure(f"{task}, {arm}: early minus late", mean(gain), rule, expected=early - late, baseline=0.0)
+                Measurement(f"{task}, {arm}: early minus late", mean(gain), rule, expected=early - late, baseline=0.0)
             )
             figures.append(
-                Figure(f"{task}, {arm}: late", last, "nats per answer", expected=late, baseline=-np.log(guess))
+                Measurement(f"{task}, {arm}: late", last, "nats per answer", expected=late, baseline=-np.log(guess))
             )
             first = mean([parts(r[task])[0] for r in runs])
             rows.append(
@@ -157,7 +156,7 @@ def conclude(found: dict[str, list[dict[str, list[float]]]], best: dict[str, lis
                     arm,
                     str(first),
                     str(last),
-                    told(mean(gain)),
+                    format_difference(mean(gain)),
                     f"{early:.3f}",
                     f"{late:.3f}",
                     f"{-np.log(guess):.3f}",
@@ -176,14 +175,14 @@ def conclude(found: dict[str, list[dict[str, list[float]]]], best: dict[str, lis
         guess = float(-np.log(TASKS[task][1]))
         picture = pictures.curves(series, "example in the document", "nats", a_guess=guess)
         pictured.append((picture, f"{task.capitalize()}: surprise at the n-th answer."))
-    finding = f"The causal model gains {told(used['causal'], ' nats')} along a document (mean of four tasks"
+    finding = f"The causal model gains {format_difference(used['causal'], ' nats')} along a document (mean of four tasks"
     share = used["causal"].value / np.mean([np.subtract(*parts(best[t])) for t in TASKS])
     finding += f", {share:.0%} of what the best possible reader does)"
     if "masked" in found:
         late_of = {a: [float(np.mean([parts(r[t])[1] for t in TASKS])) for r in found[a]] for a in ("causal", "masked")}
         at, other = (str(mean(late_of[a])) for a in ("causal", "masked"))
         finding += f"; late in a document its answers cost {at} nats, those of the masked model, shown the same, {other} "
-        finding += f"(difference {told(difference(late_of['masked'], late_of['causal']))})"
+        finding += f"(difference {format_difference(difference(late_of['masked'], late_of['causal']))})"
     return Result(
         verdict(used["causal"]),
         finding + ".",

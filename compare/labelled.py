@@ -9,21 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from bothways.compare.core import BATCH, ExperimentRunner, Model, batches, readings
+from bothways.compare.text import WORDS
+from bothways.data import pipeline
+from bothways.data.examples import as_is
+from bothways.data.pipeline import Example
+from bothways.data.task_examples import wrap
+from bothways.data.tokenizer import Tokenizer
+from bothways.model.task import TaskModel
+from bothways.sample.masked import hidden_logits
+from bothways.train.objectives import Batch, Objective, Sums, class_loss, make_objective
+from bothways.train.step import TrainState, make_train_step, state_shardings
 
-from common.config import MeshConfig, ObjectiveConfig
-from common.rundir import TaskInfo, module_of
-from compare.core import BATCH, Lab, Model, batches, readings
-from compare.text import WORDS
-from data import pipeline
-from data.examples import as_is
-from data.pipeline import Example
-from data.task_examples import wrap
-from data.tokenizer import Tokenizer
-from model.task import TaskModel
-from sample.masked import hidden_logits
-from train import sharding
-from train.objectives import Batch, Objective, Sums, class_loss, make_objective
-from train.step import TrainState, make_train_step, state_shardings
+from bothways import sharding
+from bothways.config import MeshConfig, ObjectiveConfig
+from bothways.rundir import TaskInfo, module_of
 
 LENGTH = 32
 ANSWERS = (" no", " true")
@@ -103,7 +103,7 @@ def prompted(item: Item, tokenizer: Tokenizer, name: str) -> Example:
     answers = answer_ids(tokenizer)
     return {k: v for k, v in wrap(ids, None, tokenizer, LENGTH).items() if k != "types"} | {
         "positions": np.arange(LENGTH, dtype=np.int32),
-        "places": np.array([len(ids)], np.int32),
+        "mask_positions": np.array([len(ids)], np.int32),
         "targets": np.array([answers[item[1]]], np.int32),
         "weights": np.ones(1, np.float32),
     }
@@ -192,7 +192,9 @@ class Tuned:
     def fit(self, params: Any, named: dict[str, list[Item]], rate: float, seed: int) -> Any:
         """Parameters after `steps` steps on the items of some tasks."""
         state = self.begin(params, rate)
-        rows = pipeline.training_batches(pipeline.Stacked(self.examples(named)), as_is, batch_size=self.batch_size, seed=seed)
+        rows = pipeline.training_batches(
+            pipeline.Stacked(self.examples(named)), as_is, batch_size=self.batch_size, seed=seed
+        )
         for _ in range(self.steps):
             state, _ = self.step(state, sharding.to_global(self.mesh, next(rows)), seed)
         return state.params
@@ -206,20 +208,20 @@ class Tuned:
             if self.how == "head":
                 scores = np.asarray(self._scores(params, rows))
             else:
-                told = hidden_logits(self.module, params, rows["tokens"], rows["segments"], rows["places"])
+                told = hidden_logits(self.module, params, rows["tokens"], rows["segments"], rows["mask_positions"])
                 scores = np.asarray(told)[:, 0, answer_ids(self.tokenizer)]
             found += scores.argmax(axis=1)[: len(some)].tolist()
         return [a == b for a, b in zip(found, labels, strict=True)]
 
 
-def splits(lab: Lab, task: str, count: int, seed: int) -> tuple[list[Item], list[Item], list[Item]]:
+def splits(lab: ExperimentRunner, task: str, count: int, seed: int) -> tuple[list[Item], list[Item], list[Item]]:
     """(train, validation, test): test is the same for every seed, train and validation are drawn by it."""
     test = items(task, lab.size.items, -1)
     train = items(task, count, seed, test)
     return train, items(task, max(8, lab.size.items // 2), 1000 + seed, [*test, *train]), test
 
 
-def best_rate(lab: Lab, measure: Callable[[float, int], tuple[float, float]]) -> dict[str, Any]:
+def best_rate(lab: ExperimentRunner, measure: Callable[[float, int], tuple[float, float]]) -> dict[str, Any]:
     """Every rate with every seed: the rate that is best on validation, and its accuracy on test by seed.
 
     Args:
@@ -234,7 +236,7 @@ def best_rate(lab: Lab, measure: Callable[[float, int], tuple[float, float]]) ->
     }
 
 
-def tuned_accuracy(lab: Lab, arm: str, how: str, task: str, count: int) -> dict[str, Any]:
+def tuned_accuracy(lab: ExperimentRunner, arm: str, how: str, task: str, count: int) -> dict[str, Any]:
     """`best_rate` of one arm tuned on `count` examples; every seed has its own pretrained model, examples and head."""
 
     def measure(rate: float, seed: int) -> tuple[float, float]:

@@ -5,13 +5,23 @@ import random
 import string
 
 import numpy as np
-
-from compare import pictures
-from compare.core import BOTH, FORWARD, Experiment, Figure, Lab, Result, Table, continued, drawn, readings
-from compare.stats import FAILS, HOLDS, OPEN, Estimate, share
-from data.tokenizer import MASK
-from sample.masked import MaskedModel
-from sample.text import TextModel
+from bothways.compare import pictures
+from bothways.compare.core import (
+    BOTH,
+    FORWARD,
+    Experiment,
+    ExperimentRunner,
+    Measurement,
+    Result,
+    Table,
+    continued,
+    drawn,
+    readings,
+)
+from bothways.compare.stats import FAILS, HOLDS, OPEN, Estimate, share
+from bothways.data.tokenizer import MASK
+from bothways.sample.masked import MaskedModel
+from bothways.sample.text import TextModel
 
 WIDTH = 8
 CASES = ((2, 2), (2, 4), (4, 4), (2, 8))
@@ -75,7 +85,7 @@ def written(model: TextModel, case: int, n: int, seed: int) -> list[str]:
     return [model.tokenizer.decode(said) for said in continued(model, [row] * n, CASES[case][1], seed=seed)]
 
 
-def run(lab: Lab) -> Result:
+def run(lab: ExperimentRunner) -> Result:
     n = lab.size.items
     counts: dict[tuple[str, int, int], list[list[str]]] = collections.defaultdict(list)
 
@@ -112,14 +122,14 @@ def run(lab: Lab) -> Result:
         rule = (
             "of draws at temperature 1 with a letter of some string in each place, the share that mixes strings; Wilson"
         )
-        figures.append(Figure(f"blend rate, {name}", blends[arm, case, T], rule, expected=theory))
+        figures.append(Measurement(f"blend rate, {name}", blends[arm, case, T], rule, expected=theory))
         rows.append([f"{M} of {L}", arm, how, str(blends[arm, case, T]), f"{theory:.3f}", f"{valid / len(strings):.3f}"])
         rows[-1] += [f"{other / len(strings):.3f}", f"{seen} of {M}", top]
     return conclude(lab, blends, figures, rows)
 
 
 def conclude(
-    lab: Lab, blends: dict[tuple[str, int, int], Estimate], figures: list[Figure], rows: list[list[str]]
+    lab: ExperimentRunner, blends: dict[tuple[str, int, int], Estimate], figures: list[Measurement], rows: list[list[str]]
 ) -> Result:
     once = [(k, e) for k, e in blends.items() if k[2] == 1]
     last = [e for (_, case, T), e in blends.items() if CASES[case][1] == T]
@@ -152,7 +162,7 @@ def conclude(
         figures,
         [
             Table(
-                "Draws by case. blends: of the draws with a letter of some string in each place; other: all else. theory: letters "
+                "ExampleRng by case. blends: of the draws with a letter of some string in each place; other: all else. theory: letters "
                 "drawn independently in the first reading; exact for one reading, while later ones keep the surest draws.",
                 ("strings", "model", "how", "blends", "theory", "valid", "other", "modes met", "commonest"),
                 rows,

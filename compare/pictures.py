@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Sequence
 
-from compare.stats import Estimate
+from bothways.compare.stats import Estimate
 
 INK = "#010203"
 """Replaced by the page's own colour."""

@@ -4,11 +4,10 @@ import itertools
 from typing import Any
 
 import numpy as np
-
-from compare import pictures
-from compare.core import Experiment, Figure, Lab, Result, Table
-from compare.labelled import TASKS, Item, Tuned, splits, tuned_accuracy
-from compare.stats import OPEN, all_of, difference, mean, mean_share, ranked, told, verdict
+from bothways.compare import pictures
+from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table
+from bothways.compare.labelled import TASKS, Item, Tuned, splits, tuned_accuracy
+from bothways.compare.stats import OPEN, all_of, difference, format_difference, mean, mean_share, ranked, verdict
 
 TASK = "denied"
 COUNTS = (16, 64, 256)
@@ -19,7 +18,7 @@ RULES = {
 }
 
 
-def shared(lab: Lab, arm: str, rates: dict[str, float]) -> dict[str, list[float]]:
+def shared(lab: ExperimentRunner, arm: str, rates: dict[str, float]) -> dict[str, list[float]]:
     """Mean accuracy over all tasks, by seed, of one model with prompts, one body with many heads, and a model for each task.
 
     All see the same items for the same number of steps: each of the separate models has its share of the steps.
@@ -47,7 +46,7 @@ def shared(lab: Lab, arm: str, rates: dict[str, float]) -> dict[str, list[float]
     return found
 
 
-def transferred(lab: Lab, arm: str, rates: dict[str, float]) -> dict[str, list[float]]:
+def transferred(lab: ExperimentRunner, arm: str, rates: dict[str, float]) -> dict[str, list[float]]:
     """Accuracy on the task left out, tuned on few examples: gained by having been tuned on the other tasks before."""
     others = [t for t in TASKS if t != LEFT_OUT]
     found: dict[str, list[float]] = {}
@@ -70,7 +69,9 @@ def transferred(lab: Lab, arm: str, rates: dict[str, float]) -> dict[str, list[f
     return found
 
 
-def named_items(lab: Lab, tasks: list[str], count: int, seed: int) -> tuple[dict[str, list[Item]], dict[str, list[Item]]]:
+def named_items(
+    lab: ExperimentRunner, tasks: list[str], count: int, seed: int
+) -> tuple[dict[str, list[Item]], dict[str, list[Item]]]:
     made = {t: splits(lab, t, count, seed) for t in tasks}
     return {t: m[0] for t, m in made.items()}, {t: m[2] for t, m in made.items()}
 
@@ -90,7 +91,7 @@ def worth(prompt: list[float], head: list[float], counts: tuple[int, ...]) -> fl
     return float(2 ** np.interp(level, best, np.log2(counts)) - counts[middle])
 
 
-def run(lab: Lab) -> Result:
+def run(lab: ExperimentRunner) -> Result:
     arms = lab.arms("causal", "masked")
     curves = {
         (arm, how, n): tuned_accuracy(lab, arm, how, TASK, n)
@@ -106,7 +107,9 @@ def run(lab: Lab) -> Result:
 
 def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, Any], moved: dict[str, Any]) -> Result:
     shown = {key: mean_share(values) for key, values in curves.items()}
-    figures = [Figure(f"{TASK}, {a}, {h}, {n} examples", e, RULES[h], baseline=0.5) for (a, h, n), e in shown.items()]
+    figures = [
+        Measurement(f"{TASK}, {a}, {h}, {n} examples", e, RULES[h], baseline=0.5) for (a, h, n), e in shown.items()
+    ]
     rows, series, gains = [], {}, []
     for arm, how in dict.fromkeys((a, h) for a, h, _ in curves):
         line = [shown[arm, how, n] for n in COUNTS]
@@ -123,9 +126,9 @@ def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, An
         gains.append(gain)
         w = worth(prompt, head, COUNTS)
         worth_it = "not clear" if verdict(gain) == OPEN else f"{w:.0f}" if np.isfinite(w) else "head never as good"
-        rows.append([arm, "prompt minus head, mean", told(gain), "worth in examples", worth_it])
+        rows.append([arm, "prompt minus head, mean", format_difference(gain), "worth in examples", worth_it])
         figures.append(
-            Figure(
+            Measurement(
                 f"prompt minus head, {arm}, mean of {len(COUNTS)} sizes",
                 gain,
                 "difference of accuracies, paired by seed",
@@ -138,15 +141,17 @@ def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, An
         apart = difference(named, heads)
         sharing.append(apart)
         figures += [
-            Figure(f"{name}, {arm}", mean_share(v), "mean accuracy over four tasks", baseline=0.5)
+            Measurement(f"{name}, {arm}", mean_share(v), "mean accuracy over four tasks", baseline=0.5)
             for name, v in ways.items()
         ]
-        shared_rows.append([arm, *(str(mean_share(v)) for v in ways.values()), told(apart)])
+        shared_rows.append([arm, *(str(mean_share(v)) for v in ways.values()), format_difference(apart)])
     moves = {arm: {how: mean(v) for how, v in ways.items()} for arm, ways in moved.items()}
     for arm, ways in moves.items():
         for how, e in ways.items():
             figures.append(
-                Figure(f"transfer to {LEFT_OUT}, {arm}, {how}", e, f"accuracy gained on {FEW} examples", baseline=0.0)
+                Measurement(
+                    f"transfer to {LEFT_OUT}, {arm}, {how}", e, f"accuracy gained on {FEW} examples", baseline=0.0
+                )
             )
     further = [difference(w["prompt"], w["head"]) for w in moved.values()]
     return Result(
@@ -171,7 +176,7 @@ def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, An
             Table(
                 f"What tuning on the other tasks adds to `{LEFT_OUT}` with {FEW} examples",
                 ("model", "prompt", "head"),
-                [[arm, told(w["prompt"]), told(w["head"])] for arm, w in moves.items()],
+                [[arm, format_difference(w["prompt"]), format_difference(w["head"])] for arm, w in moves.items()],
             ),
         ],
         [

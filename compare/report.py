@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compare.core import Experiment, Figure, Result, Table
-from compare.stats import FAILS, HOLDS, OPEN
+from bothways.compare.core import Experiment, Measurement, Result, Table
+from bothways.compare.stats import FAILS, HOLDS, OPEN
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fcfcfa; --ink: #1d2126; --soft: #5b6470; --line: #dcdfe3; --card: #ffffff;
@@ -55,7 +55,7 @@ def _table(table: Table) -> str:
     return f'{title}<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _figures(figures: list[Figure]) -> str:
+def _figures(figures: list[Measurement]) -> str:
     def number(x: float | None) -> str:
         return "" if x is None else f"{x:.3f}"
 

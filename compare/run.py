@@ -10,11 +10,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import InputError
-from common.recipe import Recipe
-from compare import report
-from compare.core import SIZES, Experiment, Lab, Result
-from train.report import say
+from bothways.compare import report
+from bothways.compare.core import SIZES, Experiment, ExperimentRunner, Result
+
+from bothways.errors import InputError
+from bothways.log import log
+from bothways.recipes import Recipe
 
 NAMES = ("directions", "algorithms", "modes", "in-context", "weights", "prompts", "generation")
 
@@ -23,13 +24,13 @@ def experiment(name: str) -> Experiment:
     """The experiment of this name: a module here, with dashes for underscores."""
     if name not in NAMES:
         raise InputError(f"no experiment {name!r}; there are {', '.join(NAMES)}")
-    return importlib.import_module(f"compare.{name.replace('-', '_')}").EXPERIMENT
+    return importlib.import_module(f"bothways.compare.{name.replace('-', '_')}").EXPERIMENT
 
 
 def controlled(arms: dict[str, Recipe]) -> dict[str, Recipe]:
     """The recipes with all but model and objective taken from the first: text, tokenizer, optimizer, batches, row length."""
     first = next(iter(arms.values()))
-    model = {"context": first.model.context, "vocab_size": first.model.vocab_size or first.data.vocab_size}
+    model = {"context_length": first.model.context_length, "vocab_size": first.model.vocab_size or first.data.vocab_size}
     shared = {"data": first.data, "optimizer": first.optimizer, "train": first.train, "mesh": first.mesh}
     return {arm: dataclasses.replace(r, model=dataclasses.replace(r.model, **model), **shared) for arm, r in arms.items()}
 
@@ -52,7 +53,7 @@ def made_with() -> str:
 
 def described(recipe: Recipe) -> str:
     """A recipe in a line of the report."""
-    from compare.weights import parameter_count
+    from bothways.compare.weights import parameter_count
 
     ask = recipe.objective
     kinds = {"causal": "next token", "masked": f"masked tokens ({ask.mask_rate:.0%})"}
@@ -76,7 +77,7 @@ def compare(
         raise InputError(f"no size {size!r}; there are {', '.join(SIZES)}")
     for name in names:
         experiment(name)
-    lab = Lab(home, SIZES[size], controlled(arms))
+    lab = ExperimentRunner(home, SIZES[size], controlled(arms))
     kept = {n: home / "parts" / f"result-{n}.json" for n in NAMES}
     found: list[tuple[Experiment, Result]] = []
     for name in names or NAMES:
@@ -97,5 +98,5 @@ def compare(
         }
         page, _ = report.write(home, found, about)
         how = f"{time.monotonic() - began:.0f} s" if new else "kept from earlier"
-        say(f"=== {name}: {how}; {page}")
+        log(f"=== {name}: {how}; {page}")
     return found

@@ -5,8 +5,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-
-from data.metrics import mean_interval
+from bothways.data.metrics import mean_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ def all_of(*verdicts: str) -> str:
     return OPEN if OPEN in verdicts else HOLDS
 
 
-def told(above_zero: Estimate, unit: str = "", sign: str = "+") -> str:
+def format_difference(above_zero: Estimate, unit: str = "", sign: str = "+") -> str:
     """A difference in words: its value and interval, and that it is not significant where it is not."""
     e = above_zero
     if e.low == e.high:
@@ -88,7 +87,7 @@ def told(above_zero: Estimate, unit: str = "", sign: str = "+") -> str:
 
 
 def ranked(differences: dict[str, Estimate]) -> str:
-    """Differences by what they say: better at ..., worse at ..., no clear difference in ..."""
+    """Differences by what they log: better at ..., worse at ..., no clear difference in ..."""
     words = {HOLDS: "better at", FAILS: "worse at", OPEN: "not clearly different at"}
     found = []
     for kind, word in words.items():

@@ -7,11 +7,10 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-
-from compare.core import Lab, asked
-from data import corpora, tokens
-from data.tokenizer import Tokenizer
-from sample.masked import MaskedModel
+from bothways.compare.core import ExperimentRunner, asked
+from bothways.data import corpora, tokens
+from bothways.data.tokenizer import Tokenizer
+from bothways.sample.masked import MaskedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Text:
         return float(nats / np.log(2) / sum(lengths[p].sum() for p in pieces))
 
 
-def text_of(lab: Lab) -> Text:
+def text_of(lab: ExperimentRunner) -> Text:
     """The corpus and tokenizer of the causal arm, which all arms take."""
     cfg = lab.recipes["causal"].data
     corpus = corpora.load(cfg)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from bothways.compare import pictures
+from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, readings
+from bothways.compare.stats import Estimate, all_of, difference, format_difference, mean, verdict
+from bothways.compare.text import hidden_nats, text_of
+from bothways.data import corpora
+from bothways.data.config import DataConfig
 
-from common.recipe import Recipe
-from common.rundir import param_shapes
-from compare import pictures
-from compare.core import Experiment, Figure, Lab, Result, Table, readings
-from compare.stats import Estimate, all_of, difference, mean, told, verdict
-from compare.text import hidden_nats, text_of
-from data import corpora
-from data.config import DataConfig
+from bothways.recipes import Recipe
+from bothways.rundir import param_shapes
 
 
 def parameter_count(recipe: Recipe) -> int:
@@ -61,7 +61,7 @@ def shuffled(text: str, rng: random.Random) -> str:
     return "\n".join(" ".join(words) for words in lines)
 
 
-def without_order(lab: Lab) -> DataConfig:
+def without_order(lab: ExperimentRunner) -> DataConfig:
     """The text of all arms, with the words of each line shuffled, and the same tokenizer."""
     base = lab.recipes["causal"].data
     home = lab.home / "data"
@@ -82,7 +82,7 @@ def without_order(lab: Lab) -> DataConfig:
     )
 
 
-def run(lab: Lab) -> Result:
+def run(lab: ExperimentRunner) -> Result:
     found: dict[str, list[dict]] = {arm: [] for arm in lab.arms()}
     kept: dict[str, list[float]] = {}
     for arm in found:
@@ -93,12 +93,12 @@ def run(lab: Lab) -> Result:
     return conclude(found, kept)
 
 
-def matrices(lab: Lab, arm: str, seed: int) -> dict[str, list[float]]:
+def matrices(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, list[float]]:
     m = compared(jax.device_get(lab.text(arm, seed).run.params))
     return {"symmetry": [symmetry(x) for x in m], "direction": [direction(x) for x in m]}
 
 
-def order(lab: Lab, arm: str, seed: int) -> dict[str, float]:
+def order(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, float]:
     """Nats per token saved against the unigram, with the order of words and without it."""
     saved = {}
     for name, tag, data in (("with", "", None), ("without", "-shuffled", without_order(lab))):
@@ -106,7 +106,7 @@ def order(lab: Lab, arm: str, seed: int) -> dict[str, float]:
         text = text_of(lab)
         held = text.held if data is None else encoded(Path(data.validation), text)
         text = type(text)(text.tokenizer, text.train, held)
-        pieces = text.pieces(max(4, lab.size.items // 4), reading.context - 2)
+        pieces = text.pieces(max(4, lab.size.items // 4), reading.context_length - 2)
         nats, unigram = hidden_nats(reading, text, pieces, 0.15)
         saved[name] = unigram - nats
     return saved | {"kept": saved["without"] / saved["with"]}
@@ -128,9 +128,9 @@ def conclude(found: dict[str, list[dict]], kept: dict[str, list[dict]]) -> Resul
             means[arm, what] = [float(np.mean(run[what])) for run in by_seed]
             whole = mean(means[arm, what])
             figures.append(
-                Figure(f"{what}, {arm}, mean of layers", whole, f"{rule}; Student interval over seeds", baseline=0.0)
+                Measurement(f"{what}, {arm}, mean of layers", whole, f"{rule}; Student interval over seeds", baseline=0.0)
             )
-            figures += [Figure(f"{what}, {arm}, layer {i + 1}", e, rule, baseline=0.0) for i, e in enumerate(layers)]
+            figures += [Measurement(f"{what}, {arm}, layer {i + 1}", e, rule, baseline=0.0) for i, e in enumerate(layers)]
             if what == "symmetry":
                 series[arm] = [(i + 1, e) for i, e in enumerate(layers)]
             rows.append([arm, what, str(whole), *(f"{e.value:+.3f}" for e in layers)])
@@ -139,16 +139,16 @@ def conclude(found: dict[str, list[dict]], kept: dict[str, list[dict]]) -> Resul
     for arm, runs in kept.items():
         shares[arm] = mean([r["kept"] for r in runs])
         rule = "nats per token saved against the unigram without word order, over those saved with it; the same hidden places"
-        figures.append(Figure(f"kept without word order, {arm}", shares[arm], rule))
+        figures.append(Measurement(f"kept without word order, {arm}", shares[arm], rule))
         saved_rows.append([arm, *(str(mean([r[k] for r in runs])) for k in ("with", "without")), str(shares[arm])])
     more_symmetric = difference(means["masked", "symmetry"], means["causal", "symmetry"])
     less_order = difference([r["kept"] for r in kept["masked"]], [r["kept"] for r in kept["causal"]])
     layers = [p[0] for p in series["causal"]]
     return Result(
         all_of(verdict(more_symmetric), verdict(less_order)),
-        f"Trained both ways, what attention compares is more symmetric than trained forward by {told(more_symmetric)}; "
+        f"Trained both ways, what attention compares is more symmetric than trained forward by {format_difference(more_symmetric)}; "
         f"when the words of each line are shuffled, the masked model keeps {shares['masked'].value:.0%} of what it had learnt "
-        f"beyond word counts, the causal one {shares['causal'].value:.0%} (difference {told(less_order)}).",
+        f"beyond word counts, the causal one {shares['causal'].value:.0%} (difference {format_difference(less_order)}).",
         f"{len(kept['causal'])} seeds; a symmetric matrix asks whether two words belong together, whichever comes first. The "
         "claim counts as held only if both differences do. Weights say what could be used, not what is.",
         figures,

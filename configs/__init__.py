@@ -7,15 +7,15 @@ import importlib.util
 import pkgutil
 from pathlib import Path
 
-from common.errors import InputError
-from common.recipe import Recipe
+from bothways.errors import InputError
+from bothways.recipes import Recipe
 
 
 def names() -> dict[str, Recipe]:
     """Every recipe in configs/, by name. A module there holds `recipes`, a dict."""
     found: dict[str, Recipe] = {}
     for module in pkgutil.iter_modules(__path__):
-        recipes = importlib.import_module(f"configs.{module.name}").recipes
+        recipes = importlib.import_module(f"bothways.configs.{module.name}").recipes
         found.update({name: dataclasses.replace(recipe, name=name) for name, recipe in recipes.items()})
     return found
 

@@ -17,10 +17,11 @@ The papers' corpora (BooksCorpus, Wikipedia, CC-News, Stories) are only in part 
 
 import dataclasses
 
-from common.config import ObjectiveConfig, OptimizerConfig, TrainConfig
-from common.recipe import Recipe
-from data.config import DataConfig
-from model.config import TransformerConfig
+from bothways.data.config import DataConfig
+from bothways.model.config import TransformerConfig
+
+from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from bothways.recipes import Recipe
 
 SIZES = {  # name: layers, width, heads
     "tiny": (2, 128, 2),
@@ -38,7 +39,7 @@ def bert(layers: int, width: int, heads: int) -> Recipe:
         family="bert",
         model=TransformerConfig(
             vocab_size=30_522,
-            context=512,
+            context_length=512,
             n_layers=layers,
             d_model=width,
             n_heads=heads,
@@ -89,15 +90,15 @@ recipes["modernbert_base"] = Recipe(
     family="bert",
     model=TransformerConfig(
         vocab_size=50_368,
-        context=1024,
+        context_length=1024,
         n_layers=22,
         d_model=768,
         n_heads=12,
         d_ff=1152,
-        positions="rotary",
+        position_embedding="rotary",
         rotary_base=160_000.0,
         rotary_base_local=10_000.0,
-        layer_pattern=("dense", "local", "local"),
+        layer_pattern=("global", "local", "local"),
         window=65,
         activation="geglu",
         bias=False,
@@ -105,7 +106,7 @@ recipes["modernbert_base"] = Recipe(
         first_norm=False,
     ),
     data=dataclasses.replace(CORPUS, vocab_size=50_368),
-    objective=ObjectiveConfig(kind="masked", mask_rate=0.3, mask_share=1.0, random_share=0.0),
+    objective=ObjectiveConfig(kind="masked", mask_rate=0.3, mask_token_prob=1.0, random_token_prob=0.0),
     optimizer=OptimizerConfig(
         learning_rate=8e-4, schedule="wsd", warmup_steps=3_000, b2=0.98, eps=1e-6, weight_decay=1e-5, clip_norm=0.0
     ),

@@ -8,17 +8,18 @@ perplexity 18.4. BooksCorpus (7,000 books) is not public: `pg19`, books of the s
     bothways train gpt1
 """
 
-from common.config import OptimizerConfig, TrainConfig
-from common.recipe import Recipe
-from data.config import DataConfig
-from model.config import TransformerConfig
+from bothways.data.config import DataConfig
+from bothways.model.config import TransformerConfig
+
+from bothways.config import OptimizerConfig, TrainConfig
+from bothways.recipes import Recipe
 
 recipes = {
     "gpt1": Recipe(
         family="gpt",
         model=TransformerConfig(
             vocab_size=40_478,
-            context=512,
+            context_length=512,
             n_layers=12,
             d_model=768,
             n_heads=12,

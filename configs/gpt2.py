@@ -10,10 +10,11 @@ was never published; C4 stands in.
     bothways train gpt2_small --data.corpus 'books/*.txt' --train.steps 5000
 """
 
-from common.config import OptimizerConfig, TrainConfig
-from common.recipe import Recipe
-from data.config import DataConfig
-from model.config import TransformerConfig
+from bothways.data.config import DataConfig
+from bothways.model.config import TransformerConfig
+
+from bothways.config import OptimizerConfig, TrainConfig
+from bothways.recipes import Recipe
 
 SIZES = {  # name: layers, width, heads, learning rate
     "small": (12, 768, 12, 6e-4),
@@ -26,9 +27,9 @@ SIZES = {  # name: layers, width, heads, learning rate
 def gpt2(layers: int, width: int, heads: int, rate: float) -> Recipe:
     return Recipe(
         family="gpt",
-        model=TransformerConfig(vocab_size=50_257, context=1024, n_layers=layers, d_model=width, n_heads=heads),
+        model=TransformerConfig(vocab_size=50_257, context_length=1024, n_layers=layers, d_model=width, n_heads=heads),
         data=DataConfig(corpus="c4/en", tokenizer="bpe", vocab_size=50_257),
-        optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=2_000, final_share=0.1),
+        optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=2_000, final_lr_ratio=0.1),
         train=TrainConfig(
             steps=600_000, batch_size=512, eval_every=2_000, eval_rows=4_096, save_every=2_000, log_every=50
         ),

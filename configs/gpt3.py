@@ -20,10 +20,11 @@ What was chosen where the paper is silent or contradicts itself:
 
 import dataclasses
 
-from common.config import OptimizerConfig, TrainConfig
-from common.recipe import Recipe
-from data.config import DataConfig
-from model.config import TransformerConfig
+from bothways.data.config import DataConfig
+from bothways.model.config import TransformerConfig
+
+from bothways.config import OptimizerConfig, TrainConfig
+from bothways.recipes import Recipe
 
 CONTEXT = 2048
 SIZES = {  # name: layers, width, heads, head width, batch in rows, learning rate, ramp in billions of tokens
@@ -41,8 +42,8 @@ SIZES = {  # name: layers, width, heads, head width, batch in rows, learning rat
 def gpt3(layers: int, width: int, heads: int, head: int, batch: int, rate: float, ramp: int) -> Recipe:
     train = TrainConfig(
         batch_size=batch,
-        ramp_from=16,
-        ramp_rows=int(ramp * 1e9) // CONTEXT,
+        batch_size_start=16,
+        batch_size_ramp_rows=int(ramp * 1e9) // CONTEXT,
         eval_every=2_000,
         eval_rows=4_096,
         save_every=2_000,
@@ -56,19 +57,19 @@ def gpt3(layers: int, width: int, heads: int, head: int, batch: int, rate: float
         family="gpt",
         model=TransformerConfig(
             vocab_size=50_257,
-            context=CONTEXT,
+            context_length=CONTEXT,
             n_layers=layers,
             d_model=width,
             n_heads=heads,
             d_head=head,
-            layer_pattern=("dense", "local"),
+            layer_pattern=("global", "local"),
             window=256,
             scan_layers=True,
             remat="dots",
         ),
         data=DataConfig(corpus="c4/en", tokenizer="bpe", vocab_size=50_257, separate_documents=False),
         optimizer=OptimizerConfig(
-            learning_rate=rate, warmup_steps=steps(375e6), decay_steps=steps(260e9), final_share=0.1, b2=0.95
+            learning_rate=rate, warmup_steps=steps(375e6), decay_steps=steps(260e9), final_lr_ratio=0.1, b2=0.95
         ),
         train=dataclasses.replace(train, steps=steps(300e9)),
     )

@@ -11,17 +11,18 @@ plain small transformer is told in the README.
 
 import dataclasses
 
-from common.config import ObjectiveConfig, OptimizerConfig, TrainConfig
-from common.recipe import Recipe
-from data.config import DataConfig
-from model.config import TransformerConfig
+from bothways.data.config import DataConfig
+from bothways.model.config import TransformerConfig
+
+from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from bothways.recipes import Recipe
 
 SMALL = {
-    "context": 128,
+    "context_length": 128,
     "n_layers": 3,
     "d_model": 128,
     "n_heads": 4,
-    "positions": "rotary",
+    "position_embedding": "rotary",
     "norm": "rms",
     "activation": "relu2",
     "bias": False,
@@ -44,7 +45,7 @@ recipes = {
     ),
     "shakespeare_chars": Recipe(
         family="gpt",
-        model=TransformerConfig(**SMALL | {"context": 64, "n_layers": 2}),
+        model=TransformerConfig(**SMALL | {"context_length": 64, "n_layers": 2}),
         data=DataConfig(corpus="shakespeare", tokenizer="char"),
         objective=ObjectiveConfig(kind="causal"),
         optimizer=dataclasses.replace(OPTIMIZER, learning_rate=0.02, adam_learning_rate=0.02, warmup_steps=10),

@@ -6,15 +6,16 @@
 
 Every row of the paper's table 3 is `transformer_base` and a flag or two: (A) --model.n-heads 1; (B) --model.d-head 16
 --model.d-value 64; (C) --model.n-layers 2, --model.d-model 256, --model.d-ff 1024; (D) --model.dropout-embed 0
---model.dropout-residual 0, --objective.label-smoothing 0.2; (E) --model.positions learned.
+--model.dropout-residual 0, --objective.label-smoothing 0.2; (E) --model.position-embedding learned.
 """
 
 import dataclasses
 
-from common.config import ObjectiveConfig, OptimizerConfig, TrainConfig
-from common.recipe import Recipe
-from data.config import DataConfig
-from model.config import TransformerConfig
+from bothways.data.config import DataConfig
+from bothways.model.config import TransformerConfig
+
+from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from bothways.recipes import Recipe
 
 
 def published(d_model: int, d_ff: int, n_heads: int, dropout: float, steps: int, average: int) -> Recipe:
@@ -24,12 +25,12 @@ def published(d_model: int, d_ff: int, n_heads: int, dropout: float, steps: int,
         family="seq2seq",
         model=TransformerConfig(
             vocab_size=37_000,
-            context=256,
+            context_length=256,
             n_layers=6,
             d_model=d_model,
             n_heads=n_heads,
             d_ff=d_ff,
-            positions="sinusoidal",
+            position_embedding="sinusoidal",
             norm_position="post",
             norm_eps=1e-6,
             activation="relu",
@@ -54,7 +55,14 @@ def published(d_model: int, d_ff: int, n_heads: int, dropout: float, steps: int,
             weight_decay=0.0,
             clip_norm=0.0,
         ),
-        train=TrainConfig(steps=steps, batch_size=96, eval_every=5000, save_every=1500, keep=average, average=average),
+        train=TrainConfig(
+            steps=steps,
+            batch_size=96,
+            eval_every=5000,
+            save_every=1500,
+            max_to_keep=average,
+            average_last_checkpoints=average,
+        ),
     )
 
 
@@ -64,7 +72,7 @@ modern = dataclasses.replace(
     model=dataclasses.replace(
         base.model,
         d_ff=1408,  # three matrices of about as many parameters as two of 2048
-        positions="rotary",
+        position_embedding="rotary",
         norm="rms",
         norm_position="pre",
         activation="swiglu",
@@ -77,11 +85,11 @@ modern = dataclasses.replace(
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=4000, b2=0.98, weight_decay=0.1),
 )
 SMALL = TransformerConfig(
-    context=128,
+    context_length=128,
     n_layers=2,
     d_model=192,
     n_heads=4,
-    positions="rotary",
+    position_embedding="rotary",
     norm="rms",
     activation="relu2",
     bias=False,
@@ -97,7 +105,7 @@ recipes = {
     "transformer_modern": modern,
     "spans_base": dataclasses.replace(
         modern,
-        model=dataclasses.replace(modern.model, vocab_size=32_000, context=512),
+        model=dataclasses.replace(modern.model, vocab_size=32_000, context_length=512),
         data=DataConfig(corpus="c4", tokenizer="unigram", vocab_size=32_000),
         objective=ObjectiveConfig(kind="spans"),
         train=TrainConfig(steps=2**19, batch_size=128, eval_every=10_000, save_every=10_000),

@@ -9,12 +9,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from bothways.convert.files import REFERENCE, read_tensors
+from bothways.data.tokenizer import Tokenizer
 
-from common.errors import InputError
-from common.families import make_module
-from common.recipe import Recipe
-from convert.files import REFERENCE, read_tensors
-from data.tokenizer import Tokenizer
+from bothways.errors import InputError
+from bothways.recipes import Recipe
+from bothways.registry import make_module
 
 TEXT = "Now is the winter of our discontent\nMade glorious summer by this sun of York;"
 MOST_TOKENS = 32
@@ -89,7 +89,7 @@ def transformers_logits(path: Path, recipe: Recipe, tokens: np.ndarray) -> np.nd
 def against_reference(recipe: Recipe, params: Any, tokenizer: Tokenizer, path: Path) -> float | None:
     """`difference` from the stored reference, else from `transformers`; None where there is neither."""
     stored = stored_reference(path) if path.is_dir() else None
-    tokens, wanted = stored or (fixed_tokens(tokenizer, recipe.model.context), None)
+    tokens, wanted = stored or (fixed_tokens(tokenizer, recipe.model.context_length), None)
     if wanted is None:
         wanted = transformers_logits(path, recipe, tokens)
     return None if wanted is None else difference(our_logits(recipe, params, tokens), wanted)

@@ -1,9 +1,10 @@
 """GPT-2 and the Llama family, as they are published."""
 
-from common.errors import InputError
-from convert.family import Config, Family, activation_of, published_activation
-from convert.layout import Layout
-from model.config import RotaryScaling
+from bothways.convert.family import Config, Family, activation_of, published_activation
+from bothways.convert.layout import Layout
+from bothways.model.config import RotaryScaling
+
+from bothways.errors import InputError
 
 # ---- GPT-2 ------------------------------------------------------------------------------------------------------------
 
@@ -26,10 +27,10 @@ GPT2 = Family(
         },
         transposed=False,
     ),
-    constants={"positions": "learned", "norm": "layer", "norm_position": "pre", "bias": True},
+    constants={"position_embedding": "learned", "norm": "layer", "norm_position": "pre", "bias": True},
     values={
         "vocab_size": ("vocab_size", None),
-        "n_positions": ("context", 1024),
+        "n_positions": ("context_length", 1024),
         "n_embd": ("d_model", None),
         "n_layer": ("n_layers", None),
         "n_head": ("n_heads", None),
@@ -91,7 +92,7 @@ def _scaling_write(scaling: RotaryScaling) -> Config | None:
     if scaling.kind != "linear":
         low, high = ("low_freq_factor", "high_freq_factor") if scaling.kind == "llama3" else ("beta_slow", "beta_fast")
         found |= {"original_max_position_embeddings": scaling.original_context, low: scaling.low, high: scaling.high}
-    return found | ({"attention_factor": scaling.amplitude} if scaling.amplitude else {})
+    return found | ({"attention_factor": scaling.attention_factor} if scaling.attention_factor else {})
 
 
 def _llama_read(theirs: Config) -> Config:
@@ -123,11 +124,11 @@ LLAMA = Family(
             "lm_head": "lm_head",
         },
     ),
-    constants={"positions": "rotary", "norm": "rms", "norm_position": "pre", "bias": False, "dropout_embed": 0.0}
+    constants={"position_embedding": "rotary", "norm": "rms", "norm_position": "pre", "bias": False, "dropout_embed": 0.0}
     | {"dropout_residual": 0.0},
     values={
         "vocab_size": ("vocab_size", None),
-        "max_position_embeddings": ("context", 2048),
+        "max_position_embeddings": ("context_length", 2048),
         "hidden_size": ("d_model", None),
         "num_hidden_layers": ("n_layers", None),
         "num_attention_heads": ("n_heads", None),

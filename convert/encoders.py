@@ -2,10 +2,11 @@
 
 import dataclasses
 
-from common.errors import InputError
-from convert.family import Config, Family, activation_of, published_activation
-from convert.layout import Layout
-from model.config import TransformerConfig
+from bothways.convert.family import Config, Family, activation_of, published_activation
+from bothways.convert.layout import Layout
+from bothways.model.config import TransformerConfig
+
+from bothways.errors import InputError
 
 # ---- BERT, RoBERTa ----------------------------------------------------------------------------------------------------
 
@@ -51,10 +52,16 @@ BERT = Family(
             "cls.seq_relationship": "nsp/classes",
         },
     ),
-    constants={"positions": "learned", "norm": "layer", "norm_position": "post", "bias": True, "embed_norm": True},
+    constants={
+        "position_embedding": "learned",
+        "norm": "layer",
+        "norm_position": "post",
+        "bias": True,
+        "embed_norm": True,
+    },
     values={
         "vocab_size": ("vocab_size", None),
-        "max_position_embeddings": ("context", 512),
+        "max_position_embeddings": ("context_length", 512),
         "hidden_size": ("d_model", None),
         "num_hidden_layers": ("n_layers", None),
         "num_attention_heads": ("n_heads", None),
@@ -90,7 +97,7 @@ def _roberta_read(theirs: Config) -> Config:
         raise InputError(
             f"config.json: a roberta counts positions from pad_token_id + 1; only 1 is supported, not {theirs['pad_token_id']}"
         )
-    return BERT.read(theirs) | {"context": theirs.get("max_position_embeddings", 514) - 2}
+    return BERT.read(theirs) | {"context_length": theirs.get("max_position_embeddings", 514) - 2}
 
 
 ROBERTA = dataclasses.replace(
@@ -112,7 +119,7 @@ ROBERTA = dataclasses.replace(
     wanted=BERT.wanted | {"type_vocab_size": 1, "hidden_act": "gelu"},
     heads={"masked_head": "lm_head.", "pooler": "roberta.pooler."},
     read=_roberta_read,
-    write=lambda cfg: BERT.write(cfg) | {"max_position_embeddings": cfg.context + 2, "pad_token_id": 1},
+    write=lambda cfg: BERT.write(cfg) | {"max_position_embeddings": cfg.context_length + 2, "pad_token_id": 1},
     architecture=lambda cfg: "RobertaForMaskedLM" if cfg.masked_head else "RobertaModel",
     prefix="roberta.",
     copies={
@@ -124,7 +131,7 @@ ROBERTA = dataclasses.replace(
 
 # ---- ModernBERT -------------------------------------------------------------------------------------------------------
 
-LAYER_KINDS = {"full_attention": "dense", "sliding_attention": "local"}
+LAYER_KINDS = {"full_attention": "global", "sliding_attention": "local"}
 
 
 def _shortest_pattern(kinds: list[str]) -> tuple[str, ...]:
@@ -185,11 +192,11 @@ MODERNBERT = Family(
             "decoder": "mlm",
         },
     ),
-    constants={"positions": "rotary", "norm": "layer", "norm_position": "pre", "bias": False, "embed_norm": True}
+    constants={"position_embedding": "rotary", "norm": "layer", "norm_position": "pre", "bias": False, "embed_norm": True}
     | {"first_norm": False, "activation": "geglu", "tie_embeddings": True, "next_sentence": False, "pooler": False},
     values={
         "vocab_size": ("vocab_size", None),
-        "max_position_embeddings": ("context", 8192),
+        "max_position_embeddings": ("context_length", 8192),
         "hidden_size": ("d_model", None),
         "num_hidden_layers": ("n_layers", None),
         "num_attention_heads": ("n_heads", None),

@@ -1,10 +1,11 @@
 """The published families by name, and which of them holds a model of ours."""
 
-from common.errors import InputError
-from convert.decoders import GPT2, LLAMA
-from convert.encoders import BERT, MODERNBERT, ROBERTA
-from convert.family import Config, Family
-from model.config import TransformerConfig
+from bothways.convert.decoders import GPT2, LLAMA
+from bothways.convert.encoders import BERT, MODERNBERT, ROBERTA
+from bothways.convert.family import Config, Family
+from bothways.model.config import TransformerConfig
+
+from bothways.errors import InputError
 
 FAMILIES = {family.name: family for family in (GPT2, ROBERTA, BERT, MODERNBERT, LLAMA)}
 

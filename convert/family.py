@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from common.errors import InputError
-from convert.layout import Layout
-from model.config import TransformerConfig
+from bothways.convert.layout import Layout
+from bothways.model.config import TransformerConfig
+
+from bothways.errors import InputError
 
 Config = dict[str, Any]
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
@@ -114,7 +115,7 @@ class Family:
         said, default = theirs.get("tie_word_embeddings"), self.values.get("tie_word_embeddings", ("", True))[1]
         return default if said is None else said
 
-    def plain(self, tensors: dict[str, Any], tied: bool) -> dict[str, Any]:
+    def canonical_names(self, tensors: dict[str, Any], tied: bool) -> dict[str, Any]:
         """Tensors under the names of the table: body with its prefix, no buffers, no copies.
 
         Args:

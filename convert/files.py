@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import safetensors
+from bothways.data.published import PublishedTokenizer
+from bothways.data.tokenizer import PAD, Tokenizer
 
-from common.errors import InputError
-from data.published import PublishedTokenizer
-from data.tokenizer import PAD, Tokenizer
+from bothways.errors import InputError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 HOW_TO_CONVERT = (
@@ -22,7 +22,7 @@ REFERENCE = "bothways_reference.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Checkpoint:
     """A checkpoint, read: its configuration, its tensors under their own names, its vocabulary."""
 
     path: Path
@@ -31,7 +31,7 @@ class Source:
     tokenizer: Tokenizer
 
 
-def read(source: str) -> Source:
+def read(source: str) -> Checkpoint:
     """A checkpoint by its path or its name on the hub.
 
     Raises:
@@ -41,7 +41,7 @@ def read(source: str) -> Source:
     if path.suffix in PICKLES:
         raise InputError(f"{path} {HOW_TO_CONVERT}")
     if path.suffix == ".gguf":
-        from convert import gguf_file
+        from bothways.convert import gguf_file
 
         return gguf_file.read(path)
     if not path.exists():
@@ -51,7 +51,7 @@ def read(source: str) -> Source:
     return _read_directory(path)
 
 
-def _read_directory(home: Path) -> Source:
+def _read_directory(home: Path) -> Checkpoint:
     if not (home / "config.json").is_file():
         raise InputError(f"{home} has no config.json; give a directory as `save_pretrained` writes it, or a .gguf file")
     files = weight_files(home)
@@ -62,7 +62,7 @@ def _read_directory(home: Path) -> Source:
             if name in tensors:
                 raise InputError(f"{name} is in {file.name} and in another file of {home}")
             tensors[name] = tensor
-    return Source(home, config, tensors, _tokenizer(home, config))
+    return Checkpoint(home, config, tensors, _tokenizer(home, config))
 
 
 def _tokenizer(home: Path, config: dict[str, Any]) -> Tokenizer:

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from bothways.convert.files import Checkpoint
+from bothways.data.published import PublishedTokenizer, byte_level_bpe, roles_of
 
-from common.errors import InputError
-from convert.files import Source
-from data.published import PublishedTokenizer, byte_level_bpe, roles_of
+from bothways.errors import InputError
 
 STEMS = {
     "token_embd": "model.embed_tokens",
@@ -53,7 +53,7 @@ def _splitting(kind: str) -> tokenizers.pre_tokenizers.PreTokenizer | None:
     raise InputError(f"this GGUF file cuts texts as {kind!r}; there are default, gpt-2, smollm, llama-bpe")
 
 
-def read(path: Path) -> Source:
+def read(path: Path) -> Checkpoint:
     """A Llama-family decoder, dequantised.
 
     Raises:
@@ -98,7 +98,7 @@ def read(path: Path) -> Source:
             tensor = _halves(tensor, heads[stem])
         where = f"model.layers.{parts[1]}." if parts[0] == "blk" else ""
         renamed[f"{where}{STEMS.get(stem, stem)}.{parts[-1]}"] = tensor
-    return Source(path, config, renamed, _tokenizer(said, path))
+    return Checkpoint(path, config, renamed, _tokenizer(said, path))
 
 
 def _halves(tensor: np.ndarray, heads: int) -> np.ndarray:

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from bothways.model.axes import logical_axes
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from common.errors import InputError
-from model.axes import logical_axes
+from bothways.errors import InputError
 
 Shapes = dict[str, tuple[int, ...]]
 """Our path -> shape, with the layers' axis in front where there are layers."""
@@ -85,7 +85,9 @@ class Layout:
                 if name not in absent:
                     yield name, ours, layer
 
-    def take(self, tensors: dict[str, np.ndarray], shapes: Shapes, absent: Iterable[str] = ()) -> dict[str, Any]:
+    def from_checkpoint(
+        self, tensors: dict[str, np.ndarray], shapes: Shapes, absent: Iterable[str] = ()
+    ) -> dict[str, Any]:
         """Our parameters, float32, from a checkpoint's tensors; each is used once.
 
         Args:
@@ -113,7 +115,7 @@ class Layout:
             raise InputError("the tensors do not fit the configuration:\n" + "\n".join(problems))
         return unflatten_dict({tuple(path.split("/")): array for path, array in flat.items()})
 
-    def give(self, params: Any, absent: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    def to_checkpoint(self, params: Any, absent: Iterable[str] = ()) -> dict[str, np.ndarray]:
         """A checkpoint's tensors from our parameters: `take` backwards."""
         flat = {"/".join(path): np.asarray(array, np.float32) for path, array in flatten_dict(params).items()}
         shapes = {path: array.shape for path, array in flat.items()}

@@ -11,19 +11,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from bothways.convert import check, files
+from bothways.convert.families import family_for, family_of
+from bothways.convert.layout import shapes_of
+from bothways.data.config import DataConfig
+from bothways.data.tokenizer import Tokenizer
 from safetensors.numpy import save_file
 
-from common import rundir
-from common.config import ObjectiveConfig, OptimizerConfig, TrainConfig
-from common.errors import InputError
-from common.recipe import Recipe
-from convert import check, files
-from convert.families import family_for, family_of
-from convert.layout import shapes_of
-from data.config import DataConfig
-from data.tokenizer import Tokenizer
+from bothways import rundir
+from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from bothways.errors import InputError
+from bothways.recipes import Recipe
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 SPARE_ROWS = 1024
 """Tables are made larger than a vocabulary to divide well, but not by more than this."""
 
@@ -57,7 +57,7 @@ def whole_directory(home: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def import_run(source: str, home: Path, corpus: str, say: Say) -> Converted:
+def import_run(source: str, home: Path, corpus: str, log: Log) -> Converted:
     """Read a published checkpoint into a new run directory.
 
     Args:
@@ -71,7 +71,7 @@ def import_run(source: str, home: Path, corpus: str, say: Say) -> Converted:
     with whole_directory(home) as partial:
         found = files.read(source)
         family = family_of(found.config)
-        tensors = family.plain(found.tensors, family.tied(found.config))
+        tensors = family.canonical_names(found.tensors, family.tied(found.config))
         model = family.config(found.config, tensors)
         model = dataclasses.replace(model, scan_layers=model.n_layers > 12)  # deep ones would compile for minutes
         _check_vocabulary(found.tokenizer, model.vocab_size, source)
@@ -88,12 +88,12 @@ def import_run(source: str, home: Path, corpus: str, say: Say) -> Converted:
             ),
             train=TrainConfig(),
         )
-        params = family.layout.take(tensors, shapes_of(rundir.param_shapes(recipe)), family.absent(model))
+        params = family.layout.from_checkpoint(tensors, shapes_of(rundir.param_shapes(recipe)), family.absent(model))
         difference = check.against_reference(recipe, params, found.tokenizer, found.path)
         save_params(partial, params)
         (partial / "recipe.json").write_text(recipe.to_json())
     if difference is None:
-        say(
+        log(
             "logits were not checked: there is no stored reference, and transformers and torch are not installed "
             "(nor accelerate, which transformers wants for GGUF)"
         )
@@ -119,7 +119,7 @@ def _check_vocabulary(tokenizer: Tokenizer, rows: int, source: str) -> None:
         )
 
 
-def export_run(home: Path, destination: Path, say: Say) -> Converted:
+def export_run(home: Path, destination: Path, log: Log) -> Converted:
     """Write a run as a Hugging Face directory: config.json, model.safetensors, tokenizer, reference logits.
 
     Raises:
@@ -127,23 +127,23 @@ def export_run(home: Path, destination: Path, say: Say) -> Converted:
         destination. Nothing is written then.
     """
     with whole_directory(destination) as partial:
-        run = rundir.load_run(home, say)
+        run = rundir.load_run(home, log)
         if run.task is not None:
             raise InputError(f"{home} is fine-tuned for {run.task.name}; export the run it came from")
         model, tokenizer = run.recipe.model.resolved(), run.tokenizer
         family = family_for(model, run.recipe.family, tokenizer.pad)
         params = jax.device_get(run.params)
-        tensors = family.layout.give(params, family.absent(model))
+        tensors = family.layout.to_checkpoint(params, family.absent(model))
         ids = {f"{role}_token_id": token for role, token in tokenizer.role_ids().items()}
         config = ids | family.config_json(model)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})
         tokenizer.save_in(partial)
-        tokens = check.fixed_tokens(tokenizer, model.context)
+        tokens = check.fixed_tokens(tokenizer, model.context_length)
         logits = check.our_logits(run.recipe, params, tokens)
         wanted = check.transformers_logits(partial, run.recipe, tokens)
         difference = None if wanted is None else check.difference(logits, wanted)
         save_file({"tokens": tokens, "logits": logits}, partial / files.REFERENCE)
     if difference is None:
-        say("transformers and torch are not installed: that they read the same logits was not checked")
+        log("transformers and torch are not installed: that they read the same logits was not checked")
     return Converted(str(destination), family.name, sum(t.size for t in tensors.values()), difference)

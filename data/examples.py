@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from bothways.data.rng import ExampleRng
+from bothways.data.tokenizer import Vocabulary
+from bothways.data.tokens import Rows, Tokens
 
-from common.errors import InputError
-from data.draws import Draws
-from data.tokenizer import Vocabulary
-from data.tokens import Rows, Tokens
+from bothways.errors import InputError
 
 Example = dict[str, np.ndarray]
 Span = tuple[np.ndarray, np.ndarray]
-ASKED = {"places": np.int32, "targets": np.int32, "weights": np.float32}
+ASKED = {"mask_positions": np.int32, "targets": np.int32, "weights": np.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Masking:
     """How masked language modelling hides tokens."""
 
     rate: float = 0.15
-    mask_share: float = 0.8
-    random_share: float = 0.1
+    mask_token_prob: float = 0.8
+    random_token_prob: float = 0.1
     whole_words: bool = False
 
     def slots(self, length: int) -> int:
@@ -36,10 +36,10 @@ def stacked(examples: list[Example]) -> Example:
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-def places_within(segments: np.ndarray) -> np.ndarray:
+def segment_positions(segments: np.ndarray) -> np.ndarray:
     """[..., T] position of every token inside its own segment.
 
-    >>> places_within(np.array([1, 1, 1, 2, 2, 0]))
+    >>> segment_positions(np.array([1, 1, 1, 2, 2, 0]))
     array([0, 1, 2, 0, 1, 0], dtype=int32)
     """
     index = np.arange(segments.shape[-1], dtype=np.int32)
@@ -49,12 +49,12 @@ def places_within(segments: np.ndarray) -> np.ndarray:
     return index - np.maximum.accumulate(first, axis=-1)
 
 
-def as_is(rows: Example, draws: Draws) -> Example:
+def as_is(rows: Example, draws: ExampleRng) -> Example:
     """For sources whose rows are what the model reads already."""
     return rows
 
 
-def causal(rows: Example, draws: Draws) -> Example:
+def causal(rows: Example, draws: ExampleRng) -> Example:
     """Next-token prediction: rows [n, T + 1] into inputs and targets [n, T].
 
     The last token of a document has no next one, and padding none either: their weight is 0.
@@ -64,13 +64,13 @@ def causal(rows: Example, draws: Draws) -> Example:
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "segments": segments[:, :-1],
-        "positions": places_within(segments[:, :-1]),
+        "positions": segment_positions(segments[:, :-1]),
         "weights": ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).astype(np.float32),
     }
 
 
 def hide(
-    tokens: np.ndarray, draws: Draws, vocabulary: Vocabulary, masking: Masking, slots: int
+    tokens: np.ndarray, draws: ExampleRng, vocabulary: Vocabulary, masking: Masking, slots: int
 ) -> tuple[np.ndarray, Example]:
     """Masked language modelling (arXiv 1810.04805, section 3.1, task 1).
 
@@ -82,7 +82,7 @@ def hide(
       slots: P, room for so many chosen tokens in a row; empty slots have weight 0.
 
     Returns:
-      the tokens with some hidden, and {"places", "targets", "weights"}, each [n, P].
+      the tokens with some hidden, and {"mask_positions", "targets", "weights"}, each [n, P].
     """
     text = ~vocabulary.special[tokens]
     count = text.sum(axis=1)
@@ -98,17 +98,17 @@ def hide(
     draw, other = draws.uniform(slots)[row, slot], draws.uniform(slots)[row, slot]
     original = tokens[row, place]
     random = vocabulary.ordinary[(other * len(vocabulary.ordinary)).astype(int)]
-    hidden, (mask_share, random_share) = tokens.copy(), (masking.mask_share, masking.random_share)
+    hidden, (mask_token_prob, random_token_prob) = tokens.copy(), (masking.mask_token_prob, masking.random_token_prob)
     hidden[row, place] = np.where(
-        draw < mask_share, vocabulary.mask, np.where(draw < mask_share + random_share, random, original)
+        draw < mask_token_prob, vocabulary.mask, np.where(draw < mask_token_prob + random_token_prob, random, original)
     )
     asked = {name: np.zeros((len(tokens), slots), t) for name, t in ASKED.items()}
-    for name, values in (("places", place), ("targets", original), ("weights", 1)):
+    for name, values in (("mask_positions", place), ("targets", original), ("weights", 1)):
         asked[name][row, slot] = values
     return hidden, asked
 
 
-def ranks(among: np.ndarray, draws: Draws) -> np.ndarray:
+def ranks(among: np.ndarray, draws: ExampleRng) -> np.ndarray:
     """[n, T] uint64, no two alike in a row, in random order; the largest of all where not `among`."""
     length = among.shape[1]
     own = np.uint64((1 << length.bit_length()) - 1)  # the low bits give way to the place
@@ -116,7 +116,7 @@ def ranks(among: np.ndarray, draws: Draws) -> np.ndarray:
 
 
 def whole_words(
-    tokens: np.ndarray, text: np.ndarray, wanted: np.ndarray, draws: Draws, vocabulary: Vocabulary
+    tokens: np.ndarray, text: np.ndarray, wanted: np.ndarray, draws: ExampleRng, vocabulary: Vocabulary
 ) -> np.ndarray:
     """[n, T] bool: whole words in random order until `wanted` [n] tokens are chosen; one that is too long is passed over.
 
@@ -140,7 +140,7 @@ def whole_words(
     return text & taken.reshape(-1)[np.where(text, at, 0)]
 
 
-def masked_row(rows: Example, draws: Draws, vocabulary: Vocabulary, masking: Masking, slots: int) -> Example:
+def masked_row(rows: Example, draws: ExampleRng, vocabulary: Vocabulary, masking: Masking, slots: int) -> Example:
     """Packed rows [n, T] of running text, without next sentences, as in RoBERTa: each opens with bos, some is hidden."""
     tokens, segments = rows["tokens"], rows["segments"]
     opened = tokens[:, :1] == vocabulary.bos
@@ -148,10 +148,10 @@ def masked_row(rows: Example, draws: Draws, vocabulary: Vocabulary, masking: Mas
     tokens = np.where(opened, tokens, np.concatenate([bos, tokens[:, :-1]], axis=1))
     segments = np.where(opened, segments, np.concatenate([segments[:, :1], segments[:, :-1]], axis=1))
     hidden, asked = hide(tokens, draws, vocabulary, masking, slots)
-    return {"tokens": hidden, "segments": segments, "positions": places_within(segments), **asked}
+    return {"tokens": hidden, "segments": segments, "positions": segment_positions(segments), **asked}
 
 
-def hybrid(rows: Example, draws: Draws, vocabulary: Vocabulary, masking: Masking, causal_share: float) -> Example:
+def hybrid(rows: Example, draws: ExampleRng, vocabulary: Vocabulary, masking: Masking, causal_share: float) -> Example:
     """Rows to be read forward, or, with `prefix` as long as the row, both ways (arXiv 2410.24159, section 2).
 
     Read both ways, hidden tokens are asked for one place before they stand: what the output at t says of token t + 1
@@ -163,7 +163,7 @@ def hybrid(rows: Example, draws: Draws, vocabulary: Vocabulary, masking: Masking
     hidden, asked = hide(forward["tokens"][:, 1:], draws, vocabulary, masking, masking.slots(length))
     row, slot = np.nonzero(asked["weights"])
     weights = np.zeros((n, length), np.float32)
-    weights[row, asked["places"][row, slot]] = 1 / masking.rate
+    weights[row, asked["mask_positions"][row, slot]] = 1 / masking.rate
     return forward | {
         "tokens": np.where(both, np.concatenate([forward["tokens"][:, :1], hidden], axis=1), forward["tokens"]),
         "weights": np.where(both, weights, forward["weights"]),
@@ -227,7 +227,7 @@ def drawn(flags: np.ndarray, draw: np.ndarray) -> np.ndarray:
 
 
 def sentence_pair(
-    rows: Example, draws: Draws, source: Pairs, masking: Masking, slots: int, short_share: float = 0.1
+    rows: Example, draws: ExampleRng, source: Pairs, masking: Masking, slots: int, short_share: float = 0.1
 ) -> Example:
     """[CLS] A [SEP] B [SEP] with some of it hidden; B follows A, or comes from another document, half of the time each.
 
@@ -294,7 +294,7 @@ def truncated(a: Span, b: Span, room: np.ndarray, coins: np.ndarray) -> tuple[Sp
 
 def masked_source(
     tokens: Tokens, length: int, vocabulary: Vocabulary, masking: Masking, *, pairs: bool, separate: bool, padded: bool
-) -> tuple[Any, Callable[[Example, Draws], Example]]:
+) -> tuple[Any, Callable[[Example, ExampleRng], Example]]:
     """Rows for masked language modelling and the function that hides some of them: sentence pairs, or running text.
 
     Raises:

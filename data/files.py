@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import InputError
+from bothways.errors import InputError
 
 SETTLED = 2_000_000_000
 """Nanoseconds after which a second change of a file cannot bear the same time as the first."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from common.errors import InputError
+from bothways.errors import InputError
 
 POSITIVE = {
     "equivalent": "equivalent",

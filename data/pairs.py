@@ -1,12 +1,12 @@
 """Rows for an encoder-decoder: pairs packed into rows of sources and targets, and text with spans to be restored."""
 
 import numpy as np
+from bothways.data.examples import Example, segment_positions, stacked
+from bothways.data.rng import ExampleRng
+from bothways.data.tokenizer import Vocabulary
+from bothways.data.tokens import Rows, Tokens
 
-from common.errors import InputError
-from data.draws import Draws
-from data.examples import Example, places_within, stacked
-from data.tokenizer import Vocabulary
-from data.tokens import Rows, Tokens
+from bothways.errors import InputError
 
 OPEN_ROWS = 64
 """Rows that still take pairs while others are being packed."""
@@ -54,8 +54,8 @@ class PackedPairs:
         fitting = np.flatnonzero((lengths <= length).all(axis=1))
         if not len(fitting):
             raise InputError(
-                f"each of the {len(lengths)} pairs has a side of more than model.context={length} tokens; "
-                f"the shortest needs --model.context {lengths.max(axis=1).min()}"
+                f"each of the {len(lengths)} pairs has a side of more than model.context_length={length} tokens; "
+                f"the shortest needs --model.context-length {lengths.max(axis=1).min()}"
             )
         self.order, self.first = self._plan(lengths[fitting], length)
         self.order = fitting[self.order]
@@ -112,11 +112,11 @@ def packed(sources: list[np.ndarray], targets: list[np.ndarray], room: int, targ
     return {
         "source": source,
         "source_segments": source_segments,
-        "source_positions": places_within(source_segments),
+        "source_positions": segment_positions(source_segments),
         "tokens": tokens,
         "targets": filled([t[1:] for t in targets], target_room)[0],
         "segments": segments,
-        "positions": places_within(segments),
+        "positions": segment_positions(segments),
         "weights": (segments > 0).astype(np.float32),
     }
 
@@ -161,7 +161,7 @@ def parts(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
 
-def corrupted(rows: Example, draws: Draws, source: Spans) -> Example:
+def corrupted(rows: Example, draws: ExampleRng, source: Spans) -> Example:
     """Rows of text with spans hidden."""
     texts = [tokens[segments > 0] for tokens, segments in zip(rows["tokens"], rows["segments"], strict=True)]
     return stacked([with_spans_hidden(text, rng, source) for text, rng in zip(texts, draws.generators(), strict=True)])

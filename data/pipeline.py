@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
+from bothways.data.examples import Example, stacked
+from bothways.data.rng import ExampleRng, epoch_permutation
 
-from data.draws import Draws, shuffled
-from data.examples import Example, stacked
-
-ExampleFn = Callable[[Example, Draws], Example]
+ExampleFn = Callable[[Example, ExampleRng], Example]
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Rows by their index, many at once."""
 
     def __len__(self) -> int: ...
@@ -34,7 +33,7 @@ class Stacked:
 
 
 def training_batches(
-    rows: Source,
+    rows: RowSource,
     example: ExampleFn,
     *,
     batch_size: int,
@@ -44,7 +43,7 @@ def training_batches(
 ) -> Iterator[Example]:
     """This host's part of every global batch, for ever.
 
-    All rows are shuffled anew in each epoch. Row k of a global batch is example position + k of the run; it is the
+    All rows are epoch_permutation anew in each epoch. Row k of a global batch is example position + k of the run; it is the
     same for any number of hosts and any batch size, and what is drawn for it depends on (seed, position + k) alone.
 
     Args:
@@ -60,12 +59,12 @@ def training_batches(
     mine = np.arange(batch_size) if mine is None else mine
     while True:
         numbers = position + mine
-        yield example(rows[shuffled(numbers, len(rows), seed)], Draws(seed, numbers))
+        yield example(rows[epoch_permutation(numbers, len(rows), seed)], ExampleRng(seed, numbers))
         position += batch_size
 
 
 def evaluation_batches(
-    rows: Source, example: ExampleFn, *, batch_size: int, seed: int, mine: np.ndarray | None = None, limit: int = 0
+    rows: RowSource, example: ExampleFn, *, batch_size: int, seed: int, mine: np.ndarray | None = None, limit: int = 0
 ) -> Iterator[Example]:
     """Every row once, in order, with the same randomness each time; the last batch is filled with empty examples.
 
@@ -79,5 +78,5 @@ def evaluation_batches(
     for begin in range(0, count, batch_size):
         places = begin + mine
         indices = chosen[np.minimum(places, count - 1)]
-        made = example(rows[indices], Draws(seed, indices))
+        made = example(rows[indices], ExampleRng(seed, indices))
         yield {name: np.where((places < count).reshape(-1, *[1] * (x.ndim - 1)), x, 0) for name, x in made.items()}

@@ -4,7 +4,7 @@ import importlib.metadata
 import re
 from collections.abc import Iterator
 
-from common.errors import InputError
+from bothways.errors import InputError
 
 # One play of each genre is held out whole, so that held-out text has speakers and plots never seen in training,
 # and a genre classifier can be tested on all six genres.

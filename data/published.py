@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from bothways.data.tokenizer import MASK, Tokenizer
 
-from common.errors import InputError
-from data.tokenizer import MASK, Tokenizer
+from bothways.errors import InputError
 
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
 KNOWN = {  # how the roles are called where a checkpoint does not say

@@ -3,11 +3,11 @@
 from typing import Any
 
 import numpy as np
+from bothways.data.pipeline import Stacked
+from bothways.data.tasks import Item, Task
+from bothways.data.tokenizer import Tokenizer
 
-from common.errors import InputError
-from data.pipeline import Stacked
-from data.tasks import Item, Task
-from data.tokenizer import Tokenizer
+from bothways.errors import InputError
 
 Example = dict[str, np.ndarray]
 

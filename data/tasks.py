@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
-from data import files, plays
-from data.corpora import quiet_tfds, unavailable
+from bothways.data import files, plays
+from bothways.data.corpora import quiet_tfds, unavailable
+
+from bothways.errors import InputError
 
 Item = dict[str, Any]
 
@@ -219,7 +220,9 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
     metrics = {"classify": ("accuracy", "macro_f1"), "regress": ("pearson", "spearman"), "tag": ("entity_f1", "accuracy")}
     metrics |= {"span": ("span_f1", "exact_match"), "choice": ("accuracy",)}
     labels = seen_labels(splits["train"]) if kind in ("classify", "tag") else ()
-    if kind == "tag" and not any(name.startswith(("B-", "I-")) for name in labels):  # no entities, such as parts of speech
+    if kind == "tag" and not any(
+        name.startswith(("B-", "I-")) for name in labels
+    ):  # no entities, such as parts of speech
         metrics["tag"] = ("accuracy", "macro_f1")
     name = Path(pattern).stem if Path(pattern).exists() else files.matching(pattern)[0].parent.name
     return checked(Task(name, kind, splits, labels, metrics[kind]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
-from common.errors import InputError
+from bothways.errors import InputError
 
 PAD, UNK, BOS, EOS, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 TRAINING_BYTES = 50_000_000
@@ -124,7 +124,7 @@ class Tokenizer(abc.ABC):
         if path.is_dir():
             path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "tokenizer.model")
         if path.suffix == ".json":
-            from data.published import PublishedTokenizer
+            from bothways.data.published import PublishedTokenizer
 
             return PublishedTokenizer.read(path)
         return SentencePieceTokenizer.read(path)

@@ -9,13 +9,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from bothways.data import tokenizer as tokenizers
+from bothways.data.config import DataConfig
+from bothways.data.corpora import Corpus
+from bothways.data.tokenizer import Tokenizer
 from etils import epath
 
-from common.errors import InputError
-from data import tokenizer as tokenizers
-from data.config import DataConfig
-from data.corpora import Corpus
-from data.tokenizer import Tokenizer
+from bothways.errors import InputError
 
 BATCH = 256
 """Documents tokenised at once; even, so that no pair is torn."""
@@ -55,7 +55,9 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
     Raises:
       InputError: the split holds no text.
     """
-    key = hashlib.sha256(f"{1 + corpus.paired} {corpus.fingerprint} {tokenizer.fingerprint} {split}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        f"{1 + corpus.paired} {corpus.fingerprint} {tokenizer.fingerprint} {split}".encode()
+    ).hexdigest()[:16]
     home = Path(cache).expanduser() / "tokens" / f"{corpus.name.replace('/', '-')}-{split}-{key}"
     if not (home / "meta.json").exists():
         home.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,9 @@ def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None
             nonlocal position, size
             encoded = tokenizer.encode_many(texts)
             for i, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-                if ids and (not corpus.paired or encoded[i ^ 1]):  # without tokens it falls out, and the other of its pair
+                if ids and (
+                    not corpus.paired or encoded[i ^ 1]
+                ):  # without tokens it falls out, and the other of its pair
                     starts.append(position)
                     position += len(ids) + 2
                     size += len(text.encode())
@@ -115,8 +119,8 @@ class Rows:
         self.count = -(-(len(tokens.ids) - 1) // length) if padded else whole
         if self.count < 1:
             raise InputError(
-                f"the text has {len(tokens.ids)} tokens, less than one row of model.context={length}; "
-                "give more text or set a smaller --model.context"
+                f"the text has {len(tokens.ids)} tokens, less than one row of model.context_length={length}; "
+                "give more text or set a smaller --model.context_length"
             )
 
     def __len__(self) -> int:

@@ -6,9 +6,10 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-from common.errors import InputError
-from launch.job import GPUs, Job, host_script
-from train.chips import Topology
+from bothways.launch.job import GPUs, Job, host_script
+
+from bothways.chips import Topology
+from bothways.errors import InputError
 
 # Cloud TPU's images (docs.cloud.google.com/tpu/docs/runtimes).
 RUNTIMES = {
@@ -138,9 +139,7 @@ def gke(job: Job) -> Launch:
             "network": {"enableDNSHostnames": True},
             "failurePolicy": {
                 "maxRestarts": 100,
-                "rules": [
-                    {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-                ],
+                "rules": [{"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
             },
             "replicatedJobs": [replicated],
         },

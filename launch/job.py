@@ -9,9 +9,9 @@ import shlex
 import tarfile
 from pathlib import Path
 
-from common.errors import InputError
-from common.recipe import Recipe
-from train.chips import Topology
+from bothways.chips import Topology
+from bothways.errors import InputError
+from bothways.recipes import Recipe
 
 ROOT = Path(__file__).parent.parent
 RETRIES = 20
@@ -149,7 +149,7 @@ def host_script(job: Job, extra: str, *, fetch: bool = True) -> str:
         f"  uv pip install --quiet --python env-{job.code_name}/bin/python "
         f'"bothways[{extra}] @ file://$PWD/{job.code_name}" gcsfs || exit 1',
         f"  touch env-{job.code_name}/ready",
-        "fi" if fetch else "fi\n[ -n \"${ONLY_ENVIRONMENT:-}\" ] && exit 0",
+        "fi" if fetch else 'fi\n[ -n "${ONLY_ENVIRONMENT:-}" ] && exit 0',
         "tries=0 code=1",
         f"while [ $tries -lt {RETRIES} ]; do",
         f"  env-{job.code_name}/bin/bothways train recipe.json --workdir {q(job.workdir)} &",

@@ -5,12 +5,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from common.errors import InputError
-from common.recipe import Recipe
-from data.files import looks_like_files
-from launch.engines import ENGINES, Launch
-from launch.job import GPUs, Job, check_bucket, code_archive, job_name
-from train.chips import Topology
+from bothways.data.files import looks_like_files
+from bothways.launch.engines import ENGINES, Launch
+from bothways.launch.job import GPUs, Job, check_bucket, code_archive, job_name
+
+from bothways.chips import Topology
+from bothways.errors import InputError
+from bothways.recipes import Recipe
 
 WHERE = {
     "gcloud": "https://cloud.google.com/sdk/docs/install, then `gcloud auth login`",
@@ -97,7 +98,9 @@ def start(on: str, job: Job, launch: Launch, folder: Path, *, dry_run: bool) -> 
         for command in launch.commands:
             code = subprocess.run(["bash", "-c", command], cwd=folder).returncode
             if code:
-                raise InputError(f"`{command}` ended with {code} in {folder}; put right what it says and run launch again")
+                raise InputError(
+                    f"`{command}` ended with {code} in {folder}; put right what it says and run launch again"
+                )
     known = {"recipe.json": job.recipe.to_json(), **launch.files}
     topology = job.topology.name
     return Launched(

@@ -5,14 +5,13 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from bothways.model.axes import constrain_activation, platform
+from bothways.model.cache import LayerCache
+from bothways.model.config import TransformerConfig
+from bothways.model.kernels import KERNELS, LANES, choose, is_sequence_sharded, positions_match_order
+from bothways.model.layers import Norm, Projection, rotate
+from bothways.model.mask import Mask
 from jaxtyping import Float, Int
-
-from model.axes import constrain_activation, platform
-from model.cache import LayerCache
-from model.config import TransformerConfig
-from model.kernels import KERNELS, LANES, by_places, choose, spread_places
-from model.layers import Norm, Projection, rotate
-from model.mask import Mask
 
 BLOCKS = 4
 """Of queries. More leave out more keys, and take longer to compile."""
@@ -38,14 +37,14 @@ def attend(
     if chosen != "xla":
         return KERNELS[chosen](q, k, v, mask)
     T = q.shape[1]
-    if T < LONG or not (mask.causal or mask.window) or not by_places(mask) or spread_places(q):
+    if T < LONG or not (mask.causal or mask.window) or not positions_match_order(mask) or is_sequence_sharded(q):
         return attend_whole(q, k, v, mask, dropout)
     tile = 1 if platform() == "cpu" else LANES
     size, found = -(-T // (BLOCKS * tile)) * tile, []
     for begin in range(0, T, size):
         queries = slice(begin, min(begin + size, T))
-        keys = mask.seen_by(queries)
-        found.append(attend_whole(q[:, queries], k[:, keys], v[:, keys], mask.part(queries, keys), dropout))
+        keys = mask.visible_key_range(queries)
+        found.append(attend_whole(q[:, queries], k[:, keys], v[:, keys], mask.slice(queries, keys), dropout))
     return jnp.concatenate(found, axis=1)
 
 
@@ -61,27 +60,27 @@ def attend_whole(
     """
     B, T, H, K = q.shape
     G = k.shape[2]
-    spread = spread_places(q)
+    spread = is_sequence_sharded(q)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * K**-0.5, k, v))  # heads before places
     # The heads of a group are one long row of queries, unless their places are spread: then k and v are repeated.
     if spread and G < H:
         k, v, G = jnp.repeat(k, H // G, axis=1), jnp.repeat(v, H // G, axis=1), H
     scores = jnp.einsum("bgnk,bgsk->bgns", q.reshape(B, G, H // G * T, K), k, preferred_element_type=jnp.float32)
     scores = scores.reshape(B, H, T, -1)
-    scores = jnp.where(mask.dense()[:, None], scores, -1e30)
+    scores = jnp.where(mask.materialize()[:, None], scores, -1e30)
     probabilities = jax.nn.softmax(scores, axis=-1)
     probabilities = (dropout(probabilities) if dropout else probabilities).astype(v.dtype).reshape(B, G, H // G * T, -1)
     y = jnp.einsum("bgns,bgsk->bgnk", probabilities, v)
     return y.reshape(B, H, T, -1).transpose(0, 2, 1, 3)
 
 
-def side_by_side(params: dict) -> dict:
+def fuse_qkv(params: dict) -> dict:
     """Self-attention's parameters with query, key and value in one projection, [D, H K + G K + G W]: a step of few rows
     takes one product of that width in less time than three."""
     parts = [params[name] for name in ("query", "key", "value")]
     columns = [jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1), part) for part in parts]
     rest = {name: inner for name, inner in params.items() if name not in ("query", "key", "value")}
-    return rest | {"joined": jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *columns)}
+    return rest | {"qkv": jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *columns)}
 
 
 class Attention(nn.Module):
@@ -107,7 +106,7 @@ class Attention(nn.Module):
         self.key = Projection(cfg, (cfg.n_kv_heads, cfg.d_head))
         self.value = Projection(cfg, (cfg.n_kv_heads, cfg.d_value))
         self.widths = (cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_value)
-        self.joined = Projection(cfg, (sum(self.widths),))  # of parameters that `side_by_side` made
+        self.qkv = Projection(cfg, (sum(self.widths),))  # of parameters that `fuse_qkv` made
         if cfg.qk_norm:
             self.query_norm, self.key_norm = Norm(cfg, rms=True), Norm(cfg, rms=True)
         self.dropout = nn.Dropout(cfg.dropout_attention)
@@ -134,9 +133,11 @@ class Attention(nn.Module):
         rotary_base: float | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], LayerCache | None]:
         cfg = self.cfg
-        if self.has_variable("params", "joined"):
-            parts = jax.lax.split(self.joined(x), self.widths, axis=-1)
-            q, k, v = (y.reshape(*y.shape[:-1], -1, n) for y, n in zip(parts, (cfg.d_head, cfg.d_head, cfg.d_value), strict=True))
+        if self.has_variable("params", "qkv"):
+            parts = jax.lax.split(self.qkv(x), self.widths, axis=-1)
+            q, k, v = (
+                y.reshape(*y.shape[:-1], -1, n) for y, n in zip(parts, (cfg.d_head, cfg.d_head, cfg.d_value), strict=True)
+            )
             k = self.keyed(k)
         else:
             q = self.query(x)
@@ -144,7 +145,7 @@ class Attention(nn.Module):
             k, v = memory.read() if remembered else self.keys_values(x if memory is None else memory)
         if cfg.qk_norm:
             q = self.query_norm(q)
-        if cfg.positions == "rotary" and memory is None:
+        if cfg.position_embedding == "rotary" and memory is None:
             base = rotary_base or cfg.rotary_base
             q, k = (rotate(x, positions, base, cfg.rotary_scaling) for x in (q, k))
         q = constrain_activation(q, "batch", "length", "heads", "head")

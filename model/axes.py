@@ -60,8 +60,8 @@ def logical_axes(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # (shape, logical axes) -> where an activation of this shape lies
-Place = Callable[[tuple[int, ...], tuple[str | None, ...]], NamedSharding]
-_place: contextvars.ContextVar[Place | None] = contextvars.ContextVar("place", default=None)
+ShardingFn = Callable[[tuple[int, ...], tuple[str | None, ...]], NamedSharding]
+_place: contextvars.ContextVar[ShardingFn | None] = contextvars.ContextVar("place", default=None)
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
@@ -74,8 +74,8 @@ def _set(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
         variable.reset(token)
 
 
-def activations_placed_by(place: Place) -> contextlib.AbstractContextManager[None]:
-    """While tracing inside, `constrain_activation` and `placement` ask this. Outside they do nothing."""
+def activation_shardings(place: ShardingFn) -> contextlib.AbstractContextManager[None]:
+    """While tracing inside, `constrain_activation` and `activation_sharding` ask this. Outside they do nothing."""
     return _set(_place, place)
 
 
@@ -84,7 +84,7 @@ def traced_for(platform: str) -> contextlib.AbstractContextManager[None]:
     return _set(_platform, platform)
 
 
-def placement(shape: tuple[int, ...], *axes: str | None) -> NamedSharding | None:
+def activation_sharding(shape: tuple[int, ...], *axes: str | None) -> NamedSharding | None:
     """Where an activation with these logical axes lies; None where nothing is spread."""
     place = _place.get()
     return place(shape, axes) if place else None
@@ -92,17 +92,17 @@ def placement(shape: tuple[int, ...], *axes: str | None) -> NamedSharding | None
 
 def devices_in_use() -> int:
     """How many devices share the computation that is being traced, which need not be those of this process."""
-    placed = placement(())
+    placed = activation_sharding(())
     return placed.mesh.size if placed else jax.device_count()
 
 
 def platform() -> str:
     """Where the computation that is being traced will run: cpu, gpu or tpu."""
-    placed = placement(())
+    placed = activation_sharding(())
     return placed.mesh.devices.flat[0].platform if placed else _platform.get() or jax.default_backend()
 
 
 def constrain_activation(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell whoever shards the computation which logical axes x has."""
-    sharding = placement(x.shape, *axes)
+    sharding = activation_sharding(x.shape, *axes)
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

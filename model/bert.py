@@ -3,11 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from bothways.model.config import TransformerConfig
+from bothways.model.encoder import Encoder
+from bothways.model.heads import LMHead, MLMTransform, NextSentence, logits_of, mask_padded_vocab
 from jaxtyping import Float, Int
-
-from model.config import TransformerConfig
-from model.encoder import Encoder
-from model.heads import LMHead, MLMTransform, NextSentence, filling_hidden, logits_of
 
 
 class BERT(nn.Module):
@@ -52,7 +51,7 @@ class BERT(nn.Module):
     def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"]]:
         """The output layer: a vector and a bias per token."""
         table = self.encoder.token_table() if self.cfg.tie_embeddings else self.lm_head.embedding
-        return table, filling_hidden(self.cfg, self.mlm.bias)
+        return table, mask_padded_vocab(self.cfg, self.mlm.bias)
 
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
         return logits_of(self.transform(features), *self.unembedding())

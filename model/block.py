@@ -5,14 +5,13 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from bothways.model.attention import Attention
+from bothways.model.axes import constrain_activation
+from bothways.model.cache import LayerCache
+from bothways.model.config import TransformerConfig
+from bothways.model.layers import Norm, Projection
+from bothways.model.mask import Mask
 from jaxtyping import Float, Int
-
-from model.attention import Attention
-from model.axes import constrain_activation
-from model.cache import LayerCache
-from model.config import TransformerConfig
-from model.layers import Norm, Projection
-from model.mask import Mask
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -60,9 +59,9 @@ class Block(nn.Module):
         memory_mask: Mask | None = None,
         deterministic: bool = True,
         rotary_base: float | None = None,
-        bare: jax.Array | bool = False,
+        skip_norm: jax.Array | bool = False,
     ) -> tuple[Float[jax.Array, "B T D"], LayerCache | None]:
-        """`bare`: attention reads x as it is, without the norm before it; may be traced."""
+        """`skip_norm`: attention reads x as it is, without the norm before it; may be traced."""
         cfg = self.cfg
         dropout = nn.Dropout(cfg.dropout_residual, deterministic=deterministic)
 
@@ -71,7 +70,7 @@ class Block(nn.Module):
             if cfg.norm_position == "pre":
                 normed = norm(x)
                 if name == "attention" and not cfg.first_norm:
-                    normed = jnp.where(bare, x, normed)
+                    normed = jnp.where(skip_norm, x, normed)
                 y = x + dropout(sublayer(normed))
             else:
                 y = norm(x + dropout(sublayer(x)))
@@ -85,7 +84,7 @@ class Block(nn.Module):
 
         def cross_attention(y: jax.Array) -> jax.Array:
             attention = Attention(cfg, name="cross")
-            seen = memory if cache is None else cache.memory
+            seen = memory if cache is None else cache.cross_kv
             return attention(y, memory_mask, positions, memory=seen, deterministic=deterministic)[0]
 
         x = residual(x, "attention", self_attention)

@@ -3,9 +3,8 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+from bothways.model.config import TransformerConfig
 from jaxtyping import Float, Int
-
-from model.config import TransformerConfig
 
 
 @flax.struct.dataclass
@@ -14,7 +13,7 @@ class LayerCache:
 
     k: Float[jax.Array, "B G S K"]
     v: Float[jax.Array, "B G S W"]
-    memory: "LayerCache | None" = None
+    cross_kv: "LayerCache | None" = None
     """Of a decoder under an encoder: the keys and values of what the encoder said."""
 
     def write(
@@ -45,7 +44,7 @@ class Cache:
 
     layers: tuple[LayerCache, ...]
     length: Int[jax.Array, " B"]
-    memory_segments: Int[jax.Array, "B S"] | None = None
+    cross_segments: Int[jax.Array, "B S"] | None = None
     """Of a decoder under an encoder: 1 where the source is, 0 where it is padded."""
 
     @classmethod
@@ -63,13 +62,13 @@ class Cache:
     def size(self) -> int:
         return self.layers[0].k.shape[2]
 
-    def take(self, rows: Int[jax.Array, " N"], *, memory: bool = True) -> "Cache":
+    def gather_rows(self, rows: Int[jax.Array, " N"], *, cross: bool = True) -> "Cache":
         """The rows at these indices: how a beam search follows its survivors.
 
         Args:
-          memory: False leaves what is known of the sources where it is: the survivors share it with the dead.
+          cross: False leaves what is known of the sources where it is: the survivors share it with the dead.
         """
-        if memory:
+        if cross:
             return jax.tree.map(lambda x: x[rows], self)
         layers = tuple(layer.replace(k=layer.k[rows], v=layer.v[rows]) for layer in self.layers)
         return self.replace(layers=layers, length=self.length[rows])

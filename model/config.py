@@ -19,15 +19,17 @@ class RotaryScaling:
     """A pair that turns fewer times than this within the original context is stretched (llama3, yarn)."""
     high: float = 4.0
     """One that turns more often than this is left as it is; in between, a mix of both."""
-    amplitude: float = 0.0
+    attention_factor: float = 0.0
     """yarn's factor on queries and keys. 0: 0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4)."""
 
     def problems(self) -> list[str]:
         """What is wrong with it; empty if nothing is."""
         where, ramp = "model.rotary_scaling", self.kind in ("llama3", "yarn")
         found = []
-        if self.factor < 1 or self.amplitude < 0:
-            found.append(f"{where}.factor={self.factor} must be at least 1, and amplitude={self.amplitude} not negative")
+        if self.factor < 1 or self.attention_factor < 0:
+            found.append(
+                f"{where}.factor={self.factor} must be at least 1, and attention_factor={self.attention_factor} not negative"
+            )
         if ramp and (self.original_context < 1 or not 0 < self.low < self.high):
             found.append(
                 f"{where}: {self.kind} wants original_context={self.original_context} above 0, "
@@ -46,10 +48,10 @@ class TransformerConfig:
 
     vocab_size: int = 0
     """V. 0: as large as the tokenizer's vocabulary."""
-    vocab_multiple: int = 1
+    pad_vocab_to_multiple_of: int = 1
     """Rows of token tables are filled up to a multiple of this, so that they divide among devices. A filling row
     stands for no token: its score is -1e30, and it counts as a parameter."""
-    context: int = 1024
+    context_length: int = 1024
     """Longest row of tokens, and the number of learned positions."""
     n_layers: int = 12
     d_model: int = 768
@@ -63,7 +65,7 @@ class TransformerConfig:
     d_ff: int = 0
     """F, the width inside the MLP. 0: 4 d_model."""
 
-    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    position_embedding: Literal["learned", "sinusoidal", "rotary"] = "learned"
     rotary_base: float = 10_000.0
     rotary_base_local: float = 0.0
     """Base in local layers. 0: rotary_base."""
@@ -78,8 +80,8 @@ class TransformerConfig:
     """RMS norm of queries and keys over the head width (arXiv 2302.05442, section 2)."""
     window: int = 0
     """Reach of local attention: a query sees keys fewer than `window` places away. 0: no local layers."""
-    layer_pattern: tuple[Literal["dense", "local"], ...] = ("dense",)
-    """Repeated over the layers: GPT-3 alternates ("dense", "local")."""
+    layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)
+    """Repeated over the layers: GPT-3 alternates ("global", "local")."""
 
     segment_types: int = 0
     """Kinds of segment with an embedding of their own; BERT has 2."""
@@ -143,7 +145,7 @@ class TransformerConfig:
     @property
     def table_rows(self) -> int:
         """V, filled up."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+        return -(-self.vocab_size // self.pad_vocab_to_multiple_of) * self.pad_vocab_to_multiple_of
 
     @property
     def pooled(self) -> bool:
@@ -170,8 +172,8 @@ class TransformerConfig:
             if not ok:
                 found.append(message)
 
-        want(self.context != 1, "model.context is 1; a token needs another to predict or be predicted from")
-        for name in ("context", "n_layers", "d_model", "n_heads", "vocab_multiple"):
+        want(self.context_length != 1, "model.context_length is 1; a token needs another to predict or be predicted from")
+        for name in ("context_length", "n_layers", "d_model", "n_heads", "pad_vocab_to_multiple_of"):
             want(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("vocab_size", "n_kv_heads", "d_head", "d_value", "d_ff", "window", "segment_types"):
             want(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it cannot be negative")
@@ -190,14 +192,14 @@ class TransformerConfig:
             f"model.n_heads={self.n_heads} is not divisible by model.n_kv_heads={full.n_kv_heads}",
         )
         want(
-            self.positions != "rotary" or full.d_head % 2 == 0,
+            self.position_embedding != "rotary" or full.d_head % 2 == 0,
             f"rotary positions turn pairs of features: the head width must be even, not {full.d_head}",
         )
         want(
-            self.positions != "sinusoidal" or self.d_model % 2 == 0,
+            self.position_embedding != "sinusoidal" or self.d_model % 2 == 0,
             f"sinusoidal positions pair sine and cosine: model.d_model must be even, not {self.d_model}",
         )
-        want(len(self.layer_pattern) > 0, "model.layer_pattern is empty; say at least 'dense'")
+        want(len(self.layer_pattern) > 0, "model.layer_pattern is empty; say at least 'global'")
         want(
             ("local" in self.layer_pattern) == (self.window > 0),
             f"model.window={self.window} and model.layer_pattern={self.layer_pattern} disagree: "

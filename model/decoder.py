@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from bothways.model.cache import Cache
+from bothways.model.mask import Mask
+from bothways.model.transformer import Transformer, position_ids
 from jaxtyping import Float, Int
-
-from model.cache import Cache
-from model.mask import Mask
-from model.transformer import Transformer, places
 
 
 class Decoder(Transformer):
@@ -17,7 +16,7 @@ class Decoder(Transformer):
     prefix: [B], how many first tokens of each row see each other both ways; None: none (arXiv 1910.10683, 3.2.1).
     cache: the past; None in training.
     memory: [B, S, D], an encoder's output, for the cross-attention of training; a cache brings what it was made into.
-    memory_segments: [B, S], segments of the memory: a token looks at the source of its own segment; 0 is padding.
+    cross_segments: [B, S], segments of the memory: a token looks at the source of its own segment; 0 is padding.
 
     Returns:
       features [B, T, D], and the cache with T more tokens or None.
@@ -31,20 +30,20 @@ class Decoder(Transformer):
         prefix: Int[jax.Array, " B"] | None = None,
         cache: Cache | None = None,
         memory: Float[jax.Array, "B S D"] | None = None,
-        memory_segments: Int[jax.Array, "B S"] | None = None,
+        cross_segments: Int[jax.Array, "B S"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
         if cache is None:
-            positions = places(tokens) if positions is None else positions
+            positions = position_ids(tokens) if positions is None else positions
             mask = Mask.self_attention(positions, causal=True, segments=segments, prefix=prefix)
         else:
-            positions = cache.length[:, None] + places(tokens) if positions is None else positions
+            positions = cache.length[:, None] + position_ids(tokens) if positions is None else positions
             mask = Mask.cached(positions, cache.size, prefix)
-        if self.cfg.positions == "learned":
-            positions = jnp.minimum(positions, self.cfg.context - 1)  # a padded prompt may reach past the table
+        if self.cfg.position_embedding == "learned":
+            positions = jnp.minimum(positions, self.cfg.context_length - 1)  # a padded prompt may reach past the table
         memory_mask = None
         if self.cross:
-            memory_segments = memory_segments if cache is None else cache.memory_segments
-            memory_mask = Mask.cross(jnp.ones_like(tokens) if segments is None else segments, memory_segments)
+            cross_segments = cross_segments if cache is None else cache.cross_segments
+            memory_mask = Mask.cross(jnp.ones_like(tokens) if segments is None else segments, cross_segments)
         seen = {"cache": cache, "memory": memory, "memory_mask": memory_mask}
         return self.read(tokens, mask, positions, **seen, deterministic=deterministic)

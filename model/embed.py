@@ -3,11 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from bothways.model.axes import constrain_activation
+from bothways.model.config import TransformerConfig
+from bothways.model.layers import Norm, sinusoid
 from jaxtyping import Float, Int
-
-from model.axes import constrain_activation
-from model.config import TransformerConfig
-from model.layers import Norm, sinusoid
 
 
 class Table(nn.Module):
@@ -33,8 +32,8 @@ class Embedding(nn.Module):
     def setup(self):
         cfg = self.cfg
         self.token = Table(cfg, cfg.table_rows)
-        if cfg.positions == "learned":
-            self.position = Table(cfg, cfg.context)
+        if cfg.position_embedding == "learned":
+            self.position = Table(cfg, cfg.context_length)
         if cfg.segment_types:
             self.segment = Table(cfg, cfg.segment_types)
         if cfg.embed_norm:
@@ -52,9 +51,9 @@ class Embedding(nn.Module):
         x = self.token(tokens)
         if cfg.embed_scale:
             x = x * jnp.asarray(cfg.d_model**0.5, x.dtype)
-        if cfg.positions == "learned":
+        if cfg.position_embedding == "learned":
             x = x + self.position(positions)
-        elif cfg.positions == "sinusoidal":
+        elif cfg.position_embedding == "sinusoidal":
             x = x + sinusoid(positions, cfg.d_model).astype(x.dtype)
         if cfg.segment_types:
             x = x + self.segment(jnp.zeros_like(tokens) if types is None else types)

@@ -1,10 +1,9 @@
 """The bidirectional reading of the stack: every token sees every token of its segment."""
 
 import jax
+from bothways.model.mask import Mask
+from bothways.model.transformer import Transformer, position_ids
 from jaxtyping import Float, Int
-
-from model.mask import Mask
-from model.transformer import Transformer, places
 
 
 class Encoder(Transformer):
@@ -26,6 +25,6 @@ class Encoder(Transformer):
         types: Int[jax.Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> Float[jax.Array, "B T D"]:
-        positions = places(tokens) if positions is None else positions
+        positions = position_ids(tokens) if positions is None else positions
         mask = Mask.self_attention(positions, causal=False, segments=segments)
         return self.read(tokens, mask, positions, types=types, deterministic=deterministic)[0]

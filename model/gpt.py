@@ -3,12 +3,11 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from bothways.model.cache import Cache
+from bothways.model.config import TransformerConfig
+from bothways.model.decoder import Decoder
+from bothways.model.heads import LMHead, logits_of, mask_padded_vocab
 from jaxtyping import Float, Int
-
-from model.cache import Cache
-from model.config import TransformerConfig
-from model.decoder import Decoder
-from model.heads import LMHead, filling_hidden, logits_of
 
 
 class GPT(nn.Module):
@@ -42,7 +41,7 @@ class GPT(nn.Module):
     def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"] | None]:
         """The output layer: a vector per token; no bias but the one that hides what fills up the table."""
         table = self.decoder.token_table() if self.cfg.tie_embeddings else self.lm_head.embedding
-        return table, filling_hidden(self.cfg, None)
+        return table, mask_padded_vocab(self.cfg, None)
 
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
         return logits_of(features, *self.unembedding())

@@ -3,11 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from bothways.model.block import ACTIVATIONS
+from bothways.model.config import TransformerConfig
+from bothways.model.layers import Norm, Projection, table_product
 from jaxtyping import Float
-
-from model.block import ACTIVATIONS
-from model.config import TransformerConfig
-from model.layers import Norm, Projection, table_product
 
 
 class LMHead(nn.Module):
@@ -51,8 +50,8 @@ class NextSentence(nn.Module):
         return self.classes(self.pool(features)) if self.cfg.next_sentence else self.pool(features)
 
 
-def filling_hidden(cfg: TransformerConfig, bias: Float[jax.Array, " V"] | None) -> Float[jax.Array, " V"] | None:
-    """The output bias with the rows that stand for no token made impossible (TransformerConfig.vocab_multiple)."""
+def mask_padded_vocab(cfg: TransformerConfig, bias: Float[jax.Array, " V"] | None) -> Float[jax.Array, " V"] | None:
+    """The output bias with the rows that stand for no token made impossible (TransformerConfig.pad_vocab_to_multiple_of)."""
     if cfg.table_rows == cfg.vocab_size:
         return bias
     real = jnp.arange(cfg.table_rows) < cfg.vocab_size

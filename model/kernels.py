@@ -3,19 +3,18 @@
 splash   TPU, Pallas: causality, windows and segments, by block; what is hidden is not computed
 cudnn    GPU, cuDNN's flash attention: causality and windows before it by structure, all else as a drawn mask
 
-Both read causality and windows off the places in the row, so a mask must be `ordered` (model/mask.py).
+Both read causality and windows off the places in the row, so a mask must be `positions_are_sequential` (model/mask.py).
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from bothways.model.axes import activation_sharding, platform
+from bothways.model.mask import Mask
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
-
-from model.axes import placement, platform
-from model.mask import Mask
 
 LANES = 128
 """Splash cuts rows into blocks of a multiple of so many places."""
@@ -31,14 +30,14 @@ def choose(wanted: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) ->
     return wanted if knows and knows(q, k, v, mask) else "xla"
 
 
-def by_places(mask: Mask) -> bool:
+def positions_match_order(mask: Mask) -> bool:
     """Whether places in the row say as much as positions do."""
-    return mask.prefix is None and (mask.ordered or not (mask.causal or mask.window))
+    return mask.prefix is None and (mask.positions_are_sequential or not (mask.causal or mask.window))
 
 
-def spread_places(q: jax.Array) -> bool:
+def is_sequence_sharded(q: jax.Array) -> bool:
     """Whether several devices share the queries [B, T, H, K] of a row."""
-    shards = placement(q.shape, *Q_AXES)
+    shards = activation_sharding(q.shape, *Q_AXES)
     return shards is not None and shards.shard_shape(q.shape)[1] < q.shape[1]
 
 
@@ -47,12 +46,12 @@ def spread_places(q: jax.Array) -> bool:
 
 def _splash_knows(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> bool:
     T, S = _shard_lengths(q, k)
-    return by_places(mask) and T % LANES == 0 and S % LANES == 0
+    return positions_match_order(mask) and T % LANES == 0 and S % LANES == 0
 
 
 def _shard_lengths(q: jax.Array, k: jax.Array) -> tuple[int, int]:
     """T and S on one device."""
-    shards = placement(q.shape, *Q_AXES)
+    shards = activation_sharding(q.shape, *Q_AXES)
     return (shards.shard_shape(q.shape)[1] if shards else q.shape[1]), k.shape[1]
 
 
@@ -94,7 +93,7 @@ def splash(
         k_segments = jnp.ones((B, S), jnp.int32)
     if q_segments is None:
         q_segments, k_segments = jnp.ones((B, T), jnp.int32), (k_segments > 0).astype(jnp.int32)
-    q_at, k_at = placement(q.shape, *Q_AXES), placement(k.shape, *K_AXES)
+    q_at, k_at = activation_sharding(q.shape, *Q_AXES), activation_sharding(k.shape, *K_AXES)
     t, h = q_at.shard_shape(q.shape)[1:3] if q_at else (T, H)
     banded = mask.causal or mask.window  # else every device's queries see alike, and the kernel is that of its own
     shards = T // t if banded else 1
@@ -122,7 +121,7 @@ def splash(
 def _cudnn_knows(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> bool:
     T, S, K = q.shape[1], k.shape[1], q.shape[3]
     heads = v.shape[3] == K and K % 8 == 0 and K <= 128
-    whole = not spread_places(q)  # or JAX refuses
+    whole = not is_sequence_sharded(q)  # or JAX refuses
     return q.dtype in (jnp.bfloat16, jnp.float16) and heads and whole and T % 2 == 0 and S % 2 == 0
 
 
@@ -134,10 +133,10 @@ def cudnn(
     implementation: str = "cudnn",
 ) -> Float[jax.Array, "B T H K"]:
     """cuDNN's flash attention. `implementation="xla"` computes the same from the same arguments, where no GPU is."""
-    causal = mask.causal and by_places(mask)
+    causal = mask.causal and positions_match_order(mask)
     window = mask.window if causal else 0
     structured = causal and mask.k_segments is None and mask.q_positions.shape == mask.k_positions.shape
-    drawn = None if structured or _sees_all(mask) else mask.dense()[:, None]
+    drawn = None if structured or _sees_all(mask) else mask.materialize()[:, None]
     near = (window - 1, 0) if window else None
     return jax.nn.dot_product_attention(
         q, k, v, mask=drawn, is_causal=causal, local_window_size=near, implementation=implementation

@@ -7,34 +7,35 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bothways.model.axes import platform
+from bothways.model.config import RotaryScaling, TransformerConfig
 from jaxtyping import Float, Int
 
-from model.axes import platform
-from model.config import RotaryScaling, TransformerConfig
-
 UNSCALED = RotaryScaling()
-PARTS = 8
+CPU_SPLITS = 8
 """Of a matrix that few rows go through, on a CPU."""
 
 
-def _waits_for_reading(x: jax.Array, most: int) -> bool:
+def _is_memory_bound(x: jax.Array, most: int) -> bool:
     """Whether rows [..., D] lie on a CPU and are so few that their product takes as long as reading the matrix."""
     return 0 < math.prod(x.shape[:-1]) <= most and x.dtype == jnp.float32 and platform() == "cpu"
 
 
 def product(x: Float[jax.Array, "N D"], kernel: Float[jax.Array, "D F"]) -> Float[jax.Array, "N F"]:
     """x @ kernel. XLA's CPU backend reads a kernel faster for one row if D is cut into a batch of parts."""
-    if x.shape[1] % PARTS or not _waits_for_reading(x, 1):
+    if x.shape[1] % CPU_SPLITS or not _is_memory_bound(x, 1):
         return x @ kernel
-    return jnp.einsum("pd,pdf->pf", x.reshape(PARTS, -1), kernel.reshape(PARTS, -1, kernel.shape[1])).sum(0, keepdims=True)
+    return jnp.einsum("pd,pdf->pf", x.reshape(CPU_SPLITS, -1), kernel.reshape(CPU_SPLITS, -1, kernel.shape[1])).sum(
+        0, keepdims=True
+    )
 
 
 def table_product(x: Float[jax.Array, "... D"], table: Float[jax.Array, "V D"]) -> Float[jax.Array, "... V"]:
     """x @ table.T in float32. XLA's CPU backend reads a table faster for few rows if V is cut into a batch of parts."""
     V, D = table.shape
     # Each part has its own copy of the rows; they stay smaller than what is made of them.
-    parts = next((n for n in range(PARTS, V // D + 1) if V % n == 0), 1)
-    if parts == 1 or not _waits_for_reading(x, 32):
+    parts = next((n for n in range(CPU_SPLITS, V // D + 1) if V % n == 0), 1)
+    if parts == 1 or not _is_memory_bound(x, 32):
         return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
     rows = jnp.broadcast_to(x, (parts, *x.shape))
     y = jnp.einsum("p...d,pvd->...pv", rows, table.reshape(parts, -1, D))
@@ -96,7 +97,7 @@ def rotary_frequencies(width: int, base: float, scaling: RotaryScaling) -> tuple
     half = width // 2
     plain = base ** (-np.arange(half) / half)
     stretched, context = plain / scaling.factor, scaling.original_context
-    amplitude = 1.0
+    attention_factor = 1.0
     match scaling.kind:
         case "none":
             kept = 1.0
@@ -112,8 +113,8 @@ def rotary_frequencies(width: int, base: float, scaling: RotaryScaling) -> tuple
 
             first, last = max(np.floor(pair(scaling.high)), 0), min(np.ceil(pair(scaling.low)), width - 1)
             kept = 1 - np.clip((np.arange(half) - first) / max(last - first, 1e-3), 0, 1)
-            amplitude = scaling.amplitude or 0.1 * np.log(scaling.factor) + 1
-    return np.float32(kept * plain + (1 - kept) * stretched), float(amplitude)
+            attention_factor = scaling.attention_factor or 0.1 * np.log(scaling.factor) + 1
+    return np.float32(kept * plain + (1 - kept) * stretched), float(attention_factor)
 
 
 def rotate(
@@ -125,9 +126,9 @@ def rotate(
     distance between them only. `scaling` makes some angles smaller.
     """
     half = x.shape[-1] // 2
-    frequency, amplitude = rotary_frequencies(x.shape[-1], base, scaling)
+    frequency, attention_factor = rotary_frequencies(x.shape[-1], base, scaling)
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency
-    cos, sin = amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
+    cos, sin = attention_factor * jnp.cos(angle), attention_factor * jnp.sin(angle)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

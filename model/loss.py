@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from bothways.model.axes import constrain_activation, devices_in_use
+from bothways.model.heads import logits_of
 from jaxtyping import Float, Int
-
-from model.axes import constrain_activation, devices_in_use
-from model.heads import logits_of
 
 MAX_LOGITS = 2**27
 """At most so many logits at once on each device (512 MiB in float32)."""

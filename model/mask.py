@@ -31,7 +31,7 @@ class Mask:
     """Keys at positions below this are visible to all queries of the row, even in a causal mask."""
     causal: bool = flax.struct.field(pytree_node=False, default=False)
     window: int = flax.struct.field(pytree_node=False, default=0)
-    ordered: bool = flax.struct.field(pytree_node=False, default=False)
+    positions_are_sequential: bool = flax.struct.field(pytree_node=False, default=False)
     """Queries and keys are the same tokens, and positions count up by one along each segment: a kernel may compare
     places in the row instead."""
 
@@ -48,7 +48,7 @@ class Mask:
 
         Positions count up by one along each segment, as those of packed rows do.
         """
-        return cls(positions, positions, segments, segments, prefix, causal=causal, ordered=True)
+        return cls(positions, positions, segments, segments, prefix, causal=causal, positions_are_sequential=True)
 
     @classmethod
     def cached(cls, q_positions: Int[jax.Array, "B T"], size: int, prefix: Int[jax.Array, " B"] | None = None) -> "Mask":
@@ -69,14 +69,14 @@ class Mask:
         """The same mask, with keys `window` or more places away hidden. 0 leaves it as it is."""
         return self.replace(window=window)
 
-    def seen_by(self, queries: slice) -> slice:
-        """Places of all keys that queries at these places may see, of an `ordered` mask without a prefix."""
+    def visible_key_range(self, queries: slice) -> slice:
+        """Places of all keys that queries at these places may see, of an `positions_are_sequential` mask without a prefix."""
         size, reach = self.k_positions.shape[1], self.window or self.k_positions.shape[1]
         end = queries.stop if self.causal else min(size, queries.stop + reach - 1)
         return slice(max(0, queries.start - reach + 1), end)
 
-    def part(self, queries: slice, keys: slice) -> "Mask":
-        """The mask of some places only. No longer `ordered`."""
+    def slice(self, queries: slice, keys: slice) -> "Mask":
+        """The mask of some places only. No longer `positions_are_sequential`."""
 
         def cut(x: jax.Array | None, places: slice) -> jax.Array | None:
             return x if x is None else x[:, places]
@@ -86,10 +86,10 @@ class Mask:
             q_segments=cut(self.q_segments, queries),
             k_positions=cut(self.k_positions, keys),
             k_segments=cut(self.k_segments, keys),
-            ordered=False,
+            positions_are_sequential=False,
         )
 
-    def dense(self) -> Bool[jax.Array, "B T S"]:
+    def materialize(self) -> Bool[jax.Array, "B T S"]:
         """The mask drawn: True where query t may see key s."""
         q, k = self.q_positions[:, :, None], self.k_positions[:, None, :]
         seen = jnp.ones(jnp.broadcast_shapes(q.shape, k.shape), bool)

@@ -3,14 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from bothways.model.cache import Cache
+from bothways.model.config import TransformerConfig
+from bothways.model.decoder import Decoder
+from bothways.model.embed import Embedding
+from bothways.model.encoder import Encoder
+from bothways.model.heads import LMHead, logits_of, mask_padded_vocab
 from jaxtyping import Float, Int
-
-from model.cache import Cache
-from model.config import TransformerConfig
-from model.decoder import Decoder
-from model.embed import Embedding
-from model.encoder import Encoder
-from model.heads import LMHead, filling_hidden, logits_of
 
 
 class Seq2Seq(nn.Module):
@@ -42,17 +41,17 @@ class Seq2Seq(nn.Module):
         """Features [B, T, D] of the target's tokens; segments pair the texts packed into a row with their sources."""
         source_segments = jnp.ones_like(source) if source_segments is None else source_segments
         memory = self.encoder(source, source_positions, source_segments, deterministic=deterministic)
-        seen = {"memory": memory, "memory_segments": source_segments}
+        seen = {"memory": memory, "cross_segments": source_segments}
         features, _ = self.decoder(tokens, positions, segments, **seen, deterministic=deterministic)
         self.unembedding()  # so that init makes every parameter
         return features
 
-    def begin(self, source: Int[jax.Array, "B S"], source_segments: Int[jax.Array, "B S"], size: int) -> Cache:
+    def init_cache(self, source: Int[jax.Array, "B S"], source_segments: Int[jax.Array, "B S"], size: int) -> Cache:
         """A cache with room for `size` target tokens per row; keys and values of the source are computed here, once."""
         memory = self.encoder(source, segments=source_segments)
         cache = Cache.empty(self.cfg, source.shape[0], size)
-        layers = zip(cache.layers, self.decoder.stack.remember(memory), strict=True)
-        return cache.replace(layers=tuple(a.replace(memory=b) for a, b in layers), memory_segments=source_segments)
+        layers = zip(cache.layers, self.decoder.stack.cross_keys_values(memory), strict=True)
+        return cache.replace(layers=tuple(a.replace(cross_kv=b) for a, b in layers), cross_segments=source_segments)
 
     def decode(self, tokens: Int[jax.Array, "B T"], cache: Cache) -> tuple[Float[jax.Array, "B T D"], Cache]:
         """Features [B, T, D] of more target tokens, and the cache with them."""
@@ -65,7 +64,7 @@ class Seq2Seq(nn.Module):
     def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"] | None]:
         """The output layer: a vector per token; no bias but the one that hides what fills up the table."""
         table = self.embed.token.embedding if self.cfg.tie_embeddings else self.lm_head.embedding
-        return table, filling_hidden(self.cfg, None)
+        return table, mask_padded_vocab(self.cfg, None)
 
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
         return logits_of(features, *self.unembedding())

@@ -1,16 +1,14 @@
 """Blocks in sequence: unrolled or scanned, rematerialised or not. The parameters are the same in all cases."""
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from bothways.model.attention import Attention, fuse_qkv
+from bothways.model.block import Block
+from bothways.model.cache import Cache, LayerCache
+from bothways.model.config import TransformerConfig
+from bothways.model.mask import Mask
 from jaxtyping import Float, Int
-
-from model.attention import Attention, side_by_side
-from model.block import Block
-from model.cache import Cache, LayerCache
-from model.config import TransformerConfig
-from model.mask import Mask
 
 REMAT = {
     "none": None,
@@ -29,26 +27,26 @@ def split_layers(blocks: dict | tuple[dict, ...]) -> tuple[dict, ...]:
     return tuple(treedef.unflatten([column[i][0] for column in columns]) for i in range(n_layers))
 
 
-def for_decoding(params: dict, join: bool = False) -> dict:
+def unstack_layers(params: dict, join: bool = False) -> dict:
     """The same parameters as a decode step reads them: a tree per layer instead of stacked ones, of which a step would
     first copy each layer's part. Modules take either.
 
     Args:
-      join: with the projections of self-attention side by side (`side_by_side`); for a single device, since their parts
+      join: with the projections of self-attention side by side (`fuse_qkv`); for a single device, since their parts
         of several would not lie together.
     """
 
     def ready(name: str, inner: dict) -> dict | tuple[dict, ...]:
         if name != "blocks":
-            return for_decoding(inner, join)
+            return unstack_layers(inner, join)
         layers = split_layers(inner)
-        return tuple({**layer, "attention": side_by_side(layer["attention"])} for layer in layers) if join else layers
+        return tuple({**layer, "attention": fuse_qkv(layer["attention"])} for layer in layers) if join else layers
 
     return {name: ready(name, inner) if isinstance(inner, dict) else inner for name, inner in params.items()}
 
 
 class Stack(nn.Module):
-    """L blocks. Parameters live in `blocks`, each with a leading axis of layers; or as `for_decoding` made them.
+    """L blocks. Parameters live in `blocks`, each with a leading axis of layers; or as `unstack_layers` made them.
 
     With a cache the layers are always unrolled: decoding wants each layer's cache by itself, and layers may
     keep caches of different sizes.
@@ -62,7 +60,7 @@ class Stack(nn.Module):
         given = self.has_variable("params", "blocks")  # else: initialising
         self.blocks = self.get_variable("params", "blocks") if given else self.param("blocks", self.init_blocks)
 
-    def remember(self, memory: Float[jax.Array, "B S D"]) -> tuple[LayerCache, ...]:
+    def cross_keys_values(self, memory: Float[jax.Array, "B S D"]) -> tuple[LayerCache, ...]:
         """What every layer's cross-attention looks at, computed once per source."""
         attention = Attention(self.cfg, parent=None)
         return tuple(
@@ -88,8 +86,8 @@ class Stack(nn.Module):
             rngs = None if deterministic else {"dropout": jax.random.fold_in(dropout_key, layer)}
             local = mask.windowed(cfg.layer_window(like))
             arguments = (local, positions, layer_cache, cache and cache.length, memory, memory_mask, deterministic)
-            base, bare = cfg.layer_rotary_base(like), not cfg.first_norm and layer == 0
-            return block.apply({"params": params}, x, *arguments, base, bare, rngs=rngs)
+            base, skip_norm = cfg.layer_rotary_base(like), not cfg.first_norm and layer == 0
+            return block.apply({"params": params}, x, *arguments, base, skip_norm, rngs=rngs)
 
         if cache is None and cfg.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan_layers, static_argnums=3)

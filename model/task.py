@@ -5,11 +5,10 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from bothways.model.bert import BERT
+from bothways.model.config import TransformerConfig
+from bothways.model.gpt import GPT
 from jaxtyping import Float, Int
-
-from model.bert import BERT
-from model.config import TransformerConfig
-from model.gpt import GPT
 
 Kind = Literal["classify", "regress", "tag", "span", "choice"]
 Pool = Literal["token", "mean"]

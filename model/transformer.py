@@ -3,17 +3,16 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from bothways.model.cache import Cache
+from bothways.model.config import TransformerConfig
+from bothways.model.embed import Embedding
+from bothways.model.layers import Norm
+from bothways.model.mask import Mask
+from bothways.model.stack import Stack
 from jaxtyping import Float, Int
 
-from model.cache import Cache
-from model.config import TransformerConfig
-from model.embed import Embedding
-from model.layers import Norm
-from model.mask import Mask
-from model.stack import Stack
 
-
-def places(tokens: Int[jax.Array, "B T"]) -> Int[jax.Array, "B T"]:
+def position_ids(tokens: Int[jax.Array, "B T"]) -> Int[jax.Array, "B T"]:
     """Positions 0, 1, 2 ... of every row."""
     return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 

@@ -7,14 +7,14 @@ import dataclasses
 import math
 
 import jax
+from bothways.model.axes import logical_axes, path_names
 
-from common.config import MeshConfig
-from common.families import make_module, tiny_inputs
-from common.recipe import Recipe
-from model.axes import logical_axes, path_names
-from train.chips import Topology
-from train.flops import layer_multiplies, recipe_flops_per_token, tokens_per_row
-from train.sharding import PARAMETERS
+from bothways.chips import Topology
+from bothways.config import MeshConfig
+from bothways.flops import layer_multiplies, recipe_flops_per_token, tokens_per_row
+from bothways.recipes import Recipe
+from bothways.registry import make_module, tiny_inputs
+from bothways.sharding import PARAMETERS
 
 REMAT = ("none", "dots", "full")
 PAD_VOCABULARY = 128
@@ -86,14 +86,14 @@ def guess(recipe: Recipe, topology: Topology, sizes: dict[str, int], mine: float
       mine: parameters that one device holds.
     """
     cfg, chip = recipe.model.resolved(), topology.chip
-    pieces = recipe.train.accumulate
+    pieces = recipe.train.grad_accum_steps
     tensor, shards = sizes["tensor"], sizes["data"] * sizes["fsdp"]
     rows = recipe.train.batch_size / shards / pieces
     tokens = rows * tokens_per_row(recipe)
     state = mine * (4 + (4 if recipe.optimizer.name in ("lion", "adafactor") else 8) + (8 if pieces > 1 else 4))
     wide = (2 * cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head + cfg.d_ff * (3 if cfg.gated else 2)
-    kernel = chip.dimensions > 1 and not cfg.dropout_attention and cfg.context % 128 == 0  # splash holds no scores
-    scores = 0.0 if kernel else rows * cfg.n_heads / tensor * cfg.context**2
+    kernel = chip.dimensions > 1 and not cfg.dropout_attention and cfg.context_length % 128 == 0  # splash holds no scores
+    scores = 0.0 if kernel else rows * cfg.n_heads / tensor * cfg.context_length**2
     kept = {"full": 2 * cfg.d_model, "dots": 6 * cfg.d_model + 2 * wide / tensor}
     kept["none"] = kept["dots"] + 45 * cfg.d_model + 2 * wide / tensor + 6 * scores / tokens
     working = tokens * (12 * cfg.d_model + 6 * wide / tensor) + 14 * scores
@@ -134,7 +134,7 @@ def candidates(recipe: Recipe, topology: Topology) -> list[Guess]:
     wanted = [dict(recipe.mesh.sizes(topology.devices_count))] if given else meshes(topology)
     plain = parameter_axes(recipe)
     padded_recipe = dataclasses.replace(
-        recipe, model=dataclasses.replace(recipe.model, vocab_multiple=PAD_VOCABULARY)
+        recipe, model=dataclasses.replace(recipe.model, pad_vocab_to_multiple_of=PAD_VOCABULARY)
     )
     padded = parameter_axes(padded_recipe)
     for sizes in wanted:
@@ -148,8 +148,10 @@ def candidates(recipe: Recipe, topology: Topology) -> list[Guess]:
         for accumulate in pieces:
             for remat in REMAT:
                 model = dataclasses.replace(base.model, remat=remat, scan_layers=base.model.n_layers > 4)
-                train = dataclasses.replace(base.train, accumulate=accumulate)
-                changed = dataclasses.replace(base, model=model, train=train, mesh=dataclasses.replace(recipe.mesh, **sizes))
+                train = dataclasses.replace(base.train, grad_accum_steps=accumulate)
+                changed = dataclasses.replace(
+                    base, model=model, train=train, mesh=dataclasses.replace(recipe.mesh, **sizes)
+                )
                 found.append(guess(with_ramp(changed, shards * accumulate), topology, sizes, mine))
     return sorted(found, key=lambda g: (g.memory > 0.9 * topology.chip.memory, g.seconds, g.memory))
 
@@ -163,14 +165,14 @@ def with_ramp(recipe: Recipe, least: int) -> Recipe:
     if all(size % least == 0 for _, _, size in old.stages()):
         return recipe
     none = least * 2 > old.batch_size
-    new = dataclasses.replace(old, ramp_from=0 if none else least, ramp_rows=0 if none else old.ramp_rows)
+    new = dataclasses.replace(
+        old, batch_size_start=0 if none else least, batch_size_ramp_rows=0 if none else old.batch_size_ramp_rows
+    )
 
     def at(step: int) -> int:
         return new.steps_for(old.batch_at(step)[0]) if step else 0
 
-    rates = dataclasses.replace(
-        optimizer, warmup_steps=at(optimizer.warmup_steps), decay_steps=at(optimizer.decay_steps)
-    )
+    rates = dataclasses.replace(optimizer, warmup_steps=at(optimizer.warmup_steps), decay_steps=at(optimizer.decay_steps))
     return dataclasses.replace(recipe, train=dataclasses.replace(new, steps=at(old.steps)), optimizer=rates)
 
 

@@ -8,25 +8,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from bothways.model.axes import activation_shardings, traced_for
+from bothways.model.stack import unstack_layers
+from bothways.plan import hlo
+from bothways.plan.candidates import PAD_VOCABULARY, held, parameter_axes
+from bothways.plan.roofline import bytes_per_device, compile_quietly, read_text, summed_collectives
+from bothways.plan.training import planned_model, with_vocabulary
+from bothways.sample.decode import Decoder
+from bothways.sample.masked import hidden_logits
+from bothways.sample.sampling_params import SamplingParams
+from bothways.sample.text import callbacks
 
-from common.config import MeshConfig
-from common.errors import InputError
-from common.families import make_module
-from common.recipe import Recipe
-from common.rundir import as_multiplied, param_shapes
-from model.axes import activations_placed_by, traced_for
-from model.stack import for_decoding
-from plan import hlo
-from plan.candidates import PAD_VOCABULARY, held, parameter_axes
-from plan.roofline import bytes_per_device, compile_quietly, read_text, summed_collectives
-from plan.training import planned_model, with_vocabulary
-from sample.decode import Decoder
-from sample.masked import hidden_logits
-from sample.method import Method
-from sample.text import callbacks
-from train import sharding
-from train.chips import Topology, usual_shape
-from train.flops import executed_flops
+from bothways import sharding
+from bothways.chips import Topology, usual_shape
+from bothways.config import MeshConfig
+from bothways.errors import InputError
+from bothways.flops import executed_flops
+from bothways.recipes import Recipe
+from bothways.registry import make_module
+from bothways.rundir import compute_dtype_shapes, param_shapes
 
 ROWS = 16
 MASKS = 16
@@ -40,7 +40,7 @@ class DecodePlan:
     step: str
     """decode or read."""
     rows: int
-    context: int
+    context_length: int
     """Places of the cache: the prompt takes half of them, what is said the rest. Of masked models, of a row."""
     chips: int
     """As few as hold it."""
@@ -90,9 +90,9 @@ def plan_decoding(recipe: Recipe, topology: Topology, rows: int = ROWS) -> Decod
 def _spreads(recipe: Recipe, topology: Topology, rows: int) -> Any:
     """(topology, recipe, mesh) from one device on, doubling, where the weights and the cache may fit."""
     chip, cfg = topology.chip, recipe.model.resolved()
-    padded = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_multiple=PAD_VOCABULARY))
+    padded = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pad_vocab_to_multiple_of=PAD_VOCABULARY))
     known = [(r, parameter_axes(r)) for r in (recipe, padded)]
-    cache = 2 * rows * cfg.n_layers * cfg.context * cfg.n_kv_heads * (cfg.d_head + cfg.d_value)
+    cache = 2 * rows * cfg.n_layers * cfg.context_length * cfg.n_kv_heads * (cfg.d_head + cfg.d_value)
     cache = 0 if recipe.family == "bert" else cache * (2 if recipe.family == "seq2seq" else 1)
     devices = 1
     while devices <= math.prod(topology.shape) * chip.devices:
@@ -119,13 +119,17 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
     model = planned_model(recipe.model, mesh.devices.flat[0].platform)
     # As load_run does. Of one device, the kernels ask the mesh what it is.
     model = dataclasses.replace(model, attention=model.attention if count == 1 else "xla")
-    placed = activations_placed_by(sharding.place_activations(mesh)) if count == 1 else traced_for(mesh.devices.flat[0].platform)
+    placed = (
+        activation_shardings(sharding.activation_sharding_fn(mesh))
+        if count == 1
+        else traced_for(mesh.devices.flat[0].platform)
+    )
     recipe = dataclasses.replace(recipe, model=model)
-    shapes = as_multiplied(param_shapes(recipe), model)
+    shapes = compute_dtype_shapes(param_shapes(recipe), model)
     spread = sharding.parameter_shardings(mesh, shapes)
     params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, spread)
     if recipe.family != "bert":
-        split = jax.jit(functools.partial(for_decoding, join=count == 1)).lower(params)
+        split = jax.jit(functools.partial(unstack_layers, join=count == 1)).lower(params)
         at = split.compile().output_shardings
         params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), split.out_info, at)
     with placed:
@@ -153,7 +157,7 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
     return DecodePlan(
         step="read" if masked else "decode",
         rows=rows,
-        context=model.context,
+        context_length=model.context_length,
         chips=-(-count // chip.devices),
         mesh=dict(mesh.shape),
         fits=compiled is not None and each * used <= chip.memory,
@@ -166,7 +170,7 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
         network_seconds=times.get("network"),
         bound_by=slowest,
         step_seconds=longest,
-        tokens_per_second=rows * (model.context if masked else 1) / longest,
+        tokens_per_second=rows * (model.context_length if masked else 1) / longest,
         compile_seconds=0.0,
         notes=tuple(notes),
     )
@@ -174,7 +178,7 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
 
 def _reading(recipe: Recipe, params: Any, rows: int) -> tuple[Any, float, float, list[str]]:
     """A masked model's reading of full rows, traced; nothing comes before it, and it keeps no cache."""
-    shape = rows, recipe.model.context
+    shape = rows, recipe.model.context_length
     tokens, places = _integers(*shape), _integers(rows, MASKS)
     return hidden_logits.trace(make_module(recipe.family, recipe.model), params, tokens, tokens, places), 0.0, 0.0, []
 
@@ -183,10 +187,10 @@ def _decoding(recipe: Recipe, params: Any, rows: int) -> tuple[Any, float, float
     """The decoding loop, traced, after prompts of half the context; what the reading of those needs, in bytes of a
     device; and the bytes of the cache. The loop is None where already the prompts do not fit."""
     cfg = recipe.model
-    decoder = Decoder(*callbacks(make_module(recipe.family, cfg), recipe, cfg.vocab_size), cfg.context, eos=0)
-    source = (_integers(rows, cfg.context),) * 2 if recipe.family == "seq2seq" else None
-    each, prompts = _integers(rows), _integers(rows, cfg.context // 2)
-    traced = decoder.prefill.trace(params, prompts, each, each, source, size=cfg.context)
+    decoder = Decoder(*callbacks(make_module(recipe.family, cfg), recipe, cfg.vocab_size), cfg.context_length, eos=0)
+    source = (_integers(rows, cfg.context_length),) * 2 if recipe.family == "seq2seq" else None
+    each, prompts = _integers(rows), _integers(rows, cfg.context_length // 2)
+    traced = decoder.prefill.trace(params, prompts, each, each, source, size=cfg.context_length)
     compiled, used, notes = compile_quietly(traced.lower())
     if compiled is None:
         return None, used, 0.0, notes
@@ -196,7 +200,7 @@ def _decoding(recipe: Recipe, params: Any, rows: int) -> tuple[Any, float, float
     )
     cache = bytes_per_device(state.cache, jax.tree.map(lambda s: s.sharding, state.cache))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    loop = decoder.run.trace(params, state, keys, each, Method.make(), _integers())
+    loop = decoder.run.trace(params, state, keys, each, SamplingParams.make(), _integers())
     return loop, _bytes(compiled), cache, notes
 
 

@@ -99,7 +99,7 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 def _turns(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
     """How often a loop turns: as XLA says, or as its condition `counter < constant` says."""
-    if known := re.search(r'known_trip_count[^\d]*(\d+)', loop.rest):
+    if known := re.search(r"known_trip_count[^\d]*(\d+)", loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
     body = computations.get(condition[1], []) if condition else []
@@ -270,7 +270,9 @@ def _cut(name: str, inner: list[Instruction], computations: dict[str, list[Instr
         else:
             within = _fused(k, computations)
             names = _parameters(within)
-            parts = [_cut(names[n], within, computations) for n, o in enumerate(k.operands) if o == name and n < len(names)]
+            parts = [
+                _cut(names[n], within, computations) for n, o in enumerate(k.operands) if o == name and n < len(names)
+            ]
         if not parts or None in parts:
             return None
         total += sum(parts)

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from bothways.plan import hlo
 from jax.sharding import Mesh, NamedSharding
 
-from plan import hlo
-from train.chips import Topology, quiet_stderr
+from bothways.chips import Topology, quiet_stderr
 
 
 def compile_quietly(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, float, list[str]]:
-    """The compiled program, or None and the bytes it would need on a device; and what there is to say."""
+    """The compiled program, or None and the bytes it would need on a device; and what there is to log."""
     try:
         with quiet_stderr():
             return lowered.compile(), 0.0, []
@@ -31,7 +31,9 @@ def read_text(compiled: jax.stages.Compiled, devices: int, unknown: int = 1) -> 
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as e:  # the largest programs do not fit into one message
-        return None, [f"the program's text cannot be read ({str(e).splitlines()[0][:80]}): the roofline is of compute only"]
+        return None, [
+            f"the program's text cannot be read ({str(e).splitlines()[0][:80]}): the roofline is of compute only"
+        ]
     traffic = hlo.read(text or "", devices, unknown)
     loops = f"{traffic.endless} loops of unknown length are counted once"
     return traffic, [loops] if traffic.endless else []

@@ -8,25 +8,25 @@ from typing import Any
 
 import jax
 import numpy as np
+from bothways.data.rng import ExampleRng
+from bothways.data.tokenizer import made_up_vocabulary
+from bothways.data.tokens import Tokens
+from bothways.model.config import TransformerConfig
+from bothways.plan import hlo
+from bothways.plan.candidates import candidates, flags
+from bothways.plan.roofline import between_slices, bytes_per_device, compile_quietly, read_text, summed_collectives
+from bothways.train.objectives import make_objective
+from bothways.train.optimizer import make_optimizer
+from bothways.train.step import TrainState, init_state, make_train_step, state_shardings
 from jax.sharding import Mesh
 
-from common.config import MeshConfig
-from common.errors import InputError
-from common.families import make_module, tiny_inputs
-from common.recipe import Recipe
-from data.draws import Draws
-from data.tokenizer import made_up_vocabulary
-from data.tokens import Tokens
-from model.config import TransformerConfig
-from plan import hlo
-from plan.candidates import candidates, flags
-from plan.roofline import between_slices, bytes_per_device, compile_quietly, read_text, summed_collectives
-from train import sharding
-from train.chips import GIB, Topology, usual_shape
-from train.flops import executed_flops, recipe_flops_per_token, tokens_per_row
-from train.objectives import make_objective
-from train.optimizer import make_optimizer
-from train.step import TrainState, init_state, make_train_step, state_shardings
+from bothways import sharding
+from bothways.chips import GIB, Topology, usual_shape
+from bothways.config import MeshConfig
+from bothways.errors import InputError
+from bothways.flops import executed_flops, recipe_flops_per_token, tokens_per_row
+from bothways.recipes import Recipe
+from bothways.registry import make_module, tiny_inputs
 
 DAY = 86_400.0
 
@@ -136,11 +136,11 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> tuple[Any, TrainState, dict[str
     module, optimizer = make_module(recipe.family, model), make_optimizer(recipe.optimizer, recipe.train.steps)
     state = jax.eval_shape(lambda: init_state(module, tiny_inputs(recipe.family), optimizer, 0))
     placed = state_shardings(mesh, state)
-    step = make_train_step(module, objective, optimizer, mesh, placed, accumulate=recipe.train.accumulate)
-    length, rows = model.context, recipe.train.batch_size
+    step = make_train_step(module, objective, optimizer, mesh, placed, accumulate=recipe.train.grad_accum_steps)
+    length, rows = model.context_length, recipe.train.batch_size
     document = length // 2 if recipe.objective.kind == "pairs" else 2 * length
     source, example = objective.source(made_up_tokens(document, model.vocab_size), length, False)
-    one = example(source[np.arange(1)], Draws(0, np.arange(1)))
+    one = example(source[np.arange(1)], ExampleRng(0, np.arange(1)))
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in one.items()}
     return step, state, batch, placed
 
@@ -218,11 +218,11 @@ def _roofline(
 
 def _full_steps(recipe: Recipe) -> float:
     """How many steps of the full batch at the full context the recipe amounts to, by FLOPs."""
-    cfg, whole = recipe.train, recipe_flops_per_token(recipe) * recipe.model.context
+    cfg, whole = recipe.train, recipe_flops_per_token(recipe) * recipe.model.context_length
     rows = cfg.batch_at(cfg.steps)[0] / cfg.batch_size
     if not cfg.short_length:
         return rows
-    short = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, context=cfg.short_length))
+    short = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, context_length=cfg.short_length))
     early = cfg.batch_at(min(cfg.short_steps, cfg.steps))[0] / cfg.batch_size
     return rows - early + early * recipe_flops_per_token(short) * cfg.short_length / whole
 
@@ -232,7 +232,7 @@ ENOUGH = 300.0
 """Seconds after which a search that has found a layout begins no other."""
 
 
-def search(recipe: Recipe, topology: Topology, say: Callable[[str], None], *, tries: int = TRIES) -> list[Plan]:
+def search(recipe: Recipe, topology: Topology, log: Callable[[str], None], *, tries: int = TRIES) -> list[Plan]:
     """Compile the layouts that promise most, the best first: those that fit, then the fastest as expected.
 
     Args:
@@ -242,7 +242,7 @@ def search(recipe: Recipe, topology: Topology, say: Callable[[str], None], *, tr
       InputError: the recipe cannot run on any layout, none is possible, or none fits; says which topology would do.
     """
     recipe = with_vocabulary(recipe)
-    whole = dataclasses.replace(recipe.train, accumulate=1)
+    whole = dataclasses.replace(recipe.train, grad_accum_steps=1)
     dataclasses.replace(recipe, train=whole, mesh=MeshConfig()).check(1)  # what is wrong whatever the layout
     ranked = candidates(recipe, topology)
     if not ranked:
@@ -260,7 +260,7 @@ def search(recipe: Recipe, topology: Topology, say: Callable[[str], None], *, tr
     began = time.monotonic()
     for guess in ranked:
         if any(p.fits for p in plans) and time.monotonic() - began > ENOUGH:
-            say(f"  stopping here, after {time.monotonic() - began:.0f} s")
+            log(f"  stopping here, after {time.monotonic() - began:.0f} s")
             break
         mesh, ways = guess.recipe.mesh, (guess.recipe.mesh, guess.recipe.model.remat)
         if ways in seen or sum(w[0] == mesh for w in seen) > 1:
@@ -269,13 +269,13 @@ def search(recipe: Recipe, topology: Topology, say: Callable[[str], None], *, tr
             continue  # that one did not fit
         seen.append(ways)
         try:
-            say(f"compiling {flags(recipe, guess.recipe) or 'the recipe as it is'}")
+            log(f"compiling {flags(recipe, guess.recipe) or 'the recipe as it is'}")
             plans.append(plan(guess.recipe, topology, recipe))
         except (InputError, NotImplementedError) as e:  # a mesh that this torus cannot be cut into
-            say(f"  not possible: {str(e).splitlines()[0][:120]}")
+            log(f"  not possible: {str(e).splitlines()[0][:120]}")
             last = e
             continue
-        say(f"  {told(plans[-1])}")
+        log(f"  {one_line(plans[-1])}")
         if len(plans) >= (tries if tries > 1 else 3) or (tries == 1 and plans[-1].fits):
             break
     plans.sort(key=lambda p: (not p.fits, max(p.step_seconds, p.scheduled_seconds or 0.0)))
@@ -286,14 +286,12 @@ def search(recipe: Recipe, topology: Topology, say: Callable[[str], None], *, tr
     return plans
 
 
-def told(p: Plan) -> str:
+def one_line(p: Plan) -> str:
     """A plan in one line."""
     if not p.fits:
         return f"does not fit: {p.memory_per_chip / GIB:.1f} of {p.memory_limit / GIB:.1f} GiB per chip"
     expected = f", expected {p.mfu_expected:.0%}" if p.mfu_expected else ""
-    return (
-        f"{p.memory_per_chip / GIB:.1f} GiB per chip, {p.step_seconds:.3g} s a step, MFU at most {p.mfu_bound:.0%}{expected}"
-    )
+    return f"{p.memory_per_chip / GIB:.1f} GiB per chip, {p.step_seconds:.3g} s a step, MFU at most {p.mfu_bound:.0%}{expected}"
 
 
 def too_small(recipe: Recipe, topology: Topology, memory: float) -> str:

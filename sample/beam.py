@@ -7,10 +7,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from bothways.model.cache import Cache
+from bothways.sample.decode import Forward, Logits
 from jaxtyping import Float, Int
-
-from model.cache import Cache
-from sample.decode import Forward, Logits
 
 NEVER = -1e30
 
@@ -54,7 +53,7 @@ def make_beam_search(forward: Forward, logits: Logits, eos: int) -> Callable[...
         zeros = jnp.zeros((B, K, size), jnp.int32)
         never = jnp.full((B, K), NEVER)
         begin = Beams(
-            cache=cache.take(rows) if K > 1 else cache,
+            cache=cache.gather_rows(rows) if K > 1 else cache,
             logits=jnp.repeat(first[:, None], K, axis=1),
             live=zeros,
             live_logprob=never.at[:, 0].set(0.0),  # all beams are the same at first: one of them counts
@@ -87,7 +86,7 @@ def make_beam_search(forward: Forward, logits: Logits, eos: int) -> Callable[...
 
             live_logprob, kept = jax.lax.top_k(jnp.where(ends, NEVER, top), K)
             source, next_token = beam[pick, kept], token[pick, kept]
-            cache = s.cache.take((pick * K + source).reshape(-1), memory=False)
+            cache = s.cache.gather_rows((pick * K + source).reshape(-1), cross=False)
             features, cache = forward(params, next_token.reshape(-1, 1), cache)
             return Beams(
                 cache=cache,

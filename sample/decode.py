@@ -14,16 +14,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bothways.model.cache import Cache
+from bothways.sample.sampling_params import SamplingParams, sample_token
 from jaxtyping import Bool, Float, Int
-
-from model.cache import Cache
-from sample.method import Method, choose
 
 Forward = Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]
 Logits = Callable[[Any, jax.Array], jax.Array]
-Source = tuple[Int[jax.Array, "B S"], Int[jax.Array, "B S"]]
+SourceTokens = tuple[Int[jax.Array, "B S"], Int[jax.Array, "B S"]]
 """Tokens and segments of sources; a segment of 0 is padding."""
-Begin = Callable[[Any, int, int, Source | None], Cache]
+Begin = Callable[[Any, int, int, SourceTokens | None], Cache]
 
 
 def bucket(n: int, least: int = 16) -> int:
@@ -89,11 +88,11 @@ class Decoder:
     """
 
     def __init__(self, forward: Forward, logits: Logits, begin: Begin, context: int, eos: int):
-        self.context, self.eos = context, eos
+        self.context_length, self.eos = context, eos
 
         @functools.partial(jax.jit, static_argnames="size")
         def prefill(
-            params: Any, tokens: jax.Array, lengths: jax.Array, limit: jax.Array, source: Source | None, size: int
+            params: Any, tokens: jax.Array, lengths: jax.Array, limit: jax.Array, source: SourceTokens | None, size: int
         ) -> State:
             B = tokens.shape[0]
             features, cache = forward(params, tokens, begin(params, B, size, source))
@@ -104,7 +103,9 @@ class Decoder:
             return State(cache, logits(params, last), zeros, zeros.astype(jnp.float32), none, limit, none.astype(bool))
 
         @functools.partial(jax.jit, donate_argnums=1)
-        def run(params: Any, state: State, keys: jax.Array, said: jax.Array, method: Method, most: jax.Array) -> State:
+        def run(
+            params: Any, state: State, keys: jax.Array, said: jax.Array, method: SamplingParams, most: jax.Array
+        ) -> State:
             """At most `most` tokens for every row that has not ended. `said` [B] counts each row's earlier tokens."""
 
             def going(carry: tuple[State, jax.Array]) -> jax.Array:
@@ -114,7 +115,9 @@ class Decoder:
             def step(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
                 state, n = carry
                 live = ~state.ended & (state.count < state.limit)
-                token, logprob = choose(state.logits, jax.vmap(jax.random.fold_in)(keys, said + state.count), method)
+                token, logprob = sample_token(
+                    state.logits, jax.vmap(jax.random.fold_in)(keys, said + state.count), method
+                )
                 at = (jnp.arange(token.shape[0]), state.count)
                 features, cache = forward(params, token[:, None], state.cache)
                 keep = functools.partial(jnp.where, live)
@@ -135,10 +138,10 @@ class Decoder:
     def start(self, params: Any, rows: Sequence[Row], limits: Sequence[int]) -> tuple[State, jax.Array, jax.Array]:
         """State, keys and counts of a batch padded to its buckets; padding rows may get no token."""
         lengths = [len(row.context) for row in rows]
-        tokens, _ = padded([row.context for row in rows], self.context)
+        tokens, _ = padded([row.context for row in rows], self.context_length)
         fill = len(tokens) - len(rows)
-        size = min(close_bucket(tokens.shape[1] + max(limits)), self.context)
-        source = padded([row.source for row in rows], self.context) if rows[0].source else None
+        size = min(close_bucket(tokens.shape[1] + max(limits)), self.context_length)
+        source = padded([row.source for row in rows], self.context_length) if rows[0].source else None
         limit = np.array([*limits] + [0] * fill)
         state = self.prefill(params, tokens, np.array(lengths + [1] * fill), limit, source, size)
         keys = jnp.stack([row.key for row in rows] + [rows[0].key] * fill)
@@ -149,7 +152,7 @@ class Decoder:
         self,
         params: Any,
         rows: list[Row],
-        method: Method,
+        method: SamplingParams,
         max_tokens: int | Sequence[int],
         *,
         chunk: int = 0,
@@ -166,9 +169,9 @@ class Decoder:
         most = {id(row): int(n) for row, n in zip(rows, np.broadcast_to(max_tokens, len(rows)), strict=True)}
         while going := [row for row in rows if not row.stop]:
             for row in going:
-                if len(row.context) >= self.context:
-                    row.context = row.context[-(self.context // 2) :]
-            limits = [min(most[id(row)] - len(row.tokens), self.context - len(row.context)) for row in going]
+                if len(row.context) >= self.context_length:
+                    row.context = row.context[-(self.context_length // 2) :]
+            limits = [min(most[id(row)] - len(row.tokens), self.context_length - len(row.context)) for row in going]
             state, keys, said = self.start(params, going, limits)
             had = [len(row.tokens) for row in going]
             while True:

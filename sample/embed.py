@@ -8,12 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bothways.model.seq2seq import Seq2Seq
+from bothways.model.task import mean_over
+from bothways.sample.decode import padded
 
-from common.errors import InputError
-from common.rundir import Run
-from model.seq2seq import Seq2Seq
-from model.task import mean_over
-from sample.decode import padded
+from bothways.errors import InputError
+from bothways.rundir import Run
 
 BATCH = 64
 
@@ -33,7 +33,7 @@ def vectors(run: Run, texts: Sequence[str], rows: Sequence[list[int]], pool: str
     Raises:
       InputError: a text longer than the context.
     """
-    context = run.recipe.model.context
+    context = run.recipe.model.context_length
     for text, row in zip(texts, rows, strict=True):
         if len(row) > context:
             raise InputError(f"{len(row)} tokens, and the context is {context}: {text[:60]!r}...; shorten it")
@@ -50,7 +50,7 @@ class Embedder:
 
     def __init__(self, run: Run):
         self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer
-        self.context = run.recipe.model.context
+        self.context_length = run.recipe.model.context_length
 
     def _wrap(self, ids: Sequence[int]) -> list[int]:
         return [self.tokenizer.bos, *ids, self.tokenizer.eos]

@@ -5,21 +5,21 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from bothways.data import corpora, examples, pairs, pipeline, tokens
+from bothways.data.tokens import Tokens
+from bothways.sample import score as scoring
+from bothways.sample.hybrid import HybridModel
+from bothways.sample.masked import MaskedModel, hidden_logprobs, next_sentence_right
+from bothways.sample.text import TextModel
 
-from common import rundir
-from common.errors import InputError
-from data import corpora, examples, pairs, pipeline, tokens
-from data.tokens import Tokens
-from sample import score as scoring
-from sample.hybrid import HybridModel
-from sample.masked import MaskedModel, hidden_logprobs, next_sentence_right
-from sample.text import TextModel
+from bothways import rundir
+from bothways.errors import InputError
 
 SUITES = ("validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class Metric:
     suite: str
     metric: str
     value: float
@@ -37,13 +37,13 @@ def ratio_interval(above: np.ndarray, below: np.ndarray, seed: int = 0, draws: i
     return float(low), float(high)
 
 
-def ratio(suite: str, metric: str, above: np.ndarray, below: np.ndarray) -> Figure:
-    return Figure(suite, metric, float(above.sum() / below.sum()), ratio_interval(above, below), len(above))
+def ratio(suite: str, metric: str, above: np.ndarray, below: np.ndarray) -> Metric:
+    return Metric(suite, metric, float(above.sum() / below.sum()), ratio_interval(above, below), len(above))
 
 
 def evaluate(
-    model: TextModel | MaskedModel, suites: Sequence[str], say: Callable[[str], None] = lambda _: None
-) -> list[Figure]:
+    model: TextModel | MaskedModel, suites: Sequence[str], log: Callable[[str], None] = lambda _: None
+) -> list[Metric]:
     """Figures on splits of the run's own corpus.
 
     Of a causal run: loss (nats per token) and bits_per_byte. Of a masked run: mlm, the loss at hidden places;
@@ -55,7 +55,7 @@ def evaluate(
     translations (beam 4, length penalty 0.6), beside copy_bleu and copy_chrf, those of the sources themselves.
 
     Args:
-      say: told what else a reader of the figures should know, such as sacrebleu's signatures.
+      log: told what else a reader of the figures should know, such as sacrebleu's signatures.
 
     Raises:
       InputError: no such suite, or a corpus that cannot be read.
@@ -66,12 +66,12 @@ def evaluate(
     cfg = model.recipe.data
     corpus = corpora.load(cfg)
     if not rundir.trained_on(model.run.home, corpus.fingerprint):
-        say(f"{cfg.corpus} is no longer the text that {model.run.home} was trained on: it may have seen what is held out")
+        log(f"{cfg.corpus} is no longer the text that {model.run.home} was trained on: it may have seen what is held out")
     train = functools.partial(tokens.prepare, corpus, "train", model.tokenizer, cfg.cache)  # for masked runs alone
     figures = []
     for suite in suites:
         if model.recipe.objective.kind == "pairs":
-            figures += pair_figures(model, suite, say)
+            figures += pair_figures(model, suite, log)
             continue
         held = tokens.prepare(corpus, suite, model.tokenizer, cfg.cache)
         figures += (
@@ -87,29 +87,36 @@ def evaluate(
     return figures
 
 
-def held_out_pairs(
-    model: TextModel, suite: str, say: Callable[[str], None] = lambda _: None
-) -> list[tuple[str, str]]:
+def held_out_pairs(model: TextModel, suite: str, log: Callable[[str], None] = lambda _: None) -> list[tuple[str, str]]:
     """(source, target) of every pair of a split that fits into the context; of a run that restores spans, of a few
     sources with masks in them."""
     if model.recipe.objective.kind == "spans":
-        texts = ["To be, or [MASK] to be", "", "I pray you, [MASK] me the [MASK].", "", "My [MASK], I am your servant.", ""]
+        texts = [
+            "To be, or [MASK] to be",
+            "",
+            "I pray you, [MASK] me the [MASK].",
+            "",
+            "My [MASK], I am your servant.",
+            "",
+        ]
     else:
         texts = [text for _, text in corpora.load(model.recipe.data).documents(suite)]
-    found, context = list(zip(texts[::2], texts[1::2], strict=True)), model.recipe.model.context
+    found, context = list(zip(texts[::2], texts[1::2], strict=True)), model.recipe.model.context_length
     lengths = [max(len(model.tokenizer.encode(text)) + 1 for text in pair) for pair in found]
     fitting = [pair for pair, length in zip(found, lengths, strict=True) if length <= context]
     if len(fitting) < len(found):
-        say(f"{len(found) - len(fitting)} of {len(found)} pairs are longer than the context of {context} and left out")
+        log(f"{len(found) - len(fitting)} of {len(found)} pairs are longer than the context of {context} and left out")
     return fitting
 
 
-def pair_figures(model: TextModel, suite: str, say: Callable[[str], None]) -> list[Figure]:
+def pair_figures(model: TextModel, suite: str, log: Callable[[str], None]) -> list[Metric]:
     from sacrebleu.metrics import BLEU, CHRF
 
-    fitting = held_out_pairs(model, suite, say)
+    fitting = held_out_pairs(model, suite, log)
     if not fitting:
-        raise InputError(f"no pair of the {suite} split fits into model.context={model.recipe.model.context} tokens")
+        raise InputError(
+            f"no pair of the {suite} split fits into model.context_length={model.recipe.model.context_length} tokens"
+        )
     sources, targets = (list(side) for side in zip(*fitting, strict=True))
     logprobs, tokens_of = model.score_pairs(fitting)
     nats, count = -np.array(logprobs), np.array(tokens_of)
@@ -120,16 +127,16 @@ def pair_figures(model: TextModel, suite: str, say: Callable[[str], None]) -> li
         for name, texts in ((metric, said), (f"copy_{metric}", sources)):
             score = scorer.corpus_score(texts, [targets], n_bootstrap=1000)
             interval = (score._mean - score._ci, score._mean + score._ci)
-            figures.append(Figure(suite, name, score.score, interval, len(targets)))
-        say(f"{metric}: {scorer.get_signature()}")
+            figures.append(Metric(suite, name, score.score, interval, len(targets)))
+        log(f"{metric}: {scorer.get_signature()}")
     return figures
 
 
-def span_figures(model: TextModel, suite: str, held: Tokens) -> list[Figure]:
+def span_figures(model: TextModel, suite: str, held: Tokens) -> list[Metric]:
     recipe, lengths = model.recipe, model.tokenizer.byte_lengths()
     ask = recipe.objective
     rows = pairs.Spans(
-        held, recipe.model.context, model.tokenizer.vocabulary(), ask.mask_rate, ask.span_length, padded=True
+        held, recipe.model.context_length, model.tokenizer.vocabulary(), ask.mask_rate, ask.span_length, padded=True
     )
     example, nats, count, size = functools.partial(pairs.corrupted, source=rows), [], [], []
     for batch in pipeline.evaluation_batches(rows, example, batch_size=32, seed=recipe.train.seed):
@@ -144,8 +151,8 @@ def span_figures(model: TextModel, suite: str, held: Tokens) -> list[Figure]:
     ]
 
 
-def causal_figures(model: TextModel, suite: str, held: Tokens) -> list[Figure]:
-    cfg, context, lengths = model.recipe.data, model.recipe.model.context, model.tokenizer.byte_lengths()
+def causal_figures(model: TextModel, suite: str, held: Tokens) -> list[Metric]:
+    cfg, context, lengths = model.recipe.data, model.recipe.model.context_length, model.tokenizer.byte_lengths()
     rows = tokens.Rows(held, context, model.tokenizer.pad, cfg.separate_documents, padded=True)
     pieces = []
     for ids, segments in zip(*rows[np.arange(len(rows))].values(), strict=True):
@@ -159,10 +166,10 @@ def causal_figures(model: TextModel, suite: str, held: Tokens) -> list[Figure]:
     return [ratio(suite, "loss", nats, count), ratio(suite, "bits_per_byte", bits, size)]
 
 
-def masked_figures(model: MaskedModel, suite: str, held: Tokens, train: Tokens, bound_rows: int = 64) -> list[Figure]:
-    recipe, vocabulary, context = model.recipe, model.vocabulary, model.context
+def masked_figures(model: MaskedModel, suite: str, held: Tokens, train: Tokens, bound_rows: int = 64) -> list[Metric]:
+    recipe, vocabulary, context = model.recipe, model.vocabulary, model.context_length
     ask = recipe.objective
-    masking = examples.Masking(ask.mask_rate, ask.mask_share, ask.random_share, ask.whole_words)
+    masking = examples.Masking(ask.mask_rate, ask.mask_token_prob, ask.random_token_prob, ask.whole_words)
     rows, example = examples.masked_source(
         held, context, vocabulary, masking, pairs=ask.next_sentence, separate=recipe.data.separate_documents, padded=True
     )

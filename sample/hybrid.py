@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
-from common.rundir import Run
-from model.gpt import MaskedNextToken
-from sample.masked import Filled, MaskedModel
-from sample.text import Score, TextModel
+from bothways.model.gpt import MaskedNextToken
+from bothways.sample.masked import Filled, MaskedModel
+from bothways.sample.text import Score, TextModel
+
+from bothways.rundir import Run
 
 
 class HybridModel(TextModel):

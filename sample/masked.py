@@ -11,15 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bothways.data.tokenizer import MASK
+from bothways.model.loss import token_logprobs
+from bothways.sample.decode import bucket, padded
+from bothways.sample.embed import BATCH, Embedder
+from bothways.sample.sampling_params import SamplingParams, sample_token
+from bothways.sample.text import Sample, Score, draw_keys, to_sample
 
-from common.errors import InputError
-from common.rundir import Run
-from data.tokenizer import MASK
-from model.loss import token_logprobs
-from sample.decode import bucket, padded
-from sample.embed import BATCH, Embedder
-from sample.method import Method, choose
-from sample.text import Sample, Score, draw_keys, shown_sample
+from bothways.errors import InputError
+from bothways.rundir import Run
 
 Batch = dict[str, np.ndarray]
 
@@ -39,7 +39,7 @@ def hidden_logprobs(module: nn.Module, params: Any, batch: dict[str, jax.Array])
 
     def run(bound: nn.Module) -> jax.Array:
         features = bound(batch["tokens"], batch.get("positions"), batch["segments"], batch.get("types"))
-        asked = jnp.take_along_axis(features, batch["places"][..., None], axis=1)
+        asked = jnp.take_along_axis(features, batch["mask_positions"][..., None], axis=1)
         return token_logprobs(bound.transform(asked), *bound.unembedding(), batch["targets"])
 
     return module.apply({"params": params}, method=run)
@@ -80,7 +80,7 @@ def hidden_batch(
 ) -> Batch:
     """Rows of tokens, and for each what is asked of it: tokens, segments [B, T]; places, targets [B, P]."""
     tokens, segments = padded(rows, longest, pad)
-    asked = {"places": columns(places, len(tokens)), "targets": columns(targets, len(tokens))}
+    asked = {"mask_positions": columns(places, len(tokens)), "targets": columns(targets, len(tokens))}
     return {"tokens": tokens, "segments": segments, **asked}
 
 
@@ -102,7 +102,7 @@ class MaskedModel(Embedder):
         """For each row [its places, V], tokens that stand for no text at minus infinity."""
         found: list[np.ndarray] = []
         for begin in range(0, len(rows), BATCH):
-            tokens, segments = padded(rows[begin : begin + BATCH], self.context, self.tokenizer.pad)
+            tokens, segments = padded(rows[begin : begin + BATCH], self.context_length, self.tokenizer.pad)
             here = places[begin : begin + BATCH]
             logits = hidden_logits(self.run.module, self.run.params, tokens, segments, columns(here, len(tokens)))
             logits = np.where(self._barred, -np.inf, np.asarray(logits))
@@ -120,10 +120,11 @@ class MaskedModel(Embedder):
         if MASK not in text:
             raise InputError(f"there is no {MASK} in {text[:60]!r}; put one where a word is wanted")
         ids = self._wrap(self.tokenizer.encode(text.replace(" " + MASK, MASK)))
-        if len(ids) > self.context:
+        if len(ids) > self.context_length:
             count = ids.count(self.tokenizer.mask)
             raise InputError(
-                f"the text has {len(ids)} tokens, {count} of them masks, and the model's context is {self.context}; shorten it"
+                f"the text has {len(ids)} tokens, {count} of them masks, and the model's context is "
+                f"{self.context_length}; shorten it"
             )
         return ids
 
@@ -215,17 +216,19 @@ class MaskedModel(Embedder):
                 raise InputError(f"{name} is {value}; it must be at least 1")
         if sweeps < 0:
             raise InputError(f"sweeps is {sweeps}; it cannot be negative")
-        if chunk > self.context // 2:
+        if chunk > self.context_length // 2:
             raise InputError(
-                f"chunk is {chunk}; at most half of the context, {self.context // 2}, can be filled at a time"
+                f"chunk is {chunk}; at most half of the context, {self.context_length // 2}, can be filled at a time"
             )
         if any(not s for s in stop):
             raise InputError("a stop string is empty; every text contains it")
-        method = Method.make(temperature, top_k, top_p, min_p, greedy)
+        method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy)
         encoded = [self.tokenizer.encode(p) for p in prompts]
         for prompt, ids in zip(prompts, encoded, strict=True):
-            if len(ids) + 2 > self.context:
-                raise InputError(f"the prompt has {len(ids)} tokens, the context is {self.context}: {prompt[:40]!r}...")
+            if len(ids) + 2 > self.context_length:
+                raise InputError(
+                    f"the prompt has {len(ids)} tokens, the context is {self.context_length}: {prompt[:40]!r}..."
+                )
         keys = draw_keys(prompts, num, seed)
         past = [list(encoded[i // num]) for i in range(len(keys))]
         said: list[list[int]] = [[] for _ in keys]
@@ -236,12 +239,12 @@ class MaskedModel(Embedder):
         def draw(i: int, scores: np.ndarray) -> tuple[int, float]:
             key = jax.random.fold_in(keys[i], drawn[i])
             drawn[i] += 1
-            token, logprob = choose(jnp.asarray(scores)[None], key[None], method)
+            token, logprob = sample_token(jnp.asarray(scores)[None], key[None], method)
             return int(token[0]), float(logprob[0])
 
         while going := [i for i, s in enumerate(stops) if not s]:
             sizes = [min(chunk, max_tokens - len(said[i])) for i in going]
-            kept = [last(past[i] + said[i], self.context - 2 - n) for i, n in zip(going, sizes, strict=True)]
+            kept = [last(past[i] + said[i], self.context_length - 2 - n) for i, n in zip(going, sizes, strict=True)]
             rows = [self._wrap([*k, *[self.tokenizer.mask] * n]) for k, n in zip(kept, sizes, strict=True)]
             masks = [list(range(len(k) + 1, len(k) + 1 + n)) for k, n in zip(kept, sizes, strict=True)]
             got: list[dict[int, float]] = [{} for _ in going]
@@ -270,7 +273,7 @@ class MaskedModel(Embedder):
                 elif len(said[i]) >= max_tokens:
                     stops[i] = "max_tokens"
         return [
-            shown_sample(self.tokenizer, prompts[i // num], said[i], logprobs[i], stops[i], stop) for i in range(len(keys))
+            to_sample(self.tokenizer, prompts[i // num], said[i], logprobs[i], stops[i], stop) for i in range(len(keys))
         ]
 
     # ---- score ----------------------------------------------------------------------------------------------------
@@ -304,7 +307,7 @@ class MaskedModel(Embedder):
 
     def score_tokens(self, sequences: Sequence[list[int]], rule: str, draws: int = 32) -> np.ndarray:
         """[sequences] what `score` gives, in nats, of texts that are tokens already."""
-        room = self.context - 2
+        room = self.context_length - 2
         copies: list[tuple[int, list[int], list[int], list[int], float]] = []  # text, row, places, targets, weight
         for i, ids in enumerate(sequences):
             seed = zlib.crc32(np.array(ids, np.int32).tobytes())
@@ -318,15 +321,13 @@ class MaskedModel(Embedder):
         copies.sort(key=lambda copy: (len(copy[1]), len(copy[2])))
         for begin in range(0, len(copies), BATCH):
             texts, rows, places, targets, weights = zip(*copies[begin : begin + BATCH], strict=True)
-            batch = hidden_batch(rows, places, targets, self.context, self.tokenizer.pad)
+            batch = hidden_batch(rows, places, targets, self.context_length, self.tokenizer.pad)
             logprobs = np.asarray(hidden_logprobs(self.run.module, self.run.params, batch))
             for k, i in enumerate(texts):
                 totals[i] += weights[k] * logprobs[k, : len(places[k])].sum()
         return totals
 
-    def pll_copies(
-        self, piece: list[int], rule: str, first: int = 1
-    ) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    def pll_copies(self, piece: list[int], rule: str, first: int = 1) -> Iterator[tuple[list[int], list[int], list[int]]]:
         """(row, places, targets), a copy per token from `first` on but the last, with it hidden and, for pll_word, the
         rest of its word behind it."""
         starts = self.vocabulary.starts_word

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bothways.data.task_examples import Example, decisions, encode
 
-from common.errors import InputError
-from common.rundir import Run
-from data.task_examples import Example, decisions, encode
+from bothways.errors import InputError
+from bothways.rundir import Run
 
 BATCH = 32
 COLUMNS = {

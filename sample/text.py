@@ -9,17 +9,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bothways.data.tokenizer import Tokenizer
+from bothways.model.cache import Cache
+from bothways.sample import score as scoring
+from bothways.sample.beam import make_beam_search
+from bothways.sample.decode import Begin, Decoder, Forward, Logits, Row, SourceTokens, bucket
+from bothways.sample.embed import vectors
+from bothways.sample.sampling_params import SamplingParams
 
-from common.errors import InputError
-from common.recipe import Recipe
-from common.rundir import Run
-from data.tokenizer import Tokenizer
-from model.cache import Cache
-from sample import score as scoring
-from sample.beam import make_beam_search
-from sample.decode import Begin, Decoder, Forward, Logits, Row, Source, bucket
-from sample.embed import vectors
-from sample.method import Method
+from bothways.errors import InputError
+from bothways.recipes import Recipe
+from bothways.rundir import Run
 
 BATCH = 128
 """Rows, or hypotheses, that are decoded together."""
@@ -74,7 +74,7 @@ def draw_keys(prompts: Sequence[str], num: int, seed: int) -> list[jax.Array]:
     return [jax.random.fold_in(jax.random.fold_in(base, text), n) for text in texts for n in range(num)]
 
 
-def shown_sample(
+def to_sample(
     tokenizer: Tokenizer, prompt: str, ids: list[int], logprobs: list[float], ended: str, stop: Sequence[str]
 ) -> Sample:
     """What was said as text, up to the first stop string, and the fewest tokens that hold it."""
@@ -96,10 +96,10 @@ def callbacks(module: nn.Module, recipe: Recipe, known: int) -> tuple[Forward, L
         real = module.apply({"params": params}, features, method="logits")
         return real.at[..., known:].set(-jnp.inf)
 
-    def begin(params: Any, batch: int, size: int, source: Source | None) -> Cache:
+    def begin(params: Any, batch: int, size: int, source: SourceTokens | None) -> Cache:
         if source is None:
             return Cache.empty(cfg, batch, size)
-        return module.apply({"params": params}, *source, size, method="begin")
+        return module.apply({"params": params}, *source, size, method="init_cache")
 
     return forward, logits, begin
 
@@ -111,7 +111,7 @@ class TextModel:
         self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer
         self.has_source = run.recipe.family == "seq2seq"
         forward, logits, begin = callbacks(run.module, run.recipe, len(run.tokenizer))
-        self.decoder = Decoder(forward, logits, begin, run.recipe.model.context, self.tokenizer.eos)
+        self.decoder = Decoder(forward, logits, begin, run.recipe.model.context_length, self.tokenizer.eos)
         self._beams = make_beam_search(forward, logits, self.tokenizer.eos)
 
     def encode_prompt(self, prompt: str) -> list[int]:
@@ -124,10 +124,10 @@ class TextModel:
         if self.has_source and not prompt:
             raise InputError("a source is empty; an encoder-decoder needs something to read")
         ids = [*ids, self.tokenizer.eos] if self.has_source else ids or [self.tokenizer.bos]
-        if len(ids) > self.recipe.model.context:
+        if len(ids) > self.recipe.model.context_length:
             raise InputError(
                 f"the {'source' if self.has_source else 'prompt'} has {len(ids)} tokens and the model's context is "
-                f"{self.recipe.model.context}; shorten it: {prompt[:40]!r}..."
+                f"{self.recipe.model.context_length}; shorten it: {prompt[:40]!r}..."
             )
         return ids
 
@@ -184,7 +184,7 @@ class TextModel:
             return self._search(prompts, encoded, beams, num, max_tokens, alpha)
         if length_penalty is not None:
             raise InputError("--length-penalty ranks what a beam search finds: add --beams, or leave it out")
-        method = Method.make(temperature, top_k, top_p, min_p, greedy)
+        method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy)
         rows = [self._row(encoded[i // num], key) for i, key in enumerate(draw_keys(prompts, num, seed))]
         shown = [""] * len(rows)
         index = {id(row): i for i, row in enumerate(rows)}
@@ -206,14 +206,14 @@ class TextModel:
             most = [self._most(row, max_tokens) for row in batch]
             self.decoder.generate(self.run.params, batch, method, most, chunk=chunk, after_chunk=after_chunk)
         return [
-            shown_sample(self.tokenizer, prompts[i // num], self._ids(row), row.logprobs, row.stop, stop)
+            to_sample(self.tokenizer, prompts[i // num], self._ids(row), row.logprobs, row.stop, stop)
             for i, row in enumerate(rows)
         ]
 
     def _most(self, row: Row, max_tokens: int | None) -> int:
         if not self.has_source:
             return max_tokens or 256
-        return min(max_tokens or len(row.source) - 1 + 50, self.recipe.model.context - 1)
+        return min(max_tokens or len(row.source) - 1 + 50, self.recipe.model.context_length - 1)
 
     def _ids(self, row: Row) -> list[int]:
         return row.tokens[:-1] if row.tokens and row.tokens[-1] == self.tokenizer.eos else row.tokens
@@ -237,7 +237,7 @@ class TextModel:
         results: dict[int, list[Sample]] = {}
         index = {id(row): i for i, row in enumerate(rows)}
         for batch in batched(rows, BATCH // beams):
-            limits = [min(self._most(r, max_tokens), self.recipe.model.context - len(r.context)) for r in batch]
+            limits = [min(self._most(r, max_tokens), self.recipe.model.context_length - len(r.context)) for r in batch]
             if min(limits) < 1:
                 raise InputError("a prompt fills the model's context; beam search does not go beyond it")
             state, _, _ = self.decoder.start(self.run.params, batch, limits)
@@ -276,7 +276,9 @@ class TextModel:
             logprobs, counts = self.score_pairs(pairs)
         else:
             sequences = [[self.tokenizer.bos, *self.tokenizer.encode(text)] for text in texts]
-            logprobs = scoring.causal_logprobs(self.run.module, self.run.params, sequences, self.recipe.model.context)
+            logprobs = scoring.causal_logprobs(
+                self.run.module, self.run.params, sequences, self.recipe.model.context_length
+            )
             counts = [len(ids) - 1 for ids in sequences]
         return [Score(text, round(lp, 3), n, rule) for text, lp, n in zip(texts, logprobs, counts, strict=True)]
 
@@ -284,7 +286,7 @@ class TextModel:
         """Of every (source, target) the log-probability of the target and its end, in nats, and how many tokens they are."""
         encode, bos, eos = self.tokenizer.encode, self.tokenizer.bos, self.tokenizer.eos
         sources, targets = [[*encode(a), eos] for a, _ in pairs], [[bos, *encode(b), eos] for _, b in pairs]
-        arguments = (self.run.module, self.run.params, sources, targets, self.recipe.model.context)
+        arguments = (self.run.module, self.run.params, sources, targets, self.recipe.model.context_length)
         return scoring.target_logprobs(*arguments), [len(ids) - 1 for ids in targets]
 
     def embed(self, texts: Sequence[str], pool: str = "mean") -> np.ndarray:

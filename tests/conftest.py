@@ -15,18 +15,18 @@ import dataclasses
 
 import jax
 import pytest
+from bothways.data.config import DataConfig
+from bothways.model.config import TransformerConfig
 
-from common.config import MeshConfig, OptimizerConfig, TrainConfig
-from common.recipe import Recipe
-from data.config import DataConfig
-from model.config import TransformerConfig
+from bothways import sharding
+from bothways.config import MeshConfig, OptimizerConfig, TrainConfig
+from bothways.recipes import Recipe
 from tests.corpus import made_up_text
-from train import sharding
 
 # Every size another prime (or a product of one with what it must divide), so that a swapped axis cannot pass.
 TINY = TransformerConfig(
     vocab_size=37,
-    context=23,
+    context_length=23,
     n_layers=3,
     d_model=22,
     n_heads=2,
@@ -95,7 +95,9 @@ def tiny_recipe(tiny, text_file, cache_dir) -> Recipe:
     """A run of six steps that trains on one device in a second or two."""
     return Recipe(
         name="tiny",
-        model=dataclasses.replace(tiny, vocab_size=0, context=16, n_layers=2, scan_layers=True, dropout_residual=0.1),
+        model=dataclasses.replace(
+            tiny, vocab_size=0, context_length=16, n_layers=2, scan_layers=True, dropout_residual=0.1
+        ),
         data=DataConfig(corpus=str(text_file), tokenizer="unigram", vocab_size=320, cache=str(cache_dir)),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
         train=TrainConfig(steps=6, batch_size=8, eval_every=3, eval_rows=8, save_every=3, log_every=1),

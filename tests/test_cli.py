@@ -7,13 +7,14 @@ import sys
 import types
 
 import pytest
+from bothways.data import tokens
+from bothways.train.loop import Result
 
 import bothways
-from data import tokens
-from train.loop import Result
+from bothways.cli import COMMANDS
 
 TINY_FLAGS = (
-    "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context 16 --data.vocab-size 320 --train.batch-size 8 "
+    "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context-length 16 --data.vocab-size 320 --train.batch-size 8 "
     "--train.steps 4 --train.eval-every 2 --train.save-every 2 --train.eval-rows 8 --optimizer.warmup-steps 1"
 ).split()
 
@@ -51,11 +52,11 @@ def test_only_texts_that_fit_are_filled_after_training(monkeypatch, capfd):
     tokenizer = types.SimpleNamespace(encode=lambda text: text.replace("[MASK]", "?"))
     fill = lambda texts, **_: asked.extend(texts) or []  # noqa: E731
     model = types.SimpleNamespace(
-        recipe=bothways.recipe("shakespeare_bert"), context=18, tokenizer=tokenizer, fill=fill
+        recipe=bothways.recipe("shakespeare_bert"), context_length=18, tokenizer=tokenizer, fill=fill
     )
-    monkeypatch.setattr("train.loop.train", lambda *_: Result("x", 1, 1.0, None, 1.0, 1.0))
-    monkeypatch.setattr("verbs_train.load", lambda _: model)
-    monkeypatch.setattr("sample.evaluate.evaluate", lambda *_: [])
+    monkeypatch.setattr("bothways.train.loop.train", lambda *_: Result("x", 1, 1.0, None, 1.0, 1.0))
+    monkeypatch.setattr("bothways.load", lambda _: model)
+    monkeypatch.setattr("bothways.sample.evaluate.evaluate", lambda *_: [])
     call(capfd, "train", "shakespeare_bert")
     assert asked == ["the [MASK] of the [MASK]", "I [MASK] you,"]
 
@@ -89,7 +90,9 @@ def test_evaluate_agrees_with_training(run_home, tiny_args, capfd, monkeypatch):
     """And reads no more text than it measures on."""
     trained = json.loads(call(capfd, "train", *tiny_args, "--workdir", run_home, "--json", "--train.eval-rows", "0").out)
     prepare, read = tokens.prepare, []
-    monkeypatch.setattr(tokens, "prepare", lambda corpus, split, *rest: read.append(split) or prepare(corpus, split, *rest))
+    monkeypatch.setattr(
+        tokens, "prepare", lambda corpus, split, *rest: read.append(split) or prepare(corpus, split, *rest)
+    )
     figures = [
         json.loads(line) for line in call(capfd, "evaluate", run_home, "validation", "test", "--json").out.splitlines()
     ]
@@ -165,9 +168,9 @@ def test_a_corpus_shorter_than_a_row(capfd, tiny_args, tmp_path):
     (tmp_path / "short.txt").write_text("the dog\nthe cat\n" * 3)
     err = refused(
         capfd, "train", *tiny_args, "--data.corpus", str(tmp_path / "short.txt"), "--data.vocab-size", "272",
-        "--model.context", "100", "--workdir", str(tmp_path / "x"),
+        "--model.context-length", "100", "--workdir", str(tmp_path / "x"),
     )  # fmt: skip
-    assert "less than one row of model.context=100" in err
+    assert "less than one row of model.context_length=100" in err
 
 
 def test_a_file_that_is_not_utf8(capfd, tiny_args, tmp_path):
@@ -238,11 +241,11 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(tiny_args, tmp_path):
     assert done.returncode == 2, done.stderr[-2000:]
     assert "the disk is full" in done.stderr
     # A thread of tensorstore may, now and then, tell of its own end; none of our frames is shown.
-    assert "bothways.py\", line" not in done.stderr
+    assert 'bothways.py", line' not in done.stderr
     assert bothways.main(argv) == 0
 
 
 def test_help_of_every_verb(capfd):
-    for verb in bothways.VERBS:
+    for verb in COMMANDS:
         assert verb in call(capfd, verb, "--help").out
-    assert all(verb in call(capfd, "--help").out for verb in bothways.VERBS)
+    assert all(verb in call(capfd, "--help").out for verb in COMMANDS)

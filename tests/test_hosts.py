@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
+from bothways.train.loop import train
 
-from common.recipe import Recipe
-from train.loop import train
+from bothways.recipes import Recipe
 
 STEPS, SAVE = 120, 20
 
@@ -47,7 +47,7 @@ class Processes:
         path = home.parent / "tiny.py"
         (home.parent / "tiny.json").write_text(recipe.to_json())
         path.write_text(
-            "from pathlib import Path\nfrom common.recipe import Recipe\n"
+            "from pathlib import Path\nfrom bothways.recipes import Recipe\n"
             f"recipes = {{'tiny': Recipe.from_json(Path({str(home.parent / 'tiny.json')!r}).read_text())}}\n"
         )
         with socket.socket() as s:

@@ -10,10 +10,10 @@ import time
 import jax
 import numpy as np
 
-from common import rundir
+from bothways import rundir
 
 ARGS = (
-    "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context 16 --data.vocab-size 320 --train.batch-size 8 "
+    "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context-length 16 --data.vocab-size 320 --train.batch-size 8 "
     "--train.steps 120 --train.eval-every 60 --train.save-every 5 --train.eval-rows 8 --optimizer.warmup-steps 1"
 ).split()
 

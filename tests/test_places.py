@@ -8,21 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bothways.data.tokens import obtain_tokenizer
+from bothways.model.stack import unstack_layers
+from bothways.sample.masked import MaskedModel
+from bothways.train.finetune import FinetuneConfig, Tuner
+from bothways.train.loop import train
+from bothways.train.start import check_start, start_from
 from fsspec.implementations.memory import MemoryFileSystem
 
 import bothways
-from common import rundir
-from common.config import MeshConfig
-from common.errors import InputError
-from data.tokens import obtain_tokenizer
-from model.stack import for_decoding
-from sample.masked import MaskedModel
+from bothways import rundir, sharding
+from bothways.commands.train import continuation_of
+from bothways.config import MeshConfig
+from bothways.errors import InputError
 from tests.train.bodies import body, dog_task, write
-from train import sharding
-from train.finetune import FinetuneConfig, Tuner
-from train.loop import train
-from train.start import check_start, start_from
-from verbs_train import on_from
 
 MESH = MeshConfig(1, 2, 2)
 
@@ -45,7 +44,7 @@ def test_one_device_to_four_and_back(family, tiny, tmp_path):
     blocks = four.run.params[{"gpt": "decoder", "bert": "encoder"}[family]]["stack"]["blocks"]
     kernel = (blocks[0] if family == "gpt" else blocks)["mlp"]["up"]["kernel"]  # what decodes has a tree per layer
     assert kernel.sharding.shard_shape(kernel.shape)[-2:] == (22 // 2, 26 // 2)
-    joined, asked = (for_decoding(made.params, join) if family == "gpt" else made.params for join in (True, False))
+    joined, asked = (unstack_layers(made.params, join) if family == "gpt" else made.params for join in (True, False))
     # Fine-tuning takes weights that lie on one device, and trains on all.
     tuner = Tuner(rundir.load_run(tmp_path / "one", print), dog_task("classify"), FinetuneConfig())
     assert shards(tuner.run.params) == {8}
@@ -54,7 +53,7 @@ def test_one_device_to_four_and_back(family, tiny, tmp_path):
     # Only what the compiler can see into can it spread; a kernel would have to be told how.
     assert (one.run.module.cfg.attention, four.run.module.cfg.attention) == ("auto", "xla")
 
-    spread = rundir.load_run(tmp_path / "one", print, lambda shapes: sharding.shardings_for_reading(shapes, MESH))
+    spread = rundir.load_run(tmp_path / "one", print, lambda shapes: sharding.shardings_for_inference(shapes, MESH))
     write(dataclasses.replace(made, params=spread.params), tmp_path / "four")  # a checkpoint of four devices
     back = bothways.load(tmp_path / "four")
     assert shards(back.run.params) == {1}
@@ -90,11 +89,11 @@ def test_what_one_device_cannot_hold_is_spread_over_all(tiny, monkeypatch):
     for memory, devices in ((None, 1), (3 * size, 1), (size, 8)):
         device = type(jax.devices()[0])
         monkeypatch.setattr(device, "memory_stats", lambda _, n=memory: n and {"bytes_limit": n})
-        found = sharding.shardings_for_reading(shapes, MeshConfig(1))
+        found = sharding.shardings_for_inference(shapes, MeshConfig(1))
         assert {len(s.device_set) for s in jax.tree.leaves(found)} == {devices}
     assert found["decoder"]["stack"]["blocks"]["mlp"]["up"]["kernel"].mesh.shape["tensor"] == 2  # of 26, 390 and 4
     with pytest.raises(InputError, match="wants 16 devices, and this host has 8"):
-        sharding.shardings_for_reading(shapes, MeshConfig(2, 8))
+        sharding.shardings_for_inference(shapes, MeshConfig(2, 8))
 
 
 class Bucket(MemoryFileSystem):
@@ -130,7 +129,7 @@ def test_a_run_directory_on_a_bucket(tiny_recipe, tmp_path, monkeypatch):
     (home / "checkpoints").mkdir()  # where a real bucket would hold the arrays
     assert bothways.load("gs://bucket/runs/x").recipe == rundir.read_recipe(home)
 
-    on = on_from(home)
+    on = continuation_of(home)
     assert on.data.tokenizer == "gs://bucket/runs/x/tokenizer.model"
     on = dataclasses.replace(on, model=dataclasses.replace(on.model, attention="xla"))
     check_start(on, obtain_tokenizer(on.data, None))
@@ -151,7 +150,11 @@ def test_what_a_bucket_cannot_hold_is_refused(tmp_path, monkeypatch, capfd):
     fsspec.register_implementation("gcs", Bucket, clobber=True)
     monkeypatch.chdir(tmp_path)
     here = str(tmp_path / "x")
-    for argv in (["import", here, "gs://bucket/x"], ["export", here, "gs://bucket/x"], ["compare", "--workdir", "gs://bucket/x"]):
+    for argv in (
+        ["import", here, "gs://bucket/x"],
+        ["export", here, "gs://bucket/x"],
+        ["compare", "--workdir", "gs://bucket/x"],
+    ):
         assert bothways.main(argv) == 2
         assert "gs://bucket/x is on a bucket" in capfd.readouterr().err
     assert bothways.main(["export", "gs://bucket/none", here]) == 2

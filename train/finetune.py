@@ -12,22 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from bothways.data import metrics, pipeline
+from bothways.data.examples import as_is
+from bothways.data.task_examples import TaskRows, decisions
+from bothways.data.tasks import Task
+from bothways.model.loss import TokenLoss, cross_entropy
+from bothways.model.task import TaskModel
+from bothways.train.objectives import Batch, Objective, Sums, class_loss
+from bothways.train.optimizer import make_optimizer
+from bothways.train.step import TrainState, make_train_step, state_shardings
 
-from common import rundir
-from common.config import FinetuneConfig, MeshConfig, OptimizerConfig
-from common.errors import InputError
-from common.rundir import Run, TaskInfo
-from data import metrics, pipeline
-from data.examples import as_is
-from data.task_examples import TaskRows, decisions
-from data.tasks import Task
-from model.loss import TokenLoss, cross_entropy
-from model.task import TaskModel
-from train import sharding
-from train.objectives import Batch, Objective, Sums, class_loss
-from train.optimizer import make_optimizer
-from train.report import say
-from train.step import TrainState, make_train_step, state_shardings
+from bothways import rundir, sharding
+from bothways.config import FinetuneConfig, MeshConfig, OptimizerConfig
+from bothways.errors import InputError
+from bothways.log import log
+from bothways.rundir import Run, TaskInfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Tuner:
         self.mesh = sharding.make_mesh(MeshConfig())
         placed = jax.device_put(run.params, sharding.parameter_shardings(self.mesh, run.params))
         self.run, self.task, self.cfg = dataclasses.replace(run, params=placed), task, cfg
-        self.length = cfg.length or run.recipe.model.context
+        self.length = cfg.length or run.recipe.model.context_length
         self.info = TaskInfo(task.name, task.kind, task.labels, self.length, task.metrics, cfg.pool)
         self.module = rundir.module_of(run.recipe, self.info).clone(dropout=cfg.dropout)
         self.rows = {split: TaskRows(items, task, run.tokenizer, self.length) for split, items in task.splits.items()}
@@ -152,7 +151,7 @@ class Tuner:
             else:
                 worse += 1
             how = "fine-tuned" if pretrained else "from scratch"
-            say(
+            log(
                 f"  {how}, rate {rate:g}, seed {seed}, epoch {epoch + 1}: loss {float(numbers['task']):.3f}, "
                 f"validation {self.task.metrics[0]} {value:.3f}"
             )
@@ -209,15 +208,15 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
       InputError: numbers out of range, or a directory that holds something already.
     """
     home = rundir.directory(workdir)
-    cfg.check(run.recipe.objective.kind, run.recipe.model.context)
+    cfg.check(run.recipe.objective.kind, run.recipe.model.context_length)
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise InputError(f"{home} exists already; give another directory with --workdir")
     tuner, lead = Tuner(run, task, cfg), task.metrics[0]
     counts = {split: len(items) for split, items in task.splits.items()}
-    say(f"{task.name}: {task.kind}, " + ", ".join(f"{n} {split}" for split, n in counts.items()))
+    log(f"{task.name}: {task.kind}, " + ", ".join(f"{n} {split}" for split, n in counts.items()))
     if task.kind == "classify":
         shares = collections.Counter(item["label"] for item in task.splits["train"])
-        say("  labels: " + ", ".join(f"{label} {n / counts['train']:.0%}" for label, n in shares.most_common()))
+        log("  labels: " + ", ".join(f"{label} {n / counts['train']:.0%}" for label, n in shares.most_common()))
     baselines = baselines_of(task)
 
     def grid(pretrained: bool) -> tuple[list[dict[str, float]], Any, float]:
@@ -227,7 +226,7 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
         best = max(tried, key=lambda rate: np.mean([value for value, _ in tried[rate]]))
         for rate, found in tried.items():
             mean, low, high = metrics.mean_interval([value for value, _ in found])
-            say(f"  rate {rate:g}: validation {lead} {mean:.3f} [{low:.3f}, {high:.3f}] over {cfg.seeds} seeds")
+            log(f"  rate {rate:g}: validation {lead} {mean:.3f} [{low:.3f}, {high:.3f}] over {cfg.seeds} seeds")
         tests = [tuner.measure(params, "test") for _, params in tried[best]]
         return tests, max(tried[best], key=lambda found: found[0])[1], best
 
@@ -238,7 +237,7 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
     save(home, run, params, tuner.info)
     mean, low, high = metrics.mean_interval([t[lead] for t in tests])
     others = {m: round(metrics.mean_interval([t[m] for t in tests])[0], 4) for m in task.metrics[1:]}
-    say(f"  best rate {best:g}; test {lead} {mean:.4f}; " + ", ".join(f"{k} {v}" for k, v in others.items()))
+    log(f"  best rate {best:g}; test {lead} {mean:.4f}; " + ", ".join(f"{k} {v}" for k, v in others.items()))
     rounded = {k: round(v, 4) for k, v in baselines.items()}
     return Finetuned(str(home), task.name, lead, round(mean, 4), (round(low, 4), round(high, 4)), counts["test"], rounded)
 

@@ -1,4 +1,4 @@
-"""Many processes as one run: JAX's multi-controller runtime, started by what the cluster, the environment or flags say.
+"""Many processes as one run: JAX's multi-controller runtime, started by what the cluster, the environment or flags log.
 
 Every process runs the same program on its own devices. Process 0 alone writes metrics, plots and the recipe; all take
 part in checkpoints. The run directory is one that all of them see.
@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from common.errors import InputError
+from bothways.errors import InputError
 
 A_DAY = 24 * 60 * 60
 """Longest wait, in seconds, for process 0 to prepare a corpus."""
@@ -86,7 +86,7 @@ def stdout_for_results() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def first() -> Iterator[None]:
+def process_zero_first() -> Iterator[None]:
     """Process 0 goes through this block first: what it prepares on a shared disk the others find there."""
     turn = f"bothways first {next(_turns)}"  # every process comes here equally often
     if jax.process_index() > 0:
@@ -103,7 +103,7 @@ def _wait(name: str) -> None:
         multihost.sync_global_processes(name, timeout=A_DAY, processes=set(range(jax.process_count())))
 
 
-def agree(values: dict[str, str]) -> None:
+def assert_equal_across_hosts(values: dict[str, str]) -> None:
     """Raises InputError, on all processes, where they do not have the same values."""
     if jax.process_count() == 1:
         return
@@ -118,7 +118,7 @@ def agree(values: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def sigterm_noticed() -> Iterator[Callable[[int], bool]]:
+def preemption_requested() -> Iterator[Callable[[int], bool]]:
     """A function (step) -> whether to save and stop there, which every process calls once a step.
 
     The signal itself no longer ends the process. Of several processes any may get it; JAX's coordination service tells

@@ -14,21 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from bothways.data import corpora, pipeline, tokens
+from bothways.data.tokenizer import Tokenizer
+from bothways.train import hosts
+from bothways.train.objectives import make_objective
+from bothways.train.optimizer import make_optimizer
+from bothways.train.report import Reporter
+from bothways.train.start import check_start, start_from
+from bothways.train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
 
-from common import rundir
-from common.errors import Diverged, InputError, Stopped
-from common.families import make_module, tiny_inputs
-from common.recipe import Recipe
-from data import corpora, pipeline, tokens
-from data.tokenizer import Tokenizer
-from train import hosts, sharding
-from train.chips import PEAK_FLOPS
-from train.flops import recipe_flops_per_token
-from train.objectives import make_objective
-from train.optimizer import make_optimizer
-from train.report import Reporter, say
-from train.start import check_start, start_from
-from train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
+from bothways import rundir, sharding
+from bothways.chips import PEAK_FLOPS
+from bothways.errors import Diverged, InputError, Stopped
+from bothways.flops import recipe_flops_per_token
+from bothways.log import log
+from bothways.recipes import Recipe
+from bothways.registry import make_module, tiny_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +62,10 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     Raises:
       InputError: the recipe cannot run here, or the directory holds another run.
       Stopped: SIGTERM came; everything is saved.
-      Diverged: the loss was not finite for train.max_bad_steps steps in a row.
+      Diverged: the loss was not finite for train.max_nonfinite_steps steps in a row.
     """
     home, cfg, writes = rundir.directory(workdir), recipe.train, jax.process_index() == 0
-    tell = say if writes else lambda _: None
+    tell = log if writes else lambda _: None
     began = time.monotonic()
     recipe.check(jax.device_count())
     if recipe.model.attention == "cudnn" and jax.default_backend() != "gpu":
@@ -75,7 +76,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
         rundir.read_recipe(rundir.directory(cfg.init_from))  # else corpus and vocabulary would be prepared in vain
 
     # ---- data -------------------------------------------------------------------------------------------------
-    with hosts.first():
+    with hosts.process_zero_first():
         corpus = corpora.load(recipe.data)
         if existing is not None:
             if not rundir.trained_on(home, corpus.fingerprint):
@@ -89,7 +90,9 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
             tokenizer = tokens.obtain_tokenizer(recipe.data, corpus)
         text, held_text = (tokens.prepare(corpus, s, tokenizer, recipe.data.cache) for s in ("train", "validation"))
     recipe = resolve(recipe, tokenizer)
-    hosts.agree({"recipe": recipe.to_json(), "text": corpus.fingerprint, "tokenizer": tokenizer.fingerprint})
+    hosts.assert_equal_across_hosts(
+        {"recipe": recipe.to_json(), "text": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+    )
     if existing is None and cfg.init_from:
         check_start(recipe, tokenizer)
     if existing is not None and (changed := existing.differences(recipe)):
@@ -99,10 +102,10 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
             + "\ntrain into another directory with --workdir DIR, or delete this one"
         )
     objective = make_objective(recipe.objective, tokenizer.vocabulary(), recipe.data.separate_documents)
-    lengths = {recipe.model.context, cfg.short_length} - {0}
-    with hosts.first():  # how pairs are packed into rows is kept too
+    lengths = {recipe.model.context_length, cfg.short_length} - {0}
+    with hosts.process_zero_first():  # how pairs are packed into rows is kept too
         sources = {length: objective.source(text, length, False) for length in lengths}
-        held_out = objective.source(held_text, recipe.model.context, True)
+        held_out = objective.source(held_text, recipe.model.context_length, True)
 
     # ---- model, optimizer, mesh -------------------------------------------------------------------------------
     mesh = sharding.make_mesh(recipe.mesh)
@@ -113,7 +116,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
         return init_state(module, tiny_inputs(recipe.family), optimizer, seed)
 
     shapes = jax.eval_shape(fresh, 0)
-    shardings = state_shardings(mesh, shapes, recipe.mesh.max_copied)
+    shardings = state_shardings(mesh, shapes, recipe.mesh.max_replicated_fraction)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
     if writes and existing is None:
         home.mkdir(parents=True, exist_ok=True)
@@ -130,7 +133,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     # 2. another run, named by train.init_from: its body if it was fine-tuned;
     # 3. a published checkpoint, which `bothways import` made a run, named likewise: so 2 and 3 are one line;
     # 4. scratch.
-    manager = rundir.checkpoint_manager(home, keep=cfg.keep)
+    manager = rundir.checkpoint_manager(home, keep=cfg.max_to_keep)
     start, state = _restore(manager, shapes, shardings) or (0, None)
     if state is None:
         state = jax.jit(fresh, out_shardings=shardings)(cfg.seed)  # not a constant: seeds share their programs
@@ -139,19 +142,19 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
             other = rundir.directory(cfg.init_from)
             state = state.replace(params=start_from(other, recipe.model, state.params, place))
     tell(
-        f"{count:,} parameters, {len(text.ids):,} tokens of text, rows of {recipe.model.context}, "
+        f"{count:,} parameters, {len(text.ids):,} tokens of text, rows of {recipe.model.context_length}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)" + (f", resumed at step {start}" if start else "")
     )
-    if note := getattr(sources[recipe.model.context][0], "note", ""):
+    if note := getattr(sources[recipe.model.context_length][0], "note", ""):
         tell(note)
-    train_step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=cfg.accumulate)
+    train_step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=cfg.grad_accum_steps)
     evaluate = Evaluator(recipe, objective, module, tokenizer, held_out, mesh, shardings.params)
     reporter = Reporter(home, cfg.steps, start, writes)
-    meter = Meter(recipe)
+    meter = Throughput(recipe)
 
     def batches(step: int) -> Iterator[dict[str, np.ndarray]]:
         row, size = cfg.batch_at(step)
-        length = cfg.short_length if step < cfg.short_steps else recipe.model.context
+        length = cfg.short_length if step < cfg.short_steps else recipe.model.context_length
         rows, example = sources[length]
         mine = sharding.local_rows(mesh, size)
         return pipeline.training_batches(rows, example, batch_size=size, seed=cfg.seed, position=row, mine=mine)
@@ -159,7 +162,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     def save(step: int, metrics: dict[str, float] | None) -> None:
         if step in manager.all_steps():
             return
-        rest = {k: getattr(state, k) for k in ("step", "opt_state", "bad_in_row", "bad_total")}
+        rest = {k: getattr(state, k) for k in ("step", "opt_state", "consecutive_nonfinite", "bad_total")}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             train=ocp.args.StandardSave(rest),
@@ -174,7 +177,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     new_shape_at = {first for first, _, _ in cfg.stages()} | {cfg.short_steps}
     tidy = jax.process_count() == 1  # of several, one that fails leaves at once: what waits for the others would hang
     try:
-        with hosts.sigterm_noticed() as stop_at:
+        with hosts.preemption_requested() as stop_at:
             iterator = batches(start)
             for step in range(start, cfg.steps):
                 if step in new_shape_at and step > start:
@@ -219,14 +222,14 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
 def _restore(manager: ocp.CheckpointManager, shapes: TrainState, shardings: TrainState) -> tuple[int, TrainState] | None:
     """The newest whole checkpoint, placed on this mesh; None if there is none."""
     targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-    rest = {k: getattr(targets, k) for k in ("step", "opt_state", "bad_in_row", "bad_total")}
+    rest = {k: getattr(targets, k) for k in ("step", "opt_state", "consecutive_nonfinite", "bad_total")}
     items = ocp.args.Composite(params=ocp.args.StandardRestore(targets.params), train=ocp.args.StandardRestore(rest))
 
     def restore(step: int) -> TrainState:
         found = manager.restore(step, args=items)
         return TrainState(params=found["params"], **found["train"])
 
-    found = rundir.newest_whole(manager, restore, say)
+    found = rundir.restore_latest_readable(manager, restore, log)
     if found is not None:
         for step in manager.all_steps():
             if step > found[0]:
@@ -239,15 +242,17 @@ def _shown_held(held: dict[str, float]) -> str:
     return f"held-out loss {held['loss']:.3f}{bpb}"
 
 
-def _report(reporter: Reporter, meter: "Meter", step: int, metrics: dict[str, jax.Array], size: int, cfg: Any) -> None:
+def _report(
+    reporter: Reporter, meter: "Throughput", step: int, metrics: dict[str, jax.Array], size: int, cfg: Any
+) -> None:
     values = {k: float(v) for k, v in metrics.items()}
     meter.count(size)
-    bad = int(values.pop("bad_in_row"))
+    bad = int(values.pop("consecutive_nonfinite"))
     if bad:
         reporter.note(
             f"step {step}: loss {values['loss']}, not applied ({bad} in a row, {int(values['bad_total'])} in all)"
         )
-    if bad >= cfg.max_bad_steps:
+    if bad >= cfg.max_nonfinite_steps:
         raise Diverged(
             f"{bad} steps in a row had no finite loss; stopped at step {step}. The last checkpoint is intact. "
             "Try a lower --optimizer.learning-rate or a longer --optimizer.warmup-steps"
@@ -265,7 +270,7 @@ def _report(reporter: Reporter, meter: "Meter", step: int, metrics: dict[str, ja
         reporter.advance(step)
 
 
-class Meter:
+class Throughput:
     """Tokens per second and MFU, evaluations and the first step's compilation left out."""
 
     def __init__(self, recipe: Recipe):
@@ -312,7 +317,7 @@ class Evaluator:
 
     def __call__(self, params: Any) -> dict[str, float]:
         cfg = self.recipe.train
-        batch_size = cfg.batch_size // cfg.accumulate  # no more at once than training has
+        batch_size = cfg.batch_size // cfg.grad_accum_steps  # no more at once than training has
         sums: dict[str, np.ndarray] = {}
         size = 0
         mine = sharding.local_rows(self.mesh, batch_size)

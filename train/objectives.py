@@ -14,14 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from bothways.data import examples, pairs
+from bothways.data.pipeline import ExampleFn, RowSource
+from bothways.data.tokenizer import Vocabulary
+from bothways.data.tokens import Rows, Tokens
+from bothways.model.loss import TokenLoss, cross_entropy
 
-from common.config import ObjectiveConfig
-from common.errors import InputError
-from data import examples, pairs
-from data.pipeline import ExampleFn, Source
-from data.tokenizer import Vocabulary
-from data.tokens import Rows, Tokens
-from model.loss import TokenLoss, cross_entropy
+from bothways.config import ObjectiveConfig
+from bothways.errors import InputError
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, TokenLoss]
@@ -38,7 +38,7 @@ class Objective:
       terms: bound module, batch, deterministic -> sums of every term.
     """
 
-    source: Callable[[Tokens, int, bool], tuple[Source, ExampleFn]]
+    source: Callable[[Tokens, int, bool], tuple[RowSource, ExampleFn]]
     weights: Callable[[Batch], dict[str, jax.Array]]
     terms: Callable[[Any, Batch, bool], Sums]
 
@@ -46,7 +46,7 @@ class Objective:
 def causal(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Objective:
     """Next-token prediction: the objective of GPT (GPT-1, section 3.1)."""
 
-    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Source, ExampleFn]:
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[RowSource, ExampleFn]:
         return Rows(tokens, length, vocabulary.pad, separate, padded), examples.causal
 
     def weights(batch: Batch) -> dict[str, jax.Array]:
@@ -65,9 +65,9 @@ def causal(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Obje
 
 def masked(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Objective:
     """Masked language modelling, and next-sentence prediction where the recipe asks for it (arXiv 1810.04805, 3.1)."""
-    masking = examples.Masking(cfg.mask_rate, cfg.mask_share, cfg.random_share, cfg.whole_words)
+    masking = examples.Masking(cfg.mask_rate, cfg.mask_token_prob, cfg.random_token_prob, cfg.whole_words)
 
-    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Source, ExampleFn]:
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[RowSource, ExampleFn]:
         pairs = {"pairs": cfg.next_sentence, "separate": separate, "padded": padded}
         return examples.masked_source(tokens, length, vocabulary, masking, **pairs)
 
@@ -77,7 +77,9 @@ def masked(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Obje
 
     def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
         features = module(batch["tokens"], batch["positions"], batch["segments"], batch.get("types"), deterministic)
-        asked = jnp.take_along_axis(features, batch["places"][..., None], axis=1)  # only these meet the vocabulary
+        asked = jnp.take_along_axis(
+            features, batch["mask_positions"][..., None], axis=1
+        )  # only these meet the vocabulary
         smoothing = 0.0 if deterministic else cfg.label_smoothing
         hidden = module.transform(asked)
         sums = {"mlm": cross_entropy(hidden, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
@@ -92,7 +94,7 @@ def after_source(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -
     """Next-token prediction of a target behind its source (arXiv 1706.03762); the source is a text's other language,
     or the text with spans hidden (arXiv 1910.10683, section 3.1.4)."""
 
-    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Source, ExampleFn]:
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[RowSource, ExampleFn]:
         if cfg.kind == "pairs":
             return pairs.PackedPairs(tokens, length, vocabulary), examples.as_is
         rows = pairs.Spans(tokens, length, vocabulary, cfg.mask_rate, cfg.span_length, padded)
@@ -115,9 +117,9 @@ def hybrid(cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool) -> Obje
 
     Each row weighs the same in expectation: a masked row asks for `mask_rate` of its tokens, each with 1 / mask_rate.
     """
-    masking = examples.Masking(cfg.mask_rate, cfg.mask_share, cfg.random_share, cfg.whole_words)
+    masking = examples.Masking(cfg.mask_rate, cfg.mask_token_prob, cfg.random_token_prob, cfg.whole_words)
 
-    def source(tokens: Tokens, length: int, padded: bool) -> tuple[Source, ExampleFn]:
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[RowSource, ExampleFn]:
         return Rows(tokens, length, vocabulary.pad, separate, padded), functools.partial(
             examples.hybrid, vocabulary=vocabulary, masking=masking, causal_share=cfg.causal_share
         )

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import optax
+from bothways.model.axes import logical_axes, path_names
 
-from common.config import OptimizerConfig
-from model.axes import logical_axes, path_names
+from bothways.config import OptimizerConfig
 
 
 def schedule(cfg: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
@@ -13,23 +13,23 @@ def schedule(cfg: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
 
     Linear warm-up to `peak` over warmup_steps, then:
       constant: peak;
-      cosine, linear: down to final_share * peak at decay_steps, and flat from there;
+      cosine, linear: down to final_lr_ratio * peak at decay_steps, and flat from there;
       rsqrt: peak * sqrt(warmup_steps / step) (arXiv 1706.03762, section 5.3);
-      wsd: flat, then linear to final_share * peak over the last decay_share of the steps (arXiv 2404.06395, 4).
+      wsd: flat, then linear to final_lr_ratio * peak over the last decay_fraction of the steps (arXiv 2404.06395, 4).
     """
-    warm, last = cfg.warmup_steps, peak * cfg.final_share
+    warm, last = cfg.warmup_steps, peak * cfg.final_lr_ratio
     left = max(1, (cfg.decay_steps or steps) - warm)
     match cfg.schedule:
         case "constant":
             after = optax.constant_schedule(peak)
         case "cosine":
-            after = optax.cosine_decay_schedule(peak, left, cfg.final_share)
+            after = optax.cosine_decay_schedule(peak, left, cfg.final_lr_ratio)
         case "linear":
             after = optax.linear_schedule(peak, last, left)
         case "rsqrt":
             after = lambda count: peak * jnp.sqrt(warm / (warm + jnp.asarray(count, jnp.float32)))  # noqa: E731
         case "wsd":
-            decay = max(1, round(cfg.decay_share * steps))
+            decay = max(1, round(cfg.decay_fraction * steps))
             stable = optax.constant_schedule(peak)
             after = optax.join_schedules(
                 [stable, optax.linear_schedule(peak, last, decay)], [max(0, steps - warm - decay)]

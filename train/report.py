@@ -6,20 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from common import rundir
+from bothways import rundir
+from bothways.log import console, log
 
 UPLOAD_EVERY = 30
 """Seconds between two writings of metrics.jsonl to a bucket, whose files cannot be added to."""
-
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def say(message: str) -> None:
-    """A line for the person who watches, on standard error."""
-    err.print(message, markup=False)
 
 
 class Reporter:
@@ -54,7 +47,7 @@ class Reporter:
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
         ]
-        self.progress = Progress(*columns, console=err, disable=not err.is_terminal)
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task("training", total=steps, completed=start, shown="compiling")
         self.progress.start()
         self.began = time.monotonic()
@@ -77,7 +70,7 @@ class Reporter:
         try:
             return SummaryWriter(str(self.home / "events"), purge_step=self.start + 1 if self.start else None)
         except ImportError as e:
-            say(f"no TensorBoard events: {e}")
+            log(f"no TensorBoard events: {e}")
             return False
 
     def log(self, step: int, metrics: dict[str, float], shown: str) -> None:
@@ -89,8 +82,8 @@ class Reporter:
         if time.monotonic() - self.uploaded > UPLOAD_EVERY:
             self.upload()
         self.progress.update(self.task, completed=step, shown=shown)
-        if not err.is_terminal:
-            say(f"step {step}: {shown}")
+        if not console.is_terminal:
+            log(f"step {step}: {shown}")
         if self.events is None:
             self.events = self._tensorboard()
         if self.events:
@@ -105,7 +98,7 @@ class Reporter:
 
     def note(self, message: str) -> None:
         if self.active:
-            say(message)
+            log(message)
 
     def advance(self, step: int) -> None:
         if self.active:

@@ -6,17 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from bothways.data.tokenizer import Tokenizer
+from bothways.model.config import TransformerConfig
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from common import rundir
-from common.errors import InputError
-from common.recipe import Recipe
-from data.tokenizer import Tokenizer
-from model.config import TransformerConfig
-from train.report import say
+from bothways import rundir
+from bothways.errors import InputError
+from bothways.log import log
+from bothways.recipes import Recipe
 
 HEADS = ("masked_head", "next_sentence", "pooler")
-FREE = (*HEADS, "context", "init", "init_std", "init_residual", "dtype", "attention", "scan_layers", "remat")
+IGNORED_FIELDS = (
+    *HEADS,
+    "context_length",
+    "init",
+    "init_std",
+    "init_residual",
+    "dtype",
+    "attention",
+    "scan_layers",
+    "remat",
+)
 """Fields of the model in which two runs may differ and still share their weights; so may every dropout."""
 
 
@@ -28,15 +38,17 @@ def check_start(recipe: Recipe, tokenizer: Tokenizer) -> None:
     found = [
         f"model.{k} is {mine[k]}, and there {theirs[k]}"
         for k in mine
-        if mine[k] != theirs[k] and k not in FREE and not k.startswith("dropout")
+        if mine[k] != theirs[k] and k not in IGNORED_FIELDS and not k.startswith("dropout")
     ]
     if recipe.family != other.family:
         found.append(f"family is {recipe.family}, and there {other.family}")
     if Tokenizer.load(home).fingerprint != tokenizer.fingerprint:
         kept = next(p for p in ("tokenizer.json", "tokenizer.model") if (home / p).exists())
         found.append(f"the tokenizer is another; set --data.tokenizer {home / kept}")
-    if recipe.model.positions == "learned" and recipe.model.context > other.model.context:
-        found.append(f"model.context is {recipe.model.context}, and {home} has learnt {other.model.context} positions")
+    if recipe.model.position_embedding == "learned" and recipe.model.context_length > other.model.context_length:
+        found.append(
+            f"model.context_length is {recipe.model.context_length}, and {home} has learnt {other.model.context_length} positions"
+        )
     if found:
         raise InputError(
             f"this recipe cannot start from {home}:\n"
@@ -55,14 +67,14 @@ def start_from(home: Path, cfg: TransformerConfig, fresh: Any, place: Callable[[
       fresh: this run's parameters, where they belong on the mesh.
       place: shapes of the other run's parameters -> their shardings.
     """
-    run = rundir.load_run(home, say, place)
+    run = rundir.load_run(home, log, place)
     theirs = flatten_dict(run.params["body"] if run.task is not None else run.params, sep="/")
     mine = flatten_dict(fresh, sep="/")
     for path, leaf in mine.items():
         if path in theirs:
             found = theirs[path]
-            found = found[: cfg.context] if path.endswith("embed/position/embedding") else found
+            found = found[: cfg.context_length] if path.endswith("embed/position/embedding") else found
             mine[path] = jax.device_put(found, leaf.sharding)
     new = sorted({path.rsplit("/", 1)[0] for path in mine.keys() - theirs.keys()})
-    say(f"weights from {home}" + (f"; new and random: {', '.join(new)}" if new else ""))
+    log(f"weights from {home}" + (f"; new and random: {', '.join(new)}" if new else ""))
     return unflatten_dict(mine, sep="/")

@@ -8,12 +8,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from bothways.model.axes import activation_shardings
+from bothways.train.objectives import Batch, Objective
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from model.axes import activations_placed_by
-from train import sharding
-from train.objectives import Batch, Objective
+from bothways import sharding
 
 Metrics = dict[str, jax.Array]
 
@@ -25,7 +25,7 @@ class TrainState:
     step: Int[jax.Array, ""]
     params: Any
     opt_state: optax.OptState
-    bad_in_row: Int[jax.Array, ""]
+    consecutive_nonfinite: Int[jax.Array, ""]
     bad_total: Int[jax.Array, ""]
 
 
@@ -36,10 +36,10 @@ def init_state(module: nn.Module, inputs: Batch, optimizer: optax.GradientTransf
     return TrainState(zero, params, optimizer.init(params), zero, zero)
 
 
-def state_shardings(mesh: Mesh, shapes: TrainState, max_copied: float = 1.0) -> TrainState:
+def state_shardings(mesh: Mesh, shapes: TrainState, max_replicated_fraction: float = 1.0) -> TrainState:
     """A sharding for every leaf of the state. Raises InputError as parameter_shardings does."""
     copied = NamedSharding(mesh, PartitionSpec())
-    params = sharding.parameter_shardings(mesh, shapes.params, max_copied)
+    params = sharding.parameter_shardings(mesh, shapes.params, max_replicated_fraction)
     opt_state = sharding.optimizer_shardings(mesh, shapes.opt_state, shapes.params, params)
     return TrainState(copied, params, opt_state, copied, copied)
 
@@ -74,7 +74,7 @@ def make_train_step(
         return grads, metrics
 
     def step(state: TrainState, batch: Batch, seed: jax.Array) -> tuple[TrainState, Metrics]:
-        with activations_placed_by(sharding.place_activations(mesh)):
+        with activation_shardings(sharding.activation_sharding_fn(mesh)):
             totals = {name: jnp.maximum(w, 1e-9) for name, w in objective.weights(batch).items()}
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             if accumulate == 1:
@@ -106,10 +106,10 @@ def make_train_step(
             step=state.step + 1,
             params=jax.tree.map(if_good, params, state.params),
             opt_state=jax.tree.map(if_good, opt_state, state.opt_state),
-            bad_in_row=(state.bad_in_row + bad) * bad,
+            consecutive_nonfinite=(state.consecutive_nonfinite + bad) * bad,
             bad_total=state.bad_total + bad,
         )
-        return state, metrics | {"bad_in_row": state.bad_in_row, "bad_total": state.bad_total}
+        return state, metrics | {"consecutive_nonfinite": state.consecutive_nonfinite, "bad_total": state.bad_total}
 
     batch_spec = sharding.batch_sharding(mesh)
     placed = {"in_shardings": (shardings, batch_spec, None), "out_shardings": (shardings, None)}
@@ -123,7 +123,7 @@ def make_eval_step(module: nn.Module, objective: Objective, mesh: Mesh, param_sh
         def run(bound: nn.Module) -> Any:
             return objective.terms(bound, batch, True)
 
-        with activations_placed_by(sharding.place_activations(mesh)):
+        with activation_shardings(sharding.activation_sharding_fn(mesh)):
             sums, weights = module.apply({"params": params}, method=run), objective.weights(batch)
         return {name: (term.nats, term.correct, weights[name]) for name, term in sums.items()}
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from bothways.data import tokenizer as tokenizers
+from bothways.data.tokenizer import Tokenizer
+from bothways.model.config import TransformerConfig
+from bothways.sample.masked import MaskedModel
 
-from common.recipe import Recipe
-from common.rundir import Run
-from data import tokenizer as tokenizers
-from data.tokenizer import Tokenizer
-from model.config import TransformerConfig
-from sample.masked import MaskedModel
+from bothways.recipes import Recipe
+from bothways.rundir import Run
 
 
 class Bigram(nn.Module):
@@ -40,15 +40,17 @@ def characters(texts: list[str]) -> Tokenizer:
     return tokenizers.train(texts, "char", 8192)
 
 
-def bigram(tokenizer: Tokenizer, logits: np.ndarray | None = None, context: int = 64) -> MaskedModel:
+def bigram(tokenizer: Tokenizer, logits: np.ndarray | None = None, context_length: int = 64) -> MaskedModel:
     """A model of these logits [V, V], or one to which all tokens are alike."""
     V = len(tokenizer)
-    recipe = Recipe(model=TransformerConfig(context=context, vocab_size=V))
+    recipe = Recipe(model=TransformerConfig(context_length=context_length, vocab_size=V))
     params = {"table": jnp.zeros((V, V)) if logits is None else jnp.asarray(logits, jnp.float32)}
     return MaskedModel(Run(Path(), recipe, tokenizer, Bigram(V), params, 0))
 
 
-def told_by(tokenizer: Tokenizer, tell: Callable[[list[int], int], dict[int, float]], context: int = 64) -> MaskedModel:
+def told_by(
+    tokenizer: Tokenizer, tell: Callable[[list[int], int], dict[int, float]], context_length: int = 64
+) -> MaskedModel:
     """A masked model that says, of a row and a place in it, these probabilities of tokens."""
 
     class Told(MaskedModel):
@@ -62,5 +64,5 @@ def told_by(tokenizer: Tokenizer, tell: Callable[[list[int], int], dict[int, flo
                 found.append(logits)
             return found
 
-    plain = bigram(tokenizer, context=context)
+    plain = bigram(tokenizer, context_length=context_length)
     return Told(dataclasses.replace(plain.run))

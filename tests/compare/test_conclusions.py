@@ -1,9 +1,8 @@
 """What the experiments on running text conclude from measurements that leave no doubt, and from those that say nothing."""
 
 import pytest
-
-from compare import directions, generation, prompts, stats
-from compare.core import BOTH, FORWARD
+from bothways.compare import directions, generation, prompts, stats
+from bothways.compare.core import BOTH, FORWARD
 
 SEEDS = range(3)
 

@@ -5,11 +5,11 @@ import html.parser
 import json
 
 import pytest
+from bothways.compare import core, modes, pictures, report, run, stats
+from bothways.compare.core import Experiment, Measurement, Result, Size, Table
 
-from common.config import ObjectiveConfig
-from common.errors import InputError
-from compare import core, modes, pictures, report, run, stats
-from compare.core import Experiment, Figure, Result, Size, Table
+from bothways.config import ObjectiveConfig
+from bothways.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -65,7 +65,7 @@ def test_all_but_model_and_objective_is_the_same_for_all_arms(arms):
         arms["masked"],
         train=dataclasses.replace(arms["masked"].train, batch_size=16),
         data=dataclasses.replace(arms["masked"].data, vocab_size=330),
-        model=dataclasses.replace(arms["masked"].model, context=12),
+        model=dataclasses.replace(arms["masked"].model, context_length=12),
     )
     got = run.controlled(arms | {"masked": other})
     differ = {d.split(":")[0] for d in got["causal"].differences(got["masked"])}
@@ -113,7 +113,7 @@ def test_the_page_stands_by_itself(tmp_path):
     estimate = stats.Estimate(0.5, 0.4, 0.6, 20)
     picture = pictures.curves({"a <b>": [(1, estimate), (2, estimate)]}, "x", "y", a_guess=0.3)
     bars = pictures.bars({"one two": {"a": estimate, "b": estimate}, "three": {"a": estimate}}, "y")
-    figures = [Figure("rate <x>", estimate, "a rule", expected=0.55, baseline=0.1)]
+    figures = [Measurement("rate <x>", estimate, "a rule", expected=0.55, baseline=0.1)]
     tables = [Table("a title", ("a", "b"), [["1 & 2", "3"]])]
     found = [
         (

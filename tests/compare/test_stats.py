@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from compare import stats
+from bothways.compare import stats
 
 
 def test_students_interval_of_two_values():

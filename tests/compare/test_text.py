@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bothways.compare import directions, generation, labelled, prompts, stats, text, weights, writing
+from bothways.compare.core import BOTH, FORWARD, asked
+from bothways.data.config import DataConfig
+from bothways.data.tokenizer import Tokenizer
+from bothways.model.gpt import GPT
+from bothways.sample.hybrid import HybridModel
 
-from common.config import ObjectiveConfig
-from common.rundir import Run
-from compare import directions, generation, labelled, prompts, stats, text, weights, writing
-from compare.core import BOTH, FORWARD, asked
-from data.config import DataConfig
-from data.tokenizer import Tokenizer
-from model.gpt import GPT
-from sample.hybrid import HybridModel
+from bothways.config import ObjectiveConfig
+from bothways.rundir import Run
 from tests.compare.oracles import bigram, characters, told_by
 from tests.convert.published import save_tokenizer
 
@@ -183,7 +183,7 @@ def test_chunks_are_written_behind_what_is_there(tokenizer):
     def tell(row, place):
         return {a: 1.0}
 
-    said = generation.by_chunks(told_by(tokenizer, tell, context=40), [[7, 8], [9]], 20, 4, seed=0)
+    said = generation.by_chunks(told_by(tokenizer, tell, context_length=40), [[7, 8], [9]], 20, 4, seed=0)
     assert said == [[a] * 20] * 2
 
 
@@ -207,7 +207,7 @@ def test_the_key_of_every_labelled_task(task):
 
 @pytest.mark.parametrize("how", ["head", "prompt"])
 def test_tuning_learns_what_it_is_told(tokenizer, tiny, how):
-    cfg = dataclasses.replace(tiny, n_layers=1, context=36, vocab_size=len(tokenizer), init_std=0.1)
+    cfg = dataclasses.replace(tiny, n_layers=1, context_length=36, vocab_size=len(tokenizer), init_std=0.1)
     params = jax.jit(GPT(cfg).init)(jax.random.key(0), jnp.zeros((1, 2), int))["params"]
     recipe = dataclasses.replace(bigram(tokenizer).recipe, model=cfg, objective=ObjectiveConfig(kind="hybrid"))
     model = HybridModel(Run(None, recipe, tokenizer, GPT(cfg), params, 0))

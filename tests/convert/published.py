@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import tokenizers
+from bothways.convert.families import FAMILIES
 from safetensors.numpy import load_file, save_file
 
 import bothways
-from common.recipe import Recipe
-from common.rundir import param_shapes
-from convert.families import FAMILIES
+from bothways.recipes import Recipe
+from bothways.rundir import param_shapes
 from tests.corpus import made_up_text
 
 SPECIAL = {"gpt2": ["<|endoftext|>"], "llama": ["<s>", "</s>"]}
@@ -111,7 +111,7 @@ def checkpoint(name: str, home: Path, **values) -> Path:
     shapes = param_shapes(Recipe(family=family.ours, model=cfg))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(np.float32), shapes)
-    return written(home, config, family.layout.give(params, family.absent(cfg)))
+    return written(home, config, family.layout.to_checkpoint(params, family.absent(cfg)))
 
 
 def change(home: Path, **tensors) -> None:

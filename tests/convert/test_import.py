@@ -8,17 +8,17 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+from bothways.configs import find
+from bothways.convert import files
+from bothways.convert.families import FAMILIES, family_for
+from bothways.convert.gguf_file import CONFIG, STEMS
+from bothways.convert.layout import shapes_of
+from bothways.model.config import RotaryScaling
 from safetensors.numpy import load_file, save_file
 
-from common.errors import InputError
-from common.recipe import Recipe
-from common.rundir import param_shapes
-from configs import find
-from convert import files
-from convert.families import FAMILIES, family_for
-from convert.gguf_file import CONFIG, STEMS
-from convert.layout import shapes_of
-from model.config import RotaryScaling
+from bothways.errors import InputError
+from bothways.recipes import Recipe
+from bothways.rundir import param_shapes
 from tests.convert.published import SIZES, change, checkpoint, refused
 
 # ---- layout -----------------------------------------------------------------------------------------------------------
@@ -30,13 +30,13 @@ def test_giving_is_taking_backwards_and_no_tensor_is_left(name, tmp_path):
     family, tensors = FAMILIES[name], load_file(source / "model.safetensors")
     cfg = family.config(json.loads((source / "config.json").read_text()), tensors)
     shapes = shapes_of(param_shapes(Recipe(family=family.ours, model=cfg)))
-    params = family.layout.take(tensors, shapes, family.absent(cfg))
-    again = family.layout.give(params, family.absent(cfg))
+    params = family.layout.from_checkpoint(tensors, shapes, family.absent(cfg))
+    again = family.layout.to_checkpoint(params, family.absent(cfg))
     assert again.keys() == tensors.keys()
     for key, tensor in tensors.items():
         np.testing.assert_array_equal(again[key], tensor)
     with pytest.raises(InputError, match=f"left over: {min(tensors)}"):
-        family.layout.take(tensors, shapes, {min(tensors)})
+        family.layout.from_checkpoint(tensors, shapes, {min(tensors)})
 
 
 def test_every_problem_with_the_tensors_is_named(tmp_path, capfd):
@@ -60,7 +60,7 @@ def test_a_configuration_is_what_it_was_after_both_ways():
     assert (theirs.dropout_attention, theirs.norm_eps, theirs.tie_embeddings) == (0.2, 1e-3, True)
     assert FAMILIES["llama"].differences(theirs) == []
     assert FAMILIES["llama"].differences(dataclasses.replace(theirs, qk_norm=True)) == ["qk_norm=False, not True"]
-    modern = dataclasses.replace(find("modernbert_base").model, layer_pattern=("dense", "local"), rotary_base_local=5.0)
+    modern = dataclasses.replace(find("modernbert_base").model, layer_pattern=("global", "local"), rotary_base_local=5.0)
     assert family_for(modern.resolved(), "bert", 0).name == "modernbert"
 
 
@@ -104,14 +104,14 @@ def test_first_names_copies_and_buffers_of_bert(tmp_path):
     old["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
     old["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
     old["bert.embeddings.position_ids"] = np.arange(23)[None]
-    plain = FAMILIES["bert"].plain(old, tied=True)
+    plain = FAMILIES["bert"].canonical_names(old, tied=True)
     assert plain.keys() == tensors.keys()
     with pytest.raises(InputError, match="decoder.weight and bert.embeddings.*differ"):
-        FAMILIES["bert"].plain(
+        FAMILIES["bert"].canonical_names(
             old | {"cls.predictions.decoder.weight": old["cls.predictions.decoder.weight"] + 1}, tied=True
         )
     body = {k.removeprefix("bert."): v for k, v in tensors.items() if k.startswith("bert.")}
-    assert FAMILIES["bert"].plain(body, tied=True).keys() == {k for k in tensors if k.startswith("bert.")}
+    assert FAMILIES["bert"].canonical_names(body, tied=True).keys() == {k for k in tensors if k.startswith("bert.")}
 
 
 def write_gguf(source: Path, path: Path, architecture: str = "llama", add_bos: bool = True) -> None:

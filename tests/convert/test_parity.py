@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bothways.convert import check
+from bothways.convert.run import export_run, import_run
+from bothways.train.objectives import make_objective
+from bothways.train.optimizer import make_optimizer
+from bothways.train.step import TrainState, make_train_step, state_shardings
 
-from common.config import MeshConfig, OptimizerConfig
-from common.families import make_module
-from common.rundir import load_run
-from convert import check
-from convert.run import export_run, import_run
+from bothways import sharding
+from bothways.config import MeshConfig, OptimizerConfig
+from bothways.registry import make_module
+from bothways.rundir import load_run
 from tests.convert.published import save_tokenizer, shuffled
-from train import sharding
-from train.objectives import make_objective
-from train.optimizer import make_optimizer
-from train.step import TrainState, make_train_step, state_shardings
 
 torch = pytest.importorskip("torch", reason="the extra `parity` (torch, transformers) is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra `parity` (torch, transformers) is not installed")
@@ -87,7 +87,7 @@ def test_logits_are_those_of_transformers(imported, name):
     source, home, result = imported(name)
     assert result.max_difference < 1e-4
     run = load_run(home, print)
-    shape = check.fixed_tokens(run.tokenizer, run.recipe.model.context).shape
+    shape = check.fixed_tokens(run.tokenizer, run.recipe.model.context_length).shape
     tokens = np.random.default_rng(1).integers(5, 60, shape).astype(np.int32)
     wanted = check.transformers_logits(source, run.recipe, tokens)
     assert np.abs(wanted).max() > 0.3  # differences would show
@@ -134,7 +134,7 @@ def rows(kind: str, seed: int, tokens: int) -> dict[str, np.ndarray]:
         "positions": positions,
         "types": (positions > 5).astype(np.int32),
     } | {
-        "places": places,
+        "mask_positions": places,
         "targets": rng.integers(5, tokens, (4, 3)).astype(np.int32),
         "weights": rng.integers(0, 2, (4, 3)).astype(np.float32),
         "random_next": rng.integers(0, 2, 4).astype(np.int32),
@@ -146,13 +146,13 @@ def torch_loss(model, batch: dict[str, np.ndarray]):
     """The loss of a batch, in PyTorch."""
     b = {k: torch.from_numpy(v.astype(np.int64 if v.dtype == np.int32 else v.dtype)) for k, v in batch.items()}
     nats = torch.nn.functional.cross_entropy
-    if "places" not in b:
+    if "mask_positions" not in b:
         logits = model(b["tokens"]).logits
         return (nats(logits.flatten(0, 1), b["targets"].flatten(), reduction="none") * b["weights"].flatten()).sum() / (
             b["weights"].sum()
         )
     out = model(b["tokens"], attention_mask=b["segments"], token_type_ids=b["types"])
-    asked = out.prediction_logits[torch.arange(4)[:, None], b["places"]]
+    asked = out.prediction_logits[torch.arange(4)[:, None], b["mask_positions"]]
     mlm = (nats(asked.flatten(0, 1), b["targets"].flatten(), reduction="none") * b["weights"].flatten()).sum()
     return mlm / b["weights"].sum() + nats(out.seq_relationship_logits, b["random_next"])
 

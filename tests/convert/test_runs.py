@@ -7,25 +7,25 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from bothways.convert.run import export_run, import_run
+from bothways.sample.evaluate import evaluate
+from bothways.train.loop import train
 from safetensors.numpy import load_file
 
 import bothways
-from common.config import TrainConfig
-from common.errors import InputError
-from common.recipe import Recipe
-from common.rundir import load_run
-from convert.run import export_run, import_run
-from sample.evaluate import evaluate
+from bothways.config import TrainConfig
+from bothways.errors import InputError
+from bothways.recipes import Recipe
+from bothways.rundir import load_run
 from tests.convert.published import change, checkpoint, quiet, refused, save_tokenizer
 from tests.train.bodies import body, write
-from train.loop import train
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_transformers():
     """Comparing with transformers takes longer, and is done in test_parity.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("convert.check.transformers_logits", lambda *_: None)
+        patch.setattr("bothways.convert.check.transformers_logits", lambda *_: None)
         yield
 
 
@@ -100,16 +100,16 @@ def test_a_stored_reference_is_held_against_the_weights(gpt, tmp_path, capfd):
     refused(tmp_path / "out", tmp_path / "run", capfd, "the logits differ from the reference by", "nothing was written")
 
 
-def on_from(home: Path, text: Path, cache: Path) -> Recipe:
+def continuation_of(home: Path, text: Path, cache: Path) -> Recipe:
     """The recipe that the command line makes of `train RUN`, small."""
-    from verbs_train import on_from
+    from bothways.commands.train import continuation_of
 
-    found = on_from(home)
+    found = continuation_of(home)
     data = dataclasses.replace(found.data, corpus=str(text), cache=str(cache))
     cfg = TrainConfig(steps=2, batch_size=8, eval_rows=8, init_from=found.train.init_from)
     optimizer = dataclasses.replace(found.optimizer, learning_rate=1e-9, warmup_steps=0)
     return dataclasses.replace(
-        found, data=data, train=cfg, optimizer=optimizer, model=dataclasses.replace(found.model, context=16)
+        found, data=data, train=cfg, optimizer=optimizer, model=dataclasses.replace(found.model, context_length=16)
     )
 
 
@@ -120,7 +120,7 @@ def leaves(params) -> dict[str, np.ndarray]:
 def test_training_starts_from_an_import_and_resumes_itself_first(gpt, text_file, cache_dir, tmp_path):
     """1. what is in the directory; 2. and 3. the run that is named; 4. scratch."""
     _, home = gpt
-    recipe = on_from(home, text_file, cache_dir)
+    recipe = continuation_of(home, text_file, cache_dir)
     train(recipe, tmp_path / "on")
     theirs, mine = leaves(load_run(home, quiet).params), leaves(load_run(tmp_path / "on", quiet).params)
     for path, leaf in mine.items():  # learnt positions are cut to the new context
@@ -152,7 +152,7 @@ def test_a_body_without_a_head_embeds_and_gets_a_head_by_training(text_file, cac
     for verb, *rest in (["fill", "the [MASK]"], ["score", str(tmp_path / "text")], ["evaluate"]):
         assert bothways.main([verb, str(tmp_path / "body"), *rest]) == 2
         assert "without a masked-token head: it can embed and be fine-tuned" in capfd.readouterr().err
-    recipe = on_from(tmp_path / "body", text_file, cache_dir)
+    recipe = continuation_of(tmp_path / "body", text_file, cache_dir)
     with pytest.raises(InputError, match=r"set --model.masked-head$"):
         train(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, masked_head=False)), tmp_path / "on")
     train(recipe, tmp_path / "on")

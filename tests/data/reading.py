@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-
-from data import corpora
-from data.config import DataConfig
+from bothways.data import corpora
+from bothways.data.config import DataConfig
 
 STORY = "".join(f"line {i} of a {'long ' * (i % 4)}story\n" for i in range(100))
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
+from bothways.data import corpora
 
-from common.errors import InputError
-from data import corpora
+from bothways.errors import InputError
 from tests.data.reading import everything, load
 
 

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from bothways.data import corpora, files, plays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import InputError
-from data import corpora, files, plays
+from bothways.errors import InputError
 from tests.data.reading import STORY, everything, in_all, load
 
 HYPOTHESIS = settings(max_examples=100, deadline=None, database=None, derandomize=True)

@@ -3,14 +3,13 @@
 import dataclasses
 
 import numpy as np
-
-from data import examples
-from data.draws import Draws
-from data.tokenizer import made_up_vocabulary
+from bothways.data import examples
+from bothways.data.rng import ExampleRng
+from bothways.data.tokenizer import made_up_vocabulary
 
 LENGTH, V = 41, 37
 VOCABULARY = made_up_vocabulary(V)
-MASKING = examples.Masking(rate=0.3, mask_share=1.0, random_share=0.0)
+MASKING = examples.Masking(rate=0.3, mask_token_prob=1.0, random_token_prob=0.0)
 
 
 def row(seed: int = 0) -> examples.Example:
@@ -27,12 +26,12 @@ def make(seed: int, share: float, masking: examples.Masking = MASKING) -> exampl
 def many(seeds, share: float, masking: examples.Masking = MASKING, one=None) -> examples.Example:
     """As drawn for these examples of one row; of one example without its first axis."""
     rows = {name: np.stack([x] * len(seeds)) for name, x in (one or row()).items()}
-    made = examples.hybrid(rows, Draws(1, np.array(seeds)), VOCABULARY, masking, share)
+    made = examples.hybrid(rows, ExampleRng(1, np.array(seeds)), VOCABULARY, masking, share)
     return {name: x[0] for name, x in made.items()} if len(seeds) == 1 else made
 
 
 def test_rows_read_forward_are_causal_rows_with_no_prefix():
-    plain = examples.causal({name: x[None] for name, x in row().items()}, Draws(0, np.arange(1)))
+    plain = examples.causal({name: x[None] for name, x in row().items()}, ExampleRng(0, np.arange(1)))
     got = make(3, 1.0)
     assert got.pop("prefix") == 0
     for name, value in plain.items():

@@ -4,16 +4,16 @@ import functools
 
 import numpy as np
 import pytest
+from bothways.data.examples import Masking, hide, masked_row, segment_positions
+from bothways.data.pipeline import Stacked, training_batches
+from bothways.data.rng import ExampleRng
+from bothways.data.tokenizer import made_up_vocabulary
 
-from data.draws import Draws
-from data.examples import Masking, hide, masked_row, places_within
-from data.pipeline import Stacked, training_batches
-from data.tokenizer import made_up_vocabulary
 from tests.data.reading import singly
 
 ROWS, LENGTH, SIGMAS = 1000, 61, 4
 VOCABULARY = made_up_vocabulary(211)
-UNTOUCHED = Masking(mask_share=0.0, random_share=0.0)
+UNTOUCHED = Masking(mask_token_prob=0.0, random_token_prob=0.0)
 
 
 def row_of(n: int) -> np.ndarray:
@@ -30,13 +30,16 @@ def examples_of(masking: Masking, slots: int = LENGTH, seed: int = 0) -> list:
     """(original, hidden, chosen places, what is asked) of every row."""
     tokens = np.stack([row_of(n) for n in range(ROWS)])
     before = tokens.copy()
-    hidden, asked = hide(tokens, Draws(seed, np.arange(ROWS)), VOCABULARY, masking, slots)
+    hidden, asked = hide(tokens, ExampleRng(seed, np.arange(ROWS)), VOCABULARY, masking, slots)
     np.testing.assert_array_equal(tokens, before)
-    return [(*both, one["places"][one["weights"] > 0], one) for *both, one in zip(tokens, hidden, singly(asked), strict=True)]
+    return [
+        (*both, one["mask_positions"][one["weights"] > 0], one)
+        for *both, one in zip(tokens, hidden, singly(asked), strict=True)
+    ]
 
 
-def draws_of(*numbers: int, seed: int = 0) -> Draws:
-    return Draws(seed, np.array(numbers))
+def draws_of(*numbers: int, seed: int = 0) -> ExampleRng:
+    return ExampleRng(seed, np.array(numbers))
 
 
 def near(count: float, trials: int, share: float) -> bool:
@@ -81,7 +84,11 @@ def test_a_row_without_text_asks_for_nothing():
     tokens = np.array([[2, 3, 4, 1, 0, 0]], np.int32)
     hidden, asked = hide(tokens, draws_of(0), VOCABULARY, Masking(), 3)
     np.testing.assert_array_equal(hidden, tokens)
-    assert {k: v.tolist() for k, v in asked.items()} == {"places": [[0] * 3], "targets": [[0] * 3], "weights": [[0.0] * 3]}
+    assert {k: v.tolist() for k, v in asked.items()} == {
+        "mask_positions": [[0] * 3],
+        "targets": [[0] * 3],
+        "weights": [[0.0] * 3],
+    }
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
@@ -99,7 +106,7 @@ def test_there_are_never_more_chosen_than_slots(whole_words):
 @pytest.mark.parametrize(("mask", "random"), [(0.8, 0.1), (0.5, 0.3), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (0.0, 0.4)])
 def test_chosen_tokens_are_masked_replaced_and_left_in_their_shares(mask, random):
     masked = left = total = 0
-    for tokens, hidden, chosen, _ in examples_of(Masking(mask_share=mask, random_share=random)):
+    for tokens, hidden, chosen, _ in examples_of(Masking(mask_token_prob=mask, random_token_prob=random)):
         total += len(chosen)
         masked += int((hidden[chosen] == VOCABULARY.mask).sum())
         left += int((hidden[chosen] == tokens[chosen]).sum())
@@ -112,7 +119,7 @@ def test_chosen_tokens_are_masked_replaced_and_left_in_their_shares(mask, random
 
 def test_replacements_are_drawn_evenly_from_the_ordinary_tokens():
     drawn = np.concatenate(
-        [hidden[chosen] for _, hidden, chosen, _ in examples_of(Masking(mask_share=0, random_share=1))]
+        [hidden[chosen] for _, hidden, chosen, _ in examples_of(Masking(mask_token_prob=0, random_token_prob=1))]
     )
     counts = np.bincount(drawn, minlength=211)
     assert counts[:5].sum() == 0
@@ -131,7 +138,7 @@ def test_only_chosen_tokens_change_and_their_originals_are_asked_for(masking):
         np.testing.assert_array_equal(asked["targets"][:n], tokens[chosen])
         np.testing.assert_array_equal(asked["weights"], [1.0] * n + [0.0] * (LENGTH - n))
         assert not asked["targets"][n:].any()
-        assert not asked["places"][n:].any()
+        assert not asked["mask_positions"][n:].any()
 
 
 def test_a_seed_hides_the_same_again_and_another_seed_hides_something_else():
@@ -147,10 +154,10 @@ def test_every_epoch_hides_other_tokens_of_the_same_row():
     rows = Stacked([{"tokens": row_of(0), "segments": np.ones(LENGTH, np.int32)}])
     example = functools.partial(masked_row, vocabulary=VOCABULARY, masking=Masking(), slots=9)
     batches = training_batches(rows, example, batch_size=1, seed=0)
-    seen = [tuple(next(batches)["places"][0]) for _ in range(8)]
+    seen = [tuple(next(batches)["mask_positions"][0]) for _ in range(8)]
     assert len(set(seen)) == 8
     later = training_batches(rows, example, batch_size=1, seed=0, position=5)
-    assert [tuple(next(later)["places"][0]) for _ in range(3)] == seen[5:]
+    assert [tuple(next(later)["mask_positions"][0]) for _ in range(3)] == seen[5:]
 
 
 # ---- whole words ---------------------------------------------------------------------------------------------------
@@ -210,15 +217,17 @@ def test_a_row_opens_with_bos_and_keeps_its_documents(tokens, segments, read, re
     (made,) = singly(masked_row(row, draws_of(0), VOCABULARY, UNTOUCHED, 3))
     assert made["tokens"].tolist() == read
     assert made["segments"].tolist() == read_segments
-    np.testing.assert_array_equal(made["positions"], places_within(np.array(read_segments)))
+    np.testing.assert_array_equal(made["positions"], segment_positions(np.array(read_segments)))
     assert row["tokens"].tolist() == [tokens]
 
 
 def test_what_is_hidden_in_a_row_is_asked_for_where_it_stands():
     rows = {"tokens": np.stack([row_of(n) for n in range(50)]), "segments": np.ones((50, LENGTH), np.int32)}
-    untouched = masked_row(rows, Draws(0, np.arange(50)), VOCABULARY, UNTOUCHED, 9)["tokens"]
-    masked = masked_row(rows, Draws(0, np.arange(50)), VOCABULARY, Masking(mask_share=1.0, random_share=0.0), 9)
+    untouched = masked_row(rows, ExampleRng(0, np.arange(50)), VOCABULARY, UNTOUCHED, 9)["tokens"]
+    masked = masked_row(
+        rows, ExampleRng(0, np.arange(50)), VOCABULARY, Masking(mask_token_prob=1.0, random_token_prob=0.0), 9
+    )
     for plain, made in zip(untouched, singly(masked), strict=True):
-        places = made["places"][made["weights"] > 0]
+        places = made["mask_positions"][made["weights"] > 0]
         np.testing.assert_array_equal(np.flatnonzero((made["tokens"] == 4) & (plain != 4)), places)
         np.testing.assert_array_equal(made["targets"][made["weights"] > 0], plain[places])

@@ -3,8 +3,7 @@
 import math
 
 import pytest
-
-from data import metrics
+from bothways.data import metrics
 
 GOLD = ["a", "a", "a", "b", "b", "c"]
 GOT = ["a", "a", "b", "b", "c", "c"]

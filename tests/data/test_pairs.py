@@ -2,16 +2,16 @@
 
 import numpy as np
 import pytest
+from bothways.data import bibles, corpora
+from bothways.data.config import DataConfig
+from bothways.data.pairs import PackedPairs, Spans, corrupted, hidden_spans, pack, parts
+from bothways.data.rng import ExampleRng
+from bothways.data.tokenizer import made_up_vocabulary
+from bothways.data.tokens import Tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import InputError
-from data import bibles, corpora
-from data.config import DataConfig
-from data.draws import Draws
-from data.pairs import PackedPairs, Spans, corrupted, hidden_spans, pack, parts
-from data.tokenizer import made_up_vocabulary
-from data.tokens import Tokens
+from bothways.errors import InputError
 from tests.data.reading import singly
 
 HYPOTHESIS = settings(max_examples=100, deadline=None, database=None, derandomize=True)
@@ -74,7 +74,7 @@ def test_pairs_too_long_are_left_out_and_counted():
     rows = PackedPairs(make([(3, 3), (20, 3), (3, 4)]), 11, VOCABULARY)
     assert rows.left_out == 1
     assert "1 pairs too long left out" in rows.note
-    with pytest.raises(InputError, match="the shortest needs --model.context 21"):
+    with pytest.raises(InputError, match="the shortest needs --model.context-length 21"):
         PackedPairs(make([(20, 3)]), 11, VOCABULARY)
 
 
@@ -108,7 +108,7 @@ def test_spans_put_back_give_the_text(rate, mean_span):
     hidden_share, positions = [], []
     for i in range(len(source)):
         row = source[np.array([i])]
-        (example,) = singly(corrupted(row, Draws(0, np.array([i])), source))
+        (example,) = singly(corrupted(row, ExampleRng(0, np.array([i])), source))
         text = row["tokens"][0]
         shown = example["source"][example["source_segments"] > 0].tolist()
         told = example["targets"][example["segments"] > 0].tolist()
@@ -133,7 +133,7 @@ def test_a_last_short_row_is_still_a_row():
     source = Spans(make([(60, 41)]), 32, VOCABULARY, 0.15, 3.0, padded=True)
     ends = np.array([0, len(source) - 1])
     assert (source[ends]["segments"] > 0).all(axis=1).tolist() == [True, False]
-    made = corrupted(source[ends], Draws(0, ends), source)
+    made = corrupted(source[ends], ExampleRng(0, ends), source)
     assert (made["source_segments"][1] > 0).sum() < (made["source_segments"][0] > 0).sum() == 32
 
 

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-
-from data.draws import Draws, shuffled
-from data.pipeline import Stacked, evaluation_batches, training_batches
+from bothways.data.pipeline import Stacked, evaluation_batches, training_batches
+from bothways.data.rng import ExampleRng, epoch_permutation
 
 ROWS = 11
 SEED = 5
@@ -108,34 +107,34 @@ def test_what_is_drawn_for_example_n_depends_on_the_seed_and_n_alone(stream):
 
 
 def test_what_is_drawn_first_does_not_depend_on_what_is_drawn_later_or_for_others():
-    draws, alone = Draws(3, np.arange(20)), Draws(3, np.array([7]))
+    draws, alone = ExampleRng(3, np.arange(20)), ExampleRng(3, np.array([7]))
     for shape in ((5,), (), (2, 3)):
         np.testing.assert_array_equal(draws.bits(*shape)[7], alone.bits(*shape)[0])
-    again = Draws(3, np.arange(20))
-    np.testing.assert_array_equal(again.bits(11)[:, 5], Draws(3, np.arange(20)).bits(6)[:, 5])
+    again = ExampleRng(3, np.arange(20))
+    np.testing.assert_array_equal(again.bits(11)[:, 5], ExampleRng(3, np.arange(20)).bits(6)[:, 5])
     assert len({int(g.integers(2**62)) for g in draws.generators()}) == 20
 
 
 def test_draws_are_even_and_independent():
     """Over neighbouring seeds, numbers and places: each bit as often 0 as 1, alone and against its neighbours."""
-    drawn = np.stack([Draws(seed, np.arange(64)).bits(64) for seed in range(16)])  # [seeds, numbers, places]
+    drawn = np.stack([ExampleRng(seed, np.arange(64)).bits(64) for seed in range(16)])  # [seeds, numbers, places]
     for mixture in (drawn, *(drawn ^ np.roll(drawn, 1, axis) for axis in range(3))):
         ones = np.array([((mixture >> np.uint64(bit)) & np.uint64(1)).sum() for bit in range(64)])
         assert abs(ones - drawn.size / 2).max() < 5 * np.sqrt(drawn.size) / 2
-    cells = np.histogram(Draws(0, np.arange(256)).uniform(256), 64, (0, 1))[0]
+    cells = np.histogram(ExampleRng(0, np.arange(256)).uniform(256), 64, (0, 1))[0]
     assert abs(((cells - 1024) ** 2 / 1024).sum() - 63) < 5 * np.sqrt(2 * 63)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 1000, 4097])
 def test_an_order_holds_every_row_once(count):
     for epoch in (0, 3, 10**9):
-        assert sorted(shuffled(epoch * count + np.arange(count), count, SEED)) == list(range(count))
+        assert sorted(epoch_permutation(epoch * count + np.arange(count), count, SEED)) == list(range(count))
 
 
 @pytest.mark.parametrize("count", [5, 16, 23])
 def test_every_row_comes_equally_often_at_every_place_and_behind_every_other(count):
     epochs = 4000
-    order = shuffled(np.arange(epochs * count), count, SEED).reshape(epochs, count)
+    order = epoch_permutation(np.arange(epochs * count), count, SEED).reshape(epochs, count)
     at = np.stack([np.bincount(order[:, place], minlength=count) for place in range(count)])
     assert abs(at - epochs / count).max() < 5 * np.sqrt(epochs / count)
     behind = np.zeros((count, count))
@@ -150,7 +149,9 @@ def test_every_row_comes_equally_often_at_every_place_and_behind_every_other(cou
 def evaluate(count: int, batch_size: int, hosts: int = 1, seed: int = SEED, limit: int = 0):
     """Global batches: the hosts' parts one after the other."""
     options = {"batch_size": batch_size, "seed": seed, "limit": limit}
-    parts = [list(evaluation_batches(rows_of(count), example, mine=mine, **options)) for mine in shares(batch_size, hosts)]
+    parts = [
+        list(evaluation_batches(rows_of(count), example, mine=mine, **options)) for mine in shares(batch_size, hosts)
+    ]
     assert len({len(part) for part in parts}) == 1
     assert all(len(batch["row"]) == batch_size // hosts for part in parts for batch in part)
     return [joined(of_hosts) for of_hosts in zip(*parts, strict=True)]

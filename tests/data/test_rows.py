@@ -5,21 +5,21 @@ import json
 
 import numpy as np
 import pytest
+from bothways.data import tokens as token_files
+from bothways.data.config import DataConfig
+from bothways.data.corpora import Corpus
+from bothways.data.examples import causal, segment_positions
+from bothways.data.rng import ExampleRng
+from bothways.data.tokens import Rows, Tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import InputError
-from data import tokens as token_files
-from data.config import DataConfig
-from data.corpora import Corpus
-from data.draws import Draws
-from data.examples import causal, places_within
-from data.tokens import Rows, Tokens
+from bothways.errors import InputError
 from tests.data.reading import singly
 
 HYPOTHESIS = settings(max_examples=150, deadline=None, database=None, derandomize=True)
 PAD, BOS, EOS = 0, 2, 3
-NO_DRAWS = Draws(0, np.arange(1))
+NO_DRAWS = ExampleRng(0, np.arange(1))
 
 # Documents are lists of tokens without bos and eos, each token of the text another number.
 documents = st.lists(st.integers(1, 12), min_size=1, max_size=9)
@@ -154,14 +154,14 @@ def test_a_row_drawn_by_hand():
     ],
 )
 def test_places_within_count_from_the_start_of_each_segment(segments, places):
-    assert places_within(np.array(segments)).tolist() == places
+    assert segment_positions(np.array(segments)).tolist() == places
 
 
 def test_too_little_text_for_one_row_is_refused():
     tokens, _ = make([5])
     assert len(Rows(tokens, 6, PAD)) == 1
     assert len(Rows(tokens, 7, PAD, padded=True)) == 1
-    with pytest.raises(InputError, match=r"the text has 7 tokens, less than one row of model\.context=7"):
+    with pytest.raises(InputError, match=r"the text has 7 tokens, less than one row of model\.context_length=7"):
         Rows(tokens, 7, PAD)
 
 
@@ -184,7 +184,7 @@ class Words:
 
 
 @dataclasses.dataclass
-class Source:
+class RowSource:
     """A corpus in memory that counts how often it is read."""
 
     splits: dict[str, list[str]]
@@ -205,22 +205,22 @@ def same(a: Tokens, b: Tokens) -> None:
 
 
 def test_a_split_becomes_its_documents_in_order(tmp_path):
-    source = Source({"train": ["10 11 12", "", "13", " 14 15"]})
+    source = RowSource({"train": ["10 11 12", "", "13", " 14 15"]})
     found = token_files.prepare(source.corpus(), "train", Words(100), str(tmp_path))
     assert found.ids.tolist() == [2, 10, 11, 12, 3, 2, 13, 3, 2, 14, 15, 3]
     assert found.starts.tolist() == [0, 5, 8]
     assert found.bytes == len("10 11 12" + "13" + " 14 15")
-    paired = dataclasses.replace(Source({"train": ["10", "", "11", "12", "", "13", "14", "15"]}).corpus(), paired=True)
+    paired = dataclasses.replace(RowSource({"train": ["10", "", "11", "12", "", "13", "14", "15"]}).corpus(), paired=True)
     found = token_files.prepare(paired, "train", Words(100), str(tmp_path))
     assert found.ids.tolist() == [2, 11, 3, 2, 12, 3, 2, 14, 3, 2, 15, 3]  # sources stay with their targets
 
 
 def test_more_documents_than_are_encoded_at_once_are_all_there(tmp_path, monkeypatch):
     texts = [str(i) for i in range(10, 20)]
-    whole = token_files.prepare(Source({"train": texts}).corpus(), "train", Words(100), str(tmp_path / "whole"))
+    whole = token_files.prepare(RowSource({"train": texts}).corpus(), "train", Words(100), str(tmp_path / "whole"))
     for size in (1, 3, 5, 10):
         monkeypatch.setattr(token_files, "BATCH", size)
-        part = token_files.prepare(Source({"train": texts}).corpus(), "train", Words(100), str(tmp_path / str(size)))
+        part = token_files.prepare(RowSource({"train": texts}).corpus(), "train", Words(100), str(tmp_path / str(size)))
         same(part, whole)
     assert whole.ids[1::3].tolist() == list(range(10, 20))
 
@@ -229,13 +229,13 @@ def test_more_documents_than_are_encoded_at_once_are_all_there(tmp_path, monkeyp
     ("size", "dtype"), [(100, "uint16"), (2**16, "uint16"), (2**16 + 1, "uint32"), (300_000, "uint32")]
 )
 def test_ids_take_two_bytes_where_the_vocabulary_allows(tmp_path, size, dtype):
-    found = token_files.prepare(Source({"train": [f"10 {size - 1}"]}).corpus(), "train", Words(size), str(tmp_path))
+    found = token_files.prepare(RowSource({"train": [f"10 {size - 1}"]}).corpus(), "train", Words(size), str(tmp_path))
     assert found.ids.dtype == dtype
     assert found.ids.tolist() == [2, 10, size - 1, 3]
 
 
 def test_prepared_tokens_are_read_again_and_are_the_same(tmp_path):
-    source = Source({"train": ["10 11", "12"], "test": ["13"]})
+    source = RowSource({"train": ["10 11", "12"], "test": ["13"]})
     fresh = token_files.prepare(source.corpus(), "train", Words(100), str(tmp_path / "a"))
     again = token_files.prepare(source.corpus(), "train", Words(100), str(tmp_path / "a"))
     assert source.reads == 1
@@ -245,7 +245,7 @@ def test_prepared_tokens_are_read_again_and_are_the_same(tmp_path):
 
 
 def test_other_text_another_tokenizer_or_split_is_prepared_anew(tmp_path):
-    source = Source({"train": ["10 11"], "test": ["13"]})
+    source = RowSource({"train": ["10 11"], "test": ["13"]})
     token_files.prepare(source.corpus("a"), "train", Words(100), str(tmp_path))
     source.splits["train"] = ["20 21"]
     assert 20 in token_files.prepare(source.corpus("b"), "train", Words(100), str(tmp_path)).ids
@@ -264,13 +264,13 @@ def test_an_interrupted_preparation_leaves_nothing_that_is_taken_for_whole(tmp_p
         token_files.prepare(Corpus("c", "a", breaks), "train", Words(100), str(tmp_path))
     assert list((tmp_path / "tokens").iterdir()) == []
     found = token_files.prepare(
-        Corpus("c", "a", Source({"train": ["10 11", "12"]}).read), "train", Words(100), str(tmp_path)
+        Corpus("c", "a", RowSource({"train": ["10 11", "12"]}).read), "train", Words(100), str(tmp_path)
     )
     assert found.starts.tolist() == [0, 4]
 
 
 def test_two_processes_may_prepare_the_same_split(tmp_path, monkeypatch):
-    source = Source({"train": ["10 11", "12"]})
+    source = RowSource({"train": ["10 11", "12"]})
     write = token_files._write
 
     def slower(*arguments):
@@ -287,11 +287,11 @@ def test_two_processes_may_prepare_the_same_split(tmp_path, monkeypatch):
 def test_an_empty_split_is_refused(tmp_path):
     for _ in range(2):
         with pytest.raises(InputError, match="the validation split of some/corpus is empty"):
-            token_files.prepare(Source({"validation": ["", ""]}).corpus(), "validation", Words(100), str(tmp_path))
+            token_files.prepare(RowSource({"validation": ["", ""]}).corpus(), "validation", Words(100), str(tmp_path))
 
 
 def test_a_tokenizer_is_trained_once_and_kept(tmp_path, monkeypatch):
-    source = Source({"train": ["the quick brown fox\njumps over the lazy dog\n"] * 3})
+    source = RowSource({"train": ["the quick brown fox\njumps over the lazy dog\n"] * 3})
     cfg = DataConfig(tokenizer="char", vocab_size=300, cache=str(tmp_path / "cache"))
     first = token_files.obtain_tokenizer(cfg, source.corpus())
     assert token_files.obtain_tokenizer(cfg, source.corpus()).fingerprint == first.fingerprint
@@ -307,7 +307,7 @@ def test_a_tokenizer_is_trained_once_and_kept(tmp_path, monkeypatch):
 
 
 def test_prepared_tokens_say_what_they_are(tmp_path):
-    token_files.prepare(Source({"train": ["10 11"]}).corpus(), "train", Words(100), str(tmp_path))
+    token_files.prepare(RowSource({"train": ["10 11"]}).corpus(), "train", Words(100), str(tmp_path))
     (home,) = (tmp_path / "tokens").iterdir()
     assert home.name.startswith("some-corpus-train-")
     assert json.loads((home / "meta.json").read_text()) == {"dtype": "uint16", "tokens": 4, "bytes": 5}

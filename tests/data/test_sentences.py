@@ -5,17 +5,17 @@ import itertools
 
 import numpy as np
 import pytest
+from bothways.data.examples import Masking, Pairs, sentence_pair, truncated
+from bothways.data.rng import ExampleRng
+from bothways.data.tokenizer import made_up_vocabulary
 
-from common.errors import InputError
-from data.draws import Draws
-from data.examples import Masking, Pairs, sentence_pair, truncated
-from data.tokenizer import made_up_vocabulary
+from bothways.errors import InputError
 from tests.data.reading import singly
 
 ROOM = 21
 PAIR = ROOM + 3
 VOCABULARY = made_up_vocabulary(211)
-UNTOUCHED = Masking(mask_share=0.0, random_share=0.0)
+UNTOUCHED = Masking(mask_token_prob=0.0, random_token_prob=0.0)
 
 
 def near(count: float, trials: int, share: float) -> bool:
@@ -49,7 +49,7 @@ def uneven() -> tuple[Pairs, list[range]]:
 
 def pairs_of(source: Pairs, count: int, masking: Masking = UNTOUCHED, **options) -> list[dict]:
     n = np.arange(count)
-    return singly(sentence_pair(source[n % len(source)], Draws(3, n), source, masking, 4, **options))
+    return singly(sentence_pair(source[n % len(source)], ExampleRng(3, n), source, masking, 4, **options))
 
 
 def piece_of(source: Pairs, index: int) -> list[int]:
@@ -143,7 +143,7 @@ def test_a_false_second_text_is_a_piece_of_another_document():
 def test_a_piece_of_one_token_can_only_have_a_false_second_text():
     source, _ = corpus([[1], [7, 7]])
     for n in range(20):
-        (pair,) = singly(sentence_pair(source[np.arange(1)], Draws(0, np.array([n])), source, UNTOUCHED, 4))
+        (pair,) = singly(sentence_pair(source[np.arange(1)], ExampleRng(0, np.array([n])), source, UNTOUCHED, 4))
         assert pair["random_next"] == 1
         assert texts_of(pair)[0] == [5]
 
@@ -160,8 +160,10 @@ def test_about_a_tenth_of_the_pairs_are_short():
 def test_tokens_of_a_pair_are_hidden_as_those_of_a_row():
     source, _ = even()
     shown = pairs_of(source, 300)
-    for plain, pair in zip(shown, pairs_of(source, 300, Masking(mask_share=1.0, random_share=0.0)), strict=True):
-        places = pair["places"][pair["weights"] > 0]
+    for plain, pair in zip(
+        shown, pairs_of(source, 300, Masking(mask_token_prob=1.0, random_token_prob=0.0)), strict=True
+    ):
+        places = pair["mask_positions"][pair["weights"] > 0]
         assert len(places) == min(4, max(1, round(0.15 * int((plain["tokens"] > 4).sum()))))
         np.testing.assert_array_equal(np.flatnonzero(pair["tokens"] == VOCABULARY.mask), places)
         np.testing.assert_array_equal(pair["targets"][: len(places)], plain["tokens"][places])

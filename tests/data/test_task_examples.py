@@ -4,14 +4,14 @@ import random
 
 import numpy as np
 import pytest
+from bothways.data import tokenizer as tokenizers
+from bothways.data.task_examples import TaskRows, decisions, encode, wrap
+from bothways.data.tasks import Task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import InputError
-from common.rundir import TaskInfo
-from data import tokenizer as tokenizers
-from data.task_examples import TaskRows, decisions, encode, wrap
-from data.tasks import Task
+from bothways.errors import InputError
+from bothways.rundir import TaskInfo
 from tests.corpus import made_up_text
 
 HYPOTHESIS = settings(max_examples=150, deadline=None, database=None, derandomize=True)

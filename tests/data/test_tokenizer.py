@@ -6,12 +6,12 @@ import re
 import numpy as np
 import pytest
 import sentencepiece as spm
+from bothways.data import tokenizer as tokenizers
+from bothways.data.tokenizer import MASK, Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import InputError
-from data import tokenizer as tokenizers
-from data.tokenizer import MASK, Tokenizer
+from bothways.errors import InputError
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog\n\n  and runs away, again and again\n",

@@ -8,14 +8,14 @@ import subprocess
 import tarfile
 
 import pytest
+from bothways.configs import find
+from bothways.launch.job import GPUs, code_archive
+from bothways.launch.start import prepare, start
 
 import bothways
-from common.config import MeshConfig
-from common.errors import InputError
-from common.recipe import Recipe
-from configs import find
-from launch.job import GPUs, code_archive
-from launch.start import prepare, start
+from bothways.config import MeshConfig
+from bothways.errors import InputError
+from bothways.recipes import Recipe
 
 GCP = {"bucket": "gs://some-bucket/runs", "project": "some-project", "zone": "us-west4-a"}
 
@@ -144,7 +144,7 @@ def test_the_code_that_travels_is_this_tree():
     assert data == code_archive()
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         names = set(tar.getnames())
-    assert {"bothways/pyproject.toml", "bothways/bothways.py", "bothways/launch/job.py"} <= names
+    assert {"bothways/pyproject.toml", "bothways/bothways/cli.py", "bothways/launch/job.py"} <= names
     assert not any("tests/" in name or "__pycache__" in name for name in names)
 
 

@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from bothways.configs import names
+from bothways.model.axes import path_names
 
-from common.recipe import Recipe
-from common.rundir import param_shapes
-from configs import names
-from model.axes import path_names
+from bothways.recipes import Recipe
+from bothways.rundir import param_shapes
 
 
 @pytest.fixture(scope="session")

@@ -3,19 +3,19 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from bothways.model.axes import logical_axes, path_names
+from bothways.model.config import TransformerConfig
+from bothways.model.mask import Mask
+from bothways.model.stack import Stack
 
-from common.families import FAMILIES, make_module, tiny_inputs
-from model.axes import logical_axes, path_names
-from model.config import TransformerConfig
-from model.mask import Mask
-from model.stack import Stack
+from bothways.registry import FAMILIES, make_module, tiny_inputs
 
 
 def check(cfg: TransformerConfig, shapes) -> None:
     sizes = {
         "layers": cfg.n_layers,
         "vocab": cfg.vocab_size,
-        "position": cfg.context,
+        "position": cfg.context_length,
         "segment": cfg.segment_types,
         "embed": cfg.d_model,
         "heads": cfg.n_heads,

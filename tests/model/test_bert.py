@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bothways.configs.bert import recipes
+from bothways.data.tokenizer import made_up_vocabulary
+from bothways.model.axes import path_names
+from bothways.train.objectives import make_objective
 
-from common.config import ObjectiveConfig
-from common.families import make_module
-from configs.bert import recipes
-from data.tokenizer import made_up_vocabulary
-from model.axes import path_names
-from train.objectives import make_objective
+from bothways.config import ObjectiveConfig
+from bothways.registry import make_module
 
 ROWS, LENGTH, ASKED = 3, 13, 5
 VOCABULARY = made_up_vocabulary(37)
@@ -42,7 +42,7 @@ def test_recipe_runs_and_builds(recipe_shapes, name):
     recipe.check(8)
     cfg, params = recipe_shapes[name]
     module = make_module(recipe.family, cfg)
-    length = recipe.train.short_length or cfg.context
+    length = recipe.train.short_length or cfg.context_length
     batch = batch_of(length, jax.ShapeDtypeStruct, next_sentence=recipe.objective.next_sentence)
     objective = make_objective(recipe.objective, made_up_vocabulary(cfg.vocab_size))
     sums = jax.eval_shape(
@@ -94,7 +94,7 @@ def batch_of(length: int, make=None, next_sentence: bool = True) -> dict:
         "tokens": rng.integers(5, 37, shape).astype(np.int32),
         "segments": np.ones(shape, np.int32),
         "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
-        "places": np.where(weights > 0, places, 0).astype(np.int32),
+        "mask_positions": np.where(weights > 0, places, 0).astype(np.int32),
         "targets": np.where(weights > 0, rng.integers(5, 37, places.shape), 0).astype(np.int32),
         "weights": weights,
     }
@@ -170,7 +170,7 @@ def test_the_loss_pulls_only_on_the_places_that_are_asked(bert, objective):
     value, gradient = jax.jit(jax.value_and_grad(nats))(features)
     assert float(value) == pytest.approx(float(sums["mlm"].nats), rel=1e-6)
     asked = np.zeros((ROWS, LENGTH), bool)
-    for row, (places, weights) in enumerate(zip(batch["places"], batch["weights"], strict=True)):
+    for row, (places, weights) in enumerate(zip(batch["mask_positions"], batch["weights"], strict=True)):
         asked[row, places[weights > 0]] = True
     assert asked.sum() == 9
     np.testing.assert_array_equal((np.asarray(gradient) != 0).any(axis=-1), asked)
@@ -185,7 +185,7 @@ def test_sums_are_those_of_a_plain_softmax(bert):
     logprobs, pair = np.asarray(jax.nn.log_softmax(logits)), np.asarray(jax.nn.log_softmax(pair))
     nats = correct = 0.0
     for row in range(ROWS):
-        for place, target, weight in zip(*(batch[k][row] for k in ("places", "targets", "weights")), strict=True):
+        for place, target, weight in zip(*(batch[k][row] for k in ("mask_positions", "targets", "weights")), strict=True):
             nats -= weight * logprobs[row, place, target]
             correct += weight * (logprobs[row, place].argmax() == target)
     labels, weights = batch["random_next"], batch["pair_weight"]

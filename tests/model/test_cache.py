@@ -6,17 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from model.cache import Cache
-from model.decoder import Decoder
-from model.stack import for_decoding
+from bothways.model.cache import Cache
+from bothways.model.decoder import Decoder
+from bothways.model.stack import unstack_layers
 
 LENGTHS = np.array([3, 8, 5])  # of the prompts, right-padded to 8 places in one batch
 STEPS = 4
 CASES = {
-    "learned_prefix": {"layer_pattern": ("local", "dense"), "window": 3, "norm_position": "post"},
-    "rotary_grouped": {"positions": "rotary", "n_heads": 6, "n_kv_heads": 2, "qk_norm": True, "scan_layers": True}
-    | {"layer_pattern": ("dense", "local"), "window": 4, "rotary_base_local": 50.0},
+    "learned_prefix": {"layer_pattern": ("local", "global"), "window": 3, "norm_position": "post"},
+    "rotary_grouped": {
+        "position_embedding": "rotary",
+        "n_heads": 6,
+        "n_kv_heads": 2,
+        "qk_norm": True,
+        "scan_layers": True,
+    }
+    | {"layer_pattern": ("global", "local"), "window": 4, "rotary_base_local": 50.0},
 }
 
 
@@ -45,7 +50,9 @@ def setting(request, tiny, filled) -> Setting:
     prefix = jnp.array([3, 2, 0]) if "prefix" in request.param else None
     full, none = jax.jit(lambda t: module.apply({"params": params}, t, prefix=prefix))(tokens)
     assert none is None
-    ready = for_decoding(params, join="rotary" in request.param)  # one case as a single device reads them, one as several
+    ready = unstack_layers(
+        params, join="rotary" in request.param
+    )  # one case as a single device reads them, one as several
     cached = jax.jit(lambda t, cache: module.apply({"params": ready}, t, prefix=prefix, cache=cache))
     return Setting(cfg, tokens, prefix, np.asarray(full), cached)
 
@@ -76,7 +83,7 @@ def test_taken_rows_go_on_as_the_rows_they_were_taken_from(setting):
     _, cache = setting.prefilled()
     token = setting.tokens[:, :1]
     features, after = setting.cached(token, cache)
-    taken, taken_after = setting.cached(token[rows], cache.take(rows))
+    taken, taken_after = setting.cached(token[rows], cache.gather_rows(rows))
     if setting.prefix is None:  # a prefix belongs to the row, and is not in the cache
         np.testing.assert_allclose(taken, features[rows], atol=1e-6)
     np.testing.assert_array_equal(taken_after.length, after.length[rows])

@@ -6,17 +6,17 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import jax
 import jax.numpy as jnp
 import pytest
+from bothways.configs import names
+from bothways.model.config import RotaryScaling, TransformerConfig
+from bothways.model.loss import cross_entropy
 
-from common.families import make_module
-from configs import names
-from model.config import RotaryScaling, TransformerConfig
-from model.loss import cross_entropy
+from bothways.registry import make_module
 
 
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
-        ({"context": 0}, [["model.context is 0", "at least 1"]]),
+        ({"context_length": 0}, [["model.context_length is 0", "at least 1"]]),
         ({"n_layers": -3}, [["model.n_layers is -3"]]),
         ({"d_model": 0, "n_heads": 0}, [["model.d_model is 0"], ["model.n_heads is 0"]]),
         (
@@ -36,17 +36,20 @@ from model.loss import cross_entropy
         ),
         ({"d_model": 50, "n_heads": 7}, [["d_model=50", "n_heads=7", "d_head"]]),
         ({"n_heads": 6, "n_kv_heads": 4}, [["n_heads=6", "n_kv_heads=4"]]),
-        ({"positions": "rotary", "d_head": 5}, [["rotary", "even", "5"]]),
+        ({"position_embedding": "rotary", "d_head": 5}, [["rotary", "even", "5"]]),
         ({"first_norm": False, "norm_position": "post"}, [["first_norm=False", "norm_position=post"]]),
-        ({"rotary_scaling": RotaryScaling("linear", 0.5, amplitude=-1.0)}, [["factor=0.5", "amplitude=-1.0"]]),
+        (
+            {"rotary_scaling": RotaryScaling("linear", 0.5, attention_factor=-1.0)},
+            [["factor=0.5", "attention_factor=-1.0"]],
+        ),
         (
             {"rotary_scaling": RotaryScaling("yarn", 2.0, low=4.0, high=3.0)},
             [["yarn", "original_context=0", "low=4.0", "high=3.0"]],
         ),
-        ({"positions": "sinusoidal", "d_model": 21, "d_head": 4}, [["sinusoidal", "even", "21"]]),
+        ({"position_embedding": "sinusoidal", "d_model": 21, "d_head": 4}, [["sinusoidal", "even", "21"]]),
         ({"layer_pattern": ()}, [["layer_pattern is empty"]]),
-        ({"window": 8}, [["window=8", "dense"]]),
-        ({"layer_pattern": ("dense", "local")}, [["window=0", "local"]]),
+        ({"window": 8}, [["window=8", "global"]]),
+        ({"layer_pattern": ("global", "local")}, [["window=0", "local"]]),
         (
             {"init_std": 0.0, "norm_eps": -1e-6, "window": 3, "n_kv_heads": 5},
             [["n_heads=12", "n_kv_heads=5"], ["window=3"], ["init_std is 0.0"], ["norm_eps is -1e-06"]],
@@ -75,12 +78,12 @@ def test_derived_sizes():
 
 
 def test_layer_pattern_repeats_over_the_layers():
-    cfg = TransformerConfig(layer_pattern=("dense", "local", "local"), window=9)
+    cfg = TransformerConfig(layer_pattern=("global", "local", "local"), window=9)
     assert [cfg.layer_window(layer) for layer in range(7)] == [0, 9, 9, 0, 9, 9, 0]
 
 
 def test_local_layers_may_have_a_rotary_base_of_their_own():
-    cfg = TransformerConfig(layer_pattern=("dense", "local"), window=9, rotary_base=3.0, rotary_base_local=5.0)
+    cfg = TransformerConfig(layer_pattern=("global", "local"), window=9, rotary_base=3.0, rotary_base_local=5.0)
     assert [cfg.layer_rotary_base(layer) for layer in range(3)] == [3.0, 5.0, 3.0]
     assert dataclasses.replace(cfg, rotary_base_local=0.0).layer_rotary_base(1) == 3.0
 
@@ -92,7 +95,7 @@ def test_auto_is_float32_on_cpu():
 
 BASE = {
     "n_layers": 1,
-    "layer_pattern": ("local", "dense"),
+    "layer_pattern": ("local", "global"),
     "window": 3,
     "dropout_embed": 0.1,
     "dropout_attention": 0.1,
@@ -100,8 +103,8 @@ BASE = {
 }
 OTHER = {  # field: another value, and what else must hold for the field to matter
     "vocab_size": (41, {}),
-    "vocab_multiple": (16, {}),
-    "context": (29, {}),
+    "pad_vocab_to_multiple_of": (16, {}),
+    "context_length": (29, {}),
     "n_layers": (2, {}),
     "d_model": (24, {}),
     "n_heads": (4, {}),
@@ -109,15 +112,15 @@ OTHER = {  # field: another value, and what else must hold for the field to matt
     "d_head": (8, {}),
     "d_value": (8, {}),
     "d_ff": (34, {}),
-    "rotary_base": (500.0, {"positions": "rotary"}),
-    "rotary_base_local": (500.0, {"positions": "rotary"}),
-    "rotary_scaling": (RotaryScaling("linear", 2.0), {"positions": "rotary"}),
+    "rotary_base": (500.0, {"position_embedding": "rotary"}),
+    "rotary_base_local": (500.0, {"position_embedding": "rotary"}),
+    "rotary_scaling": (RotaryScaling("linear", 2.0), {"position_embedding": "rotary"}),
     "first_norm": (False, {}),
     "norm_eps": (1e-3, {}),
     "bias": (False, {}),
     "qk_norm": (True, {}),
     "window": (2, {}),
-    "layer_pattern": (("dense", "local"), {}),
+    "layer_pattern": (("global", "local"), {}),
     "segment_types": (2, {}),
     "embed_norm": (True, {}),
     "embed_scale": (True, {}),

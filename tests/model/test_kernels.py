@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bothways.model import kernels
+from bothways.model.attention import attend, attend_whole
+from bothways.model.axes import activation_shardings, constrain_activation
+from bothways.model.mask import Mask
 
-from common.config import MeshConfig
-from common.families import make_module
-from model import kernels
-from model.attention import attend, attend_whole
-from model.axes import activations_placed_by, constrain_activation
-from model.mask import Mask
-from train import sharding
+from bothways import sharding
+from bothways.config import MeshConfig
+from bothways.registry import make_module
 
 B, T, H, G, K = 4, 256, 4, 2, 8
 
@@ -53,7 +53,7 @@ def inputs(mask: Mask, dtype=jnp.float32, width: int = K) -> tuple[jax.Array, ..
 def outcome(kernel, mask: Mask, width: int = K) -> tuple:
     """Output and gradients, where a query sees something."""
     q, k, v, weight = inputs(mask, width=width)
-    weight = weight * mask.dense().any(-1)[:, :, None, None]
+    weight = weight * mask.materialize().any(-1)[:, :, None, None]
 
     def loss(q, k, v):
         y = kernel(q, k, v, mask) * (weight != 0)
@@ -80,10 +80,10 @@ def test_blocks_leave_out_what_is_hidden_and_nothing_else(causal, window, places
     mask = Mask.self_attention(PLACES[:, :places], causal=causal).windowed(window)
     q, k, v, _ = (x[:, :places] for x in inputs(CAUSAL))
     same(attend(q, k, v, mask), attend_whole(q, k, v, mask))
-    seen = mask.dense()[0]
+    seen = mask.materialize()[0]
     for begin in range(0, places, 17):
         queries = slice(begin, min(begin + 17, places))
-        keys = mask.seen_by(queries)
+        keys = mask.visible_key_range(queries)
         assert np.flatnonzero(seen[queries].any(0)).tolist() == list(range(keys.start, keys.stop))
     program = str(jax.make_jaxpr(lambda q, k, v: attend(q, k, v, mask))(q, k, v))
     assert f"{places},{places}]" not in program
@@ -102,7 +102,7 @@ def test_splash_on_a_mesh_equals_the_reference(name, eight_devices):
     """Rows, heads and places are all spread."""
     mesh = sharding.make_mesh(MeshConfig(2, 1, 2, 2), eight_devices)
     wanted = outcome(attend_whole, MASKS[name])
-    with activations_placed_by(sharding.place_activations(mesh)):
+    with activation_shardings(sharding.activation_sharding_fn(mesh)):
         same(outcome(kernels.splash, MASKS[name]), wanted)
 
 
@@ -122,11 +122,11 @@ def test_what_a_kernel_does_not_know_is_left_to_xla(eight_devices):
     assert kernels.choose("splash", q[:, :100], k, v, BOTH) == "xla"
     assert kernels.choose("splash", q[:, :1], k, v, Mask.cached(PLACES[:, :1] + 9, T)) == "xla"
     assert kernels.choose("cudnn", q, k, v, CAUSAL) == "xla"  # float32
-    unordered = dataclasses.replace(CAUSAL, ordered=False)
+    unordered = dataclasses.replace(CAUSAL, positions_are_sequential=False)
     assert kernels.choose("splash", q, k, v, unordered) == "xla"
     q, k, v, _ = inputs(CAUSAL, jnp.bfloat16)
     for mesh, kernel in ((MeshConfig(2, 2, 2, 1), "cudnn"), (MeshConfig(2, 1, 1, 4), "xla")):  # queries that are spread
-        with activations_placed_by(sharding.place_activations(sharding.make_mesh(mesh, eight_devices))):
+        with activation_shardings(sharding.activation_sharding_fn(sharding.make_mesh(mesh, eight_devices))):
             assert kernels.choose("cudnn", q, k, v, CAUSAL) == kernel
 
 
@@ -142,7 +142,7 @@ def test_the_device_chooses(device, kernel, monkeypatch):
 @pytest.mark.parametrize("family", ["gpt", "bert"])
 def test_the_configuration_chooses(field, calls, family, tiny_with):
     """Dropout of probabilities, in training, is left to XLA."""
-    module = make_module(family, tiny_with(context=128, attention=field, dropout_attention=0.1))
+    module = make_module(family, tiny_with(context_length=128, attention=field, dropout_attention=0.1))
     tokens = jnp.ones((1, 128), jnp.int32)
     params = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens)["params"])
 
@@ -164,7 +164,7 @@ def test_xla_on_a_mesh_with_spread_places_equals_the_reference(name, eight_devic
     mask = MASKS[name]
     wanted = outcome(attend_whole, mask)
     mesh = sharding.make_mesh(MeshConfig(2, 1, 1, 4), eight_devices)
-    with activations_placed_by(sharding.place_activations(mesh)):
+    with activation_shardings(sharding.activation_sharding_fn(mesh)):
 
         def spread(q, k, v, mask):
             q = constrain_activation(q, *kernels.Q_AXES)

@@ -8,16 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from model.attention import Attention, attend
-from model.axes import path_names, traced_for
-from model.block import ACTIVATIONS, MLP, Block
-from model.config import RotaryScaling
-from model.decoder import Decoder
-from model.embed import Embedding
-from model.gpt import GPT
-from model.layers import PARTS, Norm, Projection, product, rotary_frequencies, rotate, sinusoid, table_product
-from model.mask import Mask
+from bothways.model.attention import Attention, attend
+from bothways.model.axes import path_names, traced_for
+from bothways.model.block import ACTIVATIONS, MLP, Block
+from bothways.model.config import RotaryScaling
+from bothways.model.decoder import Decoder
+from bothways.model.embed import Embedding
+from bothways.model.gpt import GPT
+from bothways.model.layers import (
+    CPU_SPLITS,
+    Norm,
+    Projection,
+    product,
+    rotary_frequencies,
+    rotate,
+    sinusoid,
+    table_product,
+)
+from bothways.model.mask import Mask
 
 erf = np.vectorize(math.erf)
 
@@ -95,7 +103,7 @@ def test_projection_contracts_its_last_axes(tiny, filled):
     np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, x), wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [3 * PARTS, 3 * PARTS + 5])
+@pytest.mark.parametrize("width", [3 * CPU_SPLITS, 3 * CPU_SPLITS + 5])
 def test_product_of_one_row_is_that_of_it_among_others(width):
     x, kernel = normal(2, width), normal(width, 7)
     alone = jnp.concatenate([product(row[None], kernel) for row in jnp.asarray(x)])
@@ -103,7 +111,7 @@ def test_product_of_one_row_is_that_of_it_among_others(width):
     np.testing.assert_allclose(alone, x @ kernel, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [3 * PARTS, 11 * PARTS, 97])
+@pytest.mark.parametrize("size", [3 * CPU_SPLITS, 11 * CPU_SPLITS, 97])
 def test_table_product_is_that_of_rows_among_more(size):
     x, table = normal(5, 31, 3), normal(size, 3)
     whole = table_product(jnp.asarray(x), table)
@@ -114,7 +122,7 @@ def test_table_product_is_that_of_rows_among_more(size):
 
 
 def test_products_are_cut_where_few_rows_wait_for_a_cpu_and_nowhere_else():
-    kernel, table = normal(3 * PARTS, 7), normal(11 * PARTS, 3)
+    kernel, table = normal(3 * CPU_SPLITS, 7), normal(11 * CPU_SPLITS, 3)
 
     def cut(multiply, x, matrix) -> bool:
         """Whether the product is a batch of several."""
@@ -122,7 +130,7 @@ def test_products_are_cut_where_few_rows_wait_for_a_cpu_and_nowhere_else():
         return dot.params["dimension_numbers"][1] != ((), ())
 
     def rows(multiply, matrix, dtype=jnp.float32) -> list[int]:
-        width = 3 if multiply is table_product else 3 * PARTS
+        width = 3 if multiply is table_product else 3 * CPU_SPLITS
         return [n for n in (0, 1, 2, 32, 33) if cut(multiply, jnp.zeros((n, width), dtype), jnp.asarray(matrix, dtype))]
 
     assert rows(product, kernel) == [1]
@@ -162,18 +170,18 @@ def test_rotary_turns_pair_k_by_position_over_base_to_the_2k_over_width():
 def test_rotary_scaling_stretches_slow_pairs_and_leaves_fast_ones(kind):
     """Pairs that turn 10, 3.2, 1 ... times in 64 places; all by 3, or those that turn less than once."""
     plain, one = rotary_frequencies(12, 1000.0, RotaryScaling())
-    scaled, amplitude = rotary_frequencies(12, 1000.0, RotaryScaling(kind, 3.0, 64, low=1.0, high=8.0))
+    scaled, attention_factor = rotary_frequencies(12, 1000.0, RotaryScaling(kind, 3.0, 64, low=1.0, high=8.0))
     stretch = plain / scaled
     np.testing.assert_allclose(stretch[-2:], 3.0, rtol=1e-5)
     np.testing.assert_allclose(stretch[0], 3.0 if kind == "linear" else 1.0, rtol=1e-5)
     assert (np.diff(stretch) >= -1e-5).all()
     assert ((stretch > 1.01) & (stretch < 2.99)).any() == (kind != "linear")
-    np.testing.assert_allclose((one, amplitude), (1.0, 1 + 0.1 * np.log(3.0) if kind == "yarn" else 1.0))
+    np.testing.assert_allclose((one, attention_factor), (1.0, 1 + 0.1 * np.log(3.0) if kind == "yarn" else 1.0))
     x = normal(1, 5, 3, 12)
     places = np.arange(5)[None]
     turned = rotate(x, places, 1000.0, RotaryScaling(kind, 3.0, 64, low=1.0, high=8.0))
     turns = places[..., None, None] * scaled
-    wanted = amplitude * (x[..., :6] + 1j * x[..., 6:]) * np.exp(1j * turns)
+    wanted = attention_factor * (x[..., :6] + 1j * x[..., 6:]) * np.exp(1j * turns)
     np.testing.assert_allclose(turned, np.concatenate([wanted.real, wanted.imag], axis=-1), atol=1e-5)
 
 
@@ -192,7 +200,7 @@ def test_attention_is_the_formula_with_grouped_heads():
     """Head h of 6 reads key-value head h // 3 of 2; softmax(q k / sqrt(K)) over the keys that the mask lets through."""
     q, k, v = normal(2, 4, 6, 5), normal(2, 7, 2, 5), normal(2, 7, 2, 5)
     mask = Mask.cached(jnp.array([[0, 1, 2, 3], [3, 4, 5, 6]]), size=7).windowed(4)
-    visible = np.asarray(mask.dense())
+    visible = np.asarray(mask.materialize())
     wanted = np.zeros((2, 4, 6, 5))
     for b, t, h in np.ndindex(2, 4, 6):
         scores = k[b, :, h // 3] @ q[b, t, h] / math.sqrt(5)
@@ -276,7 +284,7 @@ def test_bias_false_leaves_no_bias(tiny_with, all_else):
 def initial(tiny):
     """Initial parameters of a model whose sizes all differ and are large enough to measure a deviation on."""
     wide = dataclasses.replace(
-        tiny, vocab_size=301, context=211, d_model=66, n_heads=14, n_kv_heads=7, d_head=10, d_value=10, d_ff=230
+        tiny, vocab_size=301, context_length=211, d_model=66, n_heads=14, n_kv_heads=7, d_head=10, d_value=10, d_ff=230
     )
     wide = dataclasses.replace(wide, activation="swiglu")
 

@@ -4,17 +4,16 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
+from bothways.model import mask as mask_module
+from bothways.model.mask import Mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from model import mask as mask_module
-from model.mask import Mask
 
 fixed = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 
 
 def drawn(mask: Mask, row: int = 0) -> list[str]:
-    return [" ".join("x" if seen else "." for seen in query) for query in np.asarray(mask.dense())[row]]
+    return [" ".join("x" if seen else "." for seen in query) for query in np.asarray(mask.materialize())[row]]
 
 
 def lines(text: str) -> list[str]:
@@ -168,5 +167,5 @@ def test_conditions_hold_together(data, causal, window, with_prefix):
         return not causal or k[s] <= q[t] or (prefix is not None and k[s] < prefix)
 
     value = Mask(row(*q), row(*k), row(*q_segment), row(*k_segment), None if prefix is None else jnp.array([prefix]))
-    dense = np.asarray(value.replace(causal=causal, window=window).dense())[0]
+    dense = np.asarray(value.replace(causal=causal, window=window).materialize())[0]
     assert dense.tolist() == [[visible(t, s) for s in range(5)] for t in range(4)]

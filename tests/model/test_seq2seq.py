@@ -6,20 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bothways.configs import find
+from bothways.model.cache import Cache
+from bothways.model.config import TransformerConfig
 
-from common.families import make_module
-from common.rundir import param_shapes
-from configs import find
-from model.cache import Cache
-from model.config import TransformerConfig
+from bothways.registry import make_module
+from bothways.rundir import param_shapes
 
 SOURCES = np.array([5, 2, 7])  # of a batch right-padded to 7 places
 LENGTHS = np.array([3, 5, 1])  # of the targets' beginnings, right-padded to 5
 STEPS = 3
 CASES = {
-    "as_published": {"positions": "sinusoidal", "norm_position": "post", "embed_scale": True, "d_value": 5},
-    "modern": {"positions": "rotary", "n_heads": 6, "n_kv_heads": 2, "qk_norm": True, "tie_embeddings": False}
-    | {"layer_pattern": ("dense", "local"), "window": 4, "scan_layers": True},
+    "as_published": {"position_embedding": "sinusoidal", "norm_position": "post", "embed_scale": True, "d_value": 5},
+    "modern": {"position_embedding": "rotary", "n_heads": 6, "n_kv_heads": 2, "qk_norm": True, "tie_embeddings": False}
+    | {"layer_pattern": ("global", "local"), "window": 4, "scan_layers": True},
 }
 
 
@@ -51,10 +51,10 @@ def test_cached_decoding_equals_one_full_pass(setting):
     """Ragged sources and ragged targets: the encoder runs once, then each row goes on from its own length."""
     full = setting.full(setting.tokens, setting.source, source_segments=setting.segments)
     apply = setting.module.apply
-    begin = jax.jit(lambda params, *source: apply({"params": params}, *source, 13, method="begin"))
+    begin = jax.jit(lambda params, *source: apply({"params": params}, *source, 13, method="init_cache"))
     decode = jax.jit(lambda params, tokens, cache: apply({"params": params}, tokens, cache, method="decode"))
     cache = begin(setting.params, setting.source, setting.segments)
-    remembered = [layer.memory for layer in cache.layers]
+    remembered = [layer.cross_kv for layer in cache.layers]
     features, cache = decode(setting.params, setting.tokens[:, :5], cache)
     for row, length in enumerate(LENGTHS):
         np.testing.assert_allclose(features[row, :length], full[row, :length], atol=1e-5)
@@ -64,7 +64,7 @@ def test_cached_decoding_equals_one_full_pass(setting):
         features, cache = decode(setting.params, setting.tokens[at][:, None], cache)
         np.testing.assert_allclose(features[:, 0], full[at], atol=1e-5)
     for before, layer in zip(remembered, cache.layers, strict=True):
-        np.testing.assert_array_equal(before.k, layer.memory.k)
+        np.testing.assert_array_equal(before.k, layer.cross_kv.k)
 
 
 def test_a_target_sees_its_past_and_all_of_its_source(setting):
@@ -102,10 +102,10 @@ def test_following_the_survivors_of_a_search_leaves_the_sources_alone(tiny):
     cache = Cache.empty(tiny, 4, 3)
     numbered = jax.tree.map(lambda x: x + jnp.arange(4).reshape(4, *[1] * (x.ndim - 1)).astype(x.dtype), cache)
     layers = tuple(layer.replace(memory=layer) for layer in numbered.layers)
-    taken = numbered.replace(layers=layers).take(jnp.array([2, 2, 0, 1]), memory=False)
+    taken = numbered.replace(layers=layers).gather_rows(jnp.array([2, 2, 0, 1]), cross=False)
     assert taken.length.tolist() == [2, 2, 0, 1]
     assert taken.layers[0].k[:, 0, 0, 0].tolist() == [2, 2, 0, 1]
-    assert taken.layers[0].memory.k[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert taken.layers[0].cross_kv.k[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
 # Table 3 of arXiv 1706.03762, millions of parameters: what each row's flags change against base. The paper rounds
@@ -154,7 +154,7 @@ def test_post_norm_is_stable_at_initialisation(layers, residual, least):
     init_residual=depth they hardly do.
     """
     published = find("transformer_base").model
-    small = {"vocab_size": 53, "d_model": 64, "n_heads": 4, "d_ff": 256, "init_std": 64**-0.5, "context": 16}
+    small = {"vocab_size": 53, "d_model": 64, "n_heads": 4, "d_ff": 256, "init_std": 64**-0.5, "context_length": 16}
     off = {"dropout_embed": 0.0, "dropout_residual": 0.0, "dtype": "float32", "scan_layers": True}
     cfg = TransformerConfig(
         **dataclasses.asdict(published) | small | off | {"n_layers": layers, "init_residual": residual}

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from model.decoder import Decoder
-from model.encoder import Encoder
-from model.mask import Mask
-from model.stack import Stack
+from bothways.model.decoder import Decoder
+from bothways.model.encoder import Encoder
+from bothways.model.mask import Mask
+from bothways.model.stack import Stack
 
 LOCAL = {"layer_pattern": ("local",), "window": 3}
 PLAIN = {"activation": "relu", "norm": "rms", "bias": False}  # compiles in half the time
@@ -35,7 +34,7 @@ def influence(module, params, **inputs) -> np.ndarray:
     ("kind", "fields", "inputs", "reaches"),
     [
         (Decoder, {}, {}, lambda t, s: s <= t),
-        (Decoder, {"norm_position": "post", "positions": "rotary"}, {}, lambda t, s: s <= t),
+        (Decoder, {"norm_position": "post", "position_embedding": "rotary"}, {}, lambda t, s: s <= t),
         (Decoder, {}, {"prefix": jnp.array([4])}, lambda t, s: (s <= t) | (s < 4)),
         (Decoder, LOCAL, {}, lambda t, s: (s <= t) & (t - s <= 4)),
         (Encoder, {}, {}, lambda t, s: (t >= 0) & (s >= 0)),
@@ -79,8 +78,8 @@ def same(got, wanted):
 @pytest.fixture(scope="module")
 def value_and_gradients(tiny, filled):
     """Of a loss with dropout, the key always the same; the last of 5 layers is left over by the loop over pairs."""
-    pattern = {"n_layers": 5, "layer_pattern": ("dense", "local"), "window": 3}
-    rotary = {"positions": "rotary", "rotary_base_local": 50.0}
+    pattern = {"n_layers": 5, "layer_pattern": ("global", "local"), "window": 3}
+    rotary = {"position_embedding": "rotary", "rotary_base_local": 50.0}
     cfg = dataclasses.replace(tiny, **PLAIN, **pattern, **rotary, dropout_residual=0.3, first_norm=False)
 
     def run(**layout):
@@ -118,7 +117,7 @@ def test_scanned_equals_unrolled_without_a_pattern(tiny_with, filled):
     same(*(jax.jit(module.apply)({"params": filled(module, tokens)}, tokens)[0] for module in modules))
 
 
-@pytest.mark.parametrize(("fields", "kinds"), [({}, 1), ({"layer_pattern": ("dense", "local"), "window": 3}, 2)])
+@pytest.mark.parametrize(("fields", "kinds"), [({}, 1), ({"layer_pattern": ("global", "local"), "window": 3}, 2)])
 def test_layers_that_are_alike_are_traced_once(tiny_with, fields, kinds):
     """Unrolled, with dropout: forward and backward know one block of each kind, however many layers there are."""
 
@@ -163,7 +162,7 @@ READERS = [("decoder", "learned"), ("decoder", "sinusoidal"), ("decoder", "rotar
 def read(request, tiny, filled):
     """(tokens, positions, segments) -> features, of a model with a local layer."""
     kind, positions = request.param
-    cfg = dataclasses.replace(tiny, positions=positions, n_layers=2, layer_pattern=("dense", "local"), window=3)
+    cfg = dataclasses.replace(tiny, positions=positions, n_layers=2, layer_pattern=("global", "local"), window=3)
     module = {"decoder": Decoder, "encoder": Encoder}[kind](cfg)
     params = jax.device_put(filled(module, jnp.zeros((1, 2), jnp.int32)))
 

@@ -5,15 +5,15 @@ import json
 
 import jax
 import pytest
+from bothways.plan import hlo
+from bothways.plan.candidates import parameter_axes
+from bothways.plan.decoding import _turn, plan_decoding
 
 import bothways
-from common.errors import InputError
-from plan import hlo
-from plan.candidates import parameter_axes
-from plan.decoding import _turn, plan_decoding
+from bothways import chips
+from bothways.chips import GIB, Topology
+from bothways.errors import InputError
 from tests.plan.test_plan import PROGRAM
-from train import chips
-from train.chips import GIB, Topology
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +35,7 @@ def test_a_decoding_step(tiny_recipe, eight_devices):
     parameters = sum(jax.numpy.prod(jax.numpy.array(shape)).item() for shape, _ in parameter_axes(recipe))
     assert d.memory["weights"] == 4 * parameters
     # keys and values of every place in float32, and a length per row
-    assert d.memory["cache"] == 3 * (4 * cfg.context * cfg.n_kv_heads * (cfg.d_head + cfg.d_value) + 4)
+    assert d.memory["cache"] == 3 * (4 * cfg.context_length * cfg.n_kv_heads * (cfg.d_head + cfg.d_value) + 4)
     assert d.weights_seconds == pytest.approx(4 * parameters / chips.CPU.bandwidth)
     assert d.memory_seconds > d.weights_seconds
     assert d.step_seconds == max(d.weights_seconds, d.compute_seconds, d.memory_seconds, d.network_seconds)
@@ -67,7 +67,7 @@ def test_one_turn_of_the_loop_is_what_a_second_turn_adds():
 @pytest.mark.parametrize("family", ["bert", "seq2seq"])
 def test_the_command_line_plans_every_family(family, capfd, eight_devices):
     name = {"bert": "shakespeare_bert", "seq2seq": "bible"}[family]
-    argv = ["plan", name, "--topology", "cpu:8", "--model.n-layers", "1", "--model.context", "16", "--rows", "2"]
+    argv = ["plan", name, "--topology", "cpu:8", "--model.n-layers", "1", "--model.context-length", "16", "--rows", "2"]
     argv += ["--data.vocab-size", "320", "--model.d-model", "16", "--optimizer.name", "adamw", "--json"]
     assert bothways.main(argv) == 0
     told = json.loads(capfd.readouterr().out)["decode"]

@@ -10,19 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bothways.configs import find
+from bothways.plan import hlo
+from bothways.plan.candidates import candidates, flags, guess, held, meshes, parameter_axes, rate, with_ramp
+from bothways.plan.roofline import between_slices, collective_seconds
+from bothways.plan.training import plan, search
 
 import bothways
-from common.config import MeshConfig
-from common.errors import InputError
-from common.families import make_module
-from configs import find
-from plan import hlo
-from plan.candidates import candidates, flags, guess, held, meshes, parameter_axes, rate, with_ramp
-from plan.roofline import between_slices, collective_seconds
-from plan.training import plan, search
-from train import sharding
-from train.chips import CHIPS, Topology
-from train.flops import recipe_flops_per_token
+from bothways import sharding
+from bothways.chips import CHIPS, Topology
+from bothways.config import MeshConfig
+from bothways.errors import InputError
+from bothways.flops import recipe_flops_per_token
+from bothways.registry import make_module
 
 pytestmark = pytest.mark.usefixtures("compiled_well")
 
@@ -118,7 +118,9 @@ ENTRY %main (x: f32[64,7], i: s32[]) -> f32[64,7] {
 }
 
 ENTRY"""
-    nested = text.replace("ENTRY", whole).replace("(%x, %i), kind=kLoop, calls=%change", "(%x, %i), kind=kLoop, calls=%whole")
+    nested = text.replace("ENTRY", whole).replace(
+        "(%x, %i), kind=kLoop, calls=%change", "(%x, %i), kind=kLoop, calls=%whole"
+    )
     room = '  %room = f32[64,7]{1,0} custom-call(), custom_call_target="AllocateBuffer"\n  ROOT %changed'
     assert hlo.read(nested.replace("  ROOT %changed", room), 1).memory == 28 + 28 + 4
 
@@ -251,9 +253,9 @@ def test_a_vocabulary_is_padded_only_where_it_must_be_and_says_so():
     recipe = dataclasses.replace(find("gpt3_175b"), mesh=MeshConfig(data=1, fsdp=64, tensor=8))
     found = candidates(recipe, Topology.parse("v5p:8x8x8"))
     assert found
-    assert all("--model.vocab-multiple 128" in flags(recipe, g.recipe) for g in found)
+    assert all("--model.pad-vocab-to-multiple-of 128" in flags(recipe, g.recipe) for g in found)
     whole = candidates(dataclasses.replace(recipe, mesh=MeshConfig(data=8, fsdp=64)), Topology.parse("v5p:8x8x8"))
-    assert all(g.recipe.model.vocab_multiple == 1 for g in whole)
+    assert all(g.recipe.model.pad_vocab_to_multiple_of == 1 for g in whole)
 
 
 def test_more_pieces_and_more_recomputing_take_less_memory():
@@ -262,7 +264,7 @@ def test_more_pieces_and_more_recomputing_take_less_memory():
 
     def memory(remat, accumulate):
         model = dataclasses.replace(recipe.model, remat=remat)
-        train = dataclasses.replace(recipe.train, accumulate=accumulate)
+        train = dataclasses.replace(recipe.train, grad_accum_steps=accumulate)
         return guess(dataclasses.replace(recipe, model=model, train=train), topology, sizes, 1e8).memory
 
     assert memory("none", 1) > memory("dots", 1) > memory("full", 1) > memory("full", 2)
@@ -273,7 +275,7 @@ def test_more_pieces_take_more_time_and_a_group_of_all_has_every_link():
     sizes = {"data": 4, "fsdp": 1, "tensor": 1}
 
     def seconds(accumulate):
-        train = dataclasses.replace(recipe.train, accumulate=accumulate)
+        train = dataclasses.replace(recipe.train, grad_accum_steps=accumulate)
         return guess(dataclasses.replace(recipe, train=train), topology, sizes, 1.2e8).seconds
 
     assert seconds(2) < seconds(16) < seconds(128)
@@ -285,20 +287,21 @@ def test_more_pieces_take_more_time_and_a_group_of_all_has_every_link():
 
 
 def test_the_flags_that_are_told_give_the_layout_that_was_planned():
-    from verbs_scale import PlanOptions, _parse
+    from bothways.commands.plan import PlanOptions
+    from bothways.commands.shared import parse_recipe
 
     for name in ("gpt2_xl", "gpt3_175b"):
         recipe, topology = find(name), Topology.parse("v5p:8x8x8")
         best = candidates(recipe, topology)[0].recipe
         said = flags(recipe, best).split()
-        assert _parse("plan", [name, "--topology", "v5p:8x8x8", *said], PlanOptions, "")[0] == best
+        assert parse_recipe("plan", [name, "--topology", "v5p:8x8x8", *said], PlanOptions, "")[0] == best
         back = flags(best, dataclasses.replace(recipe, mesh=best.mesh))
         assert "--model.no-scan-layers" in back or best.model.scan_layers == recipe.model.scan_layers
 
 
 def test_a_ramp_that_begins_higher_ends_after_as_many_rows():
     recipe = find("gpt3_13b")
-    with pytest.raises(InputError, match=r"a batch of 16 rows .* set --train.ramp-from to a multiple of 128"):
+    with pytest.raises(InputError, match=r"a batch of 16 rows .* set --train.batch-size-start to a multiple of 128"):
         dataclasses.replace(recipe, mesh=MeshConfig(fsdp=128)).check(128)
     raised = with_ramp(recipe, 128)
     dataclasses.replace(raised, mesh=MeshConfig(fsdp=128)).check(128)
@@ -337,7 +340,7 @@ def test_a_search_that_finds_nothing_says_why(planned, eight_devices, monkeypatc
         recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **{field: value})})
     topology = Topology.parse("v5e:2x2" if "libtpu" in said else "cpu:8")
     monkeypatch.setattr("plan.training.plan", fails)
-    monkeypatch.setattr("train.chips.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("bothways.chips.importlib.util.find_spec", lambda _: None)
     told = []
     with pytest.raises(InputError, match=said):
         search(recipe, topology, told.append)
@@ -345,10 +348,10 @@ def test_a_search_that_finds_nothing_says_why(planned, eight_devices, monkeypatc
 
 
 def test_padded_rows_stand_for_no_token(tiny_with):
-    from model.loss import cross_entropy
+    from bothways.model.loss import cross_entropy
 
     for family in ("gpt", "bert"):
-        plain, padded = tiny_with(n_layers=1), tiny_with(n_layers=1, vocab_multiple=16)
+        plain, padded = tiny_with(n_layers=1), tiny_with(n_layers=1, pad_vocab_to_multiple_of=16)
         tokens = jnp.arange(14).reshape(2, 7) % 37
         module, wide = make_module(family, plain), make_module(family, padded)
         params = wide.init(jax.random.key(0), tokens)["params"]
@@ -370,7 +373,7 @@ def test_padded_rows_stand_for_no_token(tiny_with):
 
 
 def test_the_command_line_plans(tmp_path, capfd, eight_devices):
-    argv = ["plan", "shakespeare_gpt", "--topology", "cpu:8", "--model.n-layers", "1", "--model.context", "16"]
+    argv = ["plan", "shakespeare_gpt", "--topology", "cpu:8", "--model.n-layers", "1", "--model.context-length", "16"]
     argv += ["--data.vocab-size", "320", "--model.d-model", "16", "--optimizer.name", "adamw"]
     assert bothways.main([*argv, "--no-decode", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from model.cache import Cache
-from model.gpt import GPT
-from sample.decode import Decoder
+from bothways.model.cache import Cache
+from bothways.model.gpt import GPT
+from bothways.sample.decode import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ class TinyGPT:
 
     def logprobs(self, tokens: list[int]) -> np.ndarray:
         """[T, V]: what follows each token, from one pass without a cache over a row of the full context."""
-        context = self.module.cfg.context
+        context = self.module.cfg.context_length
         assert len(tokens) <= context
         padded = np.zeros((1, context), np.int32)
         padded[0, : len(tokens)] = tokens
@@ -50,5 +49,7 @@ def gpt(tiny) -> TinyGPT:
     def logits(params, features):
         return module.apply({"params": params}, features, method="logits")
 
-    decoder = Decoder(forward, logits, lambda params, batch, size, source: Cache.empty(cfg, batch, size), cfg.context, eos=-1)
+    decoder = Decoder(
+        forward, logits, lambda params, batch, size, source: Cache.empty(cfg, batch, size), cfg.context_length, eos=-1
+    )
     return TinyGPT(module, params, decoder)

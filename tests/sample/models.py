@@ -6,9 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from model.cache import Cache, LayerCache
-from sample.decode import Decoder
+from bothways.model.cache import Cache, LayerCache
+from bothways.sample.decode import Decoder
 
 
 @dataclasses.dataclass(frozen=True)

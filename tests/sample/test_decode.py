@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from bothways.sample.decode import Decoder, Row, bucket
+from bothways.sample.sampling_params import SamplingParams, choose
 
-from sample.decode import Decoder, Row, bucket
-from sample.method import Method, choose
 from tests.sample.models import Known, markov, remembering
 
-GREEDY = Method.make(greedy=True)
-SAMPLING = Method.make(temperature=0.8)
+GREEDY = SamplingParams.make(greedy=True)
+SAMPLING = SamplingParams.make(temperature=0.8)
 METHODS = pytest.mark.parametrize("method", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
 CHOOSE = jax.jit(choose)
 PROMPTS = [[5, 1, 4], [2], [6, 6, 1, 2, 5, 4, 1, 2, 2, 5, 1], [1, 2], [4, 4, 4, 4, 4, 4, 4]]
@@ -56,7 +56,7 @@ class Speaker:
         return rows
 
 
-def say(model, prompt: list[int], key: jax.Array, method: Method, most: int, context: int = 10**6) -> list[int]:
+def say(model, prompt: list[int], key: jax.Array, method: SamplingParams, most: int, context: int = 10**6) -> list[int]:
     """The same by hand, a token at a time: token n is drawn with the key folded with n."""
     history, tokens = list(prompt), []
     while len(tokens) < most and tokens[-1:] != [model.eos]:
@@ -163,12 +163,12 @@ def test_beyond_the_context_the_text_goes_on_from_its_last_half(short_of_context
 GPT_PROMPTS = [[11, 30, 7], [5], [9, 8, 30, 12, 1, 2, 36, 20, 21, 4]]
 
 
-def gpt_says(gpt, prompt: list[int], key: jax.Array, method: Method, most: int) -> list[int]:
+def gpt_says(gpt, prompt: list[int], key: jax.Array, method: SamplingParams, most: int) -> list[int]:
     class Uncached:
         eos = -1
         logprobs = staticmethod(lambda history: gpt.logprobs(history)[-1])
 
-    return say(Uncached, prompt, key, method, most, gpt.module.cfg.context)
+    return say(Uncached, prompt, key, method, most, gpt.module.cfg.context_length)
 
 
 def gpt_generate(gpt, prompts, method, most, **options) -> list[Row]:
@@ -188,7 +188,7 @@ def test_a_gpt_says_in_a_batch_what_it_says_alone_and_without_a_cache(gpt):
 
 def test_a_gpt_goes_on_beyond_its_context(gpt):
     most = 40
-    assert most > gpt.module.cfg.context
+    assert most > gpt.module.cfg.context_length
     rows = gpt_generate(gpt, GPT_PROMPTS, GREEDY, most)
     for row, prompt in zip(rows, GPT_PROMPTS, strict=True):
         assert row.tokens == gpt_says(gpt, prompt, row.key, GREEDY, most)
@@ -209,8 +209,8 @@ def test_prompts_of_one_bucket_share_their_program():
         sizes.append((decoder.prefill._cache_size(), decoder.run._cache_size()))
     assert sizes == [(1, 1), (1, 1), (1, 1), (2, 2), (2, 2)]
     for temperature in (0.5, 0.9):
-        speak([[1] * 3, [2]], Method.make(temperature=temperature, top_k=3), 10)
-    speak([[1], [2, 3]], Method.make(top_p=0.7), 10, chunk=4)
+        speak([[1] * 3, [2]], SamplingParams.make(temperature=temperature, top_k=3), 10)
+    speak([[1], [2, 3]], SamplingParams.make(top_p=0.7), 10, chunk=4)
     assert (decoder.prefill._cache_size(), decoder.run._cache_size()) == (3, 3)
 
 

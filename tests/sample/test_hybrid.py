@@ -7,19 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bothways.data import examples
+from bothways.data.rng import ExampleRng
+from bothways.data.tokenizer import made_up_vocabulary
+from bothways.model.gpt import GPT, MaskedNextToken
+from bothways.model.task import TaskModel
+from bothways.sample import evaluate
+from bothways.sample.score import causal_logprobs
+from bothways.train import loop
+from bothways.train.objectives import make_objective
 
 import bothways
-from common.config import ObjectiveConfig
-from common.errors import InputError
-from data import examples
-from data.draws import Draws
-from data.tokenizer import made_up_vocabulary
-from model.gpt import GPT, MaskedNextToken
-from model.task import TaskModel
-from sample import evaluate
-from sample.score import causal_logprobs
-from train import loop
-from train.objectives import make_objective
+from bothways.config import ObjectiveConfig
+from bothways.errors import InputError
 
 T, V = 11, 37
 
@@ -60,7 +60,7 @@ def test_the_loss_reads_each_row_by_its_own_mask(body):
     vocabulary = made_up_vocabulary(V)
     objective = make_objective(ObjectiveConfig(kind="hybrid", mask_rate=0.4), vocabulary)
     row = {"tokens": np.arange(6, 6 + T + 1, dtype=np.int32)[None], "segments": np.ones((1, T + 1), np.int32)}
-    draws = Draws(0, np.arange(1))
+    draws = ExampleRng(0, np.arange(1))
     rows = [examples.hybrid(row, draws, vocabulary, examples.Masking(0.4), share) for share in (1.0, 0.0)]
     batch = {k: jnp.concatenate([r[k] for r in rows]) for k in rows[0]}
 
@@ -112,7 +112,7 @@ def test_a_hybrid_run_continues_fills_and_scores(run, capsys):
     assert len(json.loads(capsys.readouterr().out)["masks"]) == 1
     texts = ["the dog sees the cat", "a ship"]
     ids = [[run.tokenizer.bos, *run.tokenizer.encode(t)] for t in texts]
-    expected = causal_logprobs(run.run.module, run.run.params, ids, run.recipe.model.context)
+    expected = causal_logprobs(run.run.module, run.run.params, ids, run.recipe.model.context_length)
     assert [s.logprob for s in run.score(texts)] == pytest.approx(expected, abs=1e-3)
     scores = {rule: run.score(texts, rule)[0].logprob for rule in ("causal", "pll", "pll_word", "bound")}
     assert len(set(scores.values())) == 4

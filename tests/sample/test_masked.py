@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bothways.data import tokenizer as tokenizers
+from bothways.sample import masked
+from bothways.sample.masked import MaskedModel
 
 import bothways
-from common import rundir
-from common.config import ObjectiveConfig
-from common.errors import InputError
-from common.families import make_module
-from common.recipe import Recipe
-from data import tokenizer as tokenizers
-from sample import masked
-from sample.masked import MaskedModel
+from bothways import rundir
+from bothways.config import ObjectiveConfig
+from bothways.errors import InputError
+from bothways.recipes import Recipe
+from bothways.registry import make_module
 from tests.corpus import made_up_text
 
 CONTEXT = 16
@@ -28,7 +28,7 @@ TEXTS = ["the castle in", "COW", "birds"]
 def model(tiny) -> MaskedModel:
     """A BERT with random weights, to which special tokens and entries that are no token look likeliest."""
     tokenizer = tokenizers.train([made_up_text(60)], "bpe", 330)
-    cfg = dataclasses.replace(tiny, n_layers=1, context=CONTEXT, vocab_size=len(tokenizer) + 5)
+    cfg = dataclasses.replace(tiny, n_layers=1, context_length=CONTEXT, vocab_size=len(tokenizer) + 5)
     recipe = Recipe(name="tiny", family="bert", model=cfg, objective=ObjectiveConfig(kind="masked"))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(s.dtype), rundir.param_shapes(recipe))
@@ -157,7 +157,7 @@ class Known:
         return self.table[first, second, third, np.maximum(places - 1, 0)]
 
     def hidden_logprobs(self, module, params, batch):
-        logits = self.hidden_logits(module, params, batch["tokens"], batch["segments"], batch["places"])
+        logits = self.hidden_logits(module, params, batch["tokens"], batch["segments"], batch["mask_positions"])
         return np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
 
 

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from sample.score import causal_logprobs, windows
+from bothways.sample.score import causal_logprobs, windows
 
 
 @pytest.mark.parametrize("context", range(2, 20))
@@ -37,20 +36,20 @@ def total(gpt, tokens: list[int], first: int = 1) -> float:
 
 def test_a_ragged_batch_is_scored_as_by_full_passes(gpt):
     sequences = sequences_of([9, 2, 23, 1, 16, 17, 3, 22, 12, 5, 20], gpt.module.cfg.vocab_size)
-    found = causal_logprobs(gpt.module, gpt.params, sequences, gpt.module.cfg.context)
+    found = causal_logprobs(gpt.module, gpt.params, sequences, gpt.module.cfg.context_length)
     np.testing.assert_allclose(found, [total(gpt, tokens) for tokens in sequences], rtol=1e-4, atol=1e-5)
     assert found[3] == 0  # nothing comes before the only token
 
 
 def test_batches_of_any_size_give_the_same(gpt):
     sequences = sequences_of([9, 2, 23, 1, 16, 17, 3, 22, 60], gpt.module.cfg.vocab_size)
-    whole = causal_logprobs(gpt.module, gpt.params, sequences, gpt.module.cfg.context)
-    found = causal_logprobs(gpt.module, gpt.params, sequences, gpt.module.cfg.context, batch_size=4)
+    whole = causal_logprobs(gpt.module, gpt.params, sequences, gpt.module.cfg.context_length)
+    found = causal_logprobs(gpt.module, gpt.params, sequences, gpt.module.cfg.context_length, batch_size=4)
     np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_texts_longer_than_the_context_are_scored_by_half_windows(gpt):
-    context = gpt.module.cfg.context
+    context = gpt.module.cfg.context_length
     sequences = sequences_of([24, 30, 34, 35, 84], gpt.module.cfg.vocab_size, seed=1)
     expected = []
     for tokens in sequences:
@@ -64,5 +63,5 @@ def test_texts_longer_than_the_context_are_scored_by_half_windows(gpt):
 
 
 def test_nothing_to_score_gives_nothing(gpt):
-    assert causal_logprobs(gpt.module, gpt.params, [], gpt.module.cfg.context) == []
-    assert causal_logprobs(gpt.module, gpt.params, [[4]], gpt.module.cfg.context) == [0.0]
+    assert causal_logprobs(gpt.module, gpt.params, [], gpt.module.cfg.context_length) == []
+    assert causal_logprobs(gpt.module, gpt.params, [[4]], gpt.module.cfg.context_length) == [0.0]

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from bothways.data import tokenizer as tokenizers
+from bothways.sample.text import TextModel, utf8_so_far
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import rundir
-from common.errors import InputError
-from common.recipe import Recipe
-from data import tokenizer as tokenizers
-from sample.text import TextModel, utf8_so_far
+from bothways import rundir
+from bothways.errors import InputError
+from bothways.recipes import Recipe
 from tests.corpus import made_up_text
 
 CONTEXT = 24
@@ -25,7 +25,7 @@ PROMPTS = ["the king ", "", LONG]  # nothing, a little, and almost a whole conte
 def write_run(home: Path, model, steps: tuple[int, ...] = (1, 2)) -> dict[int, dict]:
     """A run as train/loop.py leaves it, with weights drawn at random; returns them by step."""
     tokenizer = tokenizers.train([made_up_text(60), "caf\u00e9 \U0001f389\n"], "bpe", 330)
-    model = dataclasses.replace(model, n_layers=1, context=CONTEXT, vocab_size=len(tokenizer) + 5)
+    model = dataclasses.replace(model, n_layers=1, context_length=CONTEXT, vocab_size=len(tokenizer) + 5)
     recipe = Recipe(name="tiny", model=model)
     home.mkdir(parents=True)
     tokenizer.save(home / "tokenizer.model")

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from bothways.data import tokenizer as tokenizers
+from bothways.data.tasks import Task
+from bothways.model.config import TransformerConfig
 
-from common import rundir
-from common.config import ObjectiveConfig
-from common.families import make_module
-from common.recipe import Recipe
-from data import tokenizer as tokenizers
-from data.tasks import Task
-from model.config import TransformerConfig
+from bothways import rundir
+from bothways.config import ObjectiveConfig
+from bothways.recipes import Recipe
+from bothways.registry import make_module
 from tests.corpus import made_up_text
 
 LENGTH = 24
@@ -33,7 +33,7 @@ def body(family: str, tiny: TransformerConfig, **fields) -> rundir.Run:
     """A run whose weights are those that training starts from."""
     tokenizer = tokenizers.train([made_up_text(60)], "bpe", 390)  # every word of the language is one piece
     bert = {"norm_position": "post", "segment_types": 2, "embed_norm": True, "next_sentence": True}
-    model = dataclasses.replace(tiny, n_layers=1, context=LENGTH, vocab_size=len(tokenizer), **fields)
+    model = dataclasses.replace(tiny, n_layers=1, context_length=LENGTH, vocab_size=len(tokenizer), **fields)
     model = dataclasses.replace(model, **bert) if family == "bert" else model
     objective = ObjectiveConfig(kind={"gpt": "causal", "bert": "masked"}[family])
     recipe = Recipe(name="tiny", family=family, model=model, objective=objective)

@@ -3,16 +3,16 @@
 import dataclasses
 
 import pytest
+from bothways.configs import find, names
+from bothways.data.pipeline import evaluation_batches
+from bothways.data.tokenizer import made_up_vocabulary
+from bothways.plan.training import made_up_tokens
+from bothways.train.objectives import make_objective
 
-from common.config import MeshConfig, ObjectiveConfig, TrainConfig
-from common.errors import InputError
-from common.recipe import Recipe
-from configs import find, names
-from data.pipeline import evaluation_batches
-from data.tokenizer import made_up_vocabulary
-from plan.training import made_up_tokens
-from train.flops import tokens_per_row
-from train.objectives import make_objective
+from bothways.config import MeshConfig, ObjectiveConfig, TrainConfig
+from bothways.errors import InputError
+from bothways.flops import tokens_per_row
+from bothways.recipes import Recipe
 
 
 def test_without_a_ramp_position_is_step_times_batch():
@@ -21,7 +21,7 @@ def test_without_a_ramp_position_is_step_times_batch():
 
 
 def test_a_ramp_grows_along_the_line_and_loses_no_row():
-    cfg = TrainConfig(steps=500, batch_size=100, ramp_from=4, ramp_rows=5000)
+    cfg = TrainConfig(steps=500, batch_size=100, batch_size_start=4, batch_size_ramp_rows=5000)
     rows = 0
     for step in range(500):
         position, size = cfg.batch_at(step)
@@ -36,7 +36,7 @@ def test_a_ramp_grows_along_the_line_and_loses_no_row():
 
 @pytest.mark.parametrize("rows", [1, 50, 4999, 5000, 123_456])
 def test_steps_for_rows(rows):
-    cfg = TrainConfig(batch_size=100, ramp_from=4, ramp_rows=5000)
+    cfg = TrainConfig(batch_size=100, batch_size_start=4, batch_size_ramp_rows=5000)
     steps = cfg.steps_for(rows)
     assert cfg.batch_at(steps)[0] >= rows > cfg.batch_at(steps - 1)[0]
 
@@ -55,7 +55,13 @@ def test_every_problem_is_listed_at_once(tiny_recipe):
         tiny_recipe,
         family="gtp",
         model=dataclasses.replace(
-            tiny_recipe.model, n_heads=5, n_kv_heads=2, d_head=0, d_model=22, positions="rope", layer_pattern=("dense", "x")
+            tiny_recipe.model,
+            n_heads=5,
+            n_kv_heads=2,
+            d_head=0,
+            d_model=22,
+            position_embedding="rope",
+            layer_pattern=("dense", "x"),
         ),
         optimizer=dataclasses.replace(tiny_recipe.optimizer, learning_rate=-1.0),
         train=dataclasses.replace(tiny_recipe.train, steps=0, seed=2**31),
@@ -64,8 +70,8 @@ def test_every_problem_is_listed_at_once(tiny_recipe):
         broken.check(1)
     for part in (
         "family is 'gtp'; there are gpt, bert, seq2seq",
-        "model.positions is 'rope'; there are learned, sinusoidal, rotary",
-        "model.layer_pattern is ('dense', 'x'); there are dense, local",
+        "model.position_embedding is 'rope'; there are learned, sinusoidal, rotary",
+        "model.layer_pattern is ('dense', 'x'); there are global, local",
         "d_model=22",
         "n_heads=5",
         "learning_rate is -1.0",
@@ -86,7 +92,7 @@ def test_rows_that_the_context_axis_does_not_divide(tiny_recipe):
     recipe = dataclasses.replace(tiny_recipe, train=train, mesh=MeshConfig(2, 1, 1, 4))
     with pytest.raises(InputError, match="train.short_length=6 is not divisible by mesh.context=4") as e:
         recipe.check(8)
-    assert "model.context" not in str(e.value)
+    assert "model.context_length" not in str(e.value)
 
 
 @pytest.mark.parametrize(("name", "least"), [("bert_tiny", 5), ("roberta_base", 2), ("spans_base", 3), ("gpt1", 2)])
@@ -98,12 +104,12 @@ def test_rows_that_hold_no_example(name, least):
     for batch in evaluation_batches(rows, example, batch_size=8, seed=0):
         lengths = [batch[key].shape[1] for key in ("tokens", "source") if key in batch]
         assert max(lengths) == least
-        small = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, context=least))
+        small = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, context_length=least))
         assert sum(lengths) == tokens_per_row(small)
     for length, short in ((least - 1, 0), (512, least - 1)):
         cut = dataclasses.replace(
             recipe,
-            model=dataclasses.replace(recipe.model, context=length),
+            model=dataclasses.replace(recipe.model, context_length=length),
             train=dataclasses.replace(recipe.train, short_length=short, short_steps=short),
         )
         with pytest.raises(InputError, match=f"is {least - 1}; "):
@@ -163,7 +169,7 @@ def test_only_what_makes_another_run_is_a_difference(tiny_recipe):
 
 def test_a_recipe_file_works_by_path(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from configs import find\nrecipes = {'mine': find('gpt2_small')}\n")
+    path.write_text("from bothways.configs import find\nrecipes = {'mine': find('gpt2_small')}\n")
     assert find(str(path)).name == "mine"
     path.write_text("recipes = 1/0\n")
     with pytest.raises(InputError, match="ZeroDivisionError"):

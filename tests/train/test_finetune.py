@@ -6,17 +6,17 @@ import json
 import jax
 import numpy as np
 import pytest
+from bothways.data import pipeline
+from bothways.data.examples import as_is
+from bothways.model.task import mean_over
+from bothways.sample.predict import TaskPredictor
+from bothways.train import finetune as tuning
+from bothways.train.finetune import FinetuneConfig, Tuner, finetune, task_objective
 
 import bothways
-from common.errors import InputError
-from data import pipeline
-from data.examples import as_is
-from model.task import mean_over
-from sample.predict import TaskPredictor
+from bothways import sharding
+from bothways.errors import InputError
 from tests.train.bodies import LENGTH, batch_of, body, dog_task, params_of, write
-from train import finetune as tuning
-from train import sharding
-from train.finetune import FinetuneConfig, Tuner, finetune, task_objective
 
 FAMILIES = ("gpt", "bert")
 KINDS = ("classify", "regress", "tag", "span", "choice")
@@ -116,7 +116,9 @@ def test_what_is_compiled_serves_every_rate_and_seed(bodies):
     """From the same weights, on the same batch: the first update is twice as far at twice the rate."""
     body = bodies["gpt"].params
     tuner = Tuner(bodies["gpt"], dog_task("classify"), dataclasses.replace(QUICK, dropout=0.3))
-    batch = sharding.to_global(tuner.mesh, next(pipeline.training_batches(tuner.rows["train"], as_is, batch_size=8, seed=0)))
+    batch = sharding.to_global(
+        tuner.mesh, next(pipeline.training_batches(tuner.rows["train"], as_is, batch_size=8, seed=0))
+    )
 
     def moved(rate, seed):
         begun = jax.device_get(tuner.fresh(jax.random.key(0), rate, body).params)

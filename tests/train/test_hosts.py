@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from bothways.train import hosts
 
-from common.errors import InputError
-from train import hosts
+from bothways.errors import InputError
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_processes_that_differ_are_refused_by_what_differs(monkeypatch):
         return np.stack([mine, mine + np.array(other, np.uint32)])
 
     monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
-    hosts.agree({"recipe": "a", "tokenizer": "b"})
+    hosts.assert_equal_across_hosts({"recipe": "a", "tokenizer": "b"})
     other[1] = 1
     with pytest.raises(InputError, match="the 2 processes differ in tokenizer;"):
-        hosts.agree({"recipe": "a", "tokenizer": "b"})
+        hosts.assert_equal_across_hosts({"recipe": "a", "tokenizer": "b"})

@@ -10,17 +10,16 @@ import types
 import jax
 import numpy as np
 import pytest
+from bothways.data import corpora
+from bothways.data.examples import as_is
+from bothways.data.pipeline import Stacked
+from bothways.data.tokenizer import Tokenizer
+from bothways.sample import evaluate as figures
+from bothways.train.loop import Evaluator, Throughput, train
 
-from common import rundir
-from common.config import MeshConfig
-from common.errors import Diverged, InputError, Stopped
-from data import corpora
-from data.examples import as_is
-from data.pipeline import Stacked
-from data.tokenizer import Tokenizer
-from sample import evaluate as figures
-from train import sharding
-from train.loop import Evaluator, Meter, train
+from bothways import rundir, sharding
+from bothways.config import MeshConfig
+from bothways.errors import Diverged, InputError, Stopped
 
 
 def on_devices(recipe, **fields):
@@ -164,7 +163,7 @@ def test_a_run_goes_on_with_its_own_text_only(whole, recipe, text_file, tmp_path
 def test_divergence_stops_the_run_and_leaves_the_checkpoint(recipe, tmp_path):
     home = tmp_path / "wild"
     wild = dataclasses.replace(
-        on_devices(recipe, steps=9, max_bad_steps=2),
+        on_devices(recipe, steps=9, max_nonfinite_steps=2),
         optimizer=dataclasses.replace(recipe.optimizer, learning_rate=1e38, clip_norm=0.0, warmup_steps=0),
     )
     with pytest.raises(Diverged, match="2 steps in a row"):
@@ -188,7 +187,7 @@ def test_a_batch_ramp_sees_every_row_in_order(recipe, tmp_path, monkeypatch):
 
     for name, fields in (
         ("flat", {"batch_size": 8, "steps": 7}),
-        ("ramp", {"batch_size": 16, "ramp_from": 8, "ramp_rows": 16, "steps": 5}),
+        ("ramp", {"batch_size": 16, "batch_size_start": 8, "batch_size_ramp_rows": 16, "steps": 5}),
     ):
         with monkeypatch.context() as m:
             m.setattr(train.__globals__["sharding"], "to_global", record(name))
@@ -201,7 +200,7 @@ def test_a_batch_ramp_sees_every_row_in_order(recipe, tmp_path, monkeypatch):
 
 
 def test_evaluation_takes_no_more_rows_at_once_than_training(recipe, monkeypatch):
-    cut, sizes = on_devices(recipe, batch_size=32, accumulate=2, eval_rows=0), []
+    cut, sizes = on_devices(recipe, batch_size=32, grad_accum_steps=2, eval_rows=0), []
     rows = Stacked([{"targets": np.zeros(3, int), "weights": np.ones(3)}] * 40)
     tokenizer = types.SimpleNamespace(byte_lengths=lambda: np.ones(1))
     evaluate = Evaluator(cut, None, None, tokenizer, (rows, as_is), sharding.make_mesh(cut.mesh), None)
@@ -214,7 +213,7 @@ def test_evaluation_takes_no_more_rows_at_once_than_training(recipe, monkeypatch
 
 
 def test_speed_is_that_of_the_steps_alone(recipe, monkeypatch):
-    now, meter = [0.0], Meter(recipe)
+    now, meter = [0.0], Throughput(recipe)
     monkeypatch.setattr(train.__globals__["time"], "monotonic", lambda: now[0])
 
     def pass_time(seconds):

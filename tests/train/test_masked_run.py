@@ -8,14 +8,14 @@ import signal
 import jax
 import numpy as np
 import pytest
+from bothways.train import loop
 
 import bothways
-from common import rundir
-from common.config import MeshConfig, ObjectiveConfig
-from common.errors import InputError, Stopped
-from common.recipe import Recipe
+from bothways import rundir
+from bothways.config import MeshConfig, ObjectiveConfig
+from bothways.errors import InputError, Stopped
+from bothways.recipes import Recipe
 from tests.corpus import made_up_text
-from train import loop
 
 SHORT, LONG, SHORT_STEPS, STEPS = 11, 16, 3, 5
 
@@ -31,7 +31,9 @@ def recipe(tiny_recipe, tmp_path_factory) -> Recipe:
     return dataclasses.replace(
         tiny_recipe,
         family="bert",
-        model=dataclasses.replace(tiny_recipe.model, d_model=16, n_layers=1, scan_layers=False, context=LONG, **bert),
+        model=dataclasses.replace(
+            tiny_recipe.model, d_model=16, n_layers=1, scan_layers=False, context_length=LONG, **bert
+        ),
         data=dataclasses.replace(tiny_recipe.data, corpus=str(home / "*.txt")),
         objective=ObjectiveConfig(kind="masked", next_sentence=True),
         train=dataclasses.replace(tiny_recipe.train, eval_every=STEPS, save_every=STEPS, **lengths),
@@ -59,7 +61,7 @@ def rows_of(home) -> list[dict]:
 def test_the_first_steps_read_short_rows(whole):
     lengths = [batch["tokens"].shape for batch in whole[1][:STEPS]]
     assert lengths == [(8, SHORT)] * SHORT_STEPS + [(8, LONG)] * (STEPS - SHORT_STEPS)
-    slots = [batch["places"].shape[1] for batch in whole[1][:STEPS]]
+    slots = [batch["mask_positions"].shape[1] for batch in whole[1][:STEPS]]
     assert slots == [round(0.15 * SHORT)] * SHORT_STEPS + [round(0.15 * LONG)] * (STEPS - SHORT_STEPS)
     assert all(batch["tokens"].shape[1] == LONG for batch in whole[1][STEPS:])
 
@@ -126,7 +128,7 @@ def test_one_document_has_no_next_sentences(recipe, tiny_recipe, tmp_path):
         ),
         ({"model.next_sentence": False}, "objective.next_sentence needs the head: set --model.next-sentence"),
         ({"model.segment_types": 3}, "pairs have 2 segment types, and model.segment_types=3"),
-        ({"train.short_length": LONG + 1}, f"train.short_length={LONG + 1} > model.context={LONG}"),
+        ({"train.short_length": LONG + 1}, f"train.short_length={LONG + 1} > model.context_length={LONG}"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

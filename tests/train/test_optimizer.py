@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bothways.train.optimizer import decayed, make_optimizer, matrices, schedule
 
-from common.config import OptimizerConfig
-from common.families import make_module, tiny_inputs
-from train.optimizer import decayed, make_optimizer, matrices, schedule
+from bothways.config import OptimizerConfig
+from bothways.registry import make_module, tiny_inputs
 
 
 def rates(steps=100, **fields):
@@ -23,12 +23,12 @@ def test_warm_up_moves_from_the_first_update():
 def test_cosine():
     t = np.arange(90) / 90
     np.testing.assert_allclose(
-        rates(schedule="cosine", final_share=0.1)[10:], 0.2 + 1.8 * (1 + np.cos(np.pi * t)) / 2, rtol=1e-5
+        rates(schedule="cosine", final_lr_ratio=0.1)[10:], 0.2 + 1.8 * (1 + np.cos(np.pi * t)) / 2, rtol=1e-5
     )
 
 
 def test_cosine_that_ends_early_stays_flat():
-    np.testing.assert_allclose(rates(schedule="cosine", final_share=0.1, decay_steps=60)[60:], 0.2, rtol=1e-5)
+    np.testing.assert_allclose(rates(schedule="cosine", final_lr_ratio=0.1, decay_steps=60)[60:], 0.2, rtol=1e-5)
 
 
 def test_linear():
@@ -45,7 +45,7 @@ def test_inverse_square_root_is_the_papers():
 
 
 def test_warm_up_stable_decay():
-    got = rates(schedule="wsd", decay_share=0.2, final_share=0.5)
+    got = rates(schedule="wsd", decay_fraction=0.2, final_lr_ratio=0.5)
     np.testing.assert_allclose(got[10:80], 2.0, rtol=1e-6)
     np.testing.assert_allclose(got[80:], 2 - np.arange(20) / 20, rtol=1e-5)
 

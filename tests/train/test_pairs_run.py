@@ -8,19 +8,19 @@ import types
 
 import numpy as np
 import pytest
+from bothways.compare.core import readings
+from bothways.data.config import DataConfig
+from bothways.model.config import TransformerConfig
+from bothways.sample.evaluate import evaluate, held_out_pairs
 
 import bothways
-from common.config import ObjectiveConfig, OptimizerConfig, TrainConfig
-from common.errors import InputError
-from common.recipe import Recipe
-from compare.core import readings
-from data.config import DataConfig
-from model.config import TransformerConfig
-from sample.evaluate import evaluate, held_out_pairs
+from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from bothways.errors import InputError
+from bothways.recipes import Recipe
 
 pytestmark = pytest.mark.usefixtures("compiled_well", "one_device")
 MODEL = TransformerConfig(
-    context=16, n_layers=1, d_model=48, n_heads=4, norm="rms", activation="relu2", bias=False, init_residual="zero"
+    context_length=16, n_layers=1, d_model=48, n_heads=4, norm="rms", activation="relu2", bias=False, init_residual="zero"
 )
 TASKS = {"copy": lambda text: text, "reversal": lambda text: text[::-1]}
 
@@ -58,7 +58,7 @@ def learnt_run(task, home, cache_dir):
         optimizer=OptimizerConfig(
             name="muon", learning_rate=0.02, schedule="linear", warmup_steps=20, weight_decay=0.0, b2=0.95
         ),
-        train=TrainConfig(steps=240, batch_size=32, eval_every=240, save_every=80, keep=3, log_every=40),
+        train=TrainConfig(steps=240, batch_size=32, eval_every=240, save_every=80, max_to_keep=3, log_every=40),
     )
     bothways.train(recipe, workdir=home / "run")
     return bothways.load(home / "run")
@@ -69,7 +69,7 @@ def test_all_held_out_strings_are_copied_or_reversed(learn, task):
     model = learn(task)
     pairs = held_out_pairs(model, "test")
     assert len(pairs) > 100
-    narrow = dataclasses.replace(model.recipe, model=dataclasses.replace(MODEL, context=5))  # letters, and the end
+    narrow = dataclasses.replace(model.recipe, model=dataclasses.replace(MODEL, context_length=5))  # letters, and the end
     fitting = held_out_pairs(types.SimpleNamespace(recipe=narrow, tokenizer=model.tokenizer), "test")
     assert fitting == [pair for pair in pairs if len(pair[0]) < 5] != []
     said = model.sample([source for source, _ in pairs], greedy=True)
@@ -136,11 +136,11 @@ def test_checkpoints_are_averaged_when_the_recipe_says_so(reversing):
     """The mean of three checkpoints, against the mean taken here by hand; the run itself is left as it was."""
     import jax
 
-    from common import rundir
+    from bothways import rundir
 
     home = reversing.run.home
     recipe = rundir.read_recipe(home)
-    averaging = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, average=3))
+    averaging = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, average_last_checkpoints=3))
     each = {}
     with rundir.checkpoint_manager(home, read_only=True) as manager:
         for step in (80, 160, 240):
@@ -167,7 +167,7 @@ def test_a_text_with_hidden_spans_trains_and_is_asked(tiny_recipe, tmp_path):
         family="seq2seq",
         objective=ObjectiveConfig(kind="spans"),
         train=dataclasses.replace(tiny_recipe.train, eval_rows=0),
-        model=dataclasses.replace(MODEL, context=32),
+        model=dataclasses.replace(MODEL, context_length=32),
     )
     found = bothways.train(recipe, workdir=tmp_path / "run")
     model = bothways.load(found.run)

@@ -6,16 +6,16 @@ import functools
 import jax
 import numpy as np
 import pytest
+from bothways.data import examples, pairs
+from bothways.data.rng import ExampleRng
+from bothways.data.tokenizer import made_up_vocabulary
+from bothways.train.objectives import make_objective
+from bothways.train.optimizer import make_optimizer
+from bothways.train.step import init_state, make_eval_step, make_train_step, state_shardings
 
-from common.config import MeshConfig, ObjectiveConfig, OptimizerConfig
-from common.families import FAMILIES, make_module, tiny_inputs
-from data import examples, pairs
-from data.draws import Draws
-from data.tokenizer import made_up_vocabulary
-from train import sharding
-from train.objectives import make_objective
-from train.optimizer import make_optimizer
-from train.step import init_state, make_eval_step, make_train_step, state_shardings
+from bothways import sharding
+from bothways.config import MeshConfig, ObjectiveConfig, OptimizerConfig
+from bothways.registry import FAMILIES, make_module, tiny_inputs
 
 ROWS, LENGTH = 16, 14  # the context axis divides the length
 
@@ -28,7 +28,7 @@ def causal_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.nd
         segments = np.repeat([1, 2, 0], [5, LENGTH + 1 - 5 - i % 4, i % 4]).astype(np.int32)
         tokens = rng.integers(5, vocab, LENGTH + 1).astype(np.int32)
         made.append({"tokens": tokens, "segments": segments})
-    return examples.causal(examples.stacked(made), Draws(seed, np.arange(rows)))
+    return examples.causal(examples.stacked(made), ExampleRng(seed, np.arange(rows)))
 
 
 def masked_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.ndarray]:
@@ -38,7 +38,7 @@ def masked_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.nd
     ids = rng.integers(5, vocab, 300)
     source = examples.Pairs(ids, np.array([0, 100, 200]), LENGTH, vocabulary)
     masking = examples.Masking(rate=0.3)
-    picked, draws = source[rng.integers(len(source), size=rows)], Draws(seed, np.arange(rows))
+    picked, draws = source[rng.integers(len(source), size=rows)], ExampleRng(seed, np.arange(rows))
     return examples.sentence_pair(picked, draws, source, masking, 5, short_share=0.5)
 
 
@@ -93,7 +93,7 @@ def run(cfg, mesh_cfg, devices, steps=2, accumulate=1, optimizer=None, batches=N
 def shardable(tiny):
     """Widths that 8 devices divide, still no two axes of one size; dense and windowed layers."""
     wide = dataclasses.replace(tiny, vocab_size=40, d_model=32, n_heads=8, n_kv_heads=8, d_head=6, d_ff=48, norm="rms")
-    return dataclasses.replace(wide, n_layers=2, layer_pattern=("dense", "local"), window=4).resolved()
+    return dataclasses.replace(wide, n_layers=2, layer_pattern=("global", "local"), window=4).resolved()
 
 
 def config_of(family, shardable):
@@ -176,10 +176,10 @@ def test_a_bad_step_changes_nothing_but_the_counters(shardable, eight_devices):
     state, metrics, _ = run(shardable, MeshConfig(), eight_devices[:1], steps=3, batches=[good, bad, bad])
     jax.tree.map(np.testing.assert_array_equal, state.params, first.params)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, first.opt_state)
-    assert (int(state.step), int(state.bad_in_row), int(state.bad_total)) == (3, 2, 2)
-    assert [m["bad_in_row"] for m in metrics] == [0, 1, 2]
+    assert (int(state.step), int(state.consecutive_nonfinite), int(state.bad_total)) == (3, 2, 2)
+    assert [m["consecutive_nonfinite"] for m in metrics] == [0, 1, 2]
     after, _, _ = run(shardable, MeshConfig(), eight_devices[:1], steps=3, batches=[good, bad, good])
-    assert (int(after.bad_in_row), int(after.bad_total)) == (0, 1)
+    assert (int(after.consecutive_nonfinite), int(after.bad_total)) == (0, 1)
 
 
 def test_dropout_differs_between_steps_and_not_between_runs(shardable, eight_devices):

@@ -7,7 +7,7 @@ import numpy as np
 STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-def mixed(x: np.ndarray) -> np.ndarray:
+def splitmix64(x: np.ndarray) -> np.ndarray:
     """The bits of every number thoroughly mixed: the last steps of splitmix64 (Steele et al., OOPSLA 2014, figure 17).
 
     Args:
@@ -23,10 +23,10 @@ def mixed(x: np.ndarray) -> np.ndarray:
 
 def keys(seed: int, numbers: np.ndarray) -> np.ndarray:
     """[n] uint64, one of each number; those of different seeds have nothing to do with each other."""
-    return mixed(mixed(np.full(1, seed, np.uint64) + STEP) + np.asarray(numbers).astype(np.uint64) * STEP)
+    return splitmix64(splitmix64(np.full(1, seed, np.uint64) + STEP) + np.asarray(numbers).astype(np.uint64) * STEP)
 
 
-class Draws:
+class ExampleRng:
     """A stream of random numbers for each of n examples, told apart by their numbers."""
 
     def __init__(self, seed: int, numbers: np.ndarray):
@@ -36,7 +36,7 @@ class Draws:
         """[n, *shape] uint64."""
         at = np.arange(self.used + 1, self.used + 1 + math.prod(shape), dtype=np.uint64)
         self.used += len(at)
-        return mixed(self.keys[:, None] + at * STEP).reshape(-1, *shape)
+        return splitmix64(self.keys[:, None] + at * STEP).reshape(-1, *shape)
 
     def uniform(self, *shape: int) -> np.ndarray:
         """[n, *shape] float64 in [0, 1)."""
@@ -47,7 +47,7 @@ class Draws:
         return [np.random.default_rng(int(key)) for key in self.bits(1)[:, 0]]
 
 
-def shuffled(numbers: np.ndarray, count: int, seed: int, rounds: int = 6) -> np.ndarray:
+def epoch_permutation(numbers: np.ndarray, count: int, seed: int, rounds: int = 6) -> np.ndarray:
     """Which of `count` rows each example of an endless run reads: all of them in every epoch, in an order of its own.
 
     A Feistel network over the least even number of bits that holds `count`, walked until it is below `count` (Black
@@ -61,7 +61,7 @@ def shuffled(numbers: np.ndarray, count: int, seed: int, rounds: int = 6) -> np.
     while len(walking):
         left, right, own = row[walking] >> half, row[walking] & low, key[walking]
         for r in range(1, rounds + 1):
-            left, right = right, left ^ (mixed(own + ((right << np.uint64(8)) + np.uint64(r)) * STEP) & low)
+            left, right = right, left ^ (splitmix64(own + ((right << np.uint64(8)) + np.uint64(r)) * STEP) & low)
         row[walking] = (left << half) | right
         walking = walking[row[walking] >= count]
     return row.astype(np.int64)

@@ -3,10 +3,10 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from model.bert import BERT
-from model.config import TransformerConfig
-from model.gpt import GPT
-from model.seq2seq import Seq2Seq
+from bothways.model.bert import BERT
+from bothways.model.config import TransformerConfig
+from bothways.model.gpt import GPT
+from bothways.model.seq2seq import Seq2Seq
 
 FAMILIES: dict[str, type[nn.Module]] = {"gpt": GPT, "bert": BERT, "seq2seq": Seq2Seq}
 

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from bothways.configs import find
+from bothways.model.axes import path_names
 from jax.sharding import AbstractMesh
 
-from common.config import MeshConfig
-from common.errors import InputError
-from common.families import make_module, tiny_inputs
-from common.rundir import param_shapes
-from configs import find
-from model.axes import path_names
-from train import sharding
+from bothways import sharding
+from bothways.config import MeshConfig
+from bothways.errors import InputError
+from bothways.registry import make_module, tiny_inputs
+from bothways.rundir import param_shapes
 
 TABLE = Path(__file__).parent / "shardings.txt"
 MESHES = {  # recipe: vocabulary, mesh
@@ -36,7 +36,7 @@ def table() -> str:
         model = dataclasses.replace(recipe.model, vocab_size=vocab_size, scan_layers=True)
         shapes = param_shapes(dataclasses.replace(recipe, model=model))
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        placed = sharding.parameter_shardings(mesh, shapes, MeshConfig.max_copied)
+        placed = sharding.parameter_shardings(mesh, shapes, MeshConfig.max_replicated_fraction)
         on = " ".join(f"{axis}={size}" for axis, size in sizes.items())
         lines.append(f"{name}, vocabulary {vocab_size:,}, on {on}")
         for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placed), strict=True):
@@ -69,11 +69,11 @@ def test_copies_beyond_the_limit_are_refused_with_the_worst_by_name(bert_shapes,
     """`tensor` leaves embeddings of places and BERT's dense layer whole; `fsdp` spreads them."""
     spread, copied = (sharding.make_mesh(MeshConfig(1, *sizes), eight_devices) for sizes in ((8, 1), (1, 8)))
     with pytest.raises(InputError, match=r"copies of 7\.\d% .*5.0%(.|\n)* most:\n  - mlm/dense/kernel \(32, 32\): 2"):
-        sharding.parameter_shardings(copied, bert_shapes, max_copied=0.05)
-    sharding.parameter_shardings(copied, bert_shapes, max_copied=0.1)
-    sharding.parameter_shardings(spread, bert_shapes, max_copied=0.05)
+        sharding.parameter_shardings(copied, bert_shapes, max_replicated_fraction=0.05)
+    sharding.parameter_shardings(copied, bert_shapes, max_replicated_fraction=0.1)
+    sharding.parameter_shardings(spread, bert_shapes, max_replicated_fraction=0.05)
     alone = sharding.make_mesh(MeshConfig(8), eight_devices)  # copies are what `data` is for
-    sharding.parameter_shardings(alone, bert_shapes, max_copied=0.0)
+    sharding.parameter_shardings(alone, bert_shapes, max_replicated_fraction=0.0)
 
 
 def slices(count: int, wide: int, high: int) -> list:

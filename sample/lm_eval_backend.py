@@ -13,28 +13,28 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bothways.compare.core import BOTH, FORWARD, batches, readings
+from bothways.sample.evaluate import Metric
+from bothways.sample.masked import BATCH, MaskedModel, hidden_batch
+from bothways.sample.open import open_model
+from bothways.sample.text import TextModel
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from common.errors import InputError
-from common.rundir import directory, load_run
-from compare.core import BOTH, FORWARD, batches, readings
-from sample.ask import ask
-from sample.evaluate import Figure
-from sample.masked import BATCH, MaskedModel, hidden_batch
-from sample.text import TextModel
-from train.report import say
+from bothways.errors import InputError
+from bothways.log import log
+from bothways.rundir import directory, load_run
 
 RULES = ("causal", "pll", "pll_word")
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def told(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def logprobs_and_greedy(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """[B, P] log p(target) at `places`, in nats, and whether the target is the likeliest token."""
 
     def run(bound: nn.Module) -> tuple[jax.Array, jax.Array]:
         features = bound(batch["tokens"], segments=batch["segments"])
-        logits = bound.logits(jnp.take_along_axis(features, batch["places"][..., None], axis=1))
+        logits = bound.logits(jnp.take_along_axis(features, batch["mask_positions"][..., None], axis=1))
         target = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
         return target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == batch["targets"]
 
@@ -58,7 +58,7 @@ class BothwaysLM(TemplateLM):
 
     def __init__(self, run: Any, rule: str = "", add_bos: bool | str = True, **_: Any):
         super().__init__()
-        self.model = ask(load_run(directory(run), say)) if isinstance(run, str | Path) else run
+        self.model = open_model(load_run(directory(run), log)) if isinstance(run, str | Path) else run
         self.tokens = self.model.tokenizer
         self.add_bos = str(add_bos) != "False"
         known = readings(self.model)
@@ -80,7 +80,7 @@ class BothwaysLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self.reading.context
+        return self.reading.context_length
 
     @property
     def tokenizer_name(self) -> str:
@@ -119,7 +119,7 @@ class BothwaysLM(TemplateLM):
         for some in batches(copies, BATCH):
             _, rows, places, targets = zip(*some, strict=True)
             batch = hidden_batch(rows, places, targets, self.max_length + 1, self.tokens.pad)
-            logprobs, best = map(np.asarray, told(self.reading.run.module, self.reading.run.params, batch))
+            logprobs, best = map(np.asarray, logprobs_and_greedy(self.reading.run.module, self.reading.run.params, batch))
             for k, (i, _, places, _) in enumerate(some):
                 nats[i] += logprobs[k, : len(places)].sum()
                 greedy[i] &= best[k, : len(places)].all()
@@ -156,7 +156,7 @@ def evaluate(
     rule: str = "",
     tasks_from: Path | None = None,
     limit: int | None = None,
-) -> list[Figure]:
+) -> list[Metric]:
     """Tasks of lm-evaluation-harness: a figure per metric, with its 95 % interval from the harness' standard error.
 
     Args:
@@ -193,5 +193,5 @@ def evaluate(
             error = values.get(f"{metric}_stderr,{kind}")
             half = 1.96 * error if isinstance(error, int | float) else 0.0
             name = metric if kind == "none" else f"{metric} ({kind})"
-            figures.append(Figure(f"lm-eval:{task}", name, float(value), (value - half, value + half), int(n)))
+            figures.append(Metric(f"lm-eval:{task}", name, float(value), (value - half, value + half), int(n)))
     return figures

@@ -4,7 +4,7 @@ from json import dumps
 
 from tyro.conf import Positional
 
-from configs import find
+from bothways.configs import find
 
 
 def compare(
@@ -31,9 +31,9 @@ def compare(
     """
     import jax
 
-    from common.rundir import on_disk
-    from compare.run import compare as run_comparison
-    from compare.run import masked_only
+    from bothways.compare.run import compare as run_comparison
+    from bothways.compare.run import masked_only
+    from bothways.rundir import on_disk
 
     home = on_disk(workdir or f"runs/compare-{size}")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs, alike for every seed

@@ -3,9 +3,13 @@
 import dataclasses
 from typing import Literal
 
-from common.errors import InputError
+from bothways.errors import InputError
 
-KINDS: dict[str, tuple[str, ...]] = {"gpt": ("causal", "hybrid"), "bert": ("masked",), "seq2seq": ("pairs", "spans")}
+OBJECTIVES_BY_FAMILY: dict[str, tuple[str, ...]] = {
+    "gpt": ("causal", "hybrid"),
+    "bert": ("masked",),
+    "seq2seq": ("pairs", "spans"),
+}
 """What each family can be asked, by its mask."""
 
 
@@ -20,9 +24,9 @@ class ObjectiveConfig:
     """Share of the tokens that `masked` and `spans` choose."""
     span_length: float = 3.0
     """Mean tokens in a hidden span."""
-    mask_share: float = 0.8
+    mask_token_prob: float = 0.8
     """Share of the chosen that become [MASK]."""
-    random_share: float = 0.1
+    random_token_prob: float = 0.1
     """Share of the chosen that become another token; the rest stay."""
     whole_words: bool = False
     """Choose whole words rather than tokens."""
@@ -41,9 +45,12 @@ class ObjectiveConfig:
             found.append(f"objective.causal_share is {self.causal_share}; it must be a share, from 0 to 1")
         if not 0 < self.mask_rate < 1:
             found.append(f"objective.mask_rate is {self.mask_rate}; it must be between 0 and 1")
-        if min(self.mask_share, self.random_share) < 0 or self.mask_share + self.random_share > 1 + 1e-9:
+        if (
+            min(self.mask_token_prob, self.random_token_prob) < 0
+            or self.mask_token_prob + self.random_token_prob > 1 + 1e-9
+        ):
             found.append(
-                f"objective.mask_share={self.mask_share} and objective.random_share={self.random_share} "
+                f"objective.mask_token_prob={self.mask_token_prob} and objective.random_token_prob={self.random_token_prob} "
                 "must be shares of one whole"
             )
         return found
@@ -58,12 +65,12 @@ class OptimizerConfig:
     adam_learning_rate: float = 0.0
     """With muon, the highest rate of the parameters that AdamW trains. 0: learning_rate."""
     schedule: Literal["constant", "cosine", "linear", "rsqrt", "wsd"] = "cosine"
-    """After warm-up. rsqrt: arXiv 1706.03762, section 5.3. wsd: stable, then linear over the last decay_share."""
+    """After warm-up. rsqrt: arXiv 1706.03762, section 5.3. wsd: stable, then linear over the last decay_fraction."""
     warmup_steps: int = 0
     decay_steps: int = 0
-    """Step at which cosine and linear arrive at final_share. 0: the last step."""
-    decay_share: float = 0.2
-    final_share: float = 0.0
+    """Step at which cosine and linear arrive at final_lr_ratio. 0: the last step."""
+    decay_fraction: float = 0.2
+    final_lr_ratio: float = 0.0
     """The last learning rate, as a share of the highest."""
     b1: float = 0.9
     b2: float = 0.95
@@ -86,7 +93,7 @@ class OptimizerConfig:
         for name in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        for name in ("decay_share", "final_share"):
+        for name in ("decay_fraction", "final_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1]")
         if self.schedule == "rsqrt" and self.warmup_steps == 0:
@@ -99,28 +106,28 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 8
     """Rows in a global batch."""
-    ramp_from: int = 0
-    """Rows in the first batches; doubled along a line that reaches batch_size after ramp_rows. 0: no ramp."""
-    ramp_rows: int = 0
+    batch_size_start: int = 0
+    """Rows in the first batches; doubled along a line that reaches batch_size after batch_size_ramp_rows. 0: no ramp."""
+    batch_size_ramp_rows: int = 0
     """Rows seen by the end of the batch-size ramp."""
     short_length: int = 0
-    """Rows of so many tokens in the first short_steps steps, before those of model.context. 0: none."""
+    """Rows of so many tokens in the first short_steps steps, before those of model.context_length. 0: none."""
     short_steps: int = 0
-    accumulate: int = 1
-    """Pieces that a batch is cut into, one after the other, to save memory; the result is the same."""
+    grad_accum_steps: int = 1
+    """Micro-batches that a batch is split into, one after the other, to save memory; the result is the same."""
     seed: int = 0
     init_from: str = ""
     """A run directory, trained here or imported, whose weights this run starts from. Empty: random ones."""
-    max_bad_steps: int = 10
+    max_nonfinite_steps: int = 10
     """Stop after so many steps in a row whose loss or gradient is not finite."""
     log_every: int = 10
     eval_every: int = 500
     eval_rows: int = 0
     """Held-out rows per evaluation, spread evenly. 0: all."""
     save_every: int = 500
-    keep: int = 2
+    max_to_keep: int = 2
     """Newest checkpoints kept; the best on held-out text is kept besides."""
-    average: int = 1
+    average_last_checkpoints: int = 1
     """Newest checkpoints averaged when the run is read (arXiv 1706.03762, section 6.1)."""
 
     def problems(self) -> list[str]:
@@ -128,44 +135,53 @@ class TrainConfig:
         for name in (
             "steps",
             "batch_size",
-            "accumulate",
+            "grad_accum_steps",
             "log_every",
             "eval_every",
             "save_every",
-            "keep",
-            "average",
-            "max_bad_steps",
+            "max_to_keep",
+            "average_last_checkpoints",
+            "max_nonfinite_steps",
         ):
             if getattr(self, name) < 1:
                 found.append(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("seed", "eval_rows", "ramp_from", "ramp_rows", "short_length", "short_steps"):
+        for name in ("seed", "eval_rows", "batch_size_start", "batch_size_ramp_rows", "short_length", "short_steps"):
             if getattr(self, name) < 0:
                 found.append(f"train.{name} is {getattr(self, name)}; it cannot be negative")
         if self.seed > 2**31 - 1:
             found.append(f"train.seed is {self.seed}; it must be at most {2**31 - 1}")
-        if (self.ramp_from > 0) != (self.ramp_rows > 0):
-            found.append(f"train.ramp_from={self.ramp_from} and train.ramp_rows={self.ramp_rows}: set both or neither")
+        if (self.batch_size_start > 0) != (self.batch_size_ramp_rows > 0):
+            found.append(
+                f"train.batch_size_start={self.batch_size_start} and train.batch_size_ramp_rows="
+                f"{self.batch_size_ramp_rows}: set both or neither"
+            )
         if (self.short_length > 0) != (self.short_steps > 0):
             found.append(
                 f"train.short_length={self.short_length} and train.short_steps={self.short_steps}: set both or neither"
             )
-        if self.ramp_from >= self.batch_size:
-            found.append(f"train.ramp_from={self.ramp_from} must be less than train.batch_size={self.batch_size}")
+        if self.batch_size_start >= self.batch_size:
+            found.append(
+                f"train.batch_size_start={self.batch_size_start} must be less than train.batch_size={self.batch_size}"
+            )
         return found
 
     def stages(self) -> list[tuple[int, int, int]]:
         """The batch-size ramp as (first step, first row, batch size), one entry for each size.
 
-        Sizes double from ramp_from; each lasts as long as a straight line from ramp_from to batch_size over
-        ramp_rows rows stays below the next (arXiv 2005.14165, appendix B). Without a ramp there is one stage.
+        Sizes double from batch_size_start; each lasts as long as a straight line from batch_size_start to batch_size over
+        batch_size_ramp_rows rows stays below the next (arXiv 2005.14165, appendix B). Without a ramp there is one stage.
         """
-        if not self.ramp_from:
+        if not self.batch_size_start:
             return [(0, 0, self.batch_size)]
-        stages, step, row, size = [], 0, 0, self.ramp_from
+        stages, step, row, size = [], 0, 0, self.batch_size_start
         while size < self.batch_size:
             stages.append((step, row, size))
             following = min(2 * size, self.batch_size)
-            until = self.ramp_rows * (following - self.ramp_from) / (self.batch_size - self.ramp_from)
+            until = (
+                self.batch_size_ramp_rows
+                * (following - self.batch_size_start)
+                / (self.batch_size - self.batch_size_start)
+            )
             lasts = max(1, round((until - row) / size))
             step, row, size = step + lasts, row + lasts * size, following
         return [*stages, (step, row, size)]
@@ -196,7 +212,7 @@ class MeshConfig:
     """Heads, MLP and vocabulary are spread (arXiv 1909.08053)."""
     context: int = 1
     """The places of each row are spread; attention gathers keys and values (arXiv 2407.21783, section 3.3.2)."""
-    max_copied: float = 0.1
+    max_replicated_fraction: float = 0.1
     """Largest share of the parameter bytes that a device may hold beyond its part of fsdp * tensor."""
 
     def axes(self) -> dict[str, int]:
@@ -213,8 +229,8 @@ class MeshConfig:
 
     def problems(self, devices: int) -> list[str]:
         given = self.axes()
-        if not 0 <= self.max_copied <= 1:
-            return [f"mesh.max_copied is {self.max_copied}; it must be in [0, 1]"]
+        if not 0 <= self.max_replicated_fraction <= 1:
+            return [f"mesh.max_replicated_fraction is {self.max_replicated_fraction}; it must be in [0, 1]"]
         if any(size == 0 or size < -1 for size in given.values()) or list(given.values()).count(-1) > 1:
             return [f"mesh {given}: every axis must be at least 1, and -1 may stand once for the rest"]
         product = 1

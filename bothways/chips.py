@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from common.errors import InputError
+from bothways.errors import InputError
 
 GIB = 2**30
 

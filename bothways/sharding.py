@@ -9,9 +9,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from common.config import MeshConfig
-from common.errors import InputError
-from model.axes import Place, logical_axes, path_names
+from bothways.config import MeshConfig
+from bothways.errors import InputError
+from bothways.model.axes import ShardingFn, logical_axes, path_names
 
 MeshAxes = str | tuple[str, ...]
 
@@ -68,12 +68,12 @@ def spec(table: dict[str, MeshAxes], axes: tuple[str | None, ...]) -> PartitionS
     return PartitionSpec(*(table.get(axis) if axis else None for axis in axes))
 
 
-def parameter_shardings(mesh: Mesh, shapes: Any, max_copied: float = 1.0) -> Any:
+def parameter_shardings(mesh: Mesh, shapes: Any, max_replicated_fraction: float = 1.0) -> Any:
     """A sharding for every parameter.
 
     Args:
       shapes: tree of arrays or shapes, as from jax.eval_shape.
-      max_copied: as in MeshConfig.
+      max_replicated_fraction: as in MeshConfig.
 
     Raises:
       InputError: an axis does not divide, or too much would be copied; names the parameters with the numbers,
@@ -97,7 +97,7 @@ def parameter_shardings(mesh: Mesh, shapes: Any, max_copied: float = 1.0) -> Any
     if problems:
         shown = "\n".join(f"  - {p}" for p in problems[:8])
         raise InputError(f"this mesh cannot hold the model; change the mesh or the widths:\n{shown}")
-    _refuse_copies(mesh, shapes, shardings, max_copied)
+    _refuse_copies(mesh, shapes, shardings, max_replicated_fraction)
     return shardings
 
 
@@ -116,7 +116,7 @@ def _refuse_copies(mesh: Mesh, shapes: Any, shardings: Any, limit: float) -> Non
         shown = "\n".join(f"  - {name}: {beyond[name] / total:.1%}" for name in worst)
         raise InputError(
             f"beyond its part of fsdp*tensor={parts}, each device would hold copies of {share:.1%} of the parameter "
-            f"bytes, and mesh.max_copied is {limit:.1%}; spread with fsdp rather than tensor, or raise it; "
+            f"bytes, and mesh.max_replicated_fraction is {limit:.1%}; spread with fsdp rather than tensor, or raise it; "
             f"most:\n{shown}"
         )
 
@@ -143,7 +143,7 @@ def optimizer_shardings(mesh: Mesh, state_shapes: Any, param_shapes: Any, param_
     return jax.tree_util.tree_map_with_path(place, state_shapes)
 
 
-def shardings_for_reading(shapes: Any, cfg: MeshConfig) -> Any:
+def shardings_for_inference(shapes: Any, cfg: MeshConfig) -> Any:
     """Where a trained model's parameters lie when it is asked, on this host's devices.
 
     With all axes 1 that is the first device, if they take less than half of its memory; else all, each with its part of
@@ -187,8 +187,8 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
-def place_activations(mesh: Mesh) -> Place:
-    """For model.axes.activations_placed_by: the table above; an axis that does not divide is left whole."""
+def activation_sharding_fn(mesh: Mesh) -> ShardingFn:
+    """For model.axes.activation_shardings: the table above; an axis that does not divide is left whole."""
 
     def place(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         partition = spec(ACTIVATIONS, axes)

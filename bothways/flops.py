@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from common.recipe import Recipe
-from data.pairs import span_lengths
-from model.config import TransformerConfig
+from bothways.data.pairs import span_lengths
+from bothways.model.config import TransformerConfig
+from bothways.recipes import Recipe
 
 
 def layer_multiplies(cfg: TransformerConfig) -> int:
@@ -32,9 +32,9 @@ def training_flops_per_token(cfg: TransformerConfig, *, causal: bool, predicted_
     cfg = cfg.resolved()
     pairs = 0.0
     for layer in range(cfg.n_layers):
-        window = cfg.layer_window(layer) or cfg.context
-        reach = min(window, cfg.context)
-        seen = reach - reach * reach / (2 * cfg.context) if causal else min(2 * reach, cfg.context)
+        window = cfg.layer_window(layer) or cfg.context_length
+        reach = min(window, cfg.context_length)
+        seen = reach - reach * reach / (2 * cfg.context_length) if causal else min(2 * reach, cfg.context_length)
         pairs += cfg.n_heads * (cfg.d_head + cfg.d_value) * seen
     head = predicted_share * cfg.vocab_size * cfg.d_model
     return 6 * (cfg.n_layers * layer_multiplies(cfg) + pairs + head)
@@ -47,23 +47,23 @@ def seq2seq_flops_per_row(cfg: TransformerConfig, target: int) -> float:
     source's, and every token of the target looks at all of the source.
     """
     cfg = cfg.resolved()
-    width, source = cfg.d_head + cfg.d_value, cfg.context
+    width, source = cfg.d_head + cfg.d_value, cfg.context_length
     cross = cfg.d_model * width * (target * cfg.n_heads + source * cfg.n_kv_heads)
     cross += target * source * cfg.n_heads * width
     encoder = source * training_flops_per_token(cfg, causal=False, predicted_share=0.0)
-    decoder = target * training_flops_per_token(dataclasses.replace(cfg, context=target), causal=True)
+    decoder = target * training_flops_per_token(dataclasses.replace(cfg, context_length=target), causal=True)
     return encoder + decoder + 6 * cfg.n_layers * cross
 
 
 def target_length(recipe: Recipe) -> int:
     """Tokens of target in a row of an encoder-decoder; those of hidden spans are fewer than the source's."""
-    asked, context = recipe.objective, recipe.model.context
+    asked, context = recipe.objective, recipe.model.context_length
     return span_lengths(context, asked.mask_rate, asked.span_length)[1] if asked.kind == "spans" else context
 
 
 def tokens_per_row(recipe: Recipe) -> int:
     """Tokens that a row of the batch holds; an encoder-decoder's has a source and a target."""
-    return recipe.model.context + (target_length(recipe) if recipe.family == "seq2seq" else 0)
+    return recipe.model.context_length + (target_length(recipe) if recipe.family == "seq2seq" else 0)
 
 
 def recipe_flops_per_token(recipe: Recipe) -> float:

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from common.families import make_module
-from train.flops import executed_flops, seq2seq_flops_per_row
+from bothways.flops import executed_flops, seq2seq_flops_per_row
+from bothways.registry import make_module
 
 
 def test_executed_flops_count_loops_and_recomputation():
@@ -23,7 +23,7 @@ def test_executed_flops_count_loops_and_recomputation():
 
 def test_flops_of_an_encoder_decoder_are_those_of_its_products(tiny_with):
     """With a target shorter than its source; the drawn mask computes what causality hides, and the head is not here."""
-    cfg, length = tiny_with(context=11, n_kv_heads=1, d_value=5), 7
+    cfg, length = tiny_with(context_length=11, n_kv_heads=1, d_value=5), 7
     module, tokens, source = make_module("seq2seq", cfg), jnp.zeros((1, length), jnp.int32), jnp.zeros((1, 11), jnp.int32)
     params = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens, source))
     traced = jax.make_jaxpr(lambda params: module.apply(params, tokens, source))(params)

@@ -29,17 +29,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from common.errors import InputError
-from common.families import make_module, tiny_inputs
-from common.recipe import Recipe
-from data.tokenizer import Tokenizer
-from model.axes import path_names
-from model.config import TransformerConfig
-from model.stack import for_decoding
-from model.task import TaskModel
+from bothways.data.tokenizer import Tokenizer
+from bothways.errors import InputError
+from bothways.model.axes import path_names
+from bothways.model.config import TransformerConfig
+from bothways.model.stack import unstack_layers
+from bothways.model.task import TaskModel
+from bothways.recipes import Recipe
+from bothways.registry import make_module, tiny_inputs
 
 T = TypeVar("T")
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def directory(home: str | os.PathLike) -> Path:
@@ -69,7 +69,9 @@ def on_disk(home: str | os.PathLike) -> Path:
       InputError: it is on a bucket.
     """
     if "://" in os.fspath(home):
-        raise InputError(f"{home} is on a bucket, and this is written to a disk only: give a directory, and copy it there")
+        raise InputError(
+            f"{home} is on a bucket, and this is written to a disk only: give a directory, and copy it there"
+        )
     return Path(home)
 
 
@@ -111,7 +113,9 @@ def checkpoint_manager(home: Path, *, keep: int | None = None, read_only: bool =
     return ocp.CheckpointManager(home / "checkpoints", options=options, item_names=names)
 
 
-def newest_whole(manager: ocp.CheckpointManager, restore: Callable[[int], T], say: Say) -> tuple[int, T] | None:
+def restore_latest_readable(
+    manager: ocp.CheckpointManager, restore: Callable[[int], T], log: Log
+) -> tuple[int, T] | None:
     """The newest checkpoint that can be read. One that was cut short is passed over, and said so.
 
     Returns:
@@ -128,7 +132,7 @@ def newest_whole(manager: ocp.CheckpointManager, restore: Callable[[int], T], sa
             raise
         except Exception as e:  # tensorstore and orbax raise many types for a damaged file
             reason = str(e).strip().split("\n")[0][:160]
-            say(f"checkpoint {step} is damaged ({type(e).__name__}: {reason}); falling back to the one before")
+            log(f"checkpoint {step} is damaged ({type(e).__name__}: {reason}); falling back to the one before")
     if steps:
         raise InputError(f"none of the checkpoints {steps} in {manager.directory} can be read")
     return None
@@ -204,7 +208,7 @@ def param_shapes(recipe: Recipe, task: TaskInfo | None = None) -> Any:
     return jax.eval_shape(lambda: module_of(recipe, task).init(jax.random.key(0), **inputs)["params"])
 
 
-def as_multiplied(params: Any, cfg: TransformerConfig) -> Any:
+def compute_dtype_shapes(params: Any, cfg: TransformerConfig) -> Any:
     """Shapes of parameters in the types that they are multiplied in: what the model would turn into activations' type at
     every use, matrices and tables, is of that type already."""
 
@@ -216,12 +220,12 @@ def as_multiplied(params: Any, cfg: TransformerConfig) -> Any:
     return jax.tree_util.tree_map_with_path(narrow, params)
 
 
-def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None, *, narrow: bool = False) -> Run:
+def load_run(home: Path, log: Log, place: Callable[[Any], Any] | None = None, *, for_inference: bool = False) -> Run:
     """Restore a run's parameters, on today's devices.
 
     Args:
       place: shapes of the parameters -> their shardings; None puts everything on the first device.
-      narrow: to be asked, not to be trained on: weights in the types of `as_multiplied`, of what decodes `for_decoding`.
+      for_inference: not to be trained on: weights in the types of `compute_dtype_shapes`, of what decodes `unstack_layers`.
 
     Raises:
       InputError: no run, no checkpoint yet, or none that can be read.
@@ -230,8 +234,8 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None, *,
     tokenizer = Tokenizer.load(home)
     task = read_task(home)
     shapes = param_shapes(recipe, task)
-    kept = as_multiplied(shapes, recipe.model) if narrow else shapes
-    if recipe.train.average == 1 or task is not None:
+    kept = compute_dtype_shapes(shapes, recipe.model) if for_inference else shapes
+    if recipe.train.average_last_checkpoints == 1 or task is not None:
         shapes = kept  # a mean is taken of what was saved
     one = SingleDeviceSharding(jax.local_devices()[0])
     shardings = place(shapes) if place else jax.tree.map(lambda _: one, shapes)
@@ -245,7 +249,7 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None, *,
 
         def average(step: int) -> Any:
             """This checkpoint, or the mean of it and those before it where the recipe averages."""
-            steps = [s for s in sorted(manager.all_steps()) if s <= step][-recipe.train.average :]
+            steps = [s for s in sorted(manager.all_steps()) if s <= step][-recipe.train.average_last_checkpoints :]
             found = [restore(s) for s in steps]
             return (
                 found[0]
@@ -253,13 +257,13 @@ def load_run(home: Path, say: Say, place: Callable[[Any], Any] | None = None, *,
                 else jax.jit(lambda trees: jax.tree.map(lambda *x: sum(x) / len(x), *trees))(found)
             )
 
-        found = newest_whole(manager, average if task is None else restore, say)
+        found = restore_latest_readable(manager, average if task is None else restore, log)
     if found is None:
         raise InputError(f"{home} has no checkpoint yet; train it first")
     params = jax.tree.map(lambda x, s: x.astype(s.dtype), found[1], kept)
     alone = all(len(at.device_set) == 1 for at in jax.tree.leaves(shardings))
-    if narrow and recipe.family != "bert":
-        params = jax.jit(functools.partial(for_decoding, join=alone))(params)
+    if for_inference and recipe.family != "bert":
+        params = jax.jit(functools.partial(unstack_layers, join=alone))(params)
     asked = recipe
     if not alone:
         # The compiler spreads what it can see into; a kernel of one's own would have to be told how.

@@ -4,26 +4,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bothways.sample.sampling_params import SamplingParams, filter_logits, sample_token
 
-from common.errors import InputError
-from sample.method import Method, choose, keep_likely
+from bothways.errors import InputError
 
 # Token:        0     1     2     3     4     5
 P = np.array([0.10, 0.40, 0.04, 0.25, 0.06, 0.15])  # in order: 1, 3, 5, 0, 4, 2
-KEEP = jax.jit(keep_likely)
-CHOOSE = jax.jit(choose)
+KEEP = jax.jit(filter_logits)
+CHOOSE = jax.jit(sample_token)
 DRAWS = 8192
 CRITICAL = 35.0  # chi-square of 5 degrees of freedom exceeds it once in a million times
 
 
 def kept(p: np.ndarray, **filters) -> list[set[int]]:
     logits = jnp.log(jnp.atleast_2d(jnp.asarray(p, jnp.float32)))
-    return [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in np.asarray(KEEP(logits, Method.make(**filters)))]
+    return [
+        set(np.flatnonzero(np.isfinite(row)).tolist()) for row in np.asarray(KEEP(logits, SamplingParams.make(**filters)))
+    ]
 
 
 def draw(logits: np.ndarray, seed: int = 0, **settings) -> tuple[np.ndarray, np.ndarray]:
     keys = jax.random.split(jax.random.key(seed), DRAWS)
-    tokens, logprobs = CHOOSE(jnp.tile(jnp.asarray(logits, jnp.float32), (DRAWS, 1)), keys, Method.make(**settings))
+    tokens, logprobs = CHOOSE(
+        jnp.tile(jnp.asarray(logits, jnp.float32), (DRAWS, 1)), keys, SamplingParams.make(**settings)
+    )
     return np.asarray(tokens), np.asarray(logprobs)
 
 
@@ -72,7 +76,7 @@ def test_filters_look_at_every_row_by_itself():
 
 def test_kept_tokens_keep_their_scores():
     logits = jnp.log(jnp.asarray(P, jnp.float32))[None]
-    out = np.asarray(KEEP(logits, Method.make(top_p=0.66)))
+    out = np.asarray(KEEP(logits, SamplingParams.make(top_p=0.66)))
     np.testing.assert_array_equal(out[0, [1, 3, 5]], np.asarray(logits)[0, [1, 3, 5]])
 
 
@@ -109,7 +113,7 @@ def test_filtered_draws_follow_what_is_left(settings, tokens):
 )
 def test_greedy_is_the_likeliest_token_whatever_the_key(settings):
     logits = np.random.default_rng(0).normal(size=(DRAWS, 6)).astype(np.float32)
-    tokens, _ = CHOOSE(logits, jax.random.split(jax.random.key(3), DRAWS), Method.make(**settings))
+    tokens, _ = CHOOSE(logits, jax.random.split(jax.random.key(3), DRAWS), SamplingParams.make(**settings))
     np.testing.assert_array_equal(tokens, logits.argmax(axis=1))
 
 
@@ -125,7 +129,7 @@ def test_the_logprob_is_that_of_the_unmodified_distribution(settings):
 def test_a_row_depends_on_its_own_key_and_scores_only():
     logits = np.random.default_rng(1).normal(size=(DRAWS, 6)).astype(np.float32)
     keys = jax.random.split(jax.random.key(5), DRAWS)
-    method = Method.make(top_p=0.9)
+    method = SamplingParams.make(top_p=0.9)
     together, _ = CHOOSE(logits, keys, method)
     order = np.random.default_rng(2).permutation(DRAWS)
     shuffled, _ = CHOOSE(logits[order], keys[order], method)
@@ -147,14 +151,14 @@ def test_a_row_depends_on_its_own_key_and_scores_only():
 )
 def test_numbers_out_of_range_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        Method.make(**settings)
+        SamplingParams.make(**settings)
 
 
 def test_other_numbers_need_no_new_compilation():
     keys, logits = jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 6))
-    counted = jax.jit(lambda *arguments: choose(*arguments))
+    counted = jax.jit(lambda *arguments: sample_token(*arguments))
     for settings in ({"top_k": 3}, {"top_k": 4, "top_p": 0.5}, {"min_p": 0.2, "temperature": 0.7}):
-        counted(logits, keys, Method.make(**settings))
+        counted(logits, keys, SamplingParams.make(**settings))
     assert counted._cache_size() == 1
-    counted(logits, keys, Method.make(greedy=True))
+    counted(logits, keys, SamplingParams.make(greedy=True))
     assert counted._cache_size() == 2

@@ -1,44 +1,37 @@
-"""bothways: GPT, BERT and their ancestor from one stack of blocks. The front door: Python functions and the command line.
-
-import bothways
-bothways.train(bothways.recipe("shakespeare_gpt"), workdir="runs/x")
-run = bothways.load("runs/x")
-run.sample(["ROMEO:"])
-"""
+"""The command line: which commands there are, and what their errors mean for the exit code."""
 
 import errno
+import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import tyro
+import bothways
+from bothways.errors import Diverged, InputError, Stopped
+from bothways.log import log
+from bothways.platform import leave_absent_tpu_alone, with_large_pages
 
-from common.errors import Diverged, InputError, Stopped
-from common.platform import leave_absent_tpu_alone, with_large_pages
-from common.recipe import Recipe
-from configs import find
-from verbs import VERBS, load, say
+COMMANDS = {
+    "train": "train a recipe, or resume a run",
+    "sample": "continue text",
+    "fill": "fill the masks of a text",
+    "score": "log-probability of each line of a file",
+    "embed": "a vector for each line of a file",
+    "finetune": "train a head and the whole stack on a labelled task",
+    "predict": "labels from a fine-tuned run",
+    "evaluate": "held-out loss and bits per byte of a run",
+    "import": "turn a published checkpoint into a run",
+    "export": "turn a run into a checkpoint that transformers opens",
+    "compare": "the controlled experiments of GPT against BERT, and their report",
+    "plan": "what a recipe needs on a target topology",
+    "launch": "start a recipe on a slice or a cluster",
+}
+"""Each command is the function of its name in commands/, in the module of its name."""
 
-if TYPE_CHECKING:
-    from train.loop import Result
-
-leave_absent_tpu_alone()
-
-__all__ = ["InputError", "Recipe", "load", "main", "recipe", "train"]
-
-
-def recipe(name: str) -> Recipe:
-    """A recipe by its name in configs/ or the path of a Python file."""
-    return find(name)
-
-
-def train(recipe: Recipe, workdir: str | Path) -> "Result":
-    """Train a recipe into a run directory, or go on with the run that is there."""
-    from train.loop import train as run_training
-
-    return run_training(recipe, workdir)
+RECIPE_FIRST = ("train", "plan", "launch")
+"""Commands that take a recipe, whose fields become flags: they parse their own arguments."""
 
 
 def _keep_compiled_programs() -> None:
@@ -83,36 +76,52 @@ def _leave(code: int) -> int:
     return code
 
 
+def find_command(name: str) -> Callable[..., None]:
+    """The function behind a command. Raises InputError for one that there is not."""
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise InputError(
+            f"no command {name!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}")
+        )
+    module = "import_" if name == "import" else name  # `import` is no name in Python
+    return getattr(importlib.import_module(f"bothways.commands.{module}"), module)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0 done, 2 bad input, 1 anything else, 143 stopped by SIGTERM and saved."""
+    """Run one command.
+
+    Returns:
+      the exit code: 0 done, 2 bad input, 3 diverged, 143 stopped by SIGTERM with the state saved, 1 anything else.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: bothways VERB ...\n")
-        for verb, (_, does) in VERBS.items():
-            print(f"  {verb:10s} {does}")
-        print("\n`bothways VERB --help` tells more.")
+        print("usage: bothways COMMAND ...\n")
+        for name, does in COMMANDS.items():
+            print(f"  {name:10s} {does}")
+        print("\n`bothways COMMAND --help` tells more; `bothways --version` prints the version.")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"bothways {bothways.__version__}")
+        return 0
     verb, rest = argv[0], argv[1:]
     try:
-        if verb not in VERBS:
-            import difflib
-
-            near = difflib.get_close_matches(verb, VERBS, n=1)
-            raise InputError(
-                f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}")
-            )
+        run = find_command(verb)
+        leave_absent_tpu_alone()
         _keep_compiled_programs()
-        run = VERBS[verb][0]
-        if verb in ("train", "plan", "launch"):  # a recipe first, then its fields
+        if verb in RECIPE_FIRST:
             run(rest)
         else:
+            import tyro
+
             tyro.cli(run, prog=f"bothways {verb}", args=rest)
         return 0
     except InputError as e:
-        say(f"bothways {verb}: {e}")
+        log(f"bothways {verb}: {e}")
         return 2
     except KeyboardInterrupt:
-        say(f"bothways {verb}: interrupted")
+        log(f"bothways {verb}: interrupted")
         return 130
     except SystemExit as e:  # tyro has said what was wrong
         return e.code if isinstance(e.code, int) else 2
@@ -120,20 +129,20 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (whoever read us has gone)
         return 0
     except (Stopped, Diverged) as e:
-        say(f"bothways {verb}: {e}")
-        return 143 if isinstance(e, Stopped) else 1
+        log(f"bothways {verb}: {e}")
+        return 143 if isinstance(e, Stopped) else 3
     except (NotADirectoryError, FileExistsError, IsADirectoryError, PermissionError) as e:
-        say(f"bothways {verb}: cannot use {e.filename}: {e.strerror}; name another file or directory")
+        log(f"bothways {verb}: cannot use {e.filename}: {e.strerror}; name another file or directory")
         return 2
     except Exception as e:
         if _disk_full(e):
-            say(
+            log(
                 f"bothways {verb}: the disk is full; free some space and run the same command again: "
                 "it goes on from the last checkpoint"
             )
             return _leave(2)
         if _peer_lost(e):
-            say(
+            log(
                 f"bothways {verb}: another process of this run has gone ({str(e).splitlines()[0][:200]}); "
                 "run the same command on every host again: it goes on from the last checkpoint"
             )

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from common.errors import InputError
+from bothways.errors import InputError
 
 
 @flax.struct.dataclass
-class Method:
+class SamplingParams:
     """Greedy, or sampling after temperature, top-k, top-p and min-p, in this order.
 
     The numbers may change without a new compile.
@@ -26,7 +26,7 @@ class Method:
     @classmethod
     def make(
         cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, greedy: bool = False
-    ) -> "Method":
+    ) -> "SamplingParams":
         """0 turns top_k and min_p off, 1 turns top_p off; temperature 0 is greedy.
 
         Raises:
@@ -50,7 +50,7 @@ class Method:
         )
 
 
-def keep_likely(logits: Float[jax.Array, "B V"], method: Method) -> Float[jax.Array, "B V"]:
+def filter_logits(logits: Float[jax.Array, "B V"], method: SamplingParams) -> Float[jax.Array, "B V"]:
     """Logits with the unlikely tokens at minus infinity.
 
     top-k keeps the k most likely; top-p (arXiv 1904.09751) the fewest of those whose probabilities reach p;
@@ -67,8 +67,8 @@ def keep_likely(logits: Float[jax.Array, "B V"], method: Method) -> Float[jax.Ar
     return jnp.put_along_axis(logits, order, ranked, axis=-1, inplace=False)
 
 
-def choose(
-    logits: Float[jax.Array, "B V"], keys: jax.Array, method: Method
+def sample_token(
+    logits: Float[jax.Array, "B V"], keys: jax.Array, method: SamplingParams
 ) -> tuple[Int[jax.Array, " B"], Float[jax.Array, " B"]]:
     """A token per row and its log-probability, in nats, under the model's own distribution (temperature 1, no filter).
 
@@ -81,7 +81,7 @@ def choose(
     else:
         scaled = logits / method.temperature
         if method.filtered:
-            scaled = keep_likely(scaled, method)
+            scaled = filter_logits(scaled, method)
         tokens = jax.vmap(jax.random.categorical)(keys, scaled)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=-1)[:, 0]
     return tokens.astype(jnp.int32), logprob

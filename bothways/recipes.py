@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+import os
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from common.config import KINDS, MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
-from common.errors import InputError
-from data.config import DataConfig
-from model.config import TransformerConfig
+from bothways.config import OBJECTIVES_BY_FAMILY, MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from bothways.data.config import DataConfig
+from bothways.errors import InputError
+from bothways.formats import FORMAT, upgrade_recipe
+from bothways.model.config import TransformerConfig
+
+if TYPE_CHECKING:
+    from bothways.train.loop import Result
 
 # Fields that may differ between a run and its continuation: where and how often, not what.
-HOW_OFTEN = ("log_every", "keep", "average", "eval_every", "eval_rows", "save_every")
-FREE = ("mesh", "model.attention", "data.cache", *(f"train.{name}" for name in HOW_OFTEN))
+HOW_OFTEN = ("log_every", "max_to_keep", "average_last_checkpoints", "eval_every", "eval_rows", "save_every")
+RESUMABLE_FIELDS = ("mesh", "model.attention", "data.cache", *(f"train.{name}" for name in HOW_OFTEN))
 
 IN_JSON = {
     str: (str, "a string"),
@@ -35,25 +40,40 @@ class Recipe:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
 
+    def fit(self, workdir: str | os.PathLike) -> "Result":
+        """Train into a run directory, on a disk or a bucket, or resume the run that is there.
+
+        Raises:
+          InputError: the recipe cannot run, or the directory holds another run.
+          Stopped: SIGTERM came, and the state is saved.
+          Diverged: too many steps in a row had no finite loss.
+        """
+        from bothways.train.loop import train
+
+        return train(self, workdir)
+
     def check(self, devices: int) -> None:
         """Raises InputError that lists everything wrong with the recipe on so many devices, with the numbers."""
-        found = _strangers(self)
+        found = _invalid_choices(self)
         found += [*self.model.problems(), *self.data.problems(), *self.objective.problems()]
         found += [*self.optimizer.problems(), *self.train.problems(), *self.mesh.problems(devices)]
         if not found:
             sizes = self.mesh.sizes(devices)
             shards = sizes["data"] * sizes["fsdp"]
             for _, _, batch in self.train.stages():
-                if batch % (shards * self.train.accumulate):
+                if batch % (shards * self.train.grad_accum_steps):
                     found.append(
                         f"a batch of {batch} rows does not divide into data*fsdp={shards} parts"
-                        f" times train.accumulate={self.train.accumulate}: set "
-                        f"--train.{'batch-size' if batch == self.train.batch_size else 'ramp-from'} to a multiple of "
-                        f"{shards * self.train.accumulate}, or change the mesh"
+                        f" times train.grad_accum_steps={self.train.grad_accum_steps}: set "
+                        f"--train.{'batch-size' if batch == self.train.batch_size else 'batch-size-start'} to a multiple of "
+                        f"{shards * self.train.grad_accum_steps}, or change the mesh"
                     )
-            kind, wanted = self.objective.kind, KINDS[self.family]
+            kind, wanted = self.objective.kind, OBJECTIVES_BY_FAMILY[self.family]
             least = 5 if self.objective.next_sentence else 3 if kind == "spans" else 2  # with what stands around a token
-            for name, length in (("model.context", self.model.context), ("train.short_length", self.train.short_length)):
+            for name, length in (
+                ("model.context_length", self.model.context_length),
+                ("train.short_length", self.train.short_length),
+            ):
                 if length % sizes["context"]:
                     found.append(f"{name}={length} is not divisible by mesh.context={sizes['context']}")
                 if 0 < length < least:
@@ -69,10 +89,10 @@ class Recipe:
                     f"objective.kind={kind} and data.source_field={self.data.source_field!r} disagree: pairs, and only "
                     "pairs, need data.source_field and data.target_field"
                 )
-            if self.train.average > self.train.keep:
+            if self.train.average_last_checkpoints > self.train.max_to_keep:
                 found.append(
-                    f"train.average={self.train.average} checkpoints cannot be averaged of train.keep={self.train.keep}; "
-                    "keep more"
+                    f"train.average_last_checkpoints={self.train.average_last_checkpoints} cannot be averaged of "
+                    f"train.max_to_keep={self.train.max_to_keep}; keep more"
                 )
             if kind == "masked" and not self.model.masked_head:
                 found.append("a masked objective needs the head that predicts tokens: set --model.masked-head")
@@ -82,13 +102,16 @@ class Recipe:
                 found.append("objective.next_sentence needs the head: set --model.next-sentence")
             if self.objective.next_sentence and self.model.segment_types not in (0, 2):
                 found.append(f"pairs have 2 segment types, and model.segment_types={self.model.segment_types}")
-            if self.objective.label_smoothing and self.model.vocab_multiple > 1:
+            if self.objective.label_smoothing and self.model.pad_vocab_to_multiple_of > 1:
                 found.append(
                     f"objective.label_smoothing={self.objective.label_smoothing} spreads over all rows of the token "
-                    f"table; with model.vocab_multiple={self.model.vocab_multiple} some stand for no token: set one to 0 or 1"
+                    f"table; with model.pad_vocab_to_multiple_of={self.model.pad_vocab_to_multiple_of} some stand for no "
+                    "token: set one to 0 or 1"
                 )
-            if self.train.short_length > self.model.context:
-                found.append(f"train.short_length={self.train.short_length} > model.context={self.model.context}")
+            if self.train.short_length > self.model.context_length:
+                found.append(
+                    f"train.short_length={self.train.short_length} > model.context_length={self.model.context_length}"
+                )
             if self.train.steps <= self.optimizer.warmup_steps:
                 found.append(
                     f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
@@ -98,7 +121,7 @@ class Recipe:
             raise InputError(f"recipe {self.name or '(unnamed)'} cannot run:\n" + "\n".join(f"  - {p}" for p in found))
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
@@ -107,7 +130,7 @@ class Recipe:
             values = json.loads(text)
         except json.JSONDecodeError as e:
             raise InputError(f"a recipe that is not JSON: {e}") from e
-        return _build(cls, values, "recipe")
+        return _build(cls, upgrade_recipe(values) if isinstance(values, dict) else values, "recipe")
 
     def differences(self, other: "Recipe") -> list[str]:
         """Fields in which two recipes make different runs, as `field: mine -> other's`."""
@@ -115,18 +138,18 @@ class Recipe:
         return [
             f"{k}: {mine[k]} -> {theirs[k]}"
             for k in mine
-            if mine[k] != theirs[k] and k != "name" and not any(k == f or k.startswith(f + ".") for f in FREE)
+            if mine[k] != theirs[k] and k != "name" and not any(k == f or k.startswith(f + ".") for f in RESUMABLE_FIELDS)
         ]
 
 
-def _strangers(section: Any, where: str = "") -> list[str]:
+def _invalid_choices(section: Any, where: str = "") -> list[str]:
     """What stands in a field, or in a tuple there, that its type does not list."""
     found = []
     for name, hint in get_type_hints(type(section)).items():
         value, several = getattr(section, name), get_origin(hint) is tuple
         choices = get_args(get_args(hint)[0] if several else hint)
         if dataclasses.is_dataclass(hint):
-            found += _strangers(value, f"{where}{name}.")
+            found += _invalid_choices(value, f"{where}{name}.")
         elif choices and not set(value if several else [value]) <= set(choices):
             found.append(f"{where}{name} is {value!r}; there are {', '.join(choices)}")
     return found
@@ -142,7 +165,9 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _build(cls: type, values: Any, where: str) -> Any:
     hints = get_type_hints(cls)
     if not isinstance(values, dict):
-        raise InputError(f"{where} is {json.dumps(values)[:60]}; it must be a JSON object, with the fields of {cls.__name__}")
+        raise InputError(
+            f"{where} is {json.dumps(values)[:60]}; it must be a JSON object, with the fields of {cls.__name__}"
+        )
     unknown = set(values) - set(hints)
     if unknown:
         raise InputError(f"{where} has fields this version does not know: {', '.join(sorted(unknown))}")

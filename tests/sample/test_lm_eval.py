@@ -9,13 +9,14 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'bothways[lmeval]'")
 
+from bothways.compare.core import continued
+from bothways.sample import lm_eval_backend as harness
+from bothways.sample.score import causal_logprobs
+from bothways.train import loop
+
 import bothways
-from common.config import ObjectiveConfig
-from common.errors import InputError
-from compare import harness
-from compare.core import continued
-from sample.score import causal_logprobs
-from train import loop
+from bothways.config import ObjectiveConfig
+from bothways.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -50,7 +51,7 @@ def test_a_continuation_is_told_as_score_tells_it(runs):
         before, whole = (model.tokenizer.encode(t) for t in (context, context + continuation))
         rows = [[model.tokenizer.bos, *ids] for ids in (whole, before)]
         both = [r for r in rows if len(r) > 1]
-        told = causal_logprobs(model.run.module, model.run.params, both, model.recipe.model.context)
+        told = causal_logprobs(model.run.module, model.run.params, both, model.recipe.model.context_length)
         assert logprob == pytest.approx(told[0] - (told[1] if len(told) > 1 else 0), abs=1e-3)
 
 

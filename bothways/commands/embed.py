@@ -1,0 +1,25 @@
+"""`bothways embed`: a vector per line."""
+
+from pathlib import Path
+
+import tyro
+
+import bothways
+from bothways.commands.shared import capability, emit, read_lines
+
+Positional = tyro.conf.Positional
+
+
+def embed(run: Positional[str], file: Positional[Path | None] = None, pool: str = "mean", json: bool = False) -> None:
+    """A vector per line.
+
+    Args:
+        run: A run directory.
+        file: A text per line; without it, standard input.
+        pool: cls, the first token's features (masked models); or mean, over all tokens.
+        json: One JSON object per line (the plain form shows numbers separated by spaces).
+    """
+    texts = read_lines(file)
+    for text, vector in zip(texts, capability(bothways.load(run), "embed", "")(texts, pool=pool), strict=True):
+        values = [round(float(v), 6) for v in vector]
+        emit({"text": text, "vector": values}, json, " ".join(f"{v:.6f}" for v in values))

@@ -1,0 +1,52 @@
+"""`bothways evaluate`: held-out loss and bits per byte, and tasks of lm-evaluation-harness."""
+
+from pathlib import Path
+
+import tyro
+
+import bothways
+from bothways.commands.shared import capability, emit
+from bothways.errors import InputError
+from bothways.log import log
+
+Positional = tyro.conf.Positional
+
+
+def evaluate(
+    run: Positional[str],
+    suites: Positional[tuple[str, ...]] = ("validation",),
+    shots: int | None = None,
+    rule: str = "",
+    tasks_from: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Held-out loss and bits per byte, and tasks of lm-evaluation-harness, with 95 % intervals.
+
+    Args:
+        run: A run directory.
+        suites: validation or test: the run's own held-out text. lm-eval:TASK: a task of lm-evaluation-harness.
+        shots: Demonstrations before each question of an lm-eval task; by default as the task says.
+        rule: How an lm-eval task scores a continuation: causal; pll_word (the default of masked models) or pll.
+        tasks_from: A folder with lm-eval task definitions of your own.
+        json: One JSON object per figure.
+    """
+    from bothways.sample.evaluate import evaluate
+
+    model = bothways.load(run)
+    capability(model, "sample", "")
+    tasks = [s.removeprefix("lm-eval:") for s in suites if s.startswith("lm-eval:")]
+    own = [s for s in suites if not s.startswith("lm-eval:")]
+    if (shots is not None or rule or tasks_from) and not tasks:
+        raise InputError("--shots, --rule and --tasks-from are for lm-eval tasks, such as lm-eval:lambada_openai")
+    figures = evaluate(model, own, log) if own else []  # a task needs nothing of the text that the run was trained on
+    if tasks:
+        try:
+            from bothways.sample import lm_eval_backend as harness
+        except ModuleNotFoundError as e:
+            raise InputError(
+                f"lm-eval tasks need {e.name}, which is not installed: pip install 'bothways[lmeval]'"
+            ) from e
+        figures += harness.evaluate(model, tasks, shots, rule, tasks_from)
+    for figure in figures:
+        low, high = figure.interval
+        emit(figure, json, f"{figure.suite} {figure.metric} {figure.value:.4f} [{low:.4f}, {high:.4f}] (n={figure.n})")

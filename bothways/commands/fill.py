@@ -1,0 +1,32 @@
+"""`bothways fill`: fills every [MASK] of a text."""
+
+import tyro
+
+import bothways
+from bothways.commands.shared import capability, emit
+from bothways.errors import InputError
+
+Positional = tyro.conf.Positional
+
+
+def fill(
+    run: Positional[str], texts: Positional[tuple[str, ...]], top: int = 5, steps: int = 1, json: bool = False
+) -> None:
+    """Fill every [MASK] of a text.
+
+    Args:
+        run: A run directory of a masked model.
+        texts: Texts with [MASK] in them.
+        top: Candidates told per mask.
+        steps: 1 fills all masks at once; T a few at a time, the surest first.
+        json: One JSON object per text.
+    """
+    if not texts:
+        raise InputError('fill wants at least one text after the run: bothways fill RUN "To be, or [MASK] to be"')
+    why = "was not asked to restore single tokens; where it learnt to restore spans, `sample` tells them"
+    model = bothways.load(run)
+    if model.recipe.family == "gpt":
+        why = "reads forward only, so what follows a mask could not help"
+    for result in capability(model, "fill", why)(texts, top=top, steps=steps):
+        lines = ["  " + "  ".join(f"{c['token']!r} {c['p']:.3f}" for c in mask) for mask in result.masks]
+        emit(result, json, "\n".join([result.filled, *lines]))

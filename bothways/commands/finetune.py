@@ -1,0 +1,55 @@
+"""`bothways finetune`: a head and the whole stack on a labelled task."""
+
+from typing import Annotated
+
+import tyro
+
+from bothways.commands.shared import emit
+from bothways.config import FinetuneConfig
+from bothways.errors import InputError
+from bothways.log import log
+
+Positional = tyro.conf.Positional
+USUAL = FinetuneConfig()
+
+
+def finetune(
+    run: Positional[str],
+    task: Positional[str],
+    workdir: str | None = None,
+    how: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = USUAL,
+    text_field: str = "text",
+    pair_field: str = "text_b",
+    label_field: str = "label",
+    json: bool = False,
+) -> None:
+    """A head and the whole stack on a labelled task, over a grid of learning rates and seeds.
+
+    Args:
+        run: A run directory.
+        task: shakespeare_genre, shakespeare_speaker, glue/NAME, squad, squad/v2.0, conll2003, or a CSV, TSV or JSONL file.
+        workdir: The new run (runs/RUN-TASK).
+        text_field: The column that holds the text.
+        pair_field: The column that holds the second text of a pair.
+        label_field: The column that holds the label.
+        json: Print the result as one JSON object.
+    """
+    from bothways.data import tasks
+    from bothways.rundir import directory, load_run
+    from bothways.train.finetune import finetune as run_finetuning
+
+    body = load_run(directory(run), log)
+    if body.task is not None:
+        raise InputError(f"{run} is fine-tuned already, for {body.task.name}; start from the run it came from")
+    if body.recipe.family == "seq2seq":
+        raise InputError(f"{run} is an encoder-decoder; a head for labels goes on a gpt or a bert")
+    labelled = tasks.load(task, text=text_field, pair=pair_field, label=label_field)
+    home = workdir or f"runs/{body.home.name}-{labelled.name.replace('/', '-')}"
+    result = run_finetuning(body, labelled, home, how)
+    beside = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in result.baselines.items())
+    low, high = result.interval
+    emit(
+        result,
+        json,
+        f"{result.run}: {result.metric} {result.value:.3f} [{low:.3f}, {high:.3f}] on {result.n} items{beside}",
+    )

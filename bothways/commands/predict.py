@@ -1,0 +1,26 @@
+"""`bothways predict`: labels from a fine-tuned run."""
+
+from pathlib import Path
+
+import tyro
+
+from bothways.commands.shared import emit, read_lines
+from bothways.log import log
+
+Positional = tyro.conf.Positional
+
+
+def predict(run: Positional[str], file: Positional[Path | None] = None, json: bool = False) -> None:
+    """Labels, numbers, tags, spans or choices from a fine-tuned run.
+
+    Args:
+        run: A run directory that `bothways finetune` wrote.
+        file: An item per line, its parts separated by tabs; without it, standard input.
+        json: One JSON object per line.
+    """
+    from bothways.rundir import directory, load_run
+    from bothways.sample.predict import TaskPredictor
+
+    lines = read_lines(file)
+    for result in TaskPredictor(load_run(directory(run), log)).predict(lines):
+        emit(result, json, f"{result.label}\t{result.p}\t{result.text}")

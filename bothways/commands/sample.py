@@ -1,0 +1,112 @@
+"""`bothways sample`: continues text."""
+
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import bothways
+from bothways.commands.shared import ONE, capability, emit, read_lines
+from bothways.config import MeshConfig
+from bothways.errors import InputError
+from bothways.log import log
+
+Positional = tyro.conf.Positional
+PROMPTS = 512
+"""Prompts that are answered before the first is shown."""
+
+
+def sample(
+    run: Positional[str],
+    prompts: Positional[tuple[str, ...]],
+    source: Path | None = None,
+    max_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    greedy: bool = False,
+    beams: int | None = None,
+    length_penalty: float | None = None,
+    num: int = 1,
+    seed: int = 0,
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    chunk: int | None = None,
+    steps: int | None = None,
+    sweeps: int | None = None,
+    stream: bool = False,
+    mesh: MeshConfig = ONE,
+    json: bool = False,
+) -> None:
+    """Continue text: token by token, or, with a masked model, by chunks of masks at its end. With an encoder-decoder,
+    write what follows from a source, such as its translation.
+
+    Args:
+        run: A run directory.
+        prompts: Texts to continue; "" starts a document. Of an encoder-decoder: sources.
+        source: A file with a source per line (encoder-decoders); the results keep its order.
+        max_tokens: Most tokens per continuation; 256, or 50 more than the source has.
+        temperature: Below 1 sharper, above 1 flatter; 0 is greedy.
+        top_k: Draw among the K most likely tokens; 0 is off.
+        top_p: Draw among the fewest tokens that hold this probability; 1 is off.
+        min_p: Leave out tokens less likely than this share of the most likely; 0 is off.
+        greedy: Always the most likely token.
+        beams: Width of a beam search instead of sampling (causal models; encoder-decoders search with 4 unless
+            another method is asked for).
+        length_penalty: What a beam search's log-probabilities are divided by grows with length to this power (0.6).
+        num: Continuations of each prompt.
+        seed: The same seed gives the same text.
+        stop: End before this string; may be given several times.
+        chunk: Masks filled together at the end of the text (masked models; 16).
+        steps: Readings in which a chunk is filled, the surest token first (masked models; 16).
+        sweeps: Times each token of a chunk is drawn again afterwards (masked models; 0).
+        stream: Show the text while it is made (causal models).
+        mesh: Devices to spread the parameters over.
+        json: One JSON object per result.
+    """
+    if source is not None:
+        prompts = (*prompts, *read_lines(source))
+    if not prompts:
+        raise InputError('sample wants at least one prompt after the run: bothways sample RUN "ROMEO:"')
+    if stream and (len(prompts) * num > 1 or json):
+        raise InputError("--stream shows one continuation as plain text: give one prompt, and neither --num nor --json")
+    model = bothways.load(run, mesh)
+    capability(model, "sample", "")
+    family = model.recipe.family
+    masked = family == "bert"
+    if source is not None and family != "seq2seq":
+        raise InputError(
+            f"--source is for encoder-decoders; a {family} run goes on from a prompt: give it as an argument"
+        )
+    other_method = greedy or stream or stop or temperature != 1.0 or top_k or top_p != 1.0 or min_p
+    if family == "seq2seq" and beams is None and not other_method:
+        beams = 4
+    chosen = {
+        "max_tokens": max_tokens,
+        "beams": beams,
+        "length_penalty": length_penalty,
+        "chunk": chunk,
+        "steps": steps,
+        "sweeps": sweeps,
+        "stream": stream or None,
+    }
+    options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    wrong = set(options) & ({"beams", "length_penalty", "stream"} if masked else {"chunk", "steps", "sweeps"})
+    if wrong:
+        why = "fills chunks of masks and never goes left to right" if masked else "goes left to right and has no masks"
+        raise InputError(f"--{min(wrong).replace('_', '-')} is not for a {family} run, which {why}")
+    if stream:
+        print("" if family == "seq2seq" else prompts[0], end="", flush=True)
+        options["stream"] = lambda _, piece: print(piece, end="", flush=True)
+    options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "greedy": greedy}
+    count = len(prompts) * num
+    for begin in range(0, len(prompts), PROMPTS):  # what row i says does not depend on its neighbours
+        results = model.sample(prompts[begin : begin + PROMPTS], num=num, seed=seed, stop=stop, **options)
+        if stream:
+            print()
+            return
+        for i, result in enumerate(results, begin * num + 1):
+            head = f"--- {i} of {count}\n" if count > 1 and source is None else ""
+            emit(result, json, result.text if family == "seq2seq" else f"{head}{result.prompt}{result.text}")
+        if len(prompts) > PROMPTS:
+            log(f"{min(begin + PROMPTS, len(prompts)):,} of {len(prompts):,} done")

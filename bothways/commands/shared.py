@@ -1,0 +1,80 @@
+"""What the commands share: opening a run, reading lines, and how results are shown."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from bothways.config import MeshConfig
+from bothways.configs import find
+from bothways.errors import InputError
+from bothways.recipes import Recipe
+
+if TYPE_CHECKING:
+    from bothways.convert.run import Converted
+
+ONE = MeshConfig(data=1)
+
+
+def emit(value: Any, as_json: bool, shown: str) -> None:
+    """One result on standard output: as a JSON object, or as it is shown to people."""
+    value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    print(json.dumps(value, ensure_ascii=False) if as_json else shown, flush=True)
+
+
+def capability(model: Any, verb: str, why: str) -> Callable[..., Any]:
+    """The method of that name, or the reason why this run has none."""
+    if getattr(model, "task", None) is not None:
+        raise InputError(
+            f"{model.run.home} is fine-tuned for {model.task.name}, and can `predict`; ask the run it came from"
+        )
+    if not hasattr(model, verb) and not model.recipe.model.masked_head:
+        raise InputError(
+            f"{model.run.home} is a body without a masked-token head: it can embed and be fine-tuned, but not {verb}; "
+            "`bothways train` gives it a head and trains both"
+        )
+    if not hasattr(model, verb):
+        raise InputError(f"a {model.recipe.family} run cannot {verb}: it {why}")
+    return getattr(model, verb)
+
+
+def read_lines(file: Path | None) -> list[str]:
+    from bothways.data.files import read_utf8
+
+    if file is not None and not file.is_file():
+        raise InputError(f"no file {file}")
+    try:
+        text = read_utf8(file) if file is not None else sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as e:
+        raise InputError(f"standard input is not UTF-8 (offset {e.start})") from e
+    lines = text.split("\n")
+    lines = lines[:-1] if lines[-1] == "" else lines
+    empty = [i for i, line in enumerate(lines, 1) if not line]
+    if not lines or empty:
+        raise InputError(f"line {empty[0]} is empty; every line is a text" if lines else "no text: the input is empty")
+    return lines
+
+
+def parse_recipe(verb: str, argv: list[str], options: type, example: str) -> tuple[Recipe, Any]:
+    """The recipe with the fields that were set, and the verb's own options."""
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        raise InputError(f"{verb} wants a recipe first: {example}")
+    if argv[0] in ("-h", "--help"):
+        print(f"usage: bothways {verb} RECIPE ... [--SECTION.FIELD VALUE ...]\n\n{options.__doc__}\n\n{example}")
+        raise SystemExit(0)
+    base = find(argv[0])
+    fields: list[Any] = [("recipe", Annotated[Recipe, tyro.conf.arg(name="")], dataclasses.field(default=base))]
+    arguments = dataclasses.make_dataclass(
+        "Arguments", fields, bases=(options,), frozen=True, kw_only=True, namespace={"__doc__": options.__doc__}
+    )
+    given = tyro.cli(arguments, prog=f"bothways {verb} {argv[0]}", args=argv[1:])
+    return given.recipe, given
+
+
+def show_converted(result: "Converted", as_json: bool) -> None:
+    checked = "" if result.max_difference is None else f"; logits differ by at most {result.max_difference:.2g}"
+    emit(result, as_json, f"{result.run}: {result.family}, {result.parameters:,} parameters{checked}")

@@ -1,0 +1,100 @@
+"""`bothways train`: trains a recipe, or goes on with a run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import bothways
+from bothways.commands.shared import emit
+from bothways.configs import find
+from bothways.errors import InputError
+from bothways.log import log
+from bothways.recipes import Recipe
+
+
+def train(argv: list[str]) -> None:
+    if not argv or argv[0].startswith("-"):
+        if argv and argv[0] in ("-h", "--help"):
+            print("usage: bothways train RECIPE-OR-RUN [--workdir DIR] [--json] [--SECTION.FIELD VALUE ...]\n\nrecipes:")
+            from bothways.configs import names
+
+            for name, known in sorted(names().items()):
+                print(f"  {name:20s} {known.family}, {known.model.n_layers} layers, {known.model.d_model} wide")
+            print("\n`bothways train RECIPE --help` lists every field.")
+            return
+        raise InputError("train wants a recipe first: bothways train RECIPE [--workdir DIR] [--SECTION.FIELD VALUE ...]")
+    from bothways.rundir import directory
+
+    home = directory(argv[0])
+    base = continuation_of(home) if (home / "recipe.json").exists() else find(argv[0])
+    from bothways.train.hosts import HostsConfig, start, stdout_for_results
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+        workdir: str = f"runs/{base.name}"
+        """The run directory: made, or gone on with."""
+        json: bool = False
+        """Print the result as one JSON object."""
+        hosts: HostsConfig = HostsConfig()
+
+    given = tyro.cli(Arguments, prog=f"bothways train {argv[0]}", args=argv[1:], default=Arguments(base))
+    with stdout_for_results():
+        start(given.hosts)  # before anything is computed
+        from bothways.train.loop import train
+
+        result = train(given.recipe, given.workdir)
+    import jax
+
+    bpb = f", {result.bits_per_byte:.3f} bits per byte" if result.bits_per_byte is not None else ""
+    shown = (
+        f"{result.run}: {result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s; "
+        f"held-out loss {result.loss:.3f}{bpb}"
+    )
+    if jax.process_count() > 1:  # one process cannot open a run that others still hold together
+        if jax.process_index() == 0:
+            emit(result, given.json, shown)
+        return
+    model = bothways.load(given.workdir)
+    if model.recipe.family == "bert":
+        from bothways.sample.evaluate import evaluate
+
+        for figure in evaluate(model, ["validation"]):
+            log(f"held-out {figure.metric} {figure.value:.3f} [{figure.interval[0]:.3f}, {figure.interval[1]:.3f}]")
+            if figure.metric == "bits_per_byte":
+                result = dataclasses.replace(result, bits_per_byte=figure.value)
+                shown += f"; bits per byte by the diffusion bound {figure.value:.3f}"
+        texts = ["To be, or [MASK] to be", "the [MASK] of the [MASK]", "I [MASK] you,"]
+        fitting = [text for text in texts if len(model.tokenizer.encode(text)) + 2 <= model.context_length]
+        for filled in model.fill(fitting, top=3, steps=2):
+            guesses = [" ".join(f"{t['token']!r} {t['p']:.2f}" for t in mask) for mask in filled.masks]
+            log(f"--- {filled.text}\n    {filled.filled}     {' | '.join(guesses)}")
+    elif model.recipe.family == "seq2seq":
+        from bothways.sample.evaluate import evaluate, held_out_pairs
+
+        for figure in evaluate(model, ["validation"], log):
+            log(f"held-out {figure.metric} {figure.value:.2f} [{figure.interval[0]:.2f}, {figure.interval[1]:.2f}]")
+        for source, target in held_out_pairs(model, "validation")[:3]:
+            made = model.sample([source], beams=4)[0].text
+            log(f"--- {source}\n    said:   {made}" + (f"\n    wanted: {target}" if target else ""))
+    else:
+        speech = model.sample([""], max_tokens=250, temperature=0.8, top_p=0.95)[0]
+        log(f"--- what it says, unprompted:\n{speech.text.strip()}\n---")
+    emit(result, given.json, shown)
+
+
+def continuation_of(home: Path) -> Recipe:
+    """The recipe that trains on from a run, imported or trained here: its own, with its tokenizer and weights."""
+    from bothways.rundir import read_recipe
+
+    run = read_recipe(home)
+    vocabulary = next(home / name for name in ("tokenizer.json", "tokenizer.model") if (home / name).exists())
+    return dataclasses.replace(
+        run,
+        name=f"{home.name}-on",
+        model=dataclasses.replace(run.model, masked_head=True),  # a bare body gets one, to train with
+        data=dataclasses.replace(run.data, tokenizer=str(vocabulary)),
+        train=dataclasses.replace(run.train, init_from=str(home)),
+    )

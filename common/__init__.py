@@ -1,1 +1,0 @@
-"""What every folder may use: the error for people, the recipe, the run directory."""

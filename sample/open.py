@@ -1,0 +1,36 @@
+"""Opening a run for inference: the class that answers for it follows from what it was trained for."""
+
+import os
+
+from bothways.sample.embed import Embedder
+from bothways.sample.hybrid import HybridModel
+from bothways.sample.masked import MaskedModel
+from bothways.sample.predict import TaskPredictor
+from bothways.sample.text import TextModel
+
+from bothways.config import MeshConfig
+from bothways.log import log
+from bothways.rundir import Run, directory, load_run
+from bothways.sharding import shardings_for_inference
+
+Model = TextModel | MaskedModel | HybridModel
+"""Models that answer in tokens; the others answer with vectors and labels only."""
+OpenModel = Model | Embedder | TaskPredictor
+
+
+def open_model(run: Run) -> OpenModel:
+    """A loaded run as the class that can answer for it."""
+    if run.task is not None:
+        return TaskPredictor(run)
+    if run.recipe.objective.kind == "hybrid":
+        return HybridModel(run)
+    if run.recipe.family == "bert":
+        return MaskedModel(run) if run.recipe.model.masked_head else Embedder(run)
+    return TextModel(run)
+
+
+def open_run(home: str | os.PathLike, mesh: MeshConfig | None = None) -> OpenModel:
+    """As `bothways.load`."""
+    mesh = mesh or MeshConfig(data=1)
+    shardings = lambda shapes: shardings_for_inference(shapes, mesh)  # noqa: E731
+    return open_model(load_run(directory(home), log, shardings, for_inference=True))
