@@ -30,14 +30,14 @@ def ours(recipe, checks: int = CHECKS) -> dict:
     Seconds are counted from when the text is ready, with the making of the state and all compiling.
     """
     import jax
+
+    from bothways import sharding
     from bothways.data import corpora, pipeline, tokens
+    from bothways.registry import make_module, tiny_inputs
     from bothways.train.loop import Evaluator, resolve
     from bothways.train.objectives import make_objective
     from bothways.train.optimizer import make_optimizer
     from bothways.train.step import init_state, make_train_step, state_shardings
-
-    from bothways import sharding
-    from bothways.registry import make_module, tiny_inputs
 
     corpus = corpora.load(recipe.data)
     tokenizer = tokens.obtain_tokenizer(recipe.data, corpus)

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tokenizers
-from bothways.compare.core import continued
 
 import bothways
 from benchmarks.harness import OURS, Row, Setting, alternate
 from benchmarks.models import ctranslate_model, model_of, random_tokens, torch_model
+from bothways.compare.core import continued
 
 LIMIT = "reading all weights once per token"
 

@@ -84,15 +84,15 @@ def generate_ours(tiny: bool) -> None:
     """GPT-2 XL with random weights: new tokens per second, and the share of the time that reading the weights takes."""
     import jax
     import jax.numpy as jnp
-    from bothways.model.cache import Cache
-    from bothways.model.stack import unstack_layers
-    from bothways.sample.decode import Decoder, Row
-    from bothways.sample.sampling_params import SamplingParams
 
     from benchmarks import models
     from benchmarks.generation import bytes_per_token, reading
+    from bothways.model.cache import Cache
+    from bothways.model.stack import unstack_layers
     from bothways.registry import make_module, tiny_inputs
     from bothways.rundir import compute_dtype_shapes
+    from bothways.sample.decode import Decoder, Row
+    from bothways.sample.sampling_params import SamplingParams
 
     recipe = models.TINY["gpt2"] if tiny else models.gpt(48, 1600, 25, 50_257, 1024)
     prompt, new = (8, 8) if tiny else (64, 128)

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 import tokenizers
+
+from benchmarks.harness import Setting, threads
+from bothways.config import ObjectiveConfig, OptimizerConfig
 from bothways.convert.run import export_run, save_params
 from bothways.data.config import DataConfig
 from bothways.data.published import PublishedTokenizer
 from bothways.data.tokenizer import Tokenizer
 from bothways.model.config import TransformerConfig
-
-from benchmarks.harness import Setting, threads
-from bothways.config import ObjectiveConfig, OptimizerConfig
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
 

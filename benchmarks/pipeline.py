@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from bothways.config import ObjectiveConfig
 from bothways.data.pipeline import training_batches
 from bothways.data.tokenizer import Vocabulary
 from bothways.data.tokens import Tokens
 from bothways.train.objectives import make_objective
-
-from bothways.config import ObjectiveConfig
 
 V, SIZE, DOCUMENT = 8192, 20_000_000, 700
 KINDS = {

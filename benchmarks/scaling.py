@@ -20,18 +20,18 @@ from pathlib import Path
 import jax
 import matplotlib
 import numpy as np
-from bothways.data.config import DataConfig
-from bothways.data.pipeline import training_batches
-from bothways.data.tokenizer import made_up_vocabulary
-from bothways.model.config import TransformerConfig
-from bothways.plan.training import abstract_step, made_up_tokens
-from bothways.train.objectives import make_objective
 from matplotlib import ticker
 
 from bothways import sharding
 from bothways.config import OptimizerConfig, TrainConfig
+from bothways.data.config import DataConfig
+from bothways.data.pipeline import training_batches
+from bothways.data.tokenizer import made_up_vocabulary
 from bothways.flops import recipe_flops_per_token
+from bothways.model.config import TransformerConfig
+from bothways.plan.training import abstract_step, made_up_tokens
 from bothways.recipes import Recipe
+from bothways.train.objectives import make_objective
 
 HERE = Path(__file__).parent
 BASE = TransformerConfig(

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from bothways.data.tokenizer import Tokenizer
-from bothways.sample.masked import MaskedModel, hidden_logprobs
 
 import bothways
 from benchmarks.harness import OURS, Row, Setting, alternate
 from benchmarks.models import model_of, torch_model
+from bothways.data.tokenizer import Tokenizer
+from bothways.sample.masked import MaskedModel, hidden_logprobs
 
 PEERS = {"transformers, a sentence at a time": None, "transformers, a copy at a time": 1}
 

@@ -7,17 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bothways.data.tokenizer import Vocabulary
-from bothways.train.objectives import make_objective
-from bothways.train.optimizer import make_optimizer
-from bothways.train.step import TrainState, make_eval_step, make_train_step, state_shardings
 
 from benchmarks.harness import OURS, Row, Setting, alternate
 from benchmarks.models import ADAMW, model_of, random_tokens, torch_model
 from bothways import sharding
+from bothways.data.tokenizer import Vocabulary
 from bothways.recipes import Recipe
 from bothways.registry import make_module
 from bothways.rundir import load_run
+from bothways.train.objectives import make_objective
+from bothways.train.optimizer import make_optimizer
+from bothways.train.step import TrainState, make_eval_step, make_train_step, state_shardings
 
 Batch = dict[str, np.ndarray]
 PEER = "transformers, PyTorch eager, fused AdamW"

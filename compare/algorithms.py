@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from bothways.compare import pictures
 from bothways.compare.core import (
     BOTH,
@@ -17,8 +18,8 @@ from bothways.compare.core import (
     Result,
     Table,
     continued,
+    directions,
     likeliest,
-    readings,
 )
 from bothways.compare.stats import Estimate, all_of, apart, difference, format_difference, mean_share, share, verdict
 from bothways.sample.masked import MaskedModel
@@ -189,7 +190,7 @@ def run(lab: ExperimentRunner) -> Result:
 
     def measured(arm: str, seed: int) -> dict[str, float]:
         model = lab.toy("algorithms", arm, seed, texts, row=ROW, mask_rate=0.3, batch_size=16)
-        reading = readings(model)
+        reading = directions(model)
         if FORWARD in reading:
             return {cell: right(asked, said_forward(model, asked)) for cell, asked in cells.items()}
         return {cell: right(asked, said_both_ways(reading[BOTH], asked)) for cell, asked in cells.items()}

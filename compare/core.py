@@ -9,21 +9,19 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from bothways.compare.stats import Estimate
 from bothways.data.config import DataConfig
-from bothways.model.gpt import MaskedNextToken
+from bothways.errors import InputError
+from bothways.log import log
+from bothways.recipes import Recipe
+from bothways.rundir import load_run
 from bothways.sample.decode import Row
-from bothways.sample.hybrid import HybridModel
 from bothways.sample.masked import BATCH, MaskedModel, hidden_batch, hidden_logprobs
 from bothways.sample.open import Model, open_model
 from bothways.sample.sampling_params import SamplingParams
 from bothways.sample.text import TextModel
 from bothways.train.loop import train
-
-from bothways.errors import InputError
-from bothways.log import log
-from bothways.recipes import Recipe
-from bothways.rundir import load_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,25 +218,6 @@ def _fixed(recipe: Recipe, steps: int, seed: int) -> Recipe:
         optimizer=dataclasses.replace(recipe.optimizer, warmup_steps=warm),
         train=dataclasses.replace(recipe.train, steps=steps, seed=seed, log_every=max(20, steps // 5), **often),
     )
-
-
-FORWARD, BOTH = "forward", "both ways"
-
-
-def readings(model: Model) -> dict[str, MaskedModel]:
-    """The readings that a model was trained in, each behind the same calls: `asked` and MaskedModel's own.
-
-    Read forward, what is said of a place knows only what stands before it, whatever stands there and behind.
-    """
-    if isinstance(model, MaskedModel):
-        return {BOTH: model}
-    ask, cfg = model.recipe.objective, model.recipe.model
-    found = {}
-    if ask.kind == "causal" or (ask.kind == "hybrid" and ask.causal_share > 0):
-        found[FORWARD] = MaskedModel(dataclasses.replace(model.run, module=MaskedNextToken(cfg, both_ways=False)))
-    if isinstance(model, HybridModel) and ask.causal_share < 1:
-        found[BOTH] = model.both_ways
-    return found
 
 
 def asked(

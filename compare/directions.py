@@ -3,8 +3,19 @@
 from typing import Any
 
 import numpy as np
+
 from bothways.compare import pictures
-from bothways.compare.core import BOTH, FORWARD, Experiment, ExperimentRunner, Measurement, Result, Table, asked, readings
+from bothways.compare.core import (
+    BOTH,
+    FORWARD,
+    Experiment,
+    ExperimentRunner,
+    Measurement,
+    Result,
+    Table,
+    asked,
+    directions,
+)
 from bothways.compare.labelled import splits, tuned_accuracy
 from bothways.compare.stats import Estimate, all_of, difference, format_difference, mean, mean_share, ranked, verdict
 from bothways.compare.text import Text, bound_nats, forward_nats, minimal_pairs, text_of
@@ -67,7 +78,7 @@ def measured(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, dict[str, 
     """Of every reading that the model was trained in: bits per byte, pairs by phenomenon, cloze."""
     text, model, found = text_of(lab), lab.text(arm, seed), {}
     pairs, blanks = minimal_pairs(max(4, lab.size.items // 6)), cloze(text, max(4, lab.size.items // 2))
-    for reading, asks in readings(model).items():
+    for reading, asks in directions(model).items():
         pieces = text.pieces(max(4, lab.size.items // 12), model.recipe.model.context_length - 2)
         nats = (forward_nats if reading == FORWARD else bound_nats)(asks, pieces)
         right = pairs_right(asks, reading, pairs)
@@ -105,7 +116,7 @@ def run(lab: ExperimentRunner) -> Result:
     def short(seed: int) -> float:
         text, model = text_of(lab), lab.text("causal", seed, share=rate, tag="-short")
         pieces = text.pieces(max(4, lab.size.items // 12), model.recipe.model.context_length - 2)
-        return text.bits(forward_nats(readings(model)[FORWARD], pieces).sum(), pieces)
+        return text.bits(forward_nats(directions(model)[FORWARD], pieces).sum(), pieces)
 
     fewer = [lab.part(f"directions-short-{s}", lambda s=s: short(s)) for s in lab.seeds]
     return conclude(found, tuned, fewer, lab.part("directions-baselines", lambda: baselines(lab)), rate)

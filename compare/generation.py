@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import numpy as np
+
 from bothways.compare import pictures
 from bothways.compare.core import (
     BOTH,
@@ -15,9 +16,9 @@ from bothways.compare.core import (
     Result,
     Table,
     continued,
+    directions,
     drawn,
     likeliest,
-    readings,
 )
 from bothways.compare.directions import EXAMPLES, TASK, TUNED
 from bothways.compare.labelled import tuned_accuracy
@@ -50,7 +51,7 @@ def spans_right(model: Model, text: Text, count: int) -> dict[str, dict[str, flo
     for n in SPANS:
         pieces, at = text.pieces(count, 48), 16
         gold = [p[at : at + n] for p in pieces]
-        for reading, asks in readings(model).items():
+        for reading, asks in directions(model).items():
             if reading == FORWARD:
                 said = continued(model, [[t.bos, *p[:at]] for p in pieces], n, greedy=True)
             else:
@@ -68,13 +69,13 @@ def measured(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, Any]:
     prompts = [p[:PROMPT] for p in text.pieces(count, PROMPT + NEW)]
     judge, found = Judge(text.train), {}
     for way, steps in WAYS.items():
-        if (FORWARD if not steps else BOTH) not in readings(model):
+        if (FORWARD if not steps else BOTH) not in directions(model):
             continue
 
         def write(seed: int, steps: int = steps) -> list[list[int]]:
             if not steps:
                 return continued(model, [[text.tokenizer.bos, *p] for p in prompts], NEW, seed=seed)
-            return by_chunks(readings(model)[BOTH], prompts, NEW, steps, seed)
+            return by_chunks(directions(model)[BOTH], prompts, NEW, steps, seed)
 
         write(seed + 1)  # compiles
         began = time.monotonic()

@@ -5,8 +5,9 @@ import random
 from collections.abc import Callable
 
 import numpy as np
+
 from bothways.compare import pictures
-from bothways.compare.core import FORWARD, Experiment, ExperimentRunner, Measurement, Result, Table, asked, readings
+from bothways.compare.core import FORWARD, Experiment, ExperimentRunner, Measurement, Result, Table, asked, directions
 from bothways.compare.stats import Estimate, difference, format_difference, mean, verdict
 from bothways.sample.masked import MaskedModel
 
@@ -119,7 +120,7 @@ def run(lab: ExperimentRunner) -> Result:
 
     def measured(arm: str, seed: int) -> dict[str, list[float]]:
         model = lab.toy("in-context", arm, seed, texts, row=4 * ROW, mask_rate=0.5, batch_size=8, longer=2)
-        (reading, asks), *_ = readings(model).items()
+        (reading, asks), *_ = directions(model).items()
         return {task: nats(asks, reading, documents(task, n)).mean(axis=0).tolist() for task in TASKS}
 
     arms = lab.arms("causal", "masked")

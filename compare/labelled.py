@@ -9,21 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bothways.compare.core import BATCH, ExperimentRunner, Model, batches, readings
+
+from bothways import sharding
+from bothways.compare.core import BATCH, ExperimentRunner, Model, batches, directions
 from bothways.compare.text import WORDS
+from bothways.config import MeshConfig, ObjectiveConfig
 from bothways.data import pipeline
 from bothways.data.examples import as_is
 from bothways.data.pipeline import Example
 from bothways.data.task_examples import wrap
 from bothways.data.tokenizer import Tokenizer
 from bothways.model.task import TaskModel
+from bothways.rundir import TaskInfo, module_of
 from bothways.sample.masked import hidden_logits
 from bothways.train.objectives import Batch, Objective, Sums, class_loss, make_objective
 from bothways.train.step import TrainState, make_train_step, state_shardings
-
-from bothways import sharding
-from bothways.config import MeshConfig, ObjectiveConfig
-from bothways.rundir import TaskInfo, module_of
 
 LENGTH = 32
 ANSWERS = (" no", " true")
@@ -152,7 +152,7 @@ class Tuned:
             self.module, objective = module_of(run.recipe, info), heads_objective()
             self._scores = jax.jit(lambda p, b: self.module.apply({"params": p}, b, True, method=own_head))
         else:
-            reading = list(readings(self.model).values())[-1]  # both ways, of a model that can
+            reading = list(directions(self.model).values())[-1]  # both ways, of a model that can
             self.module = reading.run.module
             objective = make_objective(ObjectiveConfig(kind="masked"), self.tokenizer.vocabulary())
         warm = max(1, self.steps // 10)

@@ -5,6 +5,7 @@ import random
 import string
 
 import numpy as np
+
 from bothways.compare import pictures
 from bothways.compare.core import (
     BOTH,
@@ -15,8 +16,8 @@ from bothways.compare.core import (
     Result,
     Table,
     continued,
+    directions,
     drawn,
-    readings,
 )
 from bothways.compare.stats import FAILS, HOLDS, OPEN, Estimate, share
 from bothways.data.tokenizer import MASK
@@ -93,11 +94,11 @@ def run(lab: ExperimentRunner) -> Result:
         model = lab.toy("modes", arm, seed, texts, row=4 * DOCUMENT, mask_rate=0.8, batch_size=16, longer=2)
         got: dict[str, list[str]] = {}
         for case, (_, L) in enumerate(CASES):
-            if FORWARD in readings(model):
+            if FORWARD in directions(model):
                 got[f"{case} 0"] = written(model, case, n, seed)
-            if BOTH in readings(model):
+            if BOTH in directions(model):
                 for T in sorted({1, 2, 4, L} & set(range(1, L + 1))):
-                    got[f"{case} {T}"] = filled(readings(model)[BOTH], case, T, n, seed)
+                    got[f"{case} {T}"] = filled(directions(model)[BOTH], case, T, n, seed)
         return got
 
     for arm in lab.arms("causal", "masked", "bert"):

@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+
 from bothways.compare import pictures
 from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table
 from bothways.compare.labelled import TASKS, Item, Tuned, splits, tuned_accuracy

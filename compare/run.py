@@ -12,7 +12,6 @@ from pathlib import Path
 
 from bothways.compare import report
 from bothways.compare.core import SIZES, Experiment, ExperimentRunner, Result
-
 from bothways.errors import InputError
 from bothways.log import log
 from bothways.recipes import Recipe

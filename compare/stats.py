@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
 from bothways.data.metrics import mean_interval
 
 

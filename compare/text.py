@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
+
 from bothways.compare.core import ExperimentRunner, asked
 from bothways.data import corpora, tokens
 from bothways.data.tokenizer import Tokenizer

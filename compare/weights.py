@@ -7,13 +7,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
 from bothways.compare import pictures
-from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, readings
+from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, directions
 from bothways.compare.stats import Estimate, all_of, difference, format_difference, mean, verdict
 from bothways.compare.text import hidden_nats, text_of
 from bothways.data import corpora
 from bothways.data.config import DataConfig
-
 from bothways.recipes import Recipe
 from bothways.rundir import param_shapes
 
@@ -102,7 +102,7 @@ def order(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, float]:
     """Nats per token saved against the unigram, with the order of words and without it."""
     saved = {}
     for name, tag, data in (("with", "", None), ("without", "-shuffled", without_order(lab))):
-        reading = next(iter(readings(lab.text(arm, seed, tag=tag, data=data)).values()))
+        reading = next(iter(directions(lab.text(arm, seed, tag=tag, data=data)).values()))
         text = text_of(lab)
         held = text.held if data is None else encoded(Path(data.validation), text)
         text = type(text)(text.tokenizer, text.train, held)

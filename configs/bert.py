@@ -17,10 +17,9 @@ The papers' corpora (BooksCorpus, Wikipedia, CC-News, Stories) are only in part 
 
 import dataclasses
 
+from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from bothways.data.config import DataConfig
 from bothways.model.config import TransformerConfig
-
-from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from bothways.recipes import Recipe
 
 SIZES = {  # name: layers, width, heads

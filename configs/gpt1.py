@@ -8,10 +8,9 @@ perplexity 18.4. BooksCorpus (7,000 books) is not public: `pg19`, books of the s
     bothways train gpt1
 """
 
+from bothways.config import OptimizerConfig, TrainConfig
 from bothways.data.config import DataConfig
 from bothways.model.config import TransformerConfig
-
-from bothways.config import OptimizerConfig, TrainConfig
 from bothways.recipes import Recipe
 
 recipes = {

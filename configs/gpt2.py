@@ -10,10 +10,9 @@ was never published; C4 stands in.
     bothways train gpt2_small --data.corpus 'books/*.txt' --train.steps 5000
 """
 
+from bothways.config import OptimizerConfig, TrainConfig
 from bothways.data.config import DataConfig
 from bothways.model.config import TransformerConfig
-
-from bothways.config import OptimizerConfig, TrainConfig
 from bothways.recipes import Recipe
 
 SIZES = {  # name: layers, width, heads, learning rate

@@ -20,10 +20,9 @@ What was chosen where the paper is silent or contradicts itself:
 
 import dataclasses
 
+from bothways.config import OptimizerConfig, TrainConfig
 from bothways.data.config import DataConfig
 from bothways.model.config import TransformerConfig
-
-from bothways.config import OptimizerConfig, TrainConfig
 from bothways.recipes import Recipe
 
 CONTEXT = 2048

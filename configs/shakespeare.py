@@ -11,10 +11,9 @@ plain small transformer is told in the README.
 
 import dataclasses
 
+from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from bothways.data.config import DataConfig
 from bothways.model.config import TransformerConfig
-
-from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from bothways.recipes import Recipe
 
 SMALL = {

@@ -11,10 +11,9 @@ Every row of the paper's table 3 is `transformer_base` and a flag or two: (A) --
 
 import dataclasses
 
+from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from bothways.data.config import DataConfig
 from bothways.model.config import TransformerConfig
-
-from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from bothways.recipes import Recipe
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+
 from bothways.convert.files import REFERENCE, read_tensors
 from bothways.data.tokenizer import Tokenizer
-
 from bothways.errors import InputError
 from bothways.recipes import Recipe
 from bothways.registry import make_module

@@ -2,9 +2,8 @@
 
 from bothways.convert.family import Config, Family, activation_of, published_activation
 from bothways.convert.layout import Layout
-from bothways.model.config import RotaryScaling
-
 from bothways.errors import InputError
+from bothways.model.config import RotaryScaling
 
 # ---- GPT-2 ------------------------------------------------------------------------------------------------------------
 

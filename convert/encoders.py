@@ -4,9 +4,8 @@ import dataclasses
 
 from bothways.convert.family import Config, Family, activation_of, published_activation
 from bothways.convert.layout import Layout
-from bothways.model.config import TransformerConfig
-
 from bothways.errors import InputError
+from bothways.model.config import TransformerConfig
 
 # ---- BERT, RoBERTa ----------------------------------------------------------------------------------------------------
 

@@ -3,9 +3,8 @@
 from bothways.convert.decoders import GPT2, LLAMA
 from bothways.convert.encoders import BERT, MODERNBERT, ROBERTA
 from bothways.convert.family import Config, Family
-from bothways.model.config import TransformerConfig
-
 from bothways.errors import InputError
+from bothways.model.config import TransformerConfig
 
 FAMILIES = {family.name: family for family in (GPT2, ROBERTA, BERT, MODERNBERT, LLAMA)}
 

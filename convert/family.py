@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from bothways.convert.layout import Layout
-from bothways.model.config import TransformerConfig
-
 from bothways.errors import InputError
+from bothways.model.config import TransformerConfig
 
 Config = dict[str, Any]
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}

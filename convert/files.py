@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import safetensors
+
 from bothways.data.published import PublishedTokenizer
 from bothways.data.tokenizer import PAD, Tokenizer
-
 from bothways.errors import InputError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+
 from bothways.convert.files import Checkpoint
 from bothways.data.published import PublishedTokenizer, byte_level_bpe, roles_of
-
 from bothways.errors import InputError
 
 STEMS = {

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from bothways.model.axes import logical_axes
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bothways.errors import InputError
+from bothways.model.axes import logical_axes
 
 Shapes = dict[str, tuple[int, ...]]
 """Our path -> shape, with the layers' axis in front where there are layers."""

@@ -11,15 +11,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from safetensors.numpy import save_file
+
+from bothways import rundir
+from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from bothways.convert import check, files
 from bothways.convert.families import family_for, family_of
 from bothways.convert.layout import shapes_of
 from bothways.data.config import DataConfig
 from bothways.data.tokenizer import Tokenizer
-from safetensors.numpy import save_file
-
-from bothways import rundir
-from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from bothways.errors import InputError
 from bothways.recipes import Recipe
 

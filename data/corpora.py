@@ -11,7 +11,6 @@ from typing import Any
 
 from bothways.data import bibles, files, plays
 from bothways.data.config import DataConfig
-
 from bothways.errors import InputError
 
 Documents = Iterator[tuple[str, str]]

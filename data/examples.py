@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import Vocabulary
 from bothways.data.tokens import Rows, Tokens
-
 from bothways.errors import InputError
 
 Example = dict[str, np.ndarray]

@@ -1,11 +1,11 @@
 """Rows for an encoder-decoder: pairs packed into rows of sources and targets, and text with spans to be restored."""
 
 import numpy as np
+
 from bothways.data.examples import Example, segment_positions, stacked
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import Vocabulary
 from bothways.data.tokens import Rows, Tokens
-
 from bothways.errors import InputError
 
 OPEN_ROWS = 64

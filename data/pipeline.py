@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
+
 from bothways.data.examples import Example, stacked
 from bothways.data.rng import ExampleRng, epoch_permutation
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from bothways.data.tokenizer import MASK, Tokenizer
 
+from bothways.data.tokenizer import MASK, Tokenizer
 from bothways.errors import InputError
 
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")

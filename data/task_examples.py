@@ -3,10 +3,10 @@
 from typing import Any
 
 import numpy as np
+
 from bothways.data.pipeline import Stacked
 from bothways.data.tasks import Item, Task
 from bothways.data.tokenizer import Tokenizer
-
 from bothways.errors import InputError
 
 Example = dict[str, np.ndarray]

@@ -10,7 +10,6 @@ from typing import Any
 
 from bothways.data import files, plays
 from bothways.data.corpora import quiet_tfds, unavailable
-
 from bothways.errors import InputError
 
 Item = dict[str, Any]

@@ -9,12 +9,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from etils import epath
+
 from bothways.data import tokenizer as tokenizers
 from bothways.data.config import DataConfig
 from bothways.data.corpora import Corpus
 from bothways.data.tokenizer import Tokenizer
-from etils import epath
-
 from bothways.errors import InputError
 
 BATCH = 256

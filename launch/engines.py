@@ -6,10 +6,9 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-from bothways.launch.job import GPUs, Job, host_script
-
 from bothways.chips import Topology
 from bothways.errors import InputError
+from bothways.launch.job import GPUs, Job, host_script
 
 # Cloud TPU's images (docs.cloud.google.com/tpu/docs/runtimes).
 RUNTIMES = {

@@ -5,12 +5,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from bothways.chips import Topology
 from bothways.data.files import looks_like_files
+from bothways.errors import InputError
 from bothways.launch.engines import ENGINES, Launch
 from bothways.launch.job import GPUs, Job, check_bucket, code_archive, job_name
-
-from bothways.chips import Topology
-from bothways.errors import InputError
 from bothways.recipes import Recipe
 
 WHERE = {

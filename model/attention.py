@@ -5,13 +5,14 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
 from bothways.model.axes import constrain_activation, platform
 from bothways.model.cache import LayerCache
 from bothways.model.config import TransformerConfig
 from bothways.model.kernels import KERNELS, LANES, choose, is_sequence_sharded, positions_match_order
 from bothways.model.layers import Norm, Projection, rotate
 from bothways.model.mask import Mask
-from jaxtyping import Float, Int
 
 BLOCKS = 4
 """Of queries. More leave out more keys, and take longer to compile."""

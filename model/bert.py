@@ -3,10 +3,11 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
 from bothways.model.config import TransformerConfig
 from bothways.model.encoder import Encoder
 from bothways.model.heads import LMHead, MLMTransform, NextSentence, logits_of, mask_padded_vocab
-from jaxtyping import Float, Int
 
 
 class BERT(nn.Module):

@@ -5,13 +5,14 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
 from bothways.model.attention import Attention
 from bothways.model.axes import constrain_activation
 from bothways.model.cache import LayerCache
 from bothways.model.config import TransformerConfig
 from bothways.model.layers import Norm, Projection
 from bothways.model.mask import Mask
-from jaxtyping import Float, Int
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

@@ -3,8 +3,9 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
-from bothways.model.config import TransformerConfig
 from jaxtyping import Float, Int
+
+from bothways.model.config import TransformerConfig
 
 
 @flax.struct.dataclass

@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
 from bothways.model.cache import Cache
 from bothways.model.mask import Mask
 from bothways.model.transformer import Transformer, position_ids
-from jaxtyping import Float, Int
 
 
 class Decoder(Transformer):

@@ -3,10 +3,11 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
 from bothways.model.axes import constrain_activation
 from bothways.model.config import TransformerConfig
 from bothways.model.layers import Norm, sinusoid
-from jaxtyping import Float, Int
 
 
 class Table(nn.Module):

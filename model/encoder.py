@@ -1,9 +1,10 @@
 """The bidirectional reading of the stack: every token sees every token of its segment."""
 
 import jax
+from jaxtyping import Float, Int
+
 from bothways.model.mask import Mask
 from bothways.model.transformer import Transformer, position_ids
-from jaxtyping import Float, Int
 
 
 class Encoder(Transformer):

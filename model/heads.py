@@ -3,10 +3,11 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+
 from bothways.model.block import ACTIVATIONS
 from bothways.model.config import TransformerConfig
 from bothways.model.layers import Norm, Projection, table_product
-from jaxtyping import Float
 
 
 class LMHead(nn.Module):

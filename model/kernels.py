@@ -10,11 +10,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from bothways.model.axes import activation_sharding, platform
-from bothways.model.mask import Mask
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
+
+from bothways.model.axes import activation_sharding, platform
+from bothways.model.mask import Mask
 
 LANES = 128
 """Splash cuts rows into blocks of a multiple of so many places."""

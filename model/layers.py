@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
+
 from bothways.model.axes import platform
 from bothways.model.config import RotaryScaling, TransformerConfig
-from jaxtyping import Float, Int
 
 UNSCALED = RotaryScaling()
 CPU_SPLITS = 8

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
 from bothways.model.axes import constrain_activation, devices_in_use
 from bothways.model.heads import logits_of
-from jaxtyping import Float, Int
 
 MAX_LOGITS = 2**27
 """At most so many logits at once on each device (512 MiB in float32)."""

@@ -3,13 +3,14 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
 from bothways.model.cache import Cache
 from bothways.model.config import TransformerConfig
 from bothways.model.decoder import Decoder
 from bothways.model.embed import Embedding
 from bothways.model.encoder import Encoder
 from bothways.model.heads import LMHead, logits_of, mask_padded_vocab
-from jaxtyping import Float, Int
 
 
 class Seq2Seq(nn.Module):

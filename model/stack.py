@@ -3,12 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
 from bothways.model.attention import Attention, fuse_qkv
 from bothways.model.block import Block
 from bothways.model.cache import Cache, LayerCache
 from bothways.model.config import TransformerConfig
 from bothways.model.mask import Mask
-from jaxtyping import Float, Int
 
 REMAT = {
     "none": None,

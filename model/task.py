@@ -5,10 +5,11 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
 from bothways.model.bert import BERT
 from bothways.model.config import TransformerConfig
 from bothways.model.gpt import GPT
-from jaxtyping import Float, Int
 
 Kind = Literal["classify", "regress", "tag", "span", "choice"]
 Pool = Literal["token", "mean"]

@@ -3,13 +3,14 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
 from bothways.model.cache import Cache
 from bothways.model.config import TransformerConfig
 from bothways.model.embed import Embedding
 from bothways.model.layers import Norm
 from bothways.model.mask import Mask
 from bothways.model.stack import Stack
-from jaxtyping import Float, Int
 
 
 def position_ids(tokens: Int[jax.Array, "B T"]) -> Int[jax.Array, "B T"]:

@@ -7,11 +7,11 @@ import dataclasses
 import math
 
 import jax
-from bothways.model.axes import logical_axes, path_names
 
 from bothways.chips import Topology
 from bothways.config import MeshConfig
 from bothways.flops import layer_multiplies, recipe_flops_per_token, tokens_per_row
+from bothways.model.axes import logical_axes, path_names
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
 from bothways.sharding import PARAMETERS

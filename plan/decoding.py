@@ -8,25 +8,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from bothways.model.axes import activation_shardings, traced_for
-from bothways.model.stack import unstack_layers
-from bothways.plan import hlo
-from bothways.plan.candidates import PAD_VOCABULARY, held, parameter_axes
-from bothways.plan.roofline import bytes_per_device, compile_quietly, read_text, summed_collectives
-from bothways.plan.training import planned_model, with_vocabulary
-from bothways.sample.decode import Decoder
-from bothways.sample.masked import hidden_logits
-from bothways.sample.sampling_params import SamplingParams
-from bothways.sample.text import callbacks
 
 from bothways import sharding
 from bothways.chips import Topology, usual_shape
 from bothways.config import MeshConfig
 from bothways.errors import InputError
 from bothways.flops import executed_flops
+from bothways.model.axes import activation_shardings, traced_for
+from bothways.model.stack import unstack_layers
+from bothways.plan import hlo
+from bothways.plan.candidates import PAD_VOCABULARY, held, parameter_axes
+from bothways.plan.roofline import bytes_per_device, compile_quietly, read_text, summed_collectives
+from bothways.plan.training import planned_model, with_vocabulary
 from bothways.recipes import Recipe
 from bothways.registry import make_module
 from bothways.rundir import compute_dtype_shapes, param_shapes
+from bothways.sample.decode import Decoder
+from bothways.sample.masked import hidden_logits
+from bothways.sample.sampling_params import SamplingParams
+from bothways.sample.text import callbacks
 
 ROWS = 16
 MASKS = 16

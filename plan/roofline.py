@@ -1,21 +1,34 @@
 """What a compiled program needs: its memory, what travels between chips, and how long that takes at best."""
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from bothways.plan import hlo
 from jax.sharding import Mesh, NamedSharding
 
 from bothways.chips import Topology, quiet_stderr
+from bothways.plan import hlo
+
+
+@contextlib.contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    """JAX writes programs for absent devices into its persistent cache, and cannot read them back."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 def compile_quietly(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, float, list[str]]:
     """The compiled program, or None and the bytes it would need on a device; and what there is to log."""
     try:
-        with quiet_stderr():
+        with quiet_stderr(), _without_compilation_cache():
             return lowered.compile(), 0.0, []
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):

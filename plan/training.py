@@ -8,25 +8,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from bothways.data.rng import ExampleRng
-from bothways.data.tokenizer import made_up_vocabulary
-from bothways.data.tokens import Tokens
-from bothways.model.config import TransformerConfig
-from bothways.plan import hlo
-from bothways.plan.candidates import candidates, flags
-from bothways.plan.roofline import between_slices, bytes_per_device, compile_quietly, read_text, summed_collectives
-from bothways.train.objectives import make_objective
-from bothways.train.optimizer import make_optimizer
-from bothways.train.step import TrainState, init_state, make_train_step, state_shardings
 from jax.sharding import Mesh
 
 from bothways import sharding
 from bothways.chips import GIB, Topology, usual_shape
 from bothways.config import MeshConfig
+from bothways.data.rng import ExampleRng
+from bothways.data.tokenizer import made_up_vocabulary
+from bothways.data.tokens import Tokens
 from bothways.errors import InputError
 from bothways.flops import executed_flops, recipe_flops_per_token, tokens_per_row
+from bothways.model.config import TransformerConfig
+from bothways.plan import hlo
+from bothways.plan.candidates import candidates, flags
+from bothways.plan.roofline import between_slices, bytes_per_device, compile_quietly, read_text, summed_collectives
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
+from bothways.train.objectives import make_objective
+from bothways.train.optimizer import make_optimizer
+from bothways.train.step import TrainState, init_state, make_train_step, state_shardings
 
 DAY = 86_400.0
 

@@ -7,9 +7,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
 from bothways.model.cache import Cache
 from bothways.sample.decode import Forward, Logits
-from jaxtyping import Float, Int
 
 NEVER = -1e30
 

@@ -14,9 +14,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
+
 from bothways.model.cache import Cache
 from bothways.sample.sampling_params import SamplingParams, sample_token
-from jaxtyping import Bool, Float, Int
 
 Forward = Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]
 Logits = Callable[[Any, jax.Array], jax.Array]

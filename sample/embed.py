@@ -8,12 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bothways.model.seq2seq import Seq2Seq
-from bothways.model.task import mean_over
-from bothways.sample.decode import padded
 
 from bothways.errors import InputError
+from bothways.model.seq2seq import Seq2Seq
+from bothways.model.task import mean_over
 from bothways.rundir import Run
+from bothways.sample.decode import padded
 
 BATCH = 64
 

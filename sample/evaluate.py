@@ -5,15 +5,15 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from bothways import rundir
 from bothways.data import corpora, examples, pairs, pipeline, tokens
 from bothways.data.tokens import Tokens
+from bothways.errors import InputError
 from bothways.sample import score as scoring
 from bothways.sample.hybrid import HybridModel
 from bothways.sample.masked import MaskedModel, hidden_logprobs, next_sentence_right
 from bothways.sample.text import TextModel
-
-from bothways import rundir
-from bothways.errors import InputError
 
 SUITES = ("validation", "test")
 

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from bothways.model.gpt import MaskedNextToken
+from bothways.rundir import Run
 from bothways.sample.masked import Filled, MaskedModel
 from bothways.sample.text import Score, TextModel
-
-from bothways.rundir import Run
 
 
 class HybridModel(TextModel):

@@ -13,17 +13,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bothways.compare.core import BOTH, FORWARD, batches, readings
-from bothways.sample.evaluate import Metric
-from bothways.sample.masked import BATCH, MaskedModel, hidden_batch
-from bothways.sample.open import open_model
-from bothways.sample.text import TextModel
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from bothways.errors import InputError
 from bothways.log import log
 from bothways.rundir import directory, load_run
+from bothways.sample.directions import BOTH, FORWARD, directions
+from bothways.sample.evaluate import Metric
+from bothways.sample.masked import BATCH, MaskedModel, hidden_batch
+from bothways.sample.open import open_model
+from bothways.sample.text import TextModel
 
 RULES = ("causal", "pll", "pll_word")
 
@@ -61,7 +61,7 @@ class BothwaysLM(TemplateLM):
         self.model = open_model(load_run(directory(run), log)) if isinstance(run, str | Path) else run
         self.tokens = self.model.tokenizer
         self.add_bos = str(add_bos) != "False"
-        known = readings(self.model)
+        known = directions(self.model)
         if not known:
             raise InputError(f"lm-eval asks a gpt or a bert; {self.model.run.home} is a {self.model.recipe.family} run")
         self.rule = rule or ("causal" if FORWARD in known else "pll_word")
@@ -116,7 +116,7 @@ class BothwaysLM(TemplateLM):
         ]
         copies.sort(key=lambda c: (len(c[1]), len(c[2])))
         nats, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-        for some in batches(copies, BATCH):
+        for some in (copies[i : i + BATCH] for i in range(0, len(copies), BATCH)):
             _, rows, places, targets = zip(*some, strict=True)
             batch = hidden_batch(rows, places, targets, self.max_length + 1, self.tokens.pad)
             logprobs, best = map(np.asarray, logprobs_and_greedy(self.reading.run.module, self.reading.run.params, batch))

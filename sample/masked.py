@@ -11,15 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from bothways.data.tokenizer import MASK
+from bothways.errors import InputError
 from bothways.model.loss import token_logprobs
+from bothways.rundir import Run
 from bothways.sample.decode import bucket, padded
 from bothways.sample.embed import BATCH, Embedder
 from bothways.sample.sampling_params import SamplingParams, sample_token
 from bothways.sample.text import Sample, Score, draw_keys, to_sample
-
-from bothways.errors import InputError
-from bothways.rundir import Run
 
 Batch = dict[str, np.ndarray]
 

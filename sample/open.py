@@ -2,15 +2,14 @@
 
 import os
 
+from bothways.config import MeshConfig
+from bothways.log import log
+from bothways.rundir import Run, directory, load_run
 from bothways.sample.embed import Embedder
 from bothways.sample.hybrid import HybridModel
 from bothways.sample.masked import MaskedModel
 from bothways.sample.predict import TaskPredictor
 from bothways.sample.text import TextModel
-
-from bothways.config import MeshConfig
-from bothways.log import log
-from bothways.rundir import Run, directory, load_run
 from bothways.sharding import shardings_for_inference
 
 Model = TextModel | MaskedModel | HybridModel

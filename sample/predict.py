@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bothways.data.task_examples import Example, decisions, encode
 
+from bothways.data.task_examples import Example, decisions, encode
 from bothways.errors import InputError
 from bothways.rundir import Run
 

@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from bothways.data.pairs import packed
+from bothways.errors import InputError
 from bothways.model.loss import token_logprobs
 from bothways.sample.decode import bucket
-
-from bothways.errors import InputError
 
 
 def windows(length: int, context: int) -> list[tuple[int, int, int]]:

@@ -9,17 +9,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from bothways.data.tokenizer import Tokenizer
+from bothways.errors import InputError
 from bothways.model.cache import Cache
+from bothways.recipes import Recipe
+from bothways.rundir import Run
 from bothways.sample import score as scoring
 from bothways.sample.beam import make_beam_search
 from bothways.sample.decode import Begin, Decoder, Forward, Logits, Row, SourceTokens, bucket
 from bothways.sample.embed import vectors
 from bothways.sample.sampling_params import SamplingParams
-
-from bothways.errors import InputError
-from bothways.recipes import Recipe
-from bothways.rundir import Run
 
 BATCH = 128
 """Rows, or hypotheses, that are decoded together."""

@@ -15,11 +15,11 @@ import dataclasses
 
 import jax
 import pytest
-from bothways.data.config import DataConfig
-from bothways.model.config import TransformerConfig
 
 from bothways import sharding
 from bothways.config import MeshConfig, OptimizerConfig, TrainConfig
+from bothways.data.config import DataConfig
+from bothways.model.config import TransformerConfig
 from bothways.recipes import Recipe
 from tests.corpus import made_up_text
 

@@ -7,11 +7,11 @@ import sys
 import types
 
 import pytest
-from bothways.data import tokens
-from bothways.train.loop import Result
 
 import bothways
 from bothways.cli import COMMANDS
+from bothways.data import tokens
+from bothways.train.loop import Result
 
 TINY_FLAGS = (
     "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context-length 16 --data.vocab-size 320 --train.batch-size 8 "

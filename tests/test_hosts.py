@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
-from bothways.train.loop import train
 
 from bothways.recipes import Recipe
+from bothways.train.loop import train
 
 STEPS, SAVE = 120, 20
 

@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bothways.data.tokens import obtain_tokenizer
-from bothways.model.stack import unstack_layers
-from bothways.sample.masked import MaskedModel
-from bothways.train.finetune import FinetuneConfig, Tuner
-from bothways.train.loop import train
-from bothways.train.start import check_start, start_from
 from fsspec.implementations.memory import MemoryFileSystem
 
 import bothways
 from bothways import rundir, sharding
 from bothways.commands.train import continuation_of
 from bothways.config import MeshConfig
+from bothways.data.tokens import obtain_tokenizer
 from bothways.errors import InputError
+from bothways.model.stack import unstack_layers
+from bothways.sample.masked import MaskedModel
+from bothways.train.finetune import FinetuneConfig, Tuner
+from bothways.train.loop import train
+from bothways.train.start import check_start, start_from
 from tests.train.bodies import body, dog_task, write
 
 MESH = MeshConfig(1, 2, 2)

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from bothways.configs import find
-from bothways.model.axes import path_names
 from jax.sharding import AbstractMesh
 
 from bothways import sharding
 from bothways.config import MeshConfig
+from bothways.configs import find
 from bothways.errors import InputError
+from bothways.model.axes import path_names
 from bothways.registry import make_module, tiny_inputs
 from bothways.rundir import param_shapes
 

@@ -12,21 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+
+from bothways import rundir, sharding
+from bothways.config import FinetuneConfig, MeshConfig, OptimizerConfig
 from bothways.data import metrics, pipeline
 from bothways.data.examples import as_is
 from bothways.data.task_examples import TaskRows, decisions
 from bothways.data.tasks import Task
+from bothways.errors import InputError
+from bothways.log import log
 from bothways.model.loss import TokenLoss, cross_entropy
 from bothways.model.task import TaskModel
+from bothways.rundir import Run, TaskInfo
 from bothways.train.objectives import Batch, Objective, Sums, class_loss
 from bothways.train.optimizer import make_optimizer
 from bothways.train.step import TrainState, make_train_step, state_shardings
-
-from bothways import rundir, sharding
-from bothways.config import FinetuneConfig, MeshConfig, OptimizerConfig
-from bothways.errors import InputError
-from bothways.log import log
-from bothways.rundir import Run, TaskInfo
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,22 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from bothways import rundir, sharding
+from bothways.chips import PEAK_FLOPS
 from bothways.data import corpora, pipeline, tokens
 from bothways.data.tokenizer import Tokenizer
+from bothways.errors import Diverged, InputError, Stopped
+from bothways.flops import recipe_flops_per_token
+from bothways.log import log
+from bothways.recipes import Recipe
+from bothways.registry import make_module, tiny_inputs
 from bothways.train import hosts
 from bothways.train.objectives import make_objective
 from bothways.train.optimizer import make_optimizer
 from bothways.train.report import Reporter
 from bothways.train.start import check_start, start_from
 from bothways.train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
-
-from bothways import rundir, sharding
-from bothways.chips import PEAK_FLOPS
-from bothways.errors import Diverged, InputError, Stopped
-from bothways.flops import recipe_flops_per_token
-from bothways.log import log
-from bothways.recipes import Recipe
-from bothways.registry import make_module, tiny_inputs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,14 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from bothways.config import ObjectiveConfig
 from bothways.data import examples, pairs
 from bothways.data.pipeline import ExampleFn, RowSource
 from bothways.data.tokenizer import Vocabulary
 from bothways.data.tokens import Rows, Tokens
-from bothways.model.loss import TokenLoss, cross_entropy
-
-from bothways.config import ObjectiveConfig
 from bothways.errors import InputError
+from bothways.model.loss import TokenLoss, cross_entropy
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, TokenLoss]

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import optax
-from bothways.model.axes import logical_axes, path_names
 
 from bothways.config import OptimizerConfig
+from bothways.model.axes import logical_axes, path_names
 
 
 def schedule(cfg: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from bothways.data.tokenizer import Tokenizer
-from bothways.model.config import TransformerConfig
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bothways import rundir
+from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 from bothways.log import log
+from bothways.model.config import TransformerConfig
 from bothways.recipes import Recipe
 
 HEADS = ("masked_head", "next_sentence", "pooler")

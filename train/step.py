@@ -8,12 +8,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from bothways.model.axes import activation_shardings
-from bothways.train.objectives import Batch, Objective
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from bothways import sharding
+from bothways.model.axes import activation_shardings
+from bothways.train.objectives import Batch, Objective
 
 Metrics = dict[str, jax.Array]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+
 from bothways.data import tokenizer as tokenizers
 from bothways.data.tokenizer import Tokenizer
 from bothways.model.config import TransformerConfig
-from bothways.sample.masked import MaskedModel
-
 from bothways.recipes import Recipe
 from bothways.rundir import Run
+from bothways.sample.masked import MaskedModel
 
 
 class Bigram(nn.Module):

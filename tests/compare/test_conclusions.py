@@ -1,6 +1,7 @@
 """What the experiments on running text conclude from measurements that leave no doubt, and from those that say nothing."""
 
 import pytest
+
 from bothways.compare import directions, generation, prompts, stats
 from bothways.compare.core import BOTH, FORWARD
 

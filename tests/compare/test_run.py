@@ -5,9 +5,9 @@ import html.parser
 import json
 
 import pytest
+
 from bothways.compare import core, modes, pictures, report, run, stats
 from bothways.compare.core import Experiment, Measurement, Result, Size, Table
-
 from bothways.config import ObjectiveConfig
 from bothways.errors import InputError
 

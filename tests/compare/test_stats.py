@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from bothways.compare import stats
 
 
@@ -43,8 +44,8 @@ def test_a_verdict_wants_an_interval_without_zero():
     assert stats.verdict(stats.Estimate(-1, -1.5, -0.5, 3)) == stats.FAILS
     assert stats.verdict(stats.Estimate(1, -0.5, 2.5, 3)) == stats.OPEN
     assert stats.verdict(stats.Estimate(1, 1, 1, 2)) == stats.OPEN  # what shows no spread shows nothing
-    assert "not significant" in stats.told(stats.Estimate(1, -0.5, 2.5, 3))
-    assert "not significant" not in stats.told(stats.Estimate(1, 0.5, 1.5, 3))
+    assert "not significant" in stats.format_difference(stats.Estimate(1, -0.5, 2.5, 3))
+    assert "not significant" not in stats.format_difference(stats.Estimate(1, 0.5, 1.5, 3))
 
 
 def test_a_claim_of_parts_holds_only_whole():

@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import tokenizers
-from bothways.convert.families import FAMILIES
 from safetensors.numpy import load_file, save_file
 
 import bothways
+from bothways.convert.families import FAMILIES
 from bothways.recipes import Recipe
 from bothways.rundir import param_shapes
 from tests.corpus import made_up_text

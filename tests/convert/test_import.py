@@ -8,15 +8,15 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from bothways.configs import find
 from bothways.convert import files
 from bothways.convert.families import FAMILIES, family_for
 from bothways.convert.gguf_file import CONFIG, STEMS
 from bothways.convert.layout import shapes_of
-from bothways.model.config import RotaryScaling
-from safetensors.numpy import load_file, save_file
-
 from bothways.errors import InputError
+from bothways.model.config import RotaryScaling
 from bothways.recipes import Recipe
 from bothways.rundir import param_shapes
 from tests.convert.published import SIZES, change, checkpoint, refused

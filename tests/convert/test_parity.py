@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bothways.convert import check
-from bothways.convert.run import export_run, import_run
-from bothways.train.objectives import make_objective
-from bothways.train.optimizer import make_optimizer
-from bothways.train.step import TrainState, make_train_step, state_shardings
 
 from bothways import sharding
 from bothways.config import MeshConfig, OptimizerConfig
+from bothways.convert import check
+from bothways.convert.run import export_run, import_run
 from bothways.registry import make_module
 from bothways.rundir import load_run
+from bothways.train.objectives import make_objective
+from bothways.train.optimizer import make_optimizer
+from bothways.train.step import TrainState, make_train_step, state_shardings
 from tests.convert.published import save_tokenizer, shuffled
 
 torch = pytest.importorskip("torch", reason="the extra `parity` (torch, transformers) is not installed")

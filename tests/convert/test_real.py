@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bothways.convert import check
-from bothways.convert.run import import_run
 
 import bothways
+from bothways.convert import check
+from bothways.convert.run import import_run
 
 
 def file_of(package: str, pattern: str) -> Path:

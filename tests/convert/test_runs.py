@@ -7,16 +7,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from bothways.convert.run import export_run, import_run
-from bothways.sample.evaluate import evaluate
-from bothways.train.loop import train
 from safetensors.numpy import load_file
 
 import bothways
 from bothways.config import TrainConfig
+from bothways.convert.run import export_run, import_run
 from bothways.errors import InputError
 from bothways.recipes import Recipe
 from bothways.rundir import load_run
+from bothways.sample.evaluate import evaluate
+from bothways.train.loop import train
 from tests.convert.published import change, checkpoint, quiet, refused, save_tokenizer
 from tests.train.bodies import body, write
 

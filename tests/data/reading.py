@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+
 from bothways.data import corpora
 from bothways.data.config import DataConfig
 

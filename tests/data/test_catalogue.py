@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
-from bothways.data import corpora
 
+from bothways.data import corpora
 from bothways.errors import InputError
 from tests.data.reading import everything, load
 

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from bothways.data import corpora, files, plays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bothways.data import corpora, files, plays
 from bothways.errors import InputError
 from tests.data.reading import STORY, everything, in_all, load
 

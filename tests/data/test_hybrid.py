@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+
 from bothways.data import examples
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary

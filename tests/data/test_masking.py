@@ -4,11 +4,11 @@ import functools
 
 import numpy as np
 import pytest
+
 from bothways.data.examples import Masking, hide, masked_row, segment_positions
 from bothways.data.pipeline import Stacked, training_batches
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
-
 from tests.data.reading import singly
 
 ROWS, LENGTH, SIGMAS = 1000, 61, 4

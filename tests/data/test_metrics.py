@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from bothways.data import metrics
 
 GOLD = ["a", "a", "a", "b", "b", "c"]

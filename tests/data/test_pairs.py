@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from bothways.data import bibles, corpora
 from bothways.data.config import DataConfig
 from bothways.data.pairs import PackedPairs, Spans, corrupted, hidden_spans, pack, parts
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
 from bothways.data.tokens import Tokens
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from bothways.errors import InputError
 from tests.data.reading import singly
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from bothways.data.pipeline import Stacked, evaluation_batches, training_batches
 from bothways.data.rng import ExampleRng, epoch_permutation
 

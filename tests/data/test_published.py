@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+
 from bothways.data.published import PublishedTokenizer
 from bothways.data.tokenizer import Tokenizer
-
 from bothways.errors import InputError
 from tests.convert.published import BERT_SPECIAL, byte_level, save_tokenizer, wordpiece
 

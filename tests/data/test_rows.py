@@ -5,15 +5,15 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from bothways.data import tokens as token_files
 from bothways.data.config import DataConfig
 from bothways.data.corpora import Corpus
 from bothways.data.examples import causal, segment_positions
 from bothways.data.rng import ExampleRng
 from bothways.data.tokens import Rows, Tokens
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from bothways.errors import InputError
 from tests.data.reading import singly
 

@@ -5,10 +5,10 @@ import itertools
 
 import numpy as np
 import pytest
+
 from bothways.data.examples import Masking, Pairs, sentence_pair, truncated
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
-
 from bothways.errors import InputError
 from tests.data.reading import singly
 

@@ -4,12 +4,12 @@ import random
 
 import numpy as np
 import pytest
-from bothways.data import tokenizer as tokenizers
-from bothways.data.task_examples import TaskRows, decisions, encode, wrap
-from bothways.data.tasks import Task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bothways.data import tokenizer as tokenizers
+from bothways.data.task_examples import TaskRows, decisions, encode, wrap
+from bothways.data.tasks import Task
 from bothways.errors import InputError
 from bothways.rundir import TaskInfo
 from tests.corpus import made_up_text

@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from bothways.data import plays, tasks
 
+from bothways.data import plays, tasks
 from bothways.errors import InputError
 
 RECORDS = [{"text": f"text {i}", "label": "good" if i % 3 else "bad"} for i in range(20)]

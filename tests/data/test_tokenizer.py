@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 import sentencepiece as spm
-from bothways.data import tokenizer as tokenizers
-from bothways.data.tokenizer import MASK, Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bothways.data import tokenizer as tokenizers
+from bothways.data.tokenizer import MASK, Tokenizer
 from bothways.errors import InputError
 
 TEXTS = [

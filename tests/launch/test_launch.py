@@ -8,13 +8,13 @@ import subprocess
 import tarfile
 
 import pytest
-from bothways.configs import find
-from bothways.launch.job import GPUs, code_archive
-from bothways.launch.start import prepare, start
 
 import bothways
 from bothways.config import MeshConfig
+from bothways.configs import find
 from bothways.errors import InputError
+from bothways.launch.job import GPUs, code_archive
+from bothways.launch.start import prepare, start
 from bothways.recipes import Recipe
 
 GCP = {"bucket": "gs://some-bucket/runs", "project": "some-project", "zone": "us-west4-a"}

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+
 from bothways.configs import names
 from bothways.model.axes import path_names
-
 from bothways.recipes import Recipe
 from bothways.rundir import param_shapes
 

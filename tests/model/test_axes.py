@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+
 from bothways.model.axes import logical_axes, path_names
 from bothways.model.config import TransformerConfig
 from bothways.model.mask import Mask
 from bothways.model.stack import Stack
-
 from bothways.registry import FAMILIES, make_module, tiny_inputs
 
 

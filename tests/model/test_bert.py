@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from bothways.config import ObjectiveConfig
 from bothways.configs.bert import recipes
 from bothways.data.tokenizer import made_up_vocabulary
 from bothways.model.axes import path_names
-from bothways.train.objectives import make_objective
-
-from bothways.config import ObjectiveConfig
 from bothways.registry import make_module
+from bothways.train.objectives import make_objective
 
 ROWS, LENGTH, ASKED = 3, 13, 5
 VOCABULARY = made_up_vocabulary(37)

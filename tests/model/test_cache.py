@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bothways.model.cache import Cache
 from bothways.model.decoder import Decoder
 from bothways.model.stack import unstack_layers

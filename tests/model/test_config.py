@@ -6,10 +6,10 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import jax
 import jax.numpy as jnp
 import pytest
+
 from bothways.configs import names
 from bothways.model.config import RotaryScaling, TransformerConfig
 from bothways.model.loss import cross_entropy
-
 from bothways.registry import make_module
 
 

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from bothways import sharding
+from bothways.config import MeshConfig
 from bothways.model import kernels
 from bothways.model.attention import attend, attend_whole
 from bothways.model.axes import activation_shardings, constrain_activation
 from bothways.model.mask import Mask
-
-from bothways import sharding
-from bothways.config import MeshConfig
 from bothways.registry import make_module
 
 B, T, H, G, K = 4, 256, 4, 2, 8

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bothways.model.attention import Attention, attend
 from bothways.model.axes import path_names, traced_for
 from bothways.model.block import ACTIVATIONS, MLP, Block

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bothways.model.loss import cross_entropy
 
 B, T, D, V = 3, 12, 7, 53

@@ -4,10 +4,11 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
-from bothways.model import mask as mask_module
-from bothways.model.mask import Mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bothways.model import mask as mask_module
+from bothways.model.mask import Mask
 
 fixed = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bothways.configs import find
 from bothways.model.cache import Cache
 from bothways.model.config import TransformerConfig
-
 from bothways.registry import make_module
 from bothways.rundir import param_shapes
 
@@ -101,7 +101,7 @@ def test_pairs_packed_into_a_row_are_what_they_are_alone(setting):
 def test_following_the_survivors_of_a_search_leaves_the_sources_alone(tiny):
     cache = Cache.empty(tiny, 4, 3)
     numbered = jax.tree.map(lambda x: x + jnp.arange(4).reshape(4, *[1] * (x.ndim - 1)).astype(x.dtype), cache)
-    layers = tuple(layer.replace(memory=layer) for layer in numbered.layers)
+    layers = tuple(layer.replace(cross_kv=layer) for layer in numbered.layers)
     taken = numbered.replace(layers=layers).gather_rows(jnp.array([2, 2, 0, 1]), cross=False)
     assert taken.length.tolist() == [2, 2, 0, 1]
     assert taken.layers[0].k[:, 0, 0, 0].tolist() == [2, 2, 0, 1]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bothways.model.decoder import Decoder
 from bothways.model.encoder import Encoder
 from bothways.model.mask import Mask
@@ -162,7 +163,7 @@ READERS = [("decoder", "learned"), ("decoder", "sinusoidal"), ("decoder", "rotar
 def read(request, tiny, filled):
     """(tokens, positions, segments) -> features, of a model with a local layer."""
     kind, positions = request.param
-    cfg = dataclasses.replace(tiny, positions=positions, n_layers=2, layer_pattern=("global", "local"), window=3)
+    cfg = dataclasses.replace(tiny, position_embedding=positions, n_layers=2, layer_pattern=("global", "local"), window=3)
     module = {"decoder": Decoder, "encoder": Encoder}[kind](cfg)
     params = jax.device_put(filled(module, jnp.zeros((1, 2), jnp.int32)))
 

@@ -5,14 +5,14 @@ import json
 
 import jax
 import pytest
-from bothways.plan import hlo
-from bothways.plan.candidates import parameter_axes
-from bothways.plan.decoding import _turn, plan_decoding
 
 import bothways
 from bothways import chips
 from bothways.chips import GIB, Topology
 from bothways.errors import InputError
+from bothways.plan import hlo
+from bothways.plan.candidates import parameter_axes
+from bothways.plan.decoding import _turn, plan_decoding
 from tests.plan.test_plan import PROGRAM
 
 

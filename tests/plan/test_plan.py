@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bothways.configs import find
-from bothways.plan import hlo
-from bothways.plan.candidates import candidates, flags, guess, held, meshes, parameter_axes, rate, with_ramp
-from bothways.plan.roofline import between_slices, collective_seconds
-from bothways.plan.training import plan, search
 
 import bothways
 from bothways import sharding
 from bothways.chips import CHIPS, Topology
 from bothways.config import MeshConfig
+from bothways.configs import find
 from bothways.errors import InputError
 from bothways.flops import recipe_flops_per_token
+from bothways.plan import hlo
+from bothways.plan.candidates import candidates, flags, guess, held, meshes, parameter_axes, rate, with_ramp
+from bothways.plan.roofline import between_slices, collective_seconds
+from bothways.plan.training import plan, search
 from bothways.registry import make_module
 
 pytestmark = pytest.mark.usefixtures("compiled_well")
@@ -339,7 +339,7 @@ def test_a_search_that_finds_nothing_says_why(planned, eight_devices, monkeypatc
     if section:
         recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **{field: value})})
     topology = Topology.parse("v5e:2x2" if "libtpu" in said else "cpu:8")
-    monkeypatch.setattr("plan.training.plan", fails)
+    monkeypatch.setattr("bothways.plan.training.plan", fails)
     monkeypatch.setattr("bothways.chips.importlib.util.find_spec", lambda _: None)
     told = []
     with pytest.raises(InputError, match=said):
@@ -361,7 +361,7 @@ def test_padded_rows_stand_for_no_token(tiny_with):
         short = module.apply({"params": cut}, features, method="logits")
         long = wide.apply({"params": params}, features, method="logits")
         assert long.shape[-1] == 48
-        np.testing.assert_allclose(long[..., :37], short, rtol=1e-6)
+        np.testing.assert_allclose(long[..., :37], short, rtol=1e-5, atol=1e-6)
         assert float(jax.nn.softmax(long)[..., 37:].sum()) == 0.0
 
         def loss(table, bias=None, features=features, tokens=tokens):

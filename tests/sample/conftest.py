@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bothways.model.cache import Cache
 from bothways.model.gpt import GPT
 from bothways.sample.decode import Decoder

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from bothways.model.cache import Cache, LayerCache
 from bothways.sample.decode import Decoder
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from bothways.sample.beam import length_penalty, make_beam_search
 from bothways.sample.decode import Decoder, Row
-
 from tests.sample.models import Known, remembering
 
 V, EOS = 5, 0

@@ -5,15 +5,15 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from bothways.sample.decode import Decoder, Row, bucket
-from bothways.sample.sampling_params import SamplingParams, choose
 
+from bothways.sample.decode import Decoder, Row, bucket
+from bothways.sample.sampling_params import SamplingParams, sample_token
 from tests.sample.models import Known, markov, remembering
 
 GREEDY = SamplingParams.make(greedy=True)
 SAMPLING = SamplingParams.make(temperature=0.8)
 METHODS = pytest.mark.parametrize("method", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-CHOOSE = jax.jit(choose)
+CHOOSE = jax.jit(sample_token)
 PROMPTS = [[5, 1, 4], [2], [6, 6, 1, 2, 5, 4, 1, 2, 2, 5, 1], [1, 2], [4, 4, 4, 4, 4, 4, 4]]
 
 # A chain drawn by hand over the tokens 0 to 6, 0 ends:  1 -> 2 -> 4 -> 5 -> 0,  6 -> 6,  3 -> 6 or 0.

@@ -7,19 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import bothways
+from bothways.config import ObjectiveConfig
 from bothways.data import examples
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
+from bothways.errors import InputError
 from bothways.model.gpt import GPT, MaskedNextToken
 from bothways.model.task import TaskModel
 from bothways.sample import evaluate
 from bothways.sample.score import causal_logprobs
 from bothways.train import loop
 from bothways.train.objectives import make_objective
-
-import bothways
-from bothways.config import ObjectiveConfig
-from bothways.errors import InputError
 
 T, V = 11, 37
 

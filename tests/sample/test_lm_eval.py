@@ -9,14 +9,13 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'bothways[lmeval]'")
 
+import bothways
 from bothways.compare.core import continued
+from bothways.config import ObjectiveConfig
+from bothways.errors import InputError
 from bothways.sample import lm_eval_backend as harness
 from bothways.sample.score import causal_logprobs
 from bothways.train import loop
-
-import bothways
-from bothways.config import ObjectiveConfig
-from bothways.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

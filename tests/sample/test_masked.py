@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bothways.data import tokenizer as tokenizers
-from bothways.sample import masked
-from bothways.sample.masked import MaskedModel
 
 import bothways
 from bothways import rundir
 from bothways.config import ObjectiveConfig
+from bothways.data import tokenizer as tokenizers
 from bothways.errors import InputError
 from bothways.recipes import Recipe
 from bothways.registry import make_module
+from bothways.sample import masked
+from bothways.sample.masked import MaskedModel
 from tests.corpus import made_up_text
 
 CONTEXT = 16
@@ -377,7 +377,7 @@ def test_what_cannot_be_embedded_is_refused(model):
 )
 def test_a_causal_run_refuses_with_its_reason(tiny, model, tmp_path, monkeypatch, capsys, argv, reason):
     causal = rundir.Run(tmp_path, Recipe(model=tiny), model.tokenizer, make_module("gpt", tiny), None, 0)
-    monkeypatch.setattr(rundir, "load_run", lambda *_, **how: causal)
+    monkeypatch.setattr("bothways.sample.open.load_run", lambda *_, **how: causal)
     (tmp_path / "texts").write_text("the king\n")
     argv = [{"RUN": str(tmp_path), "TEXTS": str(tmp_path / "texts")}.get(a, a) for a in argv]
     assert bothways.main(argv) == 2

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bothways.sample.sampling_params import SamplingParams, filter_logits, sample_token
 
 from bothways.errors import InputError
+from bothways.sample.sampling_params import SamplingParams, filter_logits, sample_token
 
 # Token:        0     1     2     3     4     5
 P = np.array([0.10, 0.40, 0.04, 0.25, 0.06, 0.15])  # in order: 1, 3, 5, 0, 4, 2

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from bothways.sample.score import causal_logprobs, windows
 
 

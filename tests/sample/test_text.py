@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from bothways.data import tokenizer as tokenizers
-from bothways.sample.text import TextModel, utf8_so_far
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bothways import rundir
+from bothways.data import tokenizer as tokenizers
 from bothways.errors import InputError
 from bothways.recipes import Recipe
+from bothways.sample.text import TextModel, utf8_so_far
 from tests.corpus import made_up_text
 
 CONTEXT = 24

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from bothways.data import tokenizer as tokenizers
-from bothways.data.tasks import Task
-from bothways.model.config import TransformerConfig
 
 from bothways import rundir
 from bothways.config import ObjectiveConfig
+from bothways.data import tokenizer as tokenizers
+from bothways.data.tasks import Task
+from bothways.model.config import TransformerConfig
 from bothways.recipes import Recipe
 from bothways.registry import make_module
 from tests.corpus import made_up_text

@@ -3,16 +3,16 @@
 import dataclasses
 
 import pytest
+
+from bothways.config import MeshConfig, ObjectiveConfig, TrainConfig
 from bothways.configs import find, names
 from bothways.data.pipeline import evaluation_batches
 from bothways.data.tokenizer import made_up_vocabulary
-from bothways.plan.training import made_up_tokens
-from bothways.train.objectives import make_objective
-
-from bothways.config import MeshConfig, ObjectiveConfig, TrainConfig
 from bothways.errors import InputError
 from bothways.flops import tokens_per_row
+from bothways.plan.training import made_up_tokens
 from bothways.recipes import Recipe
+from bothways.train.objectives import make_objective
 
 
 def test_without_a_ramp_position_is_step_times_batch():

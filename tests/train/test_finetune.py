@@ -6,16 +6,16 @@ import json
 import jax
 import numpy as np
 import pytest
+
+import bothways
+from bothways import sharding
 from bothways.data import pipeline
 from bothways.data.examples import as_is
+from bothways.errors import InputError
 from bothways.model.task import mean_over
 from bothways.sample.predict import TaskPredictor
 from bothways.train import finetune as tuning
 from bothways.train.finetune import FinetuneConfig, Tuner, finetune, task_objective
-
-import bothways
-from bothways import sharding
-from bothways.errors import InputError
 from tests.train.bodies import LENGTH, batch_of, body, dog_task, params_of, write
 
 FAMILIES = ("gpt", "bert")

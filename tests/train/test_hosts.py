@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from bothways.train import hosts
 
 from bothways.errors import InputError
+from bothways.train import hosts
 
 
 @pytest.fixture

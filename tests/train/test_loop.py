@@ -10,16 +10,16 @@ import types
 import jax
 import numpy as np
 import pytest
+
+from bothways import rundir, sharding
+from bothways.config import MeshConfig
 from bothways.data import corpora
 from bothways.data.examples import as_is
 from bothways.data.pipeline import Stacked
 from bothways.data.tokenizer import Tokenizer
+from bothways.errors import Diverged, InputError, Stopped
 from bothways.sample import evaluate as figures
 from bothways.train.loop import Evaluator, Throughput, train
-
-from bothways import rundir, sharding
-from bothways.config import MeshConfig
-from bothways.errors import Diverged, InputError, Stopped
 
 
 def on_devices(recipe, **fields):

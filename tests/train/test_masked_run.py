@@ -8,13 +8,13 @@ import signal
 import jax
 import numpy as np
 import pytest
-from bothways.train import loop
 
 import bothways
 from bothways import rundir
 from bothways.config import MeshConfig, ObjectiveConfig
 from bothways.errors import InputError, Stopped
 from bothways.recipes import Recipe
+from bothways.train import loop
 from tests.corpus import made_up_text
 
 SHORT, LONG, SHORT_STEPS, STEPS = 11, 16, 3, 5

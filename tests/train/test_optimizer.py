@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bothways.train.optimizer import decayed, make_optimizer, matrices, schedule
 
 from bothways.config import OptimizerConfig
 from bothways.registry import make_module, tiny_inputs
+from bothways.train.optimizer import decayed, make_optimizer, matrices, schedule
 
 
 def rates(steps=100, **fields):

@@ -8,15 +8,15 @@ import types
 
 import numpy as np
 import pytest
-from bothways.compare.core import readings
-from bothways.data.config import DataConfig
-from bothways.model.config import TransformerConfig
-from bothways.sample.evaluate import evaluate, held_out_pairs
 
 import bothways
+from bothways.compare.core import directions
 from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from bothways.data.config import DataConfig
 from bothways.errors import InputError
+from bothways.model.config import TransformerConfig
 from bothways.recipes import Recipe
+from bothways.sample.evaluate import evaluate, held_out_pairs
 
 pytestmark = pytest.mark.usefixtures("compiled_well", "one_device")
 MODEL = TransformerConfig(
@@ -127,7 +127,7 @@ def test_what_an_encoder_decoder_cannot_do_is_said(reversing, capsys):
     ):
         assert bothways.main(argv) == 2
         assert message in capsys.readouterr().err
-    assert readings(model) == {}
+    assert directions(model) == {}
     with pytest.raises(InputError, match="source TAB target"):
         model.score(["no tab here"])
 

@@ -6,16 +6,16 @@ import functools
 import jax
 import numpy as np
 import pytest
-from bothways.data import examples, pairs
-from bothways.data.rng import ExampleRng
-from bothways.data.tokenizer import made_up_vocabulary
-from bothways.train.objectives import make_objective
-from bothways.train.optimizer import make_optimizer
-from bothways.train.step import init_state, make_eval_step, make_train_step, state_shardings
 
 from bothways import sharding
 from bothways.config import MeshConfig, ObjectiveConfig, OptimizerConfig
+from bothways.data import examples, pairs
+from bothways.data.rng import ExampleRng
+from bothways.data.tokenizer import made_up_vocabulary
 from bothways.registry import FAMILIES, make_module, tiny_inputs
+from bothways.train.objectives import make_objective
+from bothways.train.optimizer import make_optimizer
+from bothways.train.step import init_state, make_eval_step, make_train_step, state_shardings
 
 ROWS, LENGTH = 16, 14  # the context axis divides the length
 

@@ -1,0 +1,26 @@
+"""The directions that a model may be scored in: forward, each token from those before it; both ways, from all others."""
+
+import dataclasses
+
+from bothways.model.gpt import MaskedNextToken
+from bothways.sample.hybrid import HybridModel
+from bothways.sample.masked import MaskedModel
+from bothways.sample.text import TextModel
+
+FORWARD, BOTH = "forward", "both ways"
+
+
+def directions(model: TextModel | MaskedModel | HybridModel) -> dict[str, MaskedModel]:
+    """The directions that a model was trained in, each with the interface of MaskedModel.
+
+    Forward, the prediction at a position depends on the tokens before it only, whatever stands at it and after it.
+    """
+    if isinstance(model, MaskedModel):
+        return {BOTH: model}
+    objective, cfg = model.recipe.objective, model.recipe.model
+    found = {}
+    if objective.kind == "causal" or (objective.kind == "hybrid" and objective.causal_share > 0):
+        found[FORWARD] = MaskedModel(dataclasses.replace(model.run, module=MaskedNextToken(cfg, both_ways=False)))
+    if isinstance(model, HybridModel) and objective.causal_share < 1:
+        found[BOTH] = model.both_ways
+    return found
