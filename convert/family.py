@@ -1,6 +1,7 @@
 """A way of publishing models: one table of tensors and one of configuration values, read in both directions."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -114,6 +115,11 @@ class Family:
         said, default = theirs.get("tie_word_embeddings"), self.values.get("tie_word_embeddings", ("", True))[1]
         return default if said is None else said
 
+    def _is_body(self, name: str) -> bool:
+        """Whether a tensor of this name is one of the table's, other than a head's."""
+        stem = re.sub(r"\.\d+\.", ".{}.", name).rpartition(".")[0]
+        return stem in self.layout.table
+
     def canonical_names(self, tensors: dict[str, Any], tied: bool) -> dict[str, Any]:
         """Tensors under the names of the table: body with its prefix, no buffers, no copies.
 
@@ -129,8 +135,8 @@ class Family:
                 for old, new in OLD_NAMES.items():
                     name = name.removesuffix(old) + new if name.endswith(old) else name
                 found[name] = tensor
-        if not any(name.startswith(self.prefix) for name in found):  # a body saved without heads
-            found = {self.prefix + name: tensor for name, tensor in found.items()}
+        if not any(name.startswith(self.prefix) for name in found):  # a body saved by itself, its heads beside it
+            found = {self.prefix + n if self._is_body(self.prefix + n) else n: t for n, t in found.items()}
         for copy, original in self.copies.items():
             if copy in found and original in found and (tied or copy.endswith(".bias")):
                 if found[copy].shape != found[original].shape or (found[copy] != found[original]).any():

@@ -67,7 +67,7 @@ def _read_directory(home: Path) -> Checkpoint:
 
 def _tokenizer(home: Path, config: dict[str, Any]) -> Tokenizer:
     ours = home / "tokenizer.model"
-    if ours.exists() and PAD.encode() in ours.read_bytes() and not (home / "tokenizer.json").exists():
+    if ours.exists() and PAD.encode() in ours.read_bytes():
         return Tokenizer.load(ours)  # a run that was trained here, exported
     return PublishedTokenizer.read(home / "tokenizer.json", config)
 
@@ -78,7 +78,10 @@ def weight_files(home: Path) -> list[Path]:
     if (home / "model.safetensors").exists():
         return [home / "model.safetensors"]
     if index.exists():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        shards = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
+        outside = [name for name in shards if Path(name).name != name]
+        if outside:
+            raise InputError(f"{index} names files outside its directory: {', '.join(outside)}")
         absent = [name for name in shards if not (home / name).is_file()]
         if absent or not shards:
             raise InputError(f"{index} names files that are not there: {', '.join(absent) or 'none at all'}")
@@ -119,7 +122,7 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as e:
         raise InputError(f"{name} is no directory here; to fetch it from the hub, `pip install huggingface_hub`") from e
-    wanted = ["*.json", "*.safetensors", "vocab.txt", "merges.txt"]
+    wanted = ["*.json", "*.safetensors", "*.jinja", "vocab.txt", "merges.txt"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as e:  # the library and its network raise many kinds

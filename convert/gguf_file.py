@@ -7,7 +7,8 @@ import numpy as np
 import tokenizers
 
 from bothways.convert.files import Checkpoint
-from bothways.data.published import PublishedTokenizer, byte_level_bpe, roles_of
+from bothways.data.published import PublishedTokenizer, roles_of
+from bothways.data.vocabulary_files import byte_level_bpe
 from bothways.errors import InputError
 
 STEMS = {
@@ -35,6 +36,8 @@ CONFIG = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
+CONTROL, USER_DEFINED = 3, 4
+"""Types of tokens: those that stand for no text, and those that are found in a text before it is cut."""
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -114,16 +117,20 @@ def _tokenizer(said: dict[str, Any], path: Path) -> PublishedTokenizer:
             f"{path} holds a {model!r} vocabulary; of GGUF files only byte-level BPE (gpt2) is supported: "
             "import the original checkpoint with its tokenizer.json"
         )
-    names = said["tokenizer.ggml.tokens"]
-    special = [name for name, kind in zip(names, said["tokenizer.ggml.token_type"], strict=True) if kind == 3]
-    fast = byte_level_bpe({name: i for i, name in enumerate(names)}, said["tokenizer.ggml.merges"], special)
-    splitting = _splitting(said.get("tokenizer.ggml.pre", "default"))
+    names, types, cut = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"], said.get("tokenizer.ggml.pre")
+    special = [name for name, kind in zip(names, types, strict=True) if kind == CONTROL]
+    llama3 = cut == "llama-bpe"  # of these llama.cpp takes words whole, and puts BOS first unless the file says no
+    vocab, merges = {name: i for i, name in enumerate(names)}, said["tokenizer.ggml.merges"]
+    fast = byte_level_bpe(vocab, merges, special, whole_words=llama3)
+    added = [name for name, kind in zip(names, types, strict=True) if kind == USER_DEFINED]
+    fast.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in added])
+    splitting = _splitting(cut or "default")
     if splitting is not None:
         fast.pre_tokenizer = splitting
     known = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "mask": "mask"}
     ids = {f"{ours}_token_id": said.get(f"tokenizer.ggml.{theirs}_token_id") for theirs, ours in known.items()}
     roles = roles_of(fast, {}, ids, path)
-    if said.get("tokenizer.ggml.add_bos_token"):
+    if said.get("tokenizer.ggml.add_bos_token", llama3):
         bos = roles["bos"]
         fast.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fast.token_to_id(bos))]

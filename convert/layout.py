@@ -97,7 +97,7 @@ class Layout:
           InputError: says which tensors are missing, of another shape, or left over.
         """
         flat = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
-        left, missing, misshapen = set(tensors), [], []
+        left, missing, misshapen, infinite = set(tensors), [], [], []
         for name, ours, layer in self.names(shapes, absent):
             if name not in tensors:
                 missing.append(name)
@@ -108,9 +108,12 @@ class Layout:
             if tensors[name].shape != wanted:
                 misshapen.append(f"{name} is {list(tensors[name].shape)}, wanted {list(wanted)}")
                 continue
+            if not np.isfinite(tensors[name]).all():
+                infinite.append(name)
             for target, part in zip(targets, self._ours(ours, tensors[name], [t.shape for t in targets]), strict=True):
                 target[...] = part
         found = [("missing", missing), ("of another shape", misshapen), ("left over", sorted(left))]
+        found += [("not all finite numbers (NaN or infinite)", infinite)]
         if problems := [f"  - {what}: {_some(names)}" for what, names in found if names]:
             raise InputError("the tensors do not fit the configuration:\n" + "\n".join(problems))
         return unflatten_dict({tuple(path.split("/")): array for path, array in flat.items()})

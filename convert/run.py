@@ -18,12 +18,16 @@ from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from bothways.convert import check, files
 from bothways.convert.families import family_for, family_of
 from bothways.convert.layout import shapes_of
+from bothways.convert.vocabulary import save_vocabulary
 from bothways.data.config import DataConfig
+from bothways.data.published import PublishedTokenizer
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 from bothways.recipes import Recipe
 
 Log = Callable[[str], None]
+GENERATION = "generation_config.json"
+"""How a model likes to be sampled, by the names of `transformers`; kept in the run, and given back."""
 SPARE_ROWS = 1024
 """Tables are made larger than a vocabulary to divide well, but not by more than this."""
 
@@ -74,8 +78,10 @@ def import_run(source: str, home: Path, corpus: str, log: Log) -> Converted:
         tensors = family.canonical_names(found.tensors, family.tied(found.config))
         model = family.config(found.config, tensors)
         model = dataclasses.replace(model, scan_layers=model.n_layers > 12)  # deep ones would compile for minutes
-        _check_vocabulary(found.tokenizer, model.vocab_size, source)
-        found.tokenizer.save_in(partial)
+        tokenizer = _fitting(found.tokenizer, model.vocab_size, source, log)
+        tokenizer.save_in(partial)
+        if (found.path / GENERATION).is_file():
+            shutil.copyfile(found.path / GENERATION, partial / GENERATION)
         vocabulary = next(p.name for p in partial.iterdir() if p.name in ("tokenizer.json", "tokenizer.model"))
         recipe = Recipe(
             name=home.name,
@@ -89,7 +95,7 @@ def import_run(source: str, home: Path, corpus: str, log: Log) -> Converted:
             train=TrainConfig(),
         )
         params = family.layout.from_checkpoint(tensors, shapes_of(rundir.param_shapes(recipe)), family.absent(model))
-        difference = check.against_reference(recipe, params, found.tokenizer, found.path)
+        difference = check.against_reference(recipe, params, tokenizer, found.path)
         save_params(partial, params)
         (partial / "recipe.json").write_text(recipe.to_json())
     if difference is None:
@@ -111,12 +117,18 @@ def save_params(home: Path, params) -> None:
         manager.wait_until_finished()
 
 
-def _check_vocabulary(tokenizer: Tokenizer, rows: int, source: str) -> None:
+def _fitting(tokenizer: Tokenizer, rows: int, source: str, log: Log) -> Tokenizer:
+    """The vocabulary as a table of so many rows has it: without tokens that were added and got no row."""
+    if isinstance(tokenizer, PublishedTokenizer) and len(tokenizer) > rows:
+        tokenizer, gone = tokenizer.fitting(rows)
+        if gone:
+            log(f"left out of the vocabulary, since the model has no vector for them: {', '.join(gone)}")
     if not len(tokenizer) <= rows <= len(tokenizer) + SPARE_ROWS:
         raise InputError(
             f"the vocabulary of {source} has {len(tokenizer)} tokens, and its config.json says vocab_size={rows}; "
             "they are not of one model"
         )
+    return tokenizer
 
 
 def export_run(home: Path, destination: Path, log: Log) -> Converted:
@@ -138,7 +150,9 @@ def export_run(home: Path, destination: Path, log: Log) -> Converted:
         config = ids | family.config_json(model)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})
-        tokenizer.save_in(partial)
+        save_vocabulary(tokenizer, partial, run.recipe.family)
+        if (home / GENERATION).exists():
+            (partial / GENERATION).write_bytes((home / GENERATION).read_bytes())
         tokens = check.fixed_tokens(tokenizer, model.context_length)
         logits = check.our_logits(run.recipe, params, tokens)
         wanted = check.transformers_logits(partial, run.recipe, tokens)

@@ -10,6 +10,7 @@ import numpy as np
 import tokenizers
 
 from bothways.data.tokenizer import MASK, Tokenizer
+from bothways.data.vocabulary_files import add_tokens, from_files, token_in, without_rows_beyond
 from bothways.errors import InputError
 
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
@@ -22,6 +23,18 @@ KNOWN = {  # how the roles are called where a checkpoint does not say
     "sep": ("[SEP]",),
     "mask": ("[MASK]", "<mask>"),
 }
+FORGOTTEN = (
+    "auto_map",
+    "added_tokens_decoder",
+    "name_or_path",
+    "special_tokens_map_file",
+    "tokenizer_file",
+    "backend",
+    "is_local",
+    "local_files_only",
+    "extra_special_tokens",
+)
+"""Settings that speak of a place or of code, or that tokenizer.json has itself."""
 
 
 def byte_of_character() -> dict[str, int]:
@@ -39,9 +52,14 @@ class PublishedTokenizer(Tokenizer):
     word stands for a space and its letters.
     """
 
-    def __init__(self, model: str, roles: dict[str, str]):
-        """`model` is the text of a tokenizer.json; `roles` maps those of ROLES that there are to tokens."""
-        self.model, self.roles = model, roles
+    def __init__(self, model: str, roles: dict[str, str], settings: dict[str, Any] | None = None):
+        """
+        Args:
+          model: the text of a tokenizer.json.
+          roles: those of ROLES that there are -> token.
+          settings: the rest of tokenizer_config.json, the chat template among it: kept for whoever reads it next.
+        """
+        self.model, self.roles, self.settings = model, roles, settings or {}
         self.fast = tokenizers.Tokenizer.from_str(model)
         self.fast.no_truncation()
         self.fast.no_padding()
@@ -49,7 +67,8 @@ class PublishedTokenizer(Tokenizer):
         self.bos, self.eos = ids.get("cls", ids.get("bos")), ids.get("sep", ids.get("eos"))
         self.mask, self.pad, self.unk = ids.get("mask"), ids["pad"], ids.get("unk", self.eos)
         around = self.fast.encode("", add_special_tokens=True).ids
-        self.opening = tuple(around) if around == [self.bos] else ()
+        opens = self.settings.get("add_bos_token")  # what a tokenizer_config.json says goes before the post-processor
+        self.opening = (self.bos,) if (around == [self.bos] if opens is None else opens) else ()
         added = self.fast.get_added_tokens_decoder()
         self.special = sorted({i for i, token in added.items() if token.special} | set(ids.values()))
         self._size = 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
@@ -121,12 +140,28 @@ class PublishedTokenizer(Tokenizer):
     def save_in(self, home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
         (home / "tokenizer.json").write_text(self.model, encoding="utf-8", newline="")
-        said = {f"{role}_token": token for role, token in self.roles.items()}
+        inputs = ["input_ids", *(["token_type_ids"] if self._pairs_have_types() else []), "attention_mask"]
+        usual = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
+        settings = (self.settings if "tokenizer_class" in self.settings else usual | self.settings) | {
+            f"{role}_token": token for role, token in self.roles.items()
+        }
         (home / "tokenizer_config.json").write_text(
-            json.dumps(
-                said | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, sort_keys=True, ensure_ascii=False
-            )
+            json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8"
         )
+
+    def _pairs_have_types(self) -> bool:
+        """Whether the second text of a pair has a segment type of its own."""
+        return 1 in self.fast.encode("a", "a").type_ids and json.loads(self.model)["model"].get("type") == "WordPiece"
+
+    def fitting(self, rows: int) -> tuple["PublishedTokenizer", list[str]]:
+        """The vocabulary of a table of so many rows, and which added tokens were left out because it has none for them."""
+        model, gone = without_rows_beyond(self.model, rows)
+        if not gone:
+            return self, []
+        fast = tokenizers.Tokenizer.from_str(model)
+        roles = {role: token for role, token in self.roles.items() if token not in gone}
+        roles = roles_of(fast, {f"{role}_token": token for role, token in roles.items()}, {}, Path())
+        return PublishedTokenizer(model, roles, self.settings), gone
 
     @classmethod
     def read(cls, path: Path, config: dict[str, Any] | None = None) -> "PublishedTokenizer":
@@ -138,33 +173,42 @@ class PublishedTokenizer(Tokenizer):
         Raises:
           InputError: no such file, no vocabulary in it, or nothing that opens and closes a text.
         """
-        home, text = path.parent, ""
+        home, config, settings = path.parent, config or {}, {}
         try:
+            for name in ("special_tokens_map.json", "tokenizer_config.json"):
+                if (home / name).exists():
+                    settings |= json.loads((home / name).read_text(encoding="utf-8"))
+            template = home / "chat_template.jinja"
+            if template.exists():
+                settings["chat_template"] = template.read_text(encoding="utf-8")
             if path.exists():
                 text = path.read_bytes().decode()
                 fast = tokenizers.Tokenizer.from_str(text)
             else:
-                fast = _from_vocabulary_files(home)
+                fast = from_files(home, settings)
                 text = fast.to_str()
-            said: dict[str, Any] = {}
-            for name in ("special_tokens_map.json", "tokenizer_config.json"):
-                if (home / name).exists():
-                    said |= json.loads((home / name).read_text())
+            if add_tokens(fast, home, settings, config.get("vocab_size")):
+                text = fast.to_str()
         except InputError:
             raise
         except Exception as e:  # the library raises plain Exception for what it cannot parse
             raise InputError(f"the vocabulary in {home} cannot be read: {str(e)[:200]}") from e
-        return cls(text, roles_of(fast, said, config or {}, home))
+        roles = roles_of(fast, settings, config, home)
+        kept = {
+            key: value
+            for key, value in settings.items()
+            if key not in FORGOTTEN and key.removesuffix("_token") not in ROLES
+        }
+        return cls(text, roles, kept)
 
 
 def roles_of(fast: tokenizers.Tokenizer, said: dict[str, Any], config: dict[str, Any], where: Path) -> dict[str, str]:
     """Which token plays which part. Raises InputError where nothing opens or closes a text."""
     roles = {}
     for role in ROLES:
-        told = said.get(f"{role}_token")
         number = config.get(f"{role}_token_id")
         number = number[0] if isinstance(number, list) else number
-        candidates = [told.get("content") if isinstance(told, dict) else told]
+        candidates = [token_in(said, role)]
         candidates += [fast.id_to_token(number)] if number is not None else []
         candidates += KNOWN[role]
         found = next((c for c in candidates if c and fast.token_to_id(c) is not None), None)
@@ -184,40 +228,3 @@ def _flat(part: Any) -> list[dict[str, Any]]:
     if not part:
         return []
     return [part, *(p for key in ("pretokenizers", "decoders") for member in part.get(key, ()) for p in _flat(member))]
-
-
-def _from_vocabulary_files(home: Path) -> tokenizers.Tokenizer:
-    """From vocab.json and merges.txt (byte-level BPE), or vocab.txt (WordPiece), as they were first published."""
-    if (home / "vocab.json").exists() and (home / "merges.txt").exists():
-        vocab = json.loads((home / "vocab.json").read_text())
-        lines = (home / "merges.txt").read_text().split("\n")
-        return byte_level_bpe(vocab, [line for line in lines if line and not line.startswith("#version")])
-    if (home / "vocab.txt").exists():
-        lines = (home / "vocab.txt").read_text().split("\n")
-        vocab = {token: i for i, token in enumerate(lines) if token}
-        settings = home / "tokenizer_config.json"
-        lower = json.loads(settings.read_text()).get("do_lower_case", True) if settings.exists() else "the" in vocab
-        fast = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
-        fast.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower)
-        fast.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-        fast.decoder = tokenizers.decoders.WordPiece()
-        fast.add_special_tokens([t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in vocab])
-        return fast
-    raise InputError(
-        f"{home} holds no vocabulary: wanted tokenizer.json, or vocab.json and merges.txt, or vocab.txt "
-        "(`transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)` writes tokenizer.json)"
-    )
-
-
-def byte_level_bpe(vocab: dict[str, int], merges: list[str], special: Iterable[str] = ()) -> tokenizers.Tokenizer:
-    """GPT-2's tokenizer. `merges`: "a b" in the order of their ranks."""
-    pairs = [tuple(line.split(" ")) for line in merges]
-    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs))
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = tokenizers.decoders.ByteLevel()
-    names = ("<|endoftext|>", "<s>", "<pad>", "</s>", "<unk>")
-    found = [t for t in (*names, *special) if t in vocab]
-    fast.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in found])
-    if "<mask>" in vocab:  # takes the space before it along
-        fast.add_special_tokens([tokenizers.AddedToken("<mask>", special=True, lstrip=True)])
-    return fast
