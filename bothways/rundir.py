@@ -177,10 +177,10 @@ def read_recipe(home: Path) -> Recipe:
     return Recipe.from_json(path.read_text())
 
 
-def trained_on(home: Path, fingerprint: str) -> bool:
-    """Whether this is the text that a run was trained on; of imported runs, and old ones, nobody knows: yes."""
+def trained_on(home: Path, *fingerprints: str) -> bool:
+    """Whether text with one of these fingerprints is what a run was trained on; of imported runs nobody knows: yes."""
     path = home / "corpus.json"
-    return not path.exists() or json.loads(path.read_text())["fingerprint"] == fingerprint
+    return not path.exists() or json.loads(path.read_text())["fingerprint"] in fingerprints
 
 
 def read_task(home: Path) -> TaskInfo | None:

@@ -26,6 +26,8 @@ class Corpus:
     fingerprint: str
     read: Callable[[str], Documents]
     splits: tuple[str, ...] = ("train", "validation", "test")
+    earlier: tuple[str, ...] = ()
+    """Fingerprints that the same text had in runs of older versions."""
     paired: bool = False
     """Document 2i is a source, 2i + 1 its target."""
 
@@ -170,16 +172,20 @@ def from_bibles(cfg: DataConfig, cache: Path) -> Corpus:
 def from_files(cfg: DataConfig, cache: Path) -> Corpus:
     paths = files.matching(cfg.corpus)
     held = files.matching(cfg.validation) if cfg.validation else []
-    both = set(paths) & set(held)
-    if both:
-        raise InputError(f"{sorted(map(str, both))[0]} is in data.corpus and in data.validation; hold out other files")
+    contents = files.contents(paths + held, cache)
+    copies = dict(zip(contents, paths, strict=False))
+    for path, content in zip(held, contents[len(paths) :], strict=True):
+        if content in copies:
+            same = "" if copies[content] == path else f" as {copies[content]}"
+            raise InputError(f"{path} is in data.corpus{same} and in data.validation; hold out other text")
 
     def read(paths: list[Path]) -> list[tuple[str, str]]:
         if cfg.source_field:
             return list(files.pairs(paths, cfg.source_field, cfg.target_field))
         return [(name, text) for name, text in files.documents(paths, cfg.text_field) if text.strip()]
 
-    key = files.fingerprint(paths + held, cache, *fields(cfg), str(len(paths)))
+    what = (*fields(cfg), str(len(paths)))
+    key, before = (files.fingerprint(contents, *what, names=n) for n in ((), [path.name for path in paths + held]))
 
     def splits() -> dict[str, Documents]:
         found, validation = read(paths), read(held)
@@ -191,7 +197,7 @@ def from_files(cfg: DataConfig, cache: Path) -> Corpus:
             return {"train": iter(found), "validation": iter(validation), "test": iter(validation)}
         return hold_out(found, paired=bool(cfg.source_field))
 
-    return prepared("files", key, splits, cache)
+    return dataclasses.replace(prepared("files", key, splits, cache), earlier=(before,))
 
 
 def fields(cfg: DataConfig) -> tuple[str, ...]:
@@ -236,7 +242,9 @@ def from_tfds(cfg: DataConfig) -> Corpus:
         whole = {"train": "train[:98%]", "validation": "train[98%:99%]", "test": "train[99%:]"}
         held = next((n for n in ("validation", "test") if n in names), None)
         slices = {s: (s if s in names else held) if held else whole[s] for s in Corpus.splits}
-        key = files.fingerprint(held_out, Path(cfg.cache).expanduser(), builder.info.full_name, *fields(cfg))
+        contents = files.contents(held_out, Path(cfg.cache).expanduser())
+        names = [path.name for path in held_out]
+        key = files.fingerprint(contents, builder.info.full_name, *fields(cfg), names=names)
 
     def read(split: str) -> Documents:
         if split == "validation" and held_out:

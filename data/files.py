@@ -4,44 +4,88 @@ import csv
 import glob
 import hashlib
 import io
+import itertools
 import json
+import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bothways.errors import InputError
 
 SETTLED = 2_000_000_000
 """Nanoseconds after which a second change of a file cannot bear the same time as the first."""
-SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".csv", ".tsv")
+TABLES = (".jsonl", ".csv", ".tsv")
+SUFFIXES = (".txt", ".md", ".text", *TABLES)
+LOG = logging.getLogger("bothways")
+
+
+def kind(path: Path) -> str:
+    """How a file is read, by its ending: in lower case, whatever the file system says."""
+    return path.suffix.lower()
 
 
 def looks_like_files(pattern: str) -> bool:
     """Whether a corpus name means files, rather than a dataset's name."""
-    return Path(pattern).expanduser().exists() or any(c in pattern for c in "*?[") or pattern.endswith(SUFFIXES)
+    return Path(pattern).expanduser().exists() or any(c in pattern for c in "*?[") or pattern.lower().endswith(SUFFIXES)
 
 
-def matching(pattern: str) -> list[Path]:
-    """The files that a path or glob names, sorted; of a directory, every file of a known kind.
+def matching(pattern: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """The files that a path or glob names, sorted; of a directory, every file of a known kind, through links too.
+
+    What a directory holds besides is left out, and a warning says what.
 
     Raises:
       InputError: there are none.
     """
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.suffix in SUFFIXES]
+        every = list(inside(path))
+        found = [p for p in every if kind(p) in suffixes]
+        others = sorted({kind(p) or p.name for p in every} - set(suffixes))
+        if others:
+            LOG.warning(
+                "%s: left out %d file(s) of other kinds: %s", path, len(every) - len(found), ", ".join(others[:8])
+            )
     elif path.exists():
         found = [path]
     else:
         found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
     if not found:
-        raise InputError(f"no file matches {pattern!r}; give a file, a directory or a glob of {', '.join(SUFFIXES)}")
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise InputError(
+            f"no file matches {pattern!r}{where}; give a file, a directory or a glob of {', '.join(suffixes)}"
+        )
     return sorted(found)
 
 
-def fingerprint(paths: list[Path], cache: Path, *extra: str) -> str:
-    """A hash of the files' contents. A file that has not been touched since it was last read is not read again.
+def inside(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, behind linked folders too; hidden ones are left out, and so are links in a circle."""
+    seen: set[str] = set()
+    for home, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(home)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (path for name in names if not name.startswith(".") and (path := Path(home, name)).is_file())
+
+
+def fingerprint(contents: list[str], *extra: str, names: Sequence[str] = ()) -> str:
+    """One hash of the files' contents, in their order.
+
+    Args:
+      names: of the files, which were hashed too before the same text under another name counted as the same.
+    """
+    digest = hashlib.sha256("\0".join(extra).encode())
+    for content, name in zip(contents, names or [""] * len(contents), strict=True):
+        digest.update(name.encode() + bytes.fromhex(content))
+    return digest.hexdigest()[:16]
+
+
+def contents(paths: list[Path], cache: Path) -> list[str]:
+    """The SHA-256 of each file. One that has not been touched since it was last read is not read again.
 
     Args:
       cache: where it is kept what was read, and how the file was then.
@@ -51,7 +95,7 @@ def fingerprint(paths: list[Path], cache: Path, *extra: str) -> str:
         known = json.loads(home.read_text())
     except (OSError, json.JSONDecodeError):
         known = {}
-    digest, before = hashlib.sha256("\0".join(extra).encode()), dict(known)
+    found_all, before = [], dict(known)
     for path in paths:
         stat, where = path.stat(), str(path.absolute())
         touched = max(stat.st_mtime_ns, stat.st_ctime_ns)
@@ -63,13 +107,13 @@ def fingerprint(paths: list[Path], cache: Path, *extra: str) -> str:
             known.pop(where, None)
             if time.time_ns() - touched > SETTLED:
                 known[where] = [found, *state]
-        digest.update(path.name.encode() + bytes.fromhex(found))
+        found_all.append(found)
     if known != before:
         home.parent.mkdir(parents=True, exist_ok=True)
         partial = home.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps(known))
         partial.replace(home)
-    return digest.hexdigest()[:16]
+    return found_all
 
 
 def read_utf8(path: Path) -> str:
@@ -97,10 +141,11 @@ def records(path: Path) -> Iterator[tuple[int, dict]]:
     """(line number, record) of a JSONL, CSV or TSV file.
 
     Raises:
-      InputError: a line that is not a JSON object, or a table without a header.
+      InputError: a line that is not a JSON object, a table whose rows have more cells than its header, or whose
+        quotation marks do not match.
     """
     text = read_utf8(path)
-    if path.suffix == ".jsonl":
+    if kind(path) == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
@@ -111,11 +156,53 @@ def records(path: Path) -> Iterator[tuple[int, dict]]:
             if not isinstance(record, dict):
                 raise InputError(f"{path}, line {number}: wanted a JSON object, got {line[:60]!r}")
             yield number, record
-    else:
-        csv.field_size_limit(2**31 - 1)  # a document may be longer than the reader's 128 KiB
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+        return
+    header: list[str] | None = None
+    for number, row in (tab_separated if kind(path) == ".tsv" else comma_separated)(text, path):
+        if header is None:
+            header = row
+            if len(set(header)) < len(header):
+                raise InputError(f"{path}: two columns of the header have the same name: {', '.join(header)}")
+        elif len(row) > len(header):
+            raise InputError(
+                f"{path}, line {number}: {len(row)} cells, and the header names {len(header)} ({', '.join(header)}); "
+                f"put the text between quotation marks, or write JSONL: {str(row)[:80]}"
+            )
+        else:
+            yield number, dict(itertools.zip_longest(header, row))  # a row cut short has None
+
+
+def comma_separated(text: str, path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """(line number, cells) of every row that is not empty (RFC 4180)."""
+    csv.field_size_limit(2**31 - 1)  # a document may be longer than the reader's 128 KiB
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    began = 1
+    try:
         for row in rows:
-            yield rows.line_num, row
+            if row:
+                yield rows.line_num, row
+            began = rows.line_num + 1
+    except csv.Error as e:
+        raise InputError(f"{path}, line {began}: {e}; a quotation mark inside of quoted text is written twice") from e
+
+
+def tab_separated(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line number, cells) of every row. Where each line has a cell for every column, a quotation mark is a character
+    like others, but in a cell that only a CSV writer makes; else the file is a CSV writer's, with line breaks in its cells.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
+    if len({len(cells) for _, cells in rows}) > 1 and '"' in text:
+        yield from comma_separated(text, path, "\t")
+        return
+    quoted = bool(rows) and all(is_quoted(cell) for cell in rows[0][1])
+    for number, cells in rows:
+        yield number, [c[1:-1].replace('""', '"') if is_quoted(c) and (quoted or '""' in c[1:-1]) else c for c in cells]
+
+
+def is_quoted(cell: str) -> bool:
+    """Whether a cell stands between quotation marks, and those inside of it are doubled."""
+    return len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
 
 
 def documents(paths: list[Path], text_field: str) -> Iterator[tuple[str, str]]:
@@ -125,7 +212,7 @@ def documents(paths: list[Path], text_field: str) -> Iterator[tuple[str, str]]:
       InputError: unreadable files, or records without the field.
     """
     for path in paths:
-        if path.suffix not in (".jsonl", ".csv", ".tsv"):
+        if kind(path) not in TABLES:
             yield path.name, read_utf8(path)
             continue
         for number, record in records(path):
@@ -139,7 +226,7 @@ def pairs(paths: list[Path], source_field: str, target_field: str) -> Iterator[t
       InputError: files without fields, records without these two, or an empty text.
     """
     for path in paths:
-        if path.suffix not in (".jsonl", ".csv", ".tsv"):
+        if kind(path) not in TABLES:
             raise InputError(f"{path}: pairs of source and target come from .jsonl, .csv or .tsv files")
         for number, record in records(path):
             for field, flag in ((source_field, "--data.source-field"), (target_field, "--data.target-field")):
@@ -158,3 +245,19 @@ def text_of(record: dict, field: str, flag: str, path: Path, number: int) -> str
             f"{', '.join(map(str, record))}; choose one with {flag}"
         )
     return text
+
+
+def line_of(record: dict, columns: tuple[str, ...], path: Path, number: int) -> str:
+    """The texts under these columns with tabs between, of those after the first as many as there are.
+
+    Raises:
+      InputError: no text under the first, or a text that a line cannot hold.
+    """
+    text_of(record, columns[0], "a column of that name", path, number)
+    texts = [record[name] for name in columns if isinstance(record.get(name), str)]
+    for name, text in zip(columns, texts, strict=False):
+        if not text.strip() or (len(columns) > 1 and "\t" in text):
+            raise InputError(
+                f"{path}, line {number}: the text under {name!r} is {'empty' if not text.strip() else 'cut by a tab'}"
+            )
+    return "\t".join(texts)

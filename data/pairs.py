@@ -1,5 +1,7 @@
 """Rows for an encoder-decoder: pairs packed into rows of sources and targets, and text with spans to be restored."""
 
+import os
+
 import numpy as np
 
 from bothways.data.examples import Example, segment_positions, stacked
@@ -70,7 +72,7 @@ class PackedPairs:
             return found["order"], found["first"]
         order, first = pack(lengths, length)
         if kept:
-            partial = kept.with_suffix(".partial.npz")
+            partial = kept.with_suffix(f".{os.getpid()}.partial.npz")
             np.savez(partial, order=order, first=first)
             partial.replace(kept)
         return order, first

@@ -73,6 +73,17 @@ class PublishedTokenizer(Tokenizer):
         self.special = sorted({i for i, token in added.items() if token.special} | set(ids.values()))
         self._size = 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
         self._bytes = self._token_bytes({i: token.content for i, token in added.items()})
+        self.plain = self._without_control_tokens(model)
+
+    def _without_control_tokens(self, model: str) -> tokenizers.Tokenizer:
+        """The same vocabulary, but a text's own "[SEP]" or "<|endoftext|>" is characters; the mask stays a token."""
+        parts = json.loads(model)
+        control = set(self.special) - {self.mask}
+        parts["added_tokens"] = [token for token in parts.get("added_tokens") or [] if token["id"] not in control]
+        plain = tokenizers.Tokenizer.from_str(json.dumps(parts))
+        plain.no_truncation()
+        plain.no_padding()
+        return plain
 
     def _token_bytes(self, added: dict[int, str]) -> list[bytes]:
         parts = json.loads(self.fast.to_str())
@@ -109,14 +120,15 @@ class PublishedTokenizer(Tokenizer):
         return text.replace(MASK, self.roles["mask"]) if self.mask is not None else text
 
     def encode(self, text: str) -> list[int]:
-        return self.fast.encode(self._with_mask(text), add_special_tokens=False).ids
+        return self.plain.encode(self._with_mask(text), add_special_tokens=False).ids
 
     def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
-        encoding = self.fast.encode(text, add_special_tokens=False)
+        encoding = self.plain.encode(text, add_special_tokens=False)
         return [(token, begin, end) for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self.fast.encode_batch([self._with_mask(t) for t in texts], add_special_tokens=False)]
+        found = self.plain.encode_batch([self._with_mask(t) for t in texts], add_special_tokens=False)
+        return [e.ids for e in found]
 
     def decode(self, ids: Iterable[int]) -> str:
         silent = set(self.special)

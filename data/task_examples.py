@@ -30,7 +30,7 @@ def wrap(a: list[int], b: list[int] | None, tokenizer: Tokenizer, length: int) -
 
 
 def encode(item: Item, kind: str, labels: tuple[str, ...], tokenizer: Tokenizer, length: int) -> list[Example]:
-    """Model inputs of one item, with its label where it has one. Only spans of a long document give more than one."""
+    """Model inputs of one item, with its label where it has one. Long documents of spans and long sentences of tags give several."""
     if kind in ("classify", "regress"):
         second = tokenizer.encode(item["text_b"]) if "text_b" in item else None
         example = wrap(tokenizer.encode(item["text"]), second, tokenizer, length)
@@ -38,7 +38,7 @@ def encode(item: Item, kind: str, labels: tuple[str, ...], tokenizer: Tokenizer,
         value = np.float32(label) if kind == "regress" else np.int32(labels.index(label))
         return [example | {"label": value, "weight": np.float32(1)}]
     if kind == "tag":
-        return [encode_words(item, labels, tokenizer, length)]
+        return word_windows(item, labels, tokenizer, length)
     if kind == "choice":
         question = tokenizer.encode(item["text"])
         each = [wrap(question, tokenizer.encode(choice), tokenizer, length) for choice in item["choices"]]
@@ -47,19 +47,36 @@ def encode(item: Item, kind: str, labels: tuple[str, ...], tokenizer: Tokenizer,
     return span_windows(item, tokenizer, length)
 
 
-def encode_words(item: Item, labels: tuple[str, ...], tokenizer: Tokenizer, length: int) -> Example:
-    """Tags: a word's label stands at its first piece; all other places have weight 0. `word` is the word's index there."""
-    ids, first = [], []
-    for i, word in enumerate(item["words"]):
-        first.append(len(ids) + 1)
-        ids += tokenizer.encode((" " if i else "") + word)
-    example = wrap(ids[: length - 2], None, tokenizer, length)
-    label, weight, word_at = np.zeros(length, np.int32), np.zeros(length, np.float32), np.full(length, -1, np.int32)
-    for i, place in enumerate(first):
-        if place < length - 1:
-            label[place] = labels.index(item["label"][i]) if "label" in item else 0
-            weight[place], word_at[place] = 1, i
-    return example | {"label": label, "weight": weight, "word": word_at}
+def word_windows(item: Item, labels: tuple[str, ...], tokenizer: Tokenizer, length: int) -> list[Example]:
+    """Tags: a word's label stands at its first piece; all other positions have weight 0. `word` is the word's index there.
+
+    A sentence that is longer than the row is cut into windows. Each word is asked for in one of them, where it has up
+    to a quarter of the row for context on either side. A word that the vocabulary has no piece for (a lone accent, a
+    zero-width space under WordPiece) is one `unk`, so that every word has its tag.
+    """
+    pieces = [tokenizer.encode((" " if i else "") + word) or [tokenizer.unk] for i, word in enumerate(item["words"])]
+    room, context = length - 2, (length - 2) // 4
+    sizes = np.array([min(len(p), room) for p in pieces])
+    ends = np.cumsum(sizes)
+    windows, begin = [], 0  # begin: the first word that no window has asked for
+    while begin < len(pieces):
+        before = ends[begin] - sizes[begin]
+        left = int(np.searchsorted(ends - sizes, before - context)) if begin else 0
+        base = ends[left] - sizes[left]
+        if ends[begin] - base > room:  # a long word needs the room of its context
+            left, base = begin, before
+        right = int(np.searchsorted(ends, base + room, side="right"))  # words left..right - 1 are in the row
+        last = right if right == len(pieces) else int(np.searchsorted(ends, base + room - context, side="right"))
+        last = min(max(last, begin + 1), right)
+        example = wrap([t for p in pieces[left:right] for t in p[:room]], None, tokenizer, length)
+        label, weight, word_at = np.zeros(length, np.int32), np.zeros(length, np.float32), np.full(length, -1, np.int32)
+        for i in range(begin, last):
+            position = 1 + ends[i] - sizes[i] - base
+            label[position] = labels.index(item["label"][i]) if "label" in item else 0
+            weight[position], word_at[position] = 1, i
+        windows.append(example | {"label": label, "weight": weight, "word": word_at})
+        begin = last
+    return windows
 
 
 def span_windows(item: Item, tokenizer: Tokenizer, length: int, most_question: int = 64) -> list[Example]:
@@ -148,14 +165,14 @@ def decisions(
         p = softmax(scores.reshape(len(items), -1))
         return [(int(i), float(row[i])) for i, row in zip(p.argmax(axis=1), p, strict=True)]
     if info.kind == "tag":
-        found = []
-        for row, example in zip(softmax(scores), examples, strict=True):
-            places = np.flatnonzero(example["word"] >= 0)
-            best = row[places].argmax(axis=-1)
-            found.append(
-                ([info.labels[int(b)] for b in best], [float(row[p, b]) for p, b in zip(places, best, strict=True)])
-            )
-        return found
+        tags: list[list[str]] = [[] for _ in items]  # windows follow one another, each with words of its own
+        sure: list[list[float]] = [[] for _ in items]
+        for row, example, i in zip(softmax(scores), examples, item_of, strict=True):
+            for position in np.flatnonzero(example["word"] >= 0):
+                best = int(row[position].argmax())
+                tags[i].append(info.labels[best])
+                sure[i].append(float(row[position, best]))
+        return list(zip(tags, sure, strict=True))
     best_span: list[tuple[float, str, float]] = [(-np.inf, "", 0.0)] * len(items)
     none = [np.inf] * len(items)
     for row, example, i in zip(scores, examples, item_of, strict=True):

@@ -3,7 +3,9 @@
 import collections
 import dataclasses
 import itertools
+import math
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,18 +153,51 @@ def speaker(least_words: int = 20, roles: int = 10) -> Task:
 EMBEDDED = {"shakespeare_genre": genre, "shakespeare_speaker": speaker}
 
 
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "development"),
+    "test": ("test", "testing", "eval"),
+}
+
+
+def splits_of(paths: list[Path]) -> dict[Path, str]:
+    """Which split each file holds, by a word of its name: `my_dev-2.csv` is validation, `latest.csv` no split's.
+
+    Files without such a word are training data, unless another one says that it is.
+
+    Raises:
+      InputError: a name with words of two splits, or one without any beside a file that is called train.
+    """
+    if len(paths) == 1:
+        return {paths[0]: "train"}
+    found: dict[Path, str] = {}
+    for path in paths:
+        words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", path.stem).lower()))
+        named = [split for split, its in SPLIT_WORDS.items() if words & set(its)]
+        if len(named) > 1:
+            raise InputError(
+                f"{path.name} names two splits, {' and '.join(named)}; rename it after the one that it holds"
+            )
+        found[path] = named[0] if named else ""
+    unnamed = [path.name for path, split in found.items() if not split]
+    if unnamed and "train" in found.values():
+        raise InputError(
+            f"{', '.join(unnamed[:5])}: beside a file called train, every file's name says its split: "
+            "train, validation (val, dev) or test"
+        )
+    return {path: split or "train" for path, split in found.items()}
+
+
 def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task:
     """A table or JSONL file: `text`, maybe `text_b`, `label`; or words and labels; question, context, answers; choices.
 
-    The files of a glob named *train*, *valid* or *dev*, and *test* are its splits; otherwise a tenth each is held out.
+    Several files are splits by the words in their names (`splits_of`); otherwise a tenth each is held out.
     """
     by_split: dict[str, list[tuple[Path, int, dict]]] = collections.defaultdict(list)
-    paths = files.matching(pattern)
-    for path in paths:
-        if path.suffix not in (".csv", ".tsv", ".jsonl"):
+    paths = files.matching(pattern, files.TABLES)
+    for path, split in splits_of(paths).items():
+        if files.kind(path) not in files.TABLES:
             raise InputError(f"{path}: a labelled file is .csv, .tsv or .jsonl")
-        named = (("train", "train"), ("valid", "validation"), ("dev", "validation"), ("test", "test"))
-        split = next((s for w, s in named if w in path.stem and len(paths) > 1), "train")
         by_split[split] += [(path, number, record) for number, record in files.records(path)]
     records = by_split["train"]
     if not records:
@@ -181,13 +216,16 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
         kind, make = "choice", lambda r: {"text": r[text], "choices": list(r["choices"]), "label": int(r[label])}
     else:
         numbers = all(is_number(str(r.get(label))) for _, _, r in records)
-        kind = "regress" if numbers and any("." in str(r[label]) for _, _, r in records) else "classify"
+        fractions = (
+            any("." in str(r[label]) or not math.isfinite(float(r[label])) for _, _, r in records) if numbers else False
+        )
+        kind = "regress" if fractions else "classify"
 
         def make(r: dict) -> Item:
             second = {"text_b": r[pair]} if pair in fields else {}
             value = r[label]
             if value not in (None, ""):
-                value = float(value) if kind == "regress" else str(value)
+                value = float(value) if kind == "regress" else str(value).strip()
             return {"text": r[text], **second, "label": value}
 
     def items(records: list[tuple[Path, int, dict]]) -> list[Item]:
@@ -232,6 +270,9 @@ def misfit(item: Item, kind: str) -> str:
     parts = [*item.get("words", []), *(item[k] for k in ("text", "text_b") if k in item), *item.get("choices", [])]
     if not all(isinstance(part, str) for part in parts):
         return "a text that is no string"
+    label = item.get("label")
+    if isinstance(label, float) and not math.isfinite(label):
+        return f"the label {label}, which is no finite number,"
     if kind == "tag" and len(item["words"]) != len(item["label"]):
         return f"{len(item['words'])} words and {len(item['label'])} labels"
     if kind == "choice" and not 0 <= item["label"] < len(item["choices"]):

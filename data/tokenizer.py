@@ -15,6 +15,11 @@ import sentencepiece as spm
 from bothways.errors import InputError
 
 PAD, UNK, BOS, EOS, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+SPACE = "\u2581"
+"""How sentencepiece writes a space."""
+LONGEST_LINE = 4096
+"""Characters of a line that a vocabulary is trained on at once: sentencepiece leaves out lines of more than a megabyte,
+and the likelihoods of lines of some 100,000 characters underflow."""
 TRAINING_BYTES = 50_000_000
 """A vocabulary is learnt from at most so much text, taken from the start of the corpus."""
 
@@ -149,7 +154,7 @@ class SentencePieceTokenizer(Tokenizer):
         return hashlib.sha256(self.model).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        return self.sp.encode(text)
+        return self.encode_many([text])[0] if SPACE in text else self.sp.encode(text)
 
     def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
         raw = np.frombuffer(text.encode(), np.uint8)
@@ -163,14 +168,26 @@ class SentencePieceTokenizer(Tokenizer):
         return found
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        return self.sp.encode(texts, num_threads=os.cpu_count() or 1)
+        """sentencepiece writes a space as U+2581, so a text's own U+2581 would come back as a space: it is given in bytes."""
+        if not any(SPACE in text for text in texts):
+            return self.sp.encode(texts, num_threads=os.cpu_count() or 1)
+        parts = [text.split(SPACE) for text in texts]
+        encoded = iter(self.sp.encode([part for each in parts for part in each], num_threads=os.cpu_count() or 1))
+        own = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        found = []
+        for each in parts:
+            ids = next(encoded)
+            for _ in each[1:]:
+                ids = [*ids, *own, *next(encoded)]
+            found.append(ids)
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.sp.decode([int(i) for i in ids])
 
     def piece(self, token: int) -> str:
         piece = self.sp.id_to_piece(int(token))
-        return piece.replace("\u2581", " ")
+        return piece.replace(SPACE, " ")
 
     @property
     def special(self) -> list[int]:
@@ -215,14 +232,25 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def lines(texts: Iterable[str]) -> Iterator[str]:
-    """What a vocabulary is learnt from: the lines of the texts, up to TRAINING_BYTES."""
+    """What a vocabulary is trained on: the lines of the texts, up to TRAINING_BYTES, long ones in parts."""
     budget = TRAINING_BYTES
     for text in texts:
-        for line in filter(None, text.split("\n")):
-            budget -= len(line.encode())
-            if budget < 0:
-                return
-            yield line
+        for line in filter(None, re.split(f"[\n{SPACE}]", text)):
+            for part in parts_of(line):
+                budget -= len(part.encode())
+                if budget < 0:
+                    return
+                yield part
+
+
+def parts_of(line: str) -> Iterator[str]:
+    """A line in parts of at most LONGEST_LINE characters, cut before a space where there is one in the second half."""
+    while len(line) > LONGEST_LINE:
+        cut = line.rfind(" ", LONGEST_LINE // 2, LONGEST_LINE)
+        cut = cut if cut > 0 else LONGEST_LINE
+        yield line[:cut]
+        line = line[cut:]
+    yield line
 
 
 def train(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePieceTokenizer:
@@ -270,6 +298,10 @@ def train(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePieceToke
             raise InputError(
                 f"data.vocab_size is {vocab_size}, too small for the characters and 256 bytes that must be in it"
                 + (f" ({least[2]})" if least else "")
+            ) from e
+        if "sentences_.empty()" in message:
+            raise InputError(
+                f"no {kind} vocabulary of {vocab_size} pieces can be trained: the text has nothing but line breaks"
             ) from e
         raise InputError(
             f"no {kind} vocabulary of {vocab_size} pieces can be learnt from this text: {message[:200]}"

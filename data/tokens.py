@@ -64,6 +64,7 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=home.parent))
         try:
             _write(corpus, split, tokenizer, partial)
+            partial.chmod(0o777 & ~umask())  # mkdtemp makes it for one user only
             partial.rename(home)
         except OSError:
             if not (home / "meta.json").exists():  # else another process was faster, with the same result
@@ -75,6 +76,13 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
         raise InputError(f"the {split} split of {corpus.name} is empty; give more text, or --data.validation FILE")
     ids = np.memmap(home / "ids.bin", dtype=meta["dtype"], mode="r")
     return Tokens(ids, np.load(home / "starts.npy", mmap_mode="r"), meta["bytes"], home)
+
+
+def umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None:

@@ -65,7 +65,7 @@ def evaluate(
             raise InputError(f"no suite {suite!r}; there are {', '.join(SUITES)}")
     cfg = model.recipe.data
     corpus = corpora.load(cfg)
-    if not rundir.trained_on(model.run.home, corpus.fingerprint):
+    if not rundir.trained_on(model.run.home, corpus.fingerprint, *corpus.earlier):
         log(f"{cfg.corpus} is no longer the text that {model.run.home} was trained on: it may have seen what is held out")
     train = functools.partial(tokens.prepare, corpus, "train", model.tokenizer, cfg.cache)  # for masked runs alone
     figures = []

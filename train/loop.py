@@ -79,7 +79,7 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     with hosts.process_zero_first():
         corpus = corpora.load(recipe.data)
         if existing is not None:
-            if not rundir.trained_on(home, corpus.fingerprint):
+            if not rundir.trained_on(home, corpus.fingerprint, *corpus.earlier):
                 raise InputError(
                     f"data.corpus={recipe.data.corpus} is not the text that {home} was trained on; put that back, "
                     "or train into another directory with --workdir DIR"

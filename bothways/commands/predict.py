@@ -15,12 +15,13 @@ def predict(run: Positional[str], file: Positional[Path | None] = None, json: bo
 
     Args:
         run: A run directory that `bothways finetune` wrote.
-        file: An item per line, its parts separated by tabs; without it, standard input.
+        file: An item per line, its parts separated by tabs, or a table with the columns `text` and maybe `text_b`;
+            without it, standard input.
         json: One JSON object per line.
     """
     from bothways.rundir import directory, load_run
     from bothways.sample.predict import TaskPredictor
 
-    lines = read_lines(file)
+    lines = read_lines(file, ("text", "text_b"))
     for result in TaskPredictor(load_run(directory(run), log)).predict(lines):
         emit(result, json, f"{result.label}\t{result.p}\t{result.text}")

@@ -42,16 +42,25 @@ def capability(model: Any, verb: str, why: str) -> Callable[..., Any]:
     return getattr(model, verb)
 
 
-def read_lines(file: Path | None) -> list[str]:
-    from bothways.data.files import read_utf8
+def read_lines(file: Path | None, columns: tuple[str, ...] = ("text",)) -> list[str]:
+    """Texts, one a line; of a .csv, .tsv or .jsonl file the texts under `columns`, those that there are, with tabs between.
+
+    Line ends are those of any system, and a byte order mark is none of the text.
+
+    Raises:
+      InputError: no such file, no UTF-8, an empty line, a table without the first column.
+    """
+    from bothways.data import files
 
     if file is not None and not file.is_file():
         raise InputError(f"no file {file}")
+    if file is not None and files.kind(file) in files.TABLES:
+        return [files.line_of(record, columns, file, number) for number, record in files.records(file)]
     try:
-        text = read_utf8(file) if file is not None else sys.stdin.buffer.read().decode()
+        text = files.read_utf8(file) if file is not None else sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise InputError(f"standard input is not UTF-8 (offset {e.start})") from e
-    lines = text.split("\n")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     lines = lines[:-1] if lines[-1] == "" else lines
     empty = [i for i, line in enumerate(lines, 1) if not line]
     if not lines or empty:

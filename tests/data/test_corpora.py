@@ -1,5 +1,6 @@
 """Corpora: the documents that are read, how they are split, when they are read again, and what is refused."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -74,6 +75,49 @@ def test_a_glob_and_a_directory_name_many_files(tmp_path, cache):
     assert sorted(in_all(load(folder, cache))) == ["a.txt", "b.txt", "c.md", "d.txt"]
     assert sorted(in_all(load(folder / "*.txt", cache))) == ["a.txt", "b.txt"]
     assert sorted(in_all(load(folder / "**" / "*.txt", cache))) == ["a.txt", "b.txt", "d.txt"]
+
+
+def test_a_folder_is_read_through_links_whatever_its_endings_case(tmp_path, cache, caplog):
+    folder, elsewhere = tmp_path / "books", tmp_path / "elsewhere"
+    (folder / "chapter.txt").mkdir(parents=True)
+    elsewhere.mkdir()
+    for path in (folder / "a.TXT", folder / ".hidden.txt", folder / "notes.doc", elsewhere / "b.txt"):
+        path.write_text(f"{path.name}\n{STORY}")
+    (folder / "more").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(folder)
+    assert sorted(in_all(load(folder, cache))) == ["a.TXT", "b.txt"]
+    assert "left out 1 file(s) of other kinds: .doc" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_quotation_mark_in_a_tsv_is_a_character(tmp_path, cache, ending):
+    texts = ['"To be', "or not", 'to be"', '"said ""he"""', '"whole"']
+    path = tmp_path / "a.tsv"
+    path.write_bytes(ending.join(["text\tlabel", *(f"{text}\t{i}" for i, text in enumerate(texts)), ""]).encode())
+    assert list(in_all(load(path, cache)).values()) == [*texts[:3], 'said "he"', texts[4]]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("text,n\nWell, then,1\n", r"a\.csv, line 2: 3 cells, and the header names 2 \(text, n\)"),
+        ('text,n\nfine,1\n"open,2\nnext,3\n', r"a\.csv, line 3: .*end of data"),
+        ("text,text\na,b\n", "two columns of the header have the same name"),
+    ],
+)
+def test_a_table_that_would_be_read_wrongly_is_refused(tmp_path, cache, table, message):
+    (tmp_path / "a.csv").write_text(table)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / "a.csv", cache)
+
+
+def test_the_same_text_under_another_name_is_the_same_corpus(tmp_path, cache):
+    (tmp_path / "a.txt").write_text(STORY)
+    before = load(tmp_path / "a.txt", cache)
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    assert load(tmp_path / "b.txt", cache).fingerprint == before.fingerprint
+    by_name = hashlib.sha256(b"text\0" + b"1" + b"a.txt" + hashlib.sha256(STORY.encode()).digest()).hexdigest()[:16]
+    assert before.earlier == (by_name,)  # what runs of older versions know it by
 
 
 # ---- splits --------------------------------------------------------------------------------------------------------
@@ -250,6 +294,10 @@ def test_a_file_cannot_be_held_out_from_itself(tmp_path, cache):
     (tmp_path / "a.txt").write_text(STORY)
     with pytest.raises(InputError, match=r"a\.txt is in data\.corpus and in data\.validation"):
         load(tmp_path / "a.txt", cache, validation=str(tmp_path / "*.txt"))
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "copy.txt").write_text(STORY)
+    with pytest.raises(InputError, match=r"copy\.txt is in data\.corpus as .*a\.txt and in data\.validation"):
+        load(tmp_path / "a.txt", cache, validation=str(tmp_path / "held"))
 
 
 # ---- the embedded plays --------------------------------------------------------------------------------------------

@@ -69,6 +69,14 @@ def test_masks_and_other_special_tokens(bert, bpe):
         assert not tokenizer.byte_lengths()[tokenizer.special].any()
 
 
+def test_names_of_control_tokens_in_a_text_are_only_text(bert, bpe):
+    for tokenizer, name in ((bert, "[SEP]"), (bpe, "<|endoftext|>")):
+        ids = tokenizer.encode(f"the {name} sees")
+        assert not set(ids) & set(tokenizer.special) - {tokenizer.mask, tokenizer.unk}
+        assert tokenizer.encode_many([f"the {name} sees"]) == [ids]
+    assert bpe.decode(bpe.encode("the <|endoftext|> sees")) == "the <|endoftext|> sees"
+
+
 def test_roberta_calls_its_mask_otherwise_and_takes_the_space_along(tmp_path):
     save_tokenizer("roberta", tmp_path)
     roberta = Tokenizer.load(tmp_path)

@@ -96,18 +96,48 @@ WORDS = st.lists(st.sampled_from("the king zebra caf\u00e9 [MASK] queen's X , st
 def test_a_tag_stands_at_the_first_piece_of_its_word(tokenizer, words, length, data):
     labels = ("B-x", "I-x", "O")
     tags = [data.draw(st.sampled_from(labels)) for _ in words]
-    (found,) = encode({"words": words, "label": tags}, "tag", labels, tokenizer, length)
-    ids = tokenizer.encode(" ".join(words))[: length - 2]
-    assert tokenizer.decode(found["tokens"]) == tokenizer.decode(ids)
-    places = np.flatnonzero(found["weight"])
-    assert found["word"][places].tolist() == list(range(len(places)))
-    assert (np.delete(found["word"], places) == -1).all()
-    for place, word, tag in zip(places, words, tags, strict=False):
-        assert labels[found["label"][place]] == tag
-        assert (" " + word if place > 1 else word).startswith(tokenizer.decode([found["tokens"][place]]).rstrip("\ufffd"))
-    assert (found["tokens"][places] != tokenizer.eos).all()
-    starts = np.cumsum([1] + [len(tokenizer.encode((" " if i else "") + w)) for i, w in enumerate(words)])[:-1]
-    assert places.tolist() == [start for start in starts if start < length - 1]
+    windows = encode({"words": words, "label": tags}, "tag", labels, tokenizer, length)
+    pieces = [tokenizer.encode((" " if i else "") + w)[: length - 2] for i, w in enumerate(words)]
+    asked = []
+    for found in windows:
+        at = np.flatnonzero(found["weight"])
+        assert len(at)
+        assert (np.delete(found["word"], at) == -1).all()
+        for position, word in zip(at, found["word"][at], strict=True):
+            assert labels[found["label"][position]] == tags[word]
+            assert found["tokens"][position] == pieces[word][0]
+            assert found["tokens"][position : position + len(pieces[word])].tolist() == pieces[word]
+        asked += found["word"][at].tolist()
+    assert asked == list(range(len(words)))  # every word once, in order
+    if sum(map(len, pieces)) <= length - 2:
+        assert len(windows) == 1
+
+
+def test_a_word_without_pieces_keeps_its_tag(tokenizer):
+    class Dropping:
+        """A vocabulary that has nothing for a zero-width space, as WordPiece has not."""
+
+        unk, bos, eos, pad = tokenizer.unk, tokenizer.bos, tokenizer.eos, tokenizer.pad
+
+        def encode(self, text: str) -> list[int]:
+            return tokenizer.encode(text.replace(" \u200b", ""))
+
+    words = ["the", "\u200b", "king", "\u200b"]
+    (found,) = encode({"words": words, "label": ["O", "B-x", "I-x", "O"]}, "tag", ("B-x", "I-x", "O"), Dropping(), 32)
+    at = np.flatnonzero(found["weight"])
+    assert found["word"][at].tolist() == [0, 1, 2, 3]
+    assert found["label"][at].tolist() == [2, 0, 1, 2]
+    assert found["tokens"][at[1]] == tokenizer.unk
+
+
+def test_a_word_in_a_long_sentence_has_context_on_both_sides(tokenizer):
+    words, length = ["king"] * 40, 18
+    windows = encode({"words": words}, "tag", ("O",), tokenizer, length)
+    assert len(windows) > 3
+    for found in windows[1:-1]:
+        at = np.flatnonzero(found["word"] >= 0)
+        assert at[0] > 3
+        assert at[-1] < length - 4
 
 
 # ---- spans ---------------------------------------------------------------------------------------------------------

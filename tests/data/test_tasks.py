@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -89,7 +90,7 @@ def test_choices(tmp_path):
 # ---- splits --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("held", ["valid", "validation", "dev"])
+@pytest.mark.parametrize("held", ["valid", "validation", "dev", "val", "Val-2"])
 def test_files_are_splits_by_their_names(tmp_path, held):
     for name, part in (("train", RECORDS[:10]), (held, RECORDS[10:14]), ("test", RECORDS[14:])):
         write(tmp_path / f"mood.{name}.jsonl", part)
@@ -118,6 +119,45 @@ def test_a_file_named_train_trains_whatever_else_is_in_its_name(tmp_path):
     write(tmp_path / "latest_test.csv", RECORDS[15:])
     task = load(tmp_path / "*.csv")
     assert (task.splits["train"], task.splits["test"]) == (RECORDS[:15], RECORDS[15:])
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["latest", "contest", "device_reviews"], ["train", "train", "train"]),
+        (["a", "test_untrained"], ["train", "test"]),
+        (["my-train", "devSet", "eval_1"], ["train", "validation", "test"]),
+    ],
+)
+def test_only_whole_words_of_a_name_say_its_split(names, splits):
+    assert list(tasks.splits_of([Path(f"{name}.csv") for name in names]).values()) == splits
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(["train", "other"], "other.csv: beside"), (["train_test", "b"], "train_test.csv names two")]
+)
+def test_names_that_leave_the_split_open_are_refused(names, message):
+    with pytest.raises(InputError, match=message):
+        tasks.splits_of([Path(f"{name}.csv") for name in names])
+
+
+def test_what_is_no_table_is_left_out_of_a_folder(tmp_path):
+    write(tmp_path / "train.csv", RECORDS[:15])
+    write(tmp_path / "test.csv", RECORDS[15:])
+    (tmp_path / "README.md").write_text("a set")
+    assert load(tmp_path).splits["test"] == RECORDS[15:]
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "NaN"])
+def test_a_label_that_is_not_finite_is_refused(tmp_path, bad):
+    rows = [{"text": f"t {i}", "label": str(i % 3) + ".5"} for i in range(20)]
+    with pytest.raises(InputError, match="line 4: the label (nan|inf), which is no finite number"):
+        load(write(tmp_path / "a.csv", [*rows[:2], {"text": "t", "label": bad}, *rows[2:]]))
+
+
+def test_a_space_behind_a_label_makes_no_class(tmp_path):
+    rows = [{"text": f"t {i}", "label": "pos " if i % 2 else "pos"} for i in range(20)]
+    assert load(write(tmp_path / "a.csv", rows)).labels == ("pos",)
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

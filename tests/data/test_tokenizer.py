@@ -51,6 +51,7 @@ fragments = st.sampled_from(
             "\ufffd",
             "\u00a0",
             "\u3000",
+            "\u2581",
         ),
     ]
 )
@@ -167,6 +168,15 @@ def test_offsets_say_where_in_the_text_each_token_is(trained, kind, text):
 def test_a_vocabulary_is_learnt_from_the_beginning_only(monkeypatch):
     monkeypatch.setattr(tokenizers, "TRAINING_BYTES", 10)
     assert list(tokenizers.lines(["abc\n\ndéf", "gh\nij\nk"])) == ["abc", "déf", "gh"]
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_a_text_of_one_long_line_gives_a_vocabulary(kind):
+    line = " ".join(f"word{i % 97} of" for i in range(110_000))
+    assert len(line) > 1_000_000
+    assert len(tokenizers.train([line], kind, 280)) == 280
+    assert "".join(tokenizers.parts_of(line)) == line
+    assert max(map(len, tokenizers.parts_of("x" * 10_000))) == tokenizers.LONGEST_LINE
 
 
 def test_a_saved_tokenizer_is_the_same_again(trained, tmp_path):
