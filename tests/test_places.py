@@ -114,6 +114,7 @@ class Bucket(MemoryFileSystem):
 
 def test_a_run_directory_on_a_bucket(tiny_recipe, tmp_path, monkeypatch):
     """All but the arrays, which tensorstore would write to a real bucket by itself: here they lie on disk."""
+    monkeypatch.setattr("tensorboardX.record_writer.GCS_ENABLED", False)  # its own client wants credentials
     fsspec.register_implementation("gcs", Bucket, clobber=True)
     manager = rundir.checkpoint_manager
     monkeypatch.setattr(rundir, "checkpoint_manager", lambda home, **kwargs: manager(tmp_path, **kwargs))

@@ -3,7 +3,7 @@
 import pytest
 
 from bothways.compare import directions, generation, prompts, stats
-from bothways.compare.core import BOTH, FORWARD
+from bothways.sample.directions import BOTH, FORWARD
 
 SEEDS = range(3)
 

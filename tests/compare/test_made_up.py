@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bothways.compare import algorithms, in_context, modes, stats
-from bothways.compare.core import FORWARD
+from bothways.sample.directions import FORWARD
 from tests.compare.oracles import bigram, characters, told_by
 
 

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from bothways.compare import directions, generation, labelled, prompts, stats, text, weights, writing
-from bothways.compare.core import BOTH, FORWARD, asked
+from bothways.compare.core import asked
 from bothways.config import ObjectiveConfig
 from bothways.data.config import DataConfig
 from bothways.data.tokenizer import Tokenizer
 from bothways.model.gpt import GPT
 from bothways.rundir import Run
+from bothways.sample.directions import BOTH, FORWARD
 from bothways.sample.hybrid import HybridModel
 from tests.compare.oracles import bigram, characters, told_by
 from tests.convert.published import save_tokenizer

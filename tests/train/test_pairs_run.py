@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import bothways
-from bothways.compare.core import directions
 from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from bothways.data.config import DataConfig
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
 from bothways.recipes import Recipe
+from bothways.sample.directions import directions
 from bothways.sample.evaluate import evaluate, held_out_pairs
 
 pytestmark = pytest.mark.usefixtures("compiled_well", "one_device")
@@ -60,7 +60,7 @@ def learnt_run(task, home, cache_dir):
         ),
         train=TrainConfig(steps=240, batch_size=32, eval_every=240, save_every=80, max_to_keep=3, log_every=40),
     )
-    bothways.train(recipe, workdir=home / "run")
+    recipe.fit(workdir=home / "run")
     return bothways.load(home / "run")
 
 
@@ -169,7 +169,7 @@ def test_a_text_with_hidden_spans_trains_and_is_asked(tiny_recipe, tmp_path):
         train=dataclasses.replace(tiny_recipe.train, eval_rows=0),
         model=dataclasses.replace(MODEL, context_length=32),
     )
-    found = bothways.train(recipe, workdir=tmp_path / "run")
+    found = recipe.fit(workdir=tmp_path / "run")
     model = bothways.load(found.run)
     figures = {f.metric: f.value for f in evaluate(model, ["validation"])}
     assert figures["loss"] == pytest.approx(found.loss, rel=1e-3)
