@@ -1,0 +1,50 @@
+"""Objectives: what an example is, and what the loss asks for. GPT and BERT part here and in model/mask.py.
+
+causal   every token asks for the next one      the decoder's mask hides what comes after
+masked   hidden tokens ask for themselves       the encoder's mask hides nothing
+hybrid   some rows as causal; in the others a hidden token is asked for one place before it, and nothing is out of sight
+pairs    as causal, after a source              the decoder sees all of what the encoder made of it
+spans    as pairs, with hidden spans of a text for targets
+"""
+
+from collections.abc import Callable
+
+from bothways.config import ObjectiveConfig
+from bothways.data.tokenizer import Vocabulary
+from bothways.errors import InputError
+from bothways.train.objectives.after_source import after_source
+from bothways.train.objectives.causal import causal
+from bothways.train.objectives.core import Batch, Objective, Setting, Sums, class_loss
+from bothways.train.objectives.hybrid import hybrid
+from bothways.train.objectives.masked import masked
+
+__all__ = ["OBJECTIVES", "Batch", "Objective", "Setting", "Sums", "class_loss", "make_objective"]
+
+OBJECTIVES: dict[str, Callable[[ObjectiveConfig, Setting], Objective]] = {
+    "causal": causal,
+    "masked": masked,
+    "hybrid": hybrid,
+    "pairs": after_source,
+    "spans": after_source,
+}
+"""An objective is a function in a file of its own and a line here."""
+
+HIDES = ("masked", "hybrid", "spans")
+"""Objectives that need a mask token."""
+
+
+def make_objective(
+    cfg: ObjectiveConfig, vocabulary: Vocabulary, separate: bool = True, predicts: str = "next"
+) -> Objective:
+    """The objective of a configuration; `separate` keeps documents in one row from seeing each other, `predicts` is the
+    model's (model/config.py).
+
+    Raises:
+      InputError: it hides tokens, and the vocabulary has no mask to hide them with.
+    """
+    if vocabulary.mask is None and cfg.kind in HIDES:
+        raise InputError(
+            f"objective.kind={cfg.kind} hides tokens behind a mask, and this tokenizer has no mask token; take another "
+            "with --data.tokenizer, or another --objective.kind"
+        )
+    return OBJECTIVES[cfg.kind](cfg, Setting(vocabulary, separate, predicts))

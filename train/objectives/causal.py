@@ -1,0 +1,33 @@
+"""Next-token prediction, the objective of GPT."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bothways.config import ObjectiveConfig
+from bothways.data import examples
+from bothways.data.pipeline import ExampleFn, RowSource
+from bothways.data.tokens import Rows, Tokens
+from bothways.model.loss import cross_entropy
+from bothways.train.objectives.core import Batch, Objective, Setting, Sums
+
+
+def causal(cfg: ObjectiveConfig, setting: Setting) -> Objective:
+    """Next-token prediction: the objective of GPT (GPT-1, section 3.1)."""
+
+    def source(tokens: Tokens, length: int, padded: bool) -> tuple[RowSource, ExampleFn]:
+        return Rows(tokens, length, setting.vocabulary.pad, setting.separate, padded), examples.causal
+
+    def weights(batch: Batch) -> dict[str, jax.Array]:
+        return {"nll": jnp.sum(batch["weights"])}
+
+    def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
+        # Where documents are not kept apart only padding has a segment of its own; it stands last, where causality hides
+        # it from all that counts, and a kernel that knows nothing but causality can be taken.
+        segments = batch["segments"] if setting.separate else None
+        features, _ = module(batch["tokens"], batch["positions"], segments, deterministic=deterministic)
+        smoothing = 0.0 if deterministic else cfg.label_smoothing
+        return {"nll": cross_entropy(features, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
+
+    return Objective(source, weights, terms)

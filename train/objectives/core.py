@@ -1,0 +1,52 @@
+"""What an objective is: a source of examples, and sums and weights of every term of the loss."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bothways.data.pipeline import ExampleFn, RowSource
+from bothways.data.tokenizer import Vocabulary
+from bothways.data.tokens import Tokens
+from bothways.model.loss import TokenLoss
+
+Batch = dict[str, jax.Array]
+Sums = dict[str, TokenLoss]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What an objective must know beside its own configuration.
+
+    Args:
+      separate: documents packed into one row do not see each other.
+      predicts: which token an output predicts, `next` or `own` (model/config.py).
+    """
+
+    vocabulary: Vocabulary
+    separate: bool = True
+    predicts: str = "next"
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The loss is the sum over terms of (sum of nats) / (sum of weights), each division made once, globally.
+
+    Args:
+      source: tokens, row length, whether a last short row counts -> rows, and the pure function (rows, draws) ->
+        model inputs, in numpy.
+      weights: batch -> weight of every term; a function of the batch alone.
+      terms: bound module, batch, deterministic -> sums of every term.
+    """
+
+    source: Callable[[Tokens, int, bool], tuple[RowSource, ExampleFn]]
+    weights: Callable[[Batch], dict[str, jax.Array]]
+    terms: Callable[[Any, Batch, bool], Sums]
+
+
+def class_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenLoss:
+    """Cross-entropy over a few classes: logits [B, C], labels [B], weights [B]."""
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+    return TokenLoss(jnp.sum(weights * nats), jnp.sum(weights * (jnp.argmax(logits, axis=1) == labels)))
