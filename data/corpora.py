@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,23 +97,40 @@ def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], ca
     return Corpus(name, key, read)
 
 
-def hold_out(documents: list[tuple[str, str]], paired: bool = False) -> dict[str, Documents]:
+@dataclasses.dataclass(frozen=True)
+class Again:
+    """Documents that are read anew each time they are gone through, so that none need be held in memory."""
+
+    read: Callable[[], Documents]
+
+    def __iter__(self) -> Documents:
+        return self.read()
+
+
+def hold_out(documents: Iterable[tuple[str, str]], paired: bool = False) -> dict[str, Documents]:
     """Splits of a corpus that has none: every 20th document or pair for validation and for test, or the end of the text.
 
     With few documents the last tenth of each is held out, half for validation and half for test, cut at a line
     where one ends near. Pairs are never cut.
+
+    Args:
+      documents: gone through once for each split.
     """
-    if paired or len(documents) >= FEW_DOCUMENTS:
-        parts = {"train": [], "validation": [], "test": []}
-        for i, document in enumerate(documents):
-            parts[{18: "validation", 19: "test"}.get((i // 2 if paired else i) % 20, "train")].append(document)
-        return {split: iter(part) for split, part in parts.items()}
+    few = list(itertools.islice(documents, FEW_DOCUMENTS))
+    if paired or len(few) >= FEW_DOCUMENTS:
+
+        def part(split: str) -> Documents:
+            for i, document in enumerate(documents):
+                if {18: "validation", 19: "test"}.get((i // 2 if paired else i) % 20, "train") == split:
+                    yield document
+
+        return {split: part(split) for split in Corpus.splits}
 
     def cut(text: str, low: float, high: float) -> int:
         begin, end = int(len(text) * low), int(len(text) * high)
         return text.rfind("\n", begin, end) + 1 or end
 
-    ends = [(name, text, cut(text, 0.85, 0.9), cut(text, 0.9, 0.95)) for name, text in documents]
+    ends = [(name, text, cut(text, 0.85, 0.9), cut(text, 0.9, 0.95)) for name, text in few]
     return {
         "train": ((name, text[:a]) for name, text, a, _ in ends),
         "validation": ((name, text[a:b]) for name, text, a, b in ends),
@@ -179,19 +197,19 @@ def from_files(cfg: DataConfig, cache: Path) -> Corpus:
             same = "" if copies[content] == path else f" as {copies[content]}"
             raise InputError(f"{path} is in data.corpus{same} and in data.validation; hold out other text")
 
-    def read(paths: list[Path]) -> list[tuple[str, str]]:
+    def read(paths: list[Path]) -> Documents:
         if cfg.source_field:
-            return list(files.pairs(paths, cfg.source_field, cfg.target_field))
-        return [(name, text) for name, text in files.documents(paths, cfg.text_field) if text.strip()]
+            return files.pairs(paths, cfg.source_field, cfg.target_field)
+        return ((name, text) for name, text in files.documents(paths, cfg.text_field) if text.strip())
 
     what = (*fields(cfg), str(len(paths)))
     key, before = (files.fingerprint(contents, *what, names=n) for n in ((), [path.name for path in paths + held]))
 
     def splits() -> dict[str, Documents]:
-        found, validation = read(paths), read(held)
-        if not found:
+        found, validation = Again(lambda: read(paths)), Again(lambda: read(held))
+        if next(iter(found), None) is None:
             raise InputError(f"the corpus {cfg.corpus!r} is empty: {len(paths)} file(s), no text")
-        if held and not validation:
+        if held and next(iter(validation), None) is None:
             raise InputError(f"data.validation {cfg.validation!r} is empty: {len(held)} file(s), no text")
         if held:
             return {"train": iter(found), "validation": iter(validation), "test": iter(validation)}

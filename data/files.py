@@ -1,29 +1,39 @@
-"""Documents out of text, JSONL, CSV and TSV files."""
+"""Documents out of text, JSONL, CSV, TSV and parquet files, compressed or not."""
 
 import csv
 import glob
+import gzip
 import hashlib
 import io
 import itertools
 import json
 import logging
+import lzma
 import os
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import fsspec
+import zstandard
 
 from bothways.errors import InputError
 
 SETTLED = 2_000_000_000
 """Nanoseconds after which a second change of a file cannot bear the same time as the first."""
-TABLES = (".jsonl", ".csv", ".tsv")
-SUFFIXES = (".txt", ".md", ".text", *TABLES)
+PLAIN = (".txt", ".md", ".text")
+TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
+PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+"""Endings of compressed files, behind another one, and what fsspec calls them."""
+SUFFIXES = (*PLAIN, *TABLES, *(kind + packed for kind in (*PLAIN, *TABLES[:3]) for packed in PACKED))
 LOG = logging.getLogger("bothways")
 
 
 def kind(path: Path) -> str:
-    """How a file is read, by its ending: in lower case, whatever the file system says."""
-    return path.suffix.lower()
+    """How a file is read, by its ending in lower case; of a compressed file, by that before: `.jsonl` of a.JSONL.zst."""
+    last = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if last in PACKED else last
 
 
 def looks_like_files(pattern: str) -> bool:
@@ -116,16 +126,43 @@ def contents(paths: list[Path], cache: Path) -> list[str]:
     return found_all
 
 
+def read_bytes(path: Path) -> bytes:
+    """What is in a file, unpacked. Raises InputError if it cannot be read, or is compressed and cut short or damaged."""
+    packed = PACKED.get(path.suffix.lower())
+    try:
+        if packed == "zstd":
+            return unpack_zstd(path.read_bytes())
+        with fsspec.open(str(path), "rb", compression=packed) as f:
+            return f.read()
+    except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile) as e:
+        raise InputError(f"{path} is cut short or damaged ({e}); copy it anew") from e
+    except OSError as e:
+        damaged = path.suffix.lower() in PACKED and e.errno is None
+        raise InputError(
+            f"{path} is damaged ({e}); copy it anew" if damaged else f"cannot read {path}: {e.strerror}"
+        ) from e
+
+
+def unpack_zstd(raw: bytes) -> bytes:
+    """All frames of a .zst. Raises EOFError if the last has no end: the library's own reader takes that for the end of
+    the text, and the end of the first frame too."""
+    parts = []
+    while raw:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        parts.append(frame.decompress(raw))
+        if not frame.eof:
+            raise EOFError("the last frame has no end")
+        raw = frame.unused_data
+    return b"".join(parts)
+
+
 def read_utf8(path: Path) -> str:
     """The text of a file.
 
     Raises:
       InputError: the file cannot be read, or is not UTF-8; says which bytes and where.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}") from e
+    raw = read_bytes(path)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -144,6 +181,9 @@ def records(path: Path) -> Iterator[tuple[int, dict]]:
       InputError: a line that is not a JSON object, a table whose rows have more cells than its header, or whose
         quotation marks do not match.
     """
+    if kind(path) == ".parquet":
+        yield from parquet_records(path)
+        return
     text = read_utf8(path)
     if kind(path) == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
@@ -170,6 +210,24 @@ def records(path: Path) -> Iterator[tuple[int, dict]]:
             )
         else:
             yield number, dict(itertools.zip_longest(header, row))  # a row cut short has None
+
+
+def parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
+    """(row number, record) of a parquet file, a batch of rows in memory at a time."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as e:
+        raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'bothways[parquet]'") from e
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except (pyarrow.ArrowInvalid, OSError) as e:
+        raise InputError(f"{path} is no whole parquet file ({str(e).splitlines()[0][:160]}); copy it anew") from e
 
 
 def comma_separated(text: str, path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
@@ -227,7 +285,7 @@ def pairs(paths: list[Path], source_field: str, target_field: str) -> Iterator[t
     """
     for path in paths:
         if kind(path) not in TABLES:
-            raise InputError(f"{path}: pairs of source and target come from .jsonl, .csv or .tsv files")
+            raise InputError(f"{path}: pairs of source and target come from {', '.join(TABLES)} files")
         for number, record in records(path):
             for field, flag in ((source_field, "--data.source-field"), (target_field, "--data.target-field")):
                 text = text_of(record, field, flag, path, number)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
+from bothways.data.rng import splitmix64
 from bothways.errors import InputError
 
 PAD, UNK, BOS, EOS, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
@@ -21,7 +22,7 @@ LONGEST_LINE = 4096
 """Characters of a line that a vocabulary is trained on at once: sentencepiece leaves out lines of more than a megabyte,
 and the likelihoods of lines of some 100,000 characters underflow."""
 TRAINING_BYTES = 50_000_000
-"""A vocabulary is learnt from at most so much text, taken from the start of the corpus."""
+"""A vocabulary is trained on at most so much text; of a larger corpus, on a sample of its lines."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,12 +232,19 @@ class SentencePieceTokenizer(Tokenizer):
         return tokenizer
 
 
-def lines(texts: Iterable[str]) -> Iterator[str]:
-    """What a vocabulary is trained on: the lines of the texts, up to TRAINING_BYTES, long ones in parts."""
-    budget = TRAINING_BYTES
+def lines(texts: Iterable[str], share: float = 1.0) -> Iterator[str]:
+    """What a vocabulary is trained on: the lines of the texts, long ones in parts, up to TRAINING_BYTES.
+
+    Args:
+      share: of the lines that are taken, drawn evenly over all texts and always the same ones.
+    """
+    budget, number = TRAINING_BYTES, 0
     for text in texts:
         for line in filter(None, re.split(f"[\n{SPACE}]", text)):
             for part in parts_of(line):
+                number += 1
+                if share < 1 and splitmix64(np.array([number], np.uint64))[0] >= share * 2.0**64:
+                    continue
                 budget -= len(part.encode())
                 if budget < 0:
                     return
@@ -253,7 +261,7 @@ def parts_of(line: str) -> Iterator[str]:
     yield line
 
 
-def train(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePieceTokenizer:
+def train(texts: Iterable[str], kind: str, vocab_size: int, share: float = 1.0) -> SentencePieceTokenizer:
     """Learn a sentencepiece vocabulary, byte for byte the same each time.
 
     Raises:
@@ -262,7 +270,7 @@ def train(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePieceToke
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=lines(texts),
+            sentence_iterator=lines(texts, share),
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,

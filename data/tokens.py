@@ -42,7 +42,10 @@ def obtain_tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
     key = hashlib.sha256(version.encode()).hexdigest()[:16]
     path = Path(cfg.cache).expanduser() / "tokenizers" / f"{key}.model"
     if not path.exists():
-        trained = tokenizers.train((text for _, text in corpus.documents("train")), cfg.tokenizer, cfg.vocab_size)
+        size = sum(len(text.encode()) for _, text in corpus.documents("train"))
+        share = min(1.0, tokenizers.TRAINING_BYTES / max(1, size))
+        texts = (text for _, text in corpus.documents("train"))
+        trained = tokenizers.train(texts, cfg.tokenizer, cfg.vocab_size, share)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         trained.save(partial)
         partial.replace(path)
