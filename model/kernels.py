@@ -1,6 +1,6 @@
 """Attention kernels that never hold the scores: which masks and shapes each knows, and how it is told.
 
-splash   TPU, Pallas: causality, windows and segments, by block; what is hidden is not computed
+splash   TPU, Pallas: causality, windows, blocks and segments, by tile; what is hidden is not computed
 cudnn    GPU, cuDNN's flash attention: causality and windows before it by structure, all else as a drawn mask
 
 Both read causality and windows off the places in the row, so a mask must be `positions_are_sequential` (model/mask.py).
@@ -32,8 +32,10 @@ def choose(wanted: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) ->
 
 
 def positions_match_order(mask: Mask) -> bool:
-    """Whether places in the row say as much as positions do."""
-    return mask.prefix is None and (mask.positions_are_sequential or not (mask.causal or mask.window))
+    """Whether row index equals position for all that the mask says; blocks are not said by index."""
+    return (
+        mask.prefix is None and mask.block is None and (mask.positions_are_sequential or not (mask.causal or mask.window))
+    )
 
 
 def is_sequence_sharded(q: jax.Array) -> bool:
@@ -47,7 +49,8 @@ def is_sequence_sharded(q: jax.Array) -> bool:
 
 def _splash_knows(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> bool:
     T, S = _shard_lengths(q, k)
-    return positions_match_order(mask) and T % LANES == 0 and S % LANES == 0
+    by_blocks = mask.block_by_index > 0 and not (mask.causal or mask.window) and not is_sequence_sharded(q)
+    return (positions_match_order(mask) or by_blocks) and T % LANES == 0 and S % LANES == 0
 
 
 def _shard_lengths(q: jax.Array, k: jax.Array) -> tuple[int, int]:
@@ -56,11 +59,46 @@ def _shard_lengths(q: jax.Array, k: jax.Array) -> tuple[int, int]:
     return (shards.shard_shape(q.shape)[1] if shards else q.shape[1]), k.shape[1]
 
 
+class BlockMask(splash_attention_mask._ComputableMask):
+    """Blocks by index in the row, computed inside the kernel; with two streams, of the hidden and the clean half."""
+
+    def __init__(self, shape: tuple[int, int], block: int, streams: int):
+        self.block, self.streams = block, streams
+        half = shape[0] // streams
+
+        def visible(q, k):
+            q_block, k_block = q % half // block, k % half // block
+            if streams == 1:
+                return k_block <= q_block
+            clean = (k >= half) & ((k_block < q_block) | ((q >= half) & (k_block == q_block)))
+            return clean | ((k < half) & (q < half) & (k_block == q_block))
+
+        super().__init__(shape=shape, mask_function=visible)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BlockMask) and hash(self) == hash(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.shape, self.block, self.streams))
+
+
 @functools.cache
-def _splash_kernel(T: int, S: int, heads: int, causal: bool, window: int, q_shards: int, interpret: bool):
+def _splash_kernel(
+    T: int,
+    S: int,
+    heads: int,
+    causal: bool,
+    window: int,
+    q_shards: int,
+    interpret: bool,
+    block: int = 0,
+    streams: int = 1,
+):
     """The kernel for this structure, `q_shards` devices sharing the T queries of a row."""
     near = None if not window else window - 1
-    if causal or window:
+    if block:
+        mask = BlockMask((T, S), block, streams)
+    elif causal or window:
         mask = splash_attention_mask.LocalMask((T, S), (near, 0 if causal else near), offset=0, shard_count=q_shards)
     else:
         mask = splash_attention_mask.FullMask((T, S))
@@ -98,7 +136,8 @@ def splash(
     t, h = q_at.shard_shape(q.shape)[1:3] if q_at else (T, H)
     banded = mask.causal or mask.window  # else every device's queries see alike, and the kernel is that of its own
     shards = T // t if banded else 1
-    kernel = _splash_kernel(t * shards, S, h, mask.causal, mask.window, shards, platform() != "tpu")
+    blocks = mask.block_by_index, mask.streams
+    kernel = _splash_kernel(t * shards, S, h, mask.causal, mask.window, shards, platform() != "tpu", *blocks)
 
     def rows(kernel, q, k, v, q_segments, k_segments):
         def row(q, k, v, q_segments, k_segments):
@@ -145,7 +184,7 @@ def cudnn(
 
 
 def _sees_all(mask: Mask) -> bool:
-    return not (mask.causal or mask.window) and mask.k_segments is None
+    return not (mask.causal or mask.window) and mask.k_segments is None and mask.block is None
 
 
 KERNELS = {"splash": splash, "cudnn": cudnn}

@@ -37,8 +37,11 @@ MASKS = {
     "packed bidirectional": Mask.self_attention(POSITIONS, causal=False, segments=SEGMENTS),
     "packed causal window": Mask.self_attention(POSITIONS, causal=True, segments=SEGMENTS).windowed(33),
     "cross": Mask.cross(SEGMENTS[:, 128:], SEGMENTS),
+    "blocks of 16": Mask.self_attention(PLACES, causal=False, block=16),
+    "two streams": Mask.two_streams(PLACES[:, :128], block=8),
     "hidden keys": Mask(PLACES[:, :128] * 0, PLACES * 0, k_segments=SEGMENTS),
 }
+BLOCKS_BY_ROW = Mask.self_attention(POSITIONS, causal=False, segments=SEGMENTS, block=jnp.array([3, 16, 256, 1]))
 PREFIX = Mask.self_attention(PLACES, causal=True, prefix=jnp.array([3, 0, 256, 9]))
 
 
@@ -67,9 +70,9 @@ def same(found, wanted):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, wanted)
 
 
-@pytest.mark.parametrize("name", [*MASKS, "prefix"])
+@pytest.mark.parametrize("name", [*MASKS, "prefix", "blocks by row"])
 def test_blocks_of_queries_equal_the_reference(name):
-    mask = (MASKS | {"prefix": PREFIX})[name]
+    mask = (MASKS | {"prefix": PREFIX, "blocks by row": BLOCKS_BY_ROW})[name]
     same(outcome(attend, mask, 24), outcome(attend_whole, mask, 24))
 
 
@@ -106,10 +109,10 @@ def test_splash_on_a_mesh_equals_the_reference(name, eight_devices):
         same(outcome(kernels.splash, MASKS[name]), wanted)
 
 
-@pytest.mark.parametrize("name", [*MASKS, "prefix"])
+@pytest.mark.parametrize("name", [*MASKS, "prefix", "blocks by row"])
 def test_cudnn_is_told_the_same_mask(name):
     """Without a GPU, XLA computes from the arguments that cuDNN would get."""
-    mask = (MASKS | {"prefix": PREFIX})[name]
+    mask = (MASKS | {"prefix": PREFIX, "blocks by row": BLOCKS_BY_ROW})[name]
     q, k, v, _ = inputs(mask, jnp.bfloat16)
     assert kernels.choose("cudnn", q, k, v, mask) == "cudnn"
     same(outcome(lambda *args: kernels.cudnn(*args, implementation="xla"), mask), outcome(attend_whole, mask))
@@ -119,6 +122,7 @@ def test_what_a_kernel_does_not_know_is_left_to_xla(eight_devices):
     q, k, v, _ = inputs(CAUSAL)
     assert kernels.choose("auto", q, k, v, CAUSAL) == "xla"  # this is a CPU
     assert kernels.choose("splash", q, k, v, PREFIX) == "xla"
+    assert kernels.choose("splash", q, k, v, BLOCKS_BY_ROW) == "xla"
     assert kernels.choose("splash", q[:, :100], k, v, BOTH) == "xla"
     assert kernels.choose("splash", q[:, :1], k, v, Mask.cached(PLACES[:, :1] + 9, T)) == "xla"
     assert kernels.choose("cudnn", q, k, v, CAUSAL) == "xla"  # float32

@@ -1,5 +1,6 @@
 """Masks, drawn. `x` where a query (row) sees a key (column)."""
 
+import itertools
 import re
 
 import jax.numpy as jnp
@@ -35,13 +36,25 @@ IN_DOCSTRING = {  # in the order of the drawing
     "prefix of 2": Mask.self_attention(PLACES, causal=True, prefix=jnp.array([2])),
     "window of 2": CAUSAL.windowed(2),
     "packed": Mask.self_attention(PLACES, causal=True, segments=SEGMENTS),
+    "blocks of 1": Mask.self_attention(PLACES, causal=False, block=1),
+    "blocks of 2": Mask.self_attention(PLACES, causal=False, block=2),
+    "blocks of 5": Mask.self_attention(PLACES, causal=False, block=5),
+    "packed blocks of 2": Mask.self_attention(row(0, 1, 2, 0, 1), causal=False, segments=SEGMENTS, block=2),
 }
 
 
 def test_the_module_docstring_draws_what_dense_gives():
     drawing = [line.strip() for line in mask_module.__doc__.splitlines() if set(line) == set("x. ")]
-    columns = zip(*[re.split(" {2,}", line) for line in drawing], strict=True)
-    assert [list(column) for column in columns] == [drawn(mask) for mask in IN_DOCSTRING.values()]
+    columns = [[*zip(*[re.split(" {2,}", line) for line in part], strict=True)] for part in (drawing[:5], drawing[5:])]
+    assert [list(column) for column in itertools.chain(*columns)] == [drawn(mask) for mask in IN_DOCSTRING.values()]
+
+
+def test_the_module_docstring_draws_two_streams():
+    drawing = [
+        re.split(" {2,}", line.strip())[1:] for line in mask_module.__doc__.splitlines() if re.match(" +[hc][0-3] ", line)
+    ]
+    mask = Mask.two_streams(row(0, 1, 2, 3), block=2)
+    assert [" ".join(line) for line in drawing if line] == drawn(mask)
 
 
 def test_causal():
@@ -170,3 +183,41 @@ def test_conditions_hold_together(data, causal, window, with_prefix):
     value = Mask(row(*q), row(*k), row(*q_segment), row(*k_segment), None if prefix is None else jnp.array([prefix]))
     dense = np.asarray(value.replace(causal=causal, window=window).materialize())[0]
     assert dense.tolist() == [[visible(t, s) for s in range(5)] for t in range(4)]
+
+
+@fixed
+@given(data=st.data(), streams=st.sampled_from([1, 2]), window=st.sampled_from([0, 2]))
+def test_blocks_differ_by_row_and_restart_with_documents(data, streams, window):
+    """Against the rule for one pair at a time, of packed rows with a block size each; and of parts of them."""
+    lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    position = [p for n in lengths for p in range(n)]
+    segment = [i for i, n in enumerate(lengths, 1) for _ in range(n)]
+    blocks, n = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 7))), len(position)
+
+    def visible(b: int, t: int, s: int) -> bool:
+        (q_clean, q), (k_clean, k) = divmod(t, n), divmod(s, n)
+        q_clean, k_clean = (x == streams - 1 for x in (q_clean, k_clean))
+        mine, theirs = position[q] // blocks[b], position[k] // blocks[b]
+        near = not window or abs(position[q] - position[k]) < window
+        if segment[q] != segment[k] or not near or (q_clean and not k_clean):
+            return False
+        return theirs == mine if not k_clean else theirs < mine or (q_clean and theirs == mine)
+
+    positions, segments = (jnp.tile(row(*x), (2, 1)) for x in (position, segment))
+    mask = (
+        Mask.self_attention(positions, causal=False, segments=segments, block=jnp.array(blocks))
+        if streams == 1
+        else Mask.two_streams(positions, segments=segments, block=jnp.array(blocks))
+    ).windowed(window)
+    dense = np.asarray(mask.materialize())
+    wanted = [[[visible(b, t, s) for s in range(streams * n)] for t in range(streams * n)] for b in range(2)]
+    assert dense.tolist() == wanted
+    queries, keys = slice(n // 2, n), slice(0, n)
+    assert (np.asarray(mask.slice(queries, keys).materialize()) == dense[:, queries, keys]).all()
+
+
+def test_a_cache_in_blocks_is_the_rows_of_the_full_mask():
+    full = np.asarray(Mask.self_attention(jnp.arange(9)[None], causal=False, block=3).materialize())[0]
+    for start in (0, 3, 4):
+        cached = Mask.cached(start + jnp.arange(4)[None], size=9, block=3)
+        assert (np.asarray(cached.materialize())[0] == full[start : start + 4]).all()
