@@ -125,6 +125,8 @@ class TrainConfig:
     eval_rows: int = 0
     """Held-out rows per evaluation, spread evenly. 0: all."""
     save_every: int = 500
+    patience: int = 0
+    """Stop after so many evaluations in a row that were no better than the best. 0: never."""
     max_to_keep: int = 2
     """Newest checkpoints kept; the best on held-out text is kept besides."""
     average_last_checkpoints: int = 1
@@ -145,7 +147,15 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 found.append(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("seed", "eval_rows", "batch_size_start", "batch_size_ramp_rows", "short_length", "short_steps"):
+        for name in (
+            "seed",
+            "patience",
+            "eval_rows",
+            "batch_size_start",
+            "batch_size_ramp_rows",
+            "short_length",
+            "short_steps",
+        ):
             if getattr(self, name) < 0:
                 found.append(f"train.{name} is {getattr(self, name)}; it cannot be negative")
         if self.seed > 2**31 - 1:

@@ -95,15 +95,18 @@ def _show_exception(kind: type[BaseException], error: BaseException, trace: Any)
         sys.__excepthook__(kind, error, trace)
 
 
+def selection(held_out: dict[str, float]) -> float:
+    """What the best checkpoint has least of: `selection` where an evaluation says it, else the held-out loss."""
+    return held_out.get("selection", held_out["loss"])
+
+
 def checkpoint_manager(home: Path, *, keep: int | None = None, read_only: bool = False) -> ocp.CheckpointManager:
-    """Orbax's manager of a run's checkpoints: the newest `keep` and the one with the lowest held-out loss."""
+    """Orbax's manager of a run's checkpoints: the newest `keep` and the best on held-out items."""
     quiet_orbax()
     policy = None
     if keep is not None:
         policies = ocp.checkpoint_managers
-        best = policies.BestN(
-            get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
+        best = policies.BestN(get_metric_fn=selection, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policy, read_only=read_only, create=not read_only, step_prefix=None, save_root_metadata=False

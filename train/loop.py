@@ -1,6 +1,5 @@
 """The training loop: one for every family, objective, mesh and number of hosts."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -13,13 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from bothways import rundir, sharding
-from bothways.chips import PEAK_FLOPS
 from bothways.data import corpora, pipeline, tokens
 from bothways.data.tokenizer import Tokenizer
-from bothways.errors import Diverged, InputError, Stopped
+from bothways.errors import InputError
 from bothways.flops import recipe_flops_per_token
 from bothways.log import log
 from bothways.recipes import Recipe
@@ -27,9 +24,9 @@ from bothways.registry import make_module, tiny_inputs
 from bothways.train import hosts
 from bothways.train.objectives import make_objective
 from bothways.train.optimizer import make_optimizer
-from bothways.train.report import Reporter
 from bothways.train.start import check_start, start_from
 from bothways.train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
+from bothways.train.steps import Job, Throughput, run_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,28 +126,16 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
 
     # ---- weights ----------------------------------------------------------------------------------------------
     # The first of these that there is:
-    # 1. the newest whole checkpoint of this run: resume;
+    # 1. the newest whole checkpoint of this run: resume (train/steps.py);
     # 2. another run, named by train.init_from: its body if it was fine-tuned;
     # 3. a published checkpoint, which `bothways import` made a run, named likewise: so 2 and 3 are one line;
     # 4. scratch.
-    manager = rundir.checkpoint_manager(home, keep=cfg.max_to_keep)
-    start, state = _restore(manager, shapes, shardings) or (0, None)
-    if state is None:
+    def begin() -> TrainState:
         state = jax.jit(fresh, out_shardings=shardings)(cfg.seed)  # not a constant: seeds share their programs
-        if cfg.init_from:
-            place = functools.partial(sharding.parameter_shardings, mesh)
-            other = rundir.directory(cfg.init_from)
-            state = state.replace(params=start_from(other, recipe.model, state.params, place))
-    tell(
-        f"{count:,} parameters, {len(text.ids):,} tokens of text, rows of {recipe.model.context_length}, "
-        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)" + (f", resumed at step {start}" if start else "")
-    )
-    if note := getattr(sources[recipe.model.context_length][0], "note", ""):
-        tell(note)
-    train_step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=cfg.grad_accum_steps)
-    evaluate = Evaluator(recipe, objective, module, tokenizer, held_out, mesh, shardings.params)
-    reporter = Reporter(home, cfg.steps, start, writes)
-    meter = Throughput(recipe)
+        if not cfg.init_from:
+            return state
+        place = functools.partial(sharding.parameter_shardings, mesh)
+        return state.replace(params=start_from(rundir.directory(cfg.init_from), recipe.model, state.params, place))
 
     def batches(step: int) -> Iterator[dict[str, np.ndarray]]:
         row, size = cfg.batch_at(step)
@@ -159,149 +144,32 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
         mine = sharding.local_rows(mesh, size)
         return pipeline.training_batches(rows, example, batch_size=size, seed=cfg.seed, position=row, mine=mine)
 
-    def save(step: int, metrics: dict[str, float] | None) -> None:
-        if step in manager.all_steps():
-            return
-        rest = {k: getattr(state, k) for k in ("step", "opt_state", "consecutive_nonfinite", "bad_total")}
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            train=ocp.args.StandardSave(rest),
-            meta=ocp.args.JsonSave({"step": step, "position": cfg.batch_at(step)[0], "seed": cfg.seed}),
+    def announce(start: int) -> None:
+        tell(
+            f"{count:,} parameters, {len(text.ids):,} tokens of text, rows of {recipe.model.context_length}, "
+            f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+            + (f", resumed at step {start}" if start else "")
         )
-        manager.save(step, args=items, metrics=metrics)
-        reporter.upload()
+        if note := getattr(sources[recipe.model.context_length][0], "note", ""):
+            tell(note)
 
-    # ---- steps ------------------------------------------------------------------------------------------------
-    pending: tuple[int, dict[str, jax.Array], int] | None = None
-    held: dict[str, float] | None = None
-    new_shape_at = {first for first, _, _ in cfg.stages()} | {cfg.short_steps}
-    tidy = jax.process_count() == 1  # of several, one that fails leaves at once: what waits for the others would hang
-    try:
-        with hosts.preemption_requested() as stop_at:
-            iterator = batches(start)
-            for step in range(start, cfg.steps):
-                if step in new_shape_at and step > start:
-                    iterator = batches(step)
-                batch = sharding.to_global(mesh, next(iterator))
-                state, metrics = train_step(state, batch, cfg.seed)
-                if pending:  # the metrics of the step before, read while this one runs
-                    _report(reporter, meter, *pending, cfg)
-                size = sum(batch[name].size for name in ("tokens", "source") if name in batch)
-                pending, done = (step + 1, metrics, size), step + 1
-                last = done == cfg.steps
-                held, stopping = None, stop_at(done)
-                evaluating = done % cfg.eval_every == 0 or last
-                if evaluating or stopping or step == start:  # the first is told when it is done
-                    _report(reporter, meter, *pending, cfg)
-                    pending = None
-                if evaluating:
-                    with meter.paused():
-                        held = evaluate(state.params)
-                    reporter.log(done, {f"eval_{k}": v for k, v in held.items()}, _shown_held(held))
-                if done % cfg.save_every == 0 or last or stopping:
-                    save(done, held)
-                if stopping and not last:
-                    manager.wait_until_finished()
-                    raise Stopped(f"stopped by SIGTERM at step {done}; saved in {home}, run the same command to go on")
-            if held is None:  # the run was complete already
-                held = evaluate(state.params)
-            manager.wait_until_finished()
-        tidy = True
-    except (Stopped, Diverged):  # on every process
-        tidy = True
-        raise
-    finally:
-        reporter.close()
-        if tidy:
-            reporter.plot()
-            manager.close()
+    meter = Throughput(recipe_flops_per_token(recipe))
+    job = Job(
+        home=home,
+        cfg=cfg,
+        mesh=mesh,
+        shapes=shapes,
+        shardings=shardings,
+        begin=begin,
+        batches=batches,
+        step=make_train_step(module, objective, optimizer, mesh, shardings, accumulate=cfg.grad_accum_steps),
+        evaluate=Evaluator(recipe, objective, module, tokenizer, held_out, mesh, shardings.params),
+        meter=meter,
+        announce=announce,
+    )
+    held = run_steps(job)
     bpb = held.get("bits_per_byte")
     return Result(str(home), cfg.steps, held["loss"], bpb, time.monotonic() - began, meter.tokens_per_second)
-
-
-def _restore(manager: ocp.CheckpointManager, shapes: TrainState, shardings: TrainState) -> tuple[int, TrainState] | None:
-    """The newest whole checkpoint, placed on this mesh; None if there is none."""
-    targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-    rest = {k: getattr(targets, k) for k in ("step", "opt_state", "consecutive_nonfinite", "bad_total")}
-    items = ocp.args.Composite(params=ocp.args.StandardRestore(targets.params), train=ocp.args.StandardRestore(rest))
-
-    def restore(step: int) -> TrainState:
-        found = manager.restore(step, args=items)
-        return TrainState(params=found["params"], **found["train"])
-
-    found = rundir.restore_latest_readable(manager, restore, log)
-    if found is not None:
-        for step in manager.all_steps():
-            if step > found[0]:
-                manager.delete(step)  # damaged: the run writes this step again
-    return found
-
-
-def _shown_held(held: dict[str, float]) -> str:
-    bpb = f", {held['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in held else ""
-    return f"held-out loss {held['loss']:.3f}{bpb}"
-
-
-def _report(
-    reporter: Reporter, meter: "Throughput", step: int, metrics: dict[str, jax.Array], size: int, cfg: Any
-) -> None:
-    values = {k: float(v) for k, v in metrics.items()}
-    meter.count(size)
-    bad = int(values.pop("consecutive_nonfinite"))
-    if bad:
-        reporter.note(
-            f"step {step}: loss {values['loss']}, not applied ({bad} in a row, {int(values['bad_total'])} in all)"
-        )
-    if bad >= cfg.max_nonfinite_steps:
-        raise Diverged(
-            f"{bad} steps in a row had no finite loss; stopped at step {step}. The last checkpoint is intact. "
-            "Try a lower --optimizer.learning-rate or a longer --optimizer.warmup-steps"
-        )
-    if step % cfg.log_every == 0 or step == cfg.steps:
-        shown = f"loss {values['loss']:.3f}"
-        if meter.tokens:  # the first step has no speed yet
-            values["tokens_per_second"] = meter.tokens_per_second
-            shown += f"  {meter.tokens_per_second:,.0f} tokens/s"
-            if meter.mfu is not None:
-                values["mfu"] = meter.mfu
-                shown += f"  MFU {meter.mfu:.1%}"
-        reporter.log(step, values, shown)
-    else:
-        reporter.advance(step)
-
-
-class Throughput:
-    """Tokens per second and MFU, evaluations and the first step's compilation left out."""
-
-    def __init__(self, recipe: Recipe):
-        self.flops = recipe_flops_per_token(recipe)
-        self.peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-        self.tokens = 0
-        self.clock: float | None = None
-        self.spent = self.away = 0.0
-
-    def count(self, tokens: int) -> None:
-        if self.clock is None:
-            self.clock = time.monotonic()  # the first step is done: compiled
-        else:
-            self.tokens += tokens
-            self.spent = time.monotonic() - self.clock - self.away
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        left = time.monotonic()
-        yield
-        self.away += time.monotonic() - left
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Up to the last step that was counted."""
-        return self.tokens / max(1e-9, self.spent)
-
-    @property
-    def mfu(self) -> float | None:
-        """Model FLOP utilisation (arXiv 2204.02311, appendix B); None where the chip's peak is not known."""
-        return self.tokens_per_second * self.flops / (self.peak * jax.device_count()) if self.peak else None
 
 
 class Evaluator:

@@ -18,8 +18,11 @@ from bothways.data.examples import as_is
 from bothways.data.pipeline import Stacked
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import Diverged, InputError, Stopped
+from bothways.flops import recipe_flops_per_token
 from bothways.sample import evaluate as figures
-from bothways.train.loop import Evaluator, Throughput, train
+from bothways.train import steps
+from bothways.train.loop import Evaluator, train
+from bothways.train.steps import Throughput
 
 
 def on_devices(recipe, **fields):
@@ -47,18 +50,18 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def stop_after(monkeypatch, steps):
+def stop_after(monkeypatch, count):
     """Send this process SIGTERM once so many steps are reported."""
     seen = []
-    original = train.__globals__["_report"]
+    original = steps._report
 
     def reporting(reporter, meter, step, *rest):
         seen.append(step)
-        if step == steps:
+        if step == count:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(reporter, meter, step, *rest)
 
-    monkeypatch.setitem(train.__globals__, "_report", reporting)
+    monkeypatch.setattr(steps, "_report", reporting)
     return seen
 
 
@@ -103,7 +106,7 @@ def test_resuming_on_another_mesh_goes_on_with_the_same_data(whole, recipe, tmp_
     moved = dataclasses.replace(recipe, mesh=MeshConfig(2, 1, 1))
     with monkeypatch.context() as two:
         two.setattr(jax, "device_count", lambda: 2)
-        two.setattr(train.__globals__["sharding"], "make_mesh", partial_mesh(train.__globals__["sharding"].make_mesh))
+        two.setattr(sharding, "make_mesh", partial_mesh(sharding.make_mesh))
         result = train(moved, home)
     assert result.loss == pytest.approx(whole[1].loss, rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params_of(home), params_of(whole[0]))
@@ -176,7 +179,7 @@ def test_a_batch_ramp_sees_every_row_in_order(recipe, tmp_path, monkeypatch):
     seen: dict[str, list] = {}
 
     def record(name):
-        make = train.__globals__["sharding"].to_global
+        make = sharding.to_global
         seen[name] = []
 
         def keep(mesh, batch):
@@ -190,7 +193,7 @@ def test_a_batch_ramp_sees_every_row_in_order(recipe, tmp_path, monkeypatch):
         ("ramp", {"batch_size": 16, "batch_size_start": 8, "batch_size_ramp_rows": 16, "steps": 5}),
     ):
         with monkeypatch.context() as m:
-            m.setattr(train.__globals__["sharding"], "to_global", record(name))
+            m.setattr(sharding, "to_global", record(name))
             train(on_devices(recipe, eval_every=100, save_every=100, **fields), tmp_path / name)
     flat = np.concatenate(seen["flat"][:7])
     ramp = np.concatenate(seen["ramp"][:5])
@@ -213,8 +216,8 @@ def test_evaluation_takes_no_more_rows_at_once_than_training(recipe, monkeypatch
 
 
 def test_speed_is_that_of_the_steps_alone(recipe, monkeypatch):
-    now, meter = [0.0], Throughput(recipe)
-    monkeypatch.setattr(train.__globals__["time"], "monotonic", lambda: now[0])
+    now, meter = [0.0], Throughput(recipe_flops_per_token(recipe))
+    monkeypatch.setattr(steps.time, "monotonic", lambda: now[0])
 
     def pass_time(seconds):
         now[0] += seconds
@@ -229,3 +232,14 @@ def test_speed_is_that_of_the_steps_alone(recipe, monkeypatch):
     meter.count(100)
     pass_time(50)  # saving and plotting
     assert meter.tokens_per_second == 50
+
+
+def test_patience_ends_a_run_and_the_best_checkpoint_stays(recipe, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.1, 1.0, 9.0])
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, params: {"loss": next(losses)})
+    cfg = dataclasses.replace(recipe.train, steps=6, eval_every=1, save_every=1, max_to_keep=1, patience=2)
+    patient = dataclasses.replace(recipe, train=cfg)
+    assert train(patient, tmp_path / "run").loss == 2.1
+    assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [2, 4]
+    assert train(patient, tmp_path / "run").loss == 1.0  # it has ended: evaluated again, not gone on with
+    assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [2, 4]

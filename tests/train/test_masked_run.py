@@ -14,7 +14,7 @@ from bothways import rundir
 from bothways.config import MeshConfig, ObjectiveConfig
 from bothways.errors import InputError, Stopped
 from bothways.recipes import Recipe
-from bothways.train import loop
+from bothways.train import loop, steps
 from tests.corpus import made_up_text
 
 SHORT, LONG, SHORT_STEPS, STEPS = 11, 16, 3, 5
@@ -82,7 +82,7 @@ def test_both_losses_are_reported(whole):
 
 @pytest.mark.parametrize("saved", [SHORT_STEPS - 1, SHORT_STEPS], ids=["before", "where"])
 def test_a_run_stopped_at_the_change_of_lengths_goes_on_as_if_it_was_not(whole, recipe, tmp_path, monkeypatch, saved):
-    home, report = tmp_path / "stopped", loop._report
+    home, report = tmp_path / "stopped", steps._report
 
     def stopping(reporter, meter, step, *rest):
         if step == saved - 1:
@@ -90,7 +90,7 @@ def test_a_run_stopped_at_the_change_of_lengths_goes_on_as_if_it_was_not(whole, 
         return report(reporter, meter, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_report", stopping)
+        patch.setattr(steps, "_report", stopping)
         with pytest.raises(Stopped, match=f"step {saved}"):
             loop.train(recipe, home)
     loop.train(recipe, home)
