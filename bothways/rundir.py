@@ -109,7 +109,13 @@ def checkpoint_manager(home: Path, *, keep: int | None = None, read_only: bool =
         best = policies.BestN(get_metric_fn=selection, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy, read_only=read_only, create=not read_only, step_prefix=None, save_root_metadata=False
+        best_fn=selection,  # or orbax does not write the metrics down, and a resumed run has forgotten its best
+        best_mode="min",
+        preservation_policy=policy,
+        read_only=read_only,
+        create=not read_only,
+        step_prefix=None,
+        save_root_metadata=False,
     )
     names = ("params", "train", "meta")
     home = home if on_bucket(home) else home.absolute()
