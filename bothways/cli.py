@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bothways
-from bothways.errors import Diverged, InputError, Stopped
+from bothways.errors import Busy, Diverged, InputError, Stopped
 from bothways.log import log
 from bothways.platform import leave_absent_tpu_alone, with_large_pages
 
@@ -128,6 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (whoever read us has gone)
         return 0
+    except Busy as e:
+        log(f"bothways {verb}: {e}")
+        return _leave(1)
     except (Stopped, Diverged) as e:
         log(f"bothways {verb}: {e}")
         return 143 if isinstance(e, Stopped) else 3

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """
 
 
+class Busy(Exception):
+    """Another process writes what this one wants to write. Nothing was changed; later it works. Exit code 1."""
+
+
 class Stopped(Exception):
     """SIGTERM came; the state is saved. Exit code 143."""
 

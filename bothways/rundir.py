@@ -12,6 +12,7 @@ runs/x/events/             TensorBoard
 runs/x/loss.png            the curves
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -31,6 +32,7 @@ from jax.sharding import SingleDeviceSharding
 
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
+from bothways.locks import locked
 from bothways.model.axes import path_names
 from bothways.model.config import TransformerConfig
 from bothways.model.stack import unstack_layers
@@ -73,6 +75,15 @@ def on_disk(home: str | os.PathLike) -> Path:
             f"{home} is on a bucket, and this is written to a disk only: give a directory, and copy it there"
         )
     return Path(home)
+
+
+def one_writer(home: Path) -> contextlib.AbstractContextManager[None]:
+    """Holds a run directory, so that no other process trains there meanwhile; a bucket has no locks, and nothing is held.
+
+    Raises:
+      Busy: another process trains there.
+    """
+    return contextlib.nullcontext() if on_bucket(home) else locked(home / ".lock", f"trains in {home}", wait=2)
 
 
 def on_bucket(home: Path) -> bool:

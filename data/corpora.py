@@ -13,6 +13,7 @@ from typing import Any
 from bothways.data import bibles, files, plays
 from bothways.data.config import DataConfig
 from bothways.errors import InputError
+from bothways.locks import locked
 
 Documents = Iterator[tuple[str, str]]
 FEW_DOCUMENTS = 40
@@ -86,9 +87,11 @@ def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], ca
                     yield i, {"name": document, "text": text}
 
         config = tfds.core.BuilderConfig(name=f"{name}-{key}", version="1.0.0")
-        builder = Text(data_dir=str(cache / "tfds"), config=config, file_format="array_record")
-        found = {} if builder.data_path.exists() else splits()
-        builder.download_and_prepare()
+        with locked(cache / "tfds" / f".{name}-{key}.lock", f"prepares {name} in {cache}"):
+            # Made here, since it looks for what is prepared only once.
+            builder = Text(data_dir=str(cache / "tfds"), config=config, file_format="array_record")
+            found = {} if builder.data_path.exists() else splits()
+            builder.download_and_prepare()  # of two at once the second would fail at its end
 
     def read(split: str) -> Documents:
         for record in builder.as_data_source(split):

@@ -10,12 +10,12 @@ PACKAGES = ("model", "data", "train", "sample", "convert", "compare", "plan", "l
 # What every folder may take from the package `bothways` itself: recipe, run directory, errors, sharding.
 SHARED = {
     f"bothways.{name}"
-    for name in "chips config errors flops formats log platform recipes registry rundir sharding".split()
+    for name in "chips config errors flops formats locks log platform recipes registry rundir sharding".split()
 }
 # What each folder may import besides. Imports go down only.
 MAY_IMPORT = {
     "model": {"bothways.model"},
-    "data": {"bothways.data", "bothways.errors"},
+    "data": {"bothways.data", "bothways.errors", "bothways.locks"},
     "bothways": {"bothways.model", "bothways.data", *SHARED},
     "train": {"bothways.train", "bothways.model", "bothways.data", *SHARED},
     "sample": {"bothways.sample", "bothways.model", "bothways.data", *SHARED},

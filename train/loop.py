@@ -1,5 +1,6 @@
 """The training loop: one for every family, objective, mesh and number of hosts."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,7 +17,7 @@ import numpy as np
 from bothways import rundir, sharding
 from bothways.data import corpora, pipeline, tokens
 from bothways.data.tokenizer import Tokenizer
-from bothways.errors import InputError
+from bothways.errors import Busy, InputError
 from bothways.flops import recipe_flops_per_token
 from bothways.log import log
 from bothways.recipes import Recipe
@@ -60,7 +61,13 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
       InputError: the recipe cannot run here, or the directory holds another run.
       Stopped: SIGTERM came; everything is saved.
       Diverged: the loss was not finite for train.max_nonfinite_steps steps in a row.
+      Busy: another process trains in this directory.
     """
+    with contextlib.ExitStack() as held:
+        return _train(recipe, workdir, held)
+
+
+def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack) -> Result:
     home, cfg, writes = rundir.directory(workdir), recipe.train, jax.process_index() == 0
     tell = log if writes else lambda _: None
     began = time.monotonic()
@@ -115,6 +122,10 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
     shapes = jax.eval_shape(fresh, 0)
     shardings = state_shardings(mesh, shapes, recipe.mesh.max_replicated_fraction)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
+    if writes:
+        held.enter_context(rundir.one_writer(home))
+        if existing is None and (home / "recipe.json").exists():
+            raise Busy(f"another process has begun a run in {home} meanwhile; run the same command again")
     if writes and existing is None:
         home.mkdir(parents=True, exist_ok=True)
         tokenizer.save_in(home)
@@ -167,9 +178,9 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
         meter=meter,
         announce=announce,
     )
-    held = run_steps(job)
-    bpb = held.get("bits_per_byte")
-    return Result(str(home), cfg.steps, held["loss"], bpb, time.monotonic() - began, meter.tokens_per_second)
+    figures = run_steps(job)
+    bpb = figures.get("bits_per_byte")
+    return Result(str(home), cfg.steps, figures["loss"], bpb, time.monotonic() - began, meter.tokens_per_second)
 
 
 class Evaluator:
