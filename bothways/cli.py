@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         return _leave(1)
     except (Stopped, Diverged) as e:
         log(f"bothways {verb}: {e}")
-        return 143 if isinstance(e, Stopped) else 3
+        return 128 + e.signal if isinstance(e, Stopped) else 3
     except (NotADirectoryError, FileExistsError, IsADirectoryError, PermissionError) as e:
         log(f"bothways {verb}: cannot use {e.filename}: {e.strerror}; name another file or directory")
         return 2

@@ -13,7 +13,11 @@ class Busy(Exception):
 
 
 class Stopped(Exception):
-    """SIGTERM came; the state is saved. Exit code 143."""
+    """SIGTERM or Ctrl-C came; the state is saved. Exit code 143, or 130 after Ctrl-C."""
+
+    def __init__(self, message: str, signal: int = 15):
+        super().__init__(message)
+        self.signal = signal
 
 
 class Diverged(Exception):

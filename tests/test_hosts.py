@@ -88,7 +88,8 @@ def test_four_then_two_then_one(recipe, alone, tmp_path):
     (stopped,) = (int(path.name) for path in (home / "checkpoints").iterdir())
     assert all(f"stopped by SIGTERM at step {stopped}" in log.read_text() for log in four.logs)
     assert losses(home) == pytest.approx(alone[:stopped], rel=1e-4)
-    assert four.results.read_text() == ""  # gloo tells of its peers elsewhere
+    assert four.results.read_text() == ""
+    assert not any("[Gloo]" in log.read_text() for log in four.logs)
 
     two = Processes(2, recipe, home, "--mesh.tensor", "2")  # both hold every row, and half of every head
     saved = (stopped // SAVE + 1) * SAVE

@@ -10,6 +10,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -71,18 +72,33 @@ def start(cfg: HostsConfig) -> None:
             raise
 
 
+NOISE = b"[Gloo]"
+"""How each line begins that gloo writes of its peers, several per process, as if something were wrong."""
+
+
 @contextlib.contextmanager
 def stdout_for_results() -> Iterator[None]:
-    """What libraries below Python say on file descriptor 1 meanwhile (gloo, of its peers) goes to standard error."""
+    """What libraries below Python write to file descriptor 1 meanwhile goes to standard error, gloo's lines nowhere."""
     sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
+    kept, (out, into) = os.dup(1), os.pipe()
+    os.dup2(into, 1)
+    os.close(into)
+
+    def forward() -> None:
+        with open(out, "rb") as lines:
+            for line in lines:
+                if not line.startswith(NOISE):
+                    os.write(2, line)
+
+    thread = threading.Thread(target=forward, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(kept, 1)
+        os.dup2(kept, 1)  # the last that writes to the pipe: the thread ends
         os.close(kept)
+        thread.join(5)
 
 
 @contextlib.contextmanager
@@ -118,27 +134,36 @@ def assert_equal_across_hosts(values: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def preemption_requested() -> Iterator[Callable[[int], bool]]:
-    """A function (step) -> whether to save and stop there, which every process calls once a step.
+def preemption_requested() -> Iterator[Callable[[int], int]]:
+    """A function (step) -> the signal after which to save and stop there, or 0; every process calls it once a step.
 
-    The signal itself no longer ends the process. Of several processes any may get it; JAX's coordination service tells
-    the others, and all stop at the same step.
+    SIGTERM and Ctrl-C no longer end the process; a second Ctrl-C does. Of several processes any may get the signal; JAX's
+    coordination service tells the others, and all stop at the same step.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    came = False
+    several, came = jax.process_count() > 1, 0
 
-    def notice(*_: Any) -> None:
+    def notice(number: int, _: Any) -> None:
         nonlocal came
-        came = True
+        if number == signal.SIGINT:
+            if came == signal.SIGINT:
+                raise KeyboardInterrupt
+            # Not through the console, which the signal may have interrupted.
+            os.write(2, b"Ctrl-C: saves after this step and stops; once more ends it at once, unsaved\n")
+            if several:
+                os.kill(os.getpid(), signal.SIGTERM)  # which JAX shares with the other processes
+        came = number
 
+    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
     try:
-        before = signal.signal(signal.SIGTERM, notice)
+        before = {number: signal.signal(number, notice) for number in numbers}
     except ValueError:  # not in the main thread: whoever runs the thread handles signals
-        yield lambda _: False
+        yield lambda _: 0
         return
     try:
-        yield lambda _: came
+        if several:
+            yield lambda step: (came or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else 0
+        else:
+            yield lambda _: came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

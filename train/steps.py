@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,7 +116,9 @@ def run_steps(job: Job) -> dict[str, float]:
                     save(done, held)
                 if stopping and not last:
                     manager.wait_until_finished()
-                    raise Stopped(f"stopped by SIGTERM at step {done}; saved in {home}, run the same command to go on")
+                    by = "Ctrl-C" if stopping == signal.SIGINT else "SIGTERM"
+                    saved = f"stopped by {by} at step {done}; saved in {home}, run the same command to go on"
+                    raise Stopped(saved, stopping)
                 if last:
                     break
             if held is None:  # the run was complete already
