@@ -1,15 +1,15 @@
 """Attention: projections, rotary positions, grouped queries, and the one place where a kernel is chosen."""
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from bothways.model.axes import constrain_activation, platform
+from bothways.model.axes import constrain_activation, devices_in_use, platform
+from bothways.model.blockwise import HIDDEN, attend_blockwise, scores_of
 from bothways.model.cache import LayerCache
 from bothways.model.config import TransformerConfig
+from bothways.model.dropout import ScoreDropout, seed_words
 from bothways.model.kernels import KERNELS, LANES, choose, is_sequence_sharded, positions_match_order
 from bothways.model.layers import Norm, Projection, rotate
 from bothways.model.mask import Mask
@@ -18,6 +18,8 @@ BLOCKS = 4
 """Of queries. More leave out more keys, and take longer to compile."""
 LONG = 128
 """Queries from which on blocks of them are worth their calls."""
+SCORES = 2**24
+"""On one device, over all rows and heads: of more, one tile at a time is held."""
 
 
 def attend(
@@ -25,19 +27,22 @@ def attend(
     k: Float[jax.Array, "B S G K"],
     v: Float[jax.Array, "B S G W"],
     mask: Mask,
-    dropout: Callable[[jax.Array], jax.Array] | None = None,
+    dropout: ScoreDropout | None = None,
     kernel: str = "auto",
 ) -> Float[jax.Array, "B T H W"]:
     """Scaled dot-product attention (arXiv 1706.03762, section 3.2.1); query heads share G key-value heads.
 
     The kernel is chosen by device, mask and shape (model/kernels.py); none of them knows dropout of probabilities.
-    For XLA the queries of long rows are cut into blocks, and keys that are hidden from a whole block are left out: of
-    causal scores three eighths.
+    For XLA, rows whose scores are many are cut into tiles of which one is held at a time (model/blockwise.py). The
+    queries of shorter ones are cut into blocks, and keys that are hidden from a whole block are left out: of causal
+    scores three eighths.
     """
     chosen = choose(kernel, q, k, v, mask) if dropout is None else "xla"
     if chosen != "xla":
         return KERNELS[chosen](q, k, v, mask)
-    T = q.shape[1]
+    B, T, H, _ = q.shape
+    if T >= LONG and B * H * T * k.shape[1] > SCORES * devices_in_use():
+        return attend_blockwise(q, k, v, mask, dropout)
     if T < LONG or not (mask.causal or mask.window) or not positions_match_order(mask) or is_sequence_sharded(q):
         return attend_whole(q, k, v, mask, dropout)
     tile = 1 if platform() == "cpu" else LANES
@@ -45,7 +50,8 @@ def attend(
     for begin in range(0, T, size):
         queries = slice(begin, min(begin + size, T))
         keys = mask.visible_key_range(queries)
-        found.append(attend_whole(q[:, queries], k[:, keys], v[:, keys], mask.slice(queries, keys), dropout))
+        part = mask.slice(queries, keys)
+        found.append(attend_whole(q[:, queries], k[:, keys], v[:, keys], part, dropout, (T, begin, keys.start)))
     return jnp.concatenate(found, axis=1)
 
 
@@ -54,23 +60,31 @@ def attend_whole(
     k: Float[jax.Array, "B S G K"],
     v: Float[jax.Array, "B S G W"],
     mask: Mask,
-    dropout: Callable[[jax.Array], jax.Array] | None = None,
+    dropout: ScoreDropout | None = None,
+    part: tuple[int, int, int] | None = None,
 ) -> Float[jax.Array, "B T H W"]:
     """Every query on every key: the reference of all kernels. The softmax is in float32. A query that may see nothing
     gets an average that no loss looks at, not NaN.
+
+    Args:
+      part: how many queries the row has, and the indices of the first of these queries and keys, where they are a part
+        of a row: dropout is a function of the index. None: they are all.
     """
     B, T, H, K = q.shape
     G = k.shape[2]
     spread = is_sequence_sharded(q)
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * K**-0.5, k, v))  # heads before places
-    # The heads of a group are one long row of queries, unless their places are spread: then k and v are repeated.
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * K**-0.5, k, v))  # [B, H, T, K]
+    # Query groups are folded into the query axis, unless positions are spread: then k and v are repeated.
     if spread and G < H:
         k, v, G = jnp.repeat(k, H // G, axis=1), jnp.repeat(v, H // G, axis=1), H
-    scores = jnp.einsum("bgnk,bgsk->bgns", q.reshape(B, G, H // G * T, K), k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, H, T, -1)
-    scores = jnp.where(mask.materialize()[:, None], scores, -1e30)
+    scores = scores_of(q.reshape(B, G, H // G * T, K), k).reshape(B, H, T, -1)
+    scores = jnp.where(mask.materialize()[:, None], scores, HIDDEN)
     probabilities = jax.nn.softmax(scores, axis=-1)
-    probabilities = (dropout(probabilities) if dropout else probabilities).astype(v.dtype).reshape(B, G, H // G * T, -1)
+    if dropout is not None:
+        row, query, key = part or (T, 0, 0)
+        queries, keys = query + jnp.arange(T), key + jnp.arange(scores.shape[-1])
+        probabilities = probabilities * dropout.factor(B, H, row, queries, keys)
+    probabilities = probabilities.astype(v.dtype).reshape(B, G, H // G * T, -1)
     y = jnp.einsum("bgns,bgsk->bgnk", probabilities, v)
     return y.reshape(B, H, T, -1).transpose(0, 2, 1, 3)
 
@@ -110,7 +124,6 @@ class Attention(nn.Module):
         self.qkv = Projection(cfg, (sum(self.widths),))  # of parameters that `fuse_qkv` made
         if cfg.qk_norm:
             self.query_norm, self.key_norm = Norm(cfg, rms=True), Norm(cfg, rms=True)
-        self.dropout = nn.Dropout(cfg.dropout_attention)
         self.out = Projection(cfg, (cfg.d_model,), n_in=2, residual=True)
 
     def keys_values(
@@ -156,6 +169,6 @@ class Attention(nn.Module):
             cache = cache.write(k, v, length)
             k, v = cache.read()
         dropping = cfg.dropout_attention > 0 and not deterministic
-        dropout = (lambda p: self.dropout(p, deterministic=False)) if dropping else None
+        dropout = ScoreDropout(seed_words(self.make_rng("dropout")), cfg.dropout_attention) if dropping else None
         y = attend(q, k, v, mask, dropout, cfg.attention)
         return self.out(y), cache

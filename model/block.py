@@ -11,6 +11,7 @@ from bothways.model.attention import Attention
 from bothways.model.axes import constrain_activation
 from bothways.model.cache import LayerCache
 from bothways.model.config import TransformerConfig
+from bothways.model.dropout import Dropout
 from bothways.model.layers import Norm, Projection
 from bothways.model.mask import Mask
 
@@ -64,7 +65,7 @@ class Block(nn.Module):
     ) -> tuple[Float[jax.Array, "B T D"], LayerCache | None]:
         """`skip_norm`: attention reads x as it is, without the norm before it; may be traced."""
         cfg = self.cfg
-        dropout = nn.Dropout(cfg.dropout_residual, deterministic=deterministic)
+        dropout = Dropout(cfg.dropout_residual, deterministic=deterministic)
 
         def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
             norm = Norm(cfg, name=f"{name}_norm")

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 
 from bothways.model.axes import constrain_activation
 from bothways.model.config import TransformerConfig
+from bothways.model.dropout import Dropout
 from bothways.model.layers import Norm, sinusoid
 
 
@@ -21,8 +22,9 @@ class Table(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.cfg.d_model), jnp.float32)
 
     def __call__(self, ids: Int[jax.Array, "..."]) -> Float[jax.Array, "... D"]:
-        # The whole width of a row is wanted at once, however the table is stored.
-        return constrain_activation(self.embedding.astype(self.cfg.compute_dtype), "vocab", None)[ids]
+        # The whole width of a row is wanted at once, however the table is stored. Rows are cast after they are gathered:
+        # the gradient of a token that occurs often is summed in float32, since in bfloat16 256 + 1 is 256.
+        return constrain_activation(self.embedding, "vocab", None)[ids].astype(self.cfg.compute_dtype)
 
 
 class Embedding(nn.Module):
@@ -39,7 +41,7 @@ class Embedding(nn.Module):
             self.segment = Table(cfg, cfg.segment_types)
         if cfg.embed_norm:
             self.norm = Norm(cfg)
-        self.dropout = nn.Dropout(cfg.dropout_embed)
+        self.dropout = Dropout(cfg.dropout_embed)
 
     def __call__(
         self,

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from bothways.model.bert import BERT
 from bothways.model.config import TransformerConfig
+from bothways.model.dropout import Dropout
 from bothways.model.gpt import GPT
 
 Kind = Literal["classify", "regress", "tag", "span", "choice"]
@@ -29,7 +30,7 @@ class TaskHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[jax.Array, "... D"], deterministic: bool) -> Float[jax.Array, "... O"]:
-        x = nn.Dropout(self.dropout, deterministic=deterministic)(x.astype(jnp.float32))
+        x = Dropout(self.dropout, deterministic=deterministic)(x.astype(jnp.float32))
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.outputs), jnp.float32)
         return x @ kernel + self.param("bias", nn.initializers.zeros, (self.outputs,), jnp.float32)
 
