@@ -142,10 +142,8 @@ def _each(t: Tiling, mask: Mask, step: Callable, carry: Any) -> Any:
     def turn(carry: Any, pair: jax.Array) -> tuple[Any, None]:
         i, j = pair
         parts = [jax.tree.map(lambda x: x[at], tree) for tree, at in zip(carry, (i, j), strict=True)]  # noqa: B023
-        if t.skip:
-            new = jax.lax.cond(_visible(mask, i, j, t).any(), lambda: step(parts, i, j), lambda: parts)
-        else:
-            new = step(parts, i, j)
+        looked_at = functools.partial(jax.lax.cond, _visible(mask, i, j, t).any()) if t.skip else lambda do, _: do()
+        new = looked_at(lambda: step(parts, i, j), lambda: parts)
         put = [
             jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, at, 0), tree, part)  # noqa: B023
             for tree, part, at in zip(carry, new, (i, j), strict=True)

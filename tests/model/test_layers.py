@@ -14,7 +14,7 @@ from bothways.model.axes import path_names, traced_for
 from bothways.model.block import ACTIVATIONS, MLP, Block
 from bothways.model.config import RotaryScaling
 from bothways.model.decoder import Decoder
-from bothways.model.embed import Embedding
+from bothways.model.embed import Embedding, Table
 from bothways.model.gpt import GPT
 from bothways.model.layers import (
     CPU_SPLITS,
@@ -343,3 +343,14 @@ def test_embedding_is_a_sum_of_token_position_and_type_then_norm(tiny_with, fill
     wanted = wanted * params["norm"]["scale"] + params["norm"]["bias"]
     got = jax.jit(Embedding(cfg).apply)({"params": params}, tokens, positions, types)
     np.testing.assert_allclose(got[0], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("occurrences", [512, 32_768])
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32(occurrences, tiny_with):
+    """In bfloat16 256 + 1 is 256."""
+    table = Table(tiny_with(dtype="bfloat16"), rows=3)
+    ids = jnp.full((occurrences,), 2)
+    params = table.init(jax.random.key(0), ids)["params"]
+    assert table.apply({"params": params}, ids).dtype == jnp.bfloat16
+    grads = jax.grad(lambda p: table.apply({"params": p}, ids).astype(jnp.float32).sum())(params)
+    np.testing.assert_array_equal(grads["embedding"][:, 0], [0, 0, occurrences])
