@@ -9,19 +9,9 @@ from typing import Any
 import numpy as np
 
 from bothways.compare import pictures
-from bothways.compare.core import (
-    BOTH,
-    FORWARD,
-    Experiment,
-    ExperimentRunner,
-    Measurement,
-    Result,
-    Table,
-    continued,
-    directions,
-    likeliest,
-)
+from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, continued, likeliest
 from bothways.compare.stats import Estimate, all_of, apart, difference, format_difference, mean_share, share, verdict
+from bothways.sample.directions import BOTH, FORWARD, directions
 from bothways.sample.masked import MaskedModel
 
 LETTERS, FACTS = "abcdefgh", 40

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from bothways.errors import InputError
 from bothways.log import log
 from bothways.recipes import Recipe
 from bothways.rundir import load_run
+from bothways.sample.batching import batched, rows_that_fit
 from bothways.sample.decode import Row
-from bothways.sample.masked import BATCH, MaskedModel, hidden_batch, hidden_logprobs
+from bothways.sample.masked import MaskedModel, hidden_batch, hidden_logprobs
 from bothways.sample.open import Model, open_model
 from bothways.sample.sampling_params import SamplingParams
 from bothways.sample.text import TextModel
@@ -224,9 +225,8 @@ def asked(
     model: MaskedModel, rows: Sequence[list[int]], places: list[list[int]], targets: list[list[int]]
 ) -> list[np.ndarray]:
     """For every row log p(target), in nats, at each of its places."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: list[np.ndarray] = [np.zeros(0)] * len(rows)
-    for some in batches(order, BATCH):
+    for some in batched(range(len(rows)), lambda i: (len(rows[i]),), rows_that_fit(model.recipe.model)):
         chosen = ([values[i] for i in some] for values in (rows, places, targets))
         batch = hidden_batch(*chosen, model.context_length, model.tokenizer.pad)
         logprobs = np.asarray(hidden_logprobs(model.run.module, model.run.params, batch))
@@ -259,10 +259,6 @@ def continued(
     going = [Row(list(ids), jax.random.fold_in(key, i)) for i, ids in enumerate(rows)]
     model.decoder.generate(model.run.params, going, SamplingParams.make(1.0, 0, 1.0, 0.0, greedy), tokens)
     return [row.tokens for row in going]
-
-
-def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def lines(estimates: dict[str, Estimate], rule: str, prefix: str = "", **more: Any) -> list[Measurement]:

@@ -5,21 +5,12 @@ from typing import Any
 import numpy as np
 
 from bothways.compare import pictures
-from bothways.compare.core import (
-    BOTH,
-    FORWARD,
-    Experiment,
-    ExperimentRunner,
-    Measurement,
-    Result,
-    Table,
-    asked,
-    directions,
-)
+from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, asked
 from bothways.compare.labelled import splits, tuned_accuracy
 from bothways.compare.stats import Estimate, all_of, difference, format_difference, mean, mean_share, ranked, verdict
 from bothways.compare.text import Text, bound_nats, forward_nats, minimal_pairs, text_of
 from bothways.data.metrics import naive_bayes
+from bothways.sample.directions import BOTH, FORWARD, directions
 from bothways.sample.masked import MaskedModel
 
 RULES = {

@@ -7,8 +7,6 @@ import numpy as np
 
 from bothways.compare import pictures
 from bothways.compare.core import (
-    BOTH,
-    FORWARD,
     Experiment,
     ExperimentRunner,
     Measurement,
@@ -16,7 +14,6 @@ from bothways.compare.core import (
     Result,
     Table,
     continued,
-    directions,
     drawn,
     likeliest,
 )
@@ -25,6 +22,7 @@ from bothways.compare.labelled import tuned_accuracy
 from bothways.compare.stats import Estimate, all_of, difference, format_difference, mean, mean_share, ranked, verdict
 from bothways.compare.text import Text, text_of
 from bothways.compare.writing import Judge, distinct, entropy, self_bleu
+from bothways.sample.directions import BOTH, FORWARD, directions
 from bothways.sample.masked import MaskedModel
 
 PROMPT, NEW, CHUNK = 8, 64, 16

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from bothways.compare import pictures
-from bothways.compare.core import FORWARD, Experiment, ExperimentRunner, Measurement, Result, Table, asked, directions
+from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, asked
 from bothways.compare.stats import Estimate, difference, format_difference, mean, verdict
+from bothways.sample.directions import FORWARD, directions
 from bothways.sample.masked import MaskedModel
 
 LETTERS = "abcdefghijklmnop"

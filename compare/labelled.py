@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from bothways import sharding
-from bothways.compare.core import BATCH, ExperimentRunner, Model, batches, directions
+from bothways.compare.core import ExperimentRunner, Model
 from bothways.compare.text import WORDS
 from bothways.config import MeshConfig, ObjectiveConfig
 from bothways.data import pipeline
@@ -21,11 +21,12 @@ from bothways.data.task_examples import wrap
 from bothways.data.tokenizer import Tokenizer
 from bothways.model.task import TaskModel
 from bothways.rundir import TaskInfo, module_of
+from bothways.sample.directions import directions
 from bothways.sample.masked import hidden_logits
 from bothways.train.objectives import Batch, Objective, Sums, class_loss, make_objective
 from bothways.train.step import TrainState, make_train_step, state_shardings
 
-LENGTH = 32
+LENGTH, BATCH = 32, 64
 ANSWERS = (" no", " true")
 Item = tuple[str, int]
 PEOPLE, THINGS = [*WORDS["m"], *WORDS["f"]], WORDS["n"]
@@ -203,7 +204,9 @@ class Tuned:
         """Whether each item is answered rightly."""
         labels = [label for part in named.values() for _, label in part]
         found: list[int] = []
-        for some in batches(self.examples(named), BATCH):
+        examples = self.examples(named)
+        for begin in range(0, len(examples), BATCH):
+            some = examples[begin : begin + BATCH]
             rows = {k: np.stack([e[k] for e in [*some, *[some[0]] * (BATCH - len(some))]]) for k in some[0]}
             if self.how == "head":
                 scores = np.asarray(self._scores(params, rows))

@@ -7,20 +7,10 @@ import string
 import numpy as np
 
 from bothways.compare import pictures
-from bothways.compare.core import (
-    BOTH,
-    FORWARD,
-    Experiment,
-    ExperimentRunner,
-    Measurement,
-    Result,
-    Table,
-    continued,
-    directions,
-    drawn,
-)
+from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, continued, drawn
 from bothways.compare.stats import FAILS, HOLDS, OPEN, Estimate, share
 from bothways.data.tokenizer import MASK
+from bothways.sample.directions import BOTH, FORWARD, directions
 from bothways.sample.masked import MaskedModel
 from bothways.sample.text import TextModel
 

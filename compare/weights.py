@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from bothways.compare import pictures
-from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, directions
+from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table
 from bothways.compare.stats import Estimate, all_of, difference, format_difference, mean, verdict
 from bothways.compare.text import hidden_nats, text_of
 from bothways.data import corpora
 from bothways.data.config import DataConfig
 from bothways.recipes import Recipe
 from bothways.rundir import param_shapes
+from bothways.sample.directions import directions
 
 
 def parameter_count(recipe: Recipe) -> int:

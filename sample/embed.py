@@ -13,9 +13,8 @@ from bothways.errors import InputError
 from bothways.model.seq2seq import Seq2Seq
 from bothways.model.task import mean_over
 from bothways.rundir import Run
+from bothways.sample.batching import batched, rows_that_fit
 from bothways.sample.decode import padded
-
-BATCH = 64
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -37,12 +36,11 @@ def vectors(run: Run, texts: Sequence[str], rows: Sequence[list[int]], pool: str
     for text, row in zip(texts, rows, strict=True):
         if len(row) > context:
             raise InputError(f"{len(row)} tokens, and the context is {context}: {text[:60]!r}...; shorten it")
-    found = []
-    for begin in range(0, len(rows), BATCH):
-        batch = rows[begin : begin + BATCH]
-        tokens, segments = padded(batch, context, run.tokenizer.pad)
-        found.append(np.asarray(pooled(run.module, run.params, tokens, segments, pool))[: len(batch)])
-    return np.concatenate(found)
+    found = np.zeros((len(rows), run.recipe.model.d_model), np.float32)
+    for chosen in batched(range(len(rows)), lambda i: (len(rows[i]),), rows_that_fit(run.recipe.model)):
+        tokens, segments = padded([rows[i] for i in chosen], context, run.tokenizer.pad)
+        found[chosen] = np.asarray(pooled(run.module, run.params, tokens, segments, pool))[: len(chosen)]
+    return found
 
 
 class Embedder:

@@ -19,9 +19,10 @@ from lm_eval.api.registry import register_model
 from bothways.errors import InputError
 from bothways.log import log
 from bothways.rundir import directory, load_run
+from bothways.sample.batching import batched, rows_that_fit
 from bothways.sample.directions import BOTH, FORWARD, directions
 from bothways.sample.evaluate import Metric
-from bothways.sample.masked import BATCH, MaskedModel, hidden_batch
+from bothways.sample.masked import MaskedModel, hidden_batch
 from bothways.sample.open import open_model
 from bothways.sample.text import TextModel
 
@@ -109,14 +110,14 @@ class BothwaysLM(TemplateLM):
         return list(self.reading.pll_copies([*row, self.tokens.eos], self.rule, begin))
 
     def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-        copies = [
+        copies = (
             (i, *copy)
             for i, (_, context, continuation) in enumerate(requests)
             for copy in self._copies(*self._row(context, continuation))
-        ]
-        copies.sort(key=lambda c: (len(c[1]), len(c[2])))
+        )
         nats, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-        for some in (copies[i : i + BATCH] for i in range(0, len(copies), BATCH)):
+        key = lambda copy: (len(copy[1]), len(copy[2]))  # noqa: E731
+        for some in batched(copies, key, rows_that_fit(self.model.recipe.model, logits=True)):
             _, rows, places, targets = zip(*some, strict=True)
             batch = hidden_batch(rows, places, targets, self.max_length + 1, self.tokens.pad)
             logprobs, best = map(np.asarray, logprobs_and_greedy(self.reading.run.module, self.reading.run.params, batch))

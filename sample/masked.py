@@ -16,12 +16,14 @@ from bothways.data.tokenizer import MASK
 from bothways.errors import InputError
 from bothways.model.loss import token_logprobs
 from bothways.rundir import Run
+from bothways.sample.batching import batched, rows_that_fit
 from bothways.sample.decode import bucket, padded
-from bothways.sample.embed import BATCH, Embedder
+from bothways.sample.embed import Embedder
 from bothways.sample.sampling_params import SamplingParams, sample_token
 from bothways.sample.text import Sample, Score, draw_keys, to_sample
 
 Batch = dict[str, np.ndarray]
+BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,32 +302,34 @@ class MaskedModel(Embedder):
                 raise InputError(f"text {i + 1} is empty; there is nothing to score")
         sequences = [self.tokenizer.encode(text) for text in texts]
         logprobs = self.score_tokens(sequences, rule, draws)
-        return [
-            Score(text, round(float(lp), 3), len(ids), rule)
-            for text, lp, ids in zip(texts, logprobs, sequences, strict=True)
-        ]
+        return [Score.of(text, lp, len(ids), rule) for text, lp, ids in zip(texts, logprobs, sequences, strict=True)]
 
     def score_tokens(self, sequences: Sequence[list[int]], rule: str, draws: int = 32) -> np.ndarray:
         """[sequences] what `score` gives, in nats, of texts that are tokens already."""
+        totals = np.zeros(len(sequences))
+        copies = self._copies(sequences, rule, draws)  # never all of them in memory
+        key = lambda copy: (len(copy[1]), len(copy[2]))  # noqa: E731
+        for batch in batched(copies, key, rows_that_fit(self.recipe.model)):
+            texts, rows, places, targets, weights = zip(*batch, strict=True)
+            asked = hidden_batch(rows, places, targets, self.context_length, self.tokenizer.pad)
+            logprobs = np.asarray(hidden_logprobs(self.run.module, self.run.params, asked))
+            for k, i in enumerate(texts):
+                totals[i] += weights[k] * logprobs[k, : len(places[k])].sum()
+        return totals
+
+    def _copies(
+        self, sequences: Sequence[list[int]], rule: str, draws: int
+    ) -> Iterator[tuple[int, list[int], list[int], list[int], float]]:
+        """(text, row, masked positions, targets, weight) of every copy that a rule asks for."""
         room = self.context_length - 2
-        copies: list[tuple[int, list[int], list[int], list[int], float]] = []  # text, row, places, targets, weight
         for i, ids in enumerate(sequences):
             seed = zlib.crc32(np.array(ids, np.int32).tobytes())
             for begin in range(0, len(ids), room):
                 piece = self._wrap(ids[begin : begin + room])
                 if rule == "bound":
-                    copies += [(i, *copy) for copy in self._bound_copies(piece, draws, seed + begin)]
+                    yield from ((i, *copy) for copy in self._bound_copies(piece, draws, seed + begin))
                 else:
-                    copies += [(i, *copy, 1.0) for copy in self.pll_copies(piece, rule)]
-        totals = np.zeros(len(sequences))
-        copies.sort(key=lambda copy: (len(copy[1]), len(copy[2])))
-        for begin in range(0, len(copies), BATCH):
-            texts, rows, places, targets, weights = zip(*copies[begin : begin + BATCH], strict=True)
-            batch = hidden_batch(rows, places, targets, self.context_length, self.tokenizer.pad)
-            logprobs = np.asarray(hidden_logprobs(self.run.module, self.run.params, batch))
-            for k, i in enumerate(texts):
-                totals[i] += weights[k] * logprobs[k, : len(places[k])].sum()
-        return totals
+                    yield from ((i, *copy, 1.0) for copy in self.pll_copies(piece, rule))
 
     def pll_copies(self, piece: list[int], rule: str, first: int = 1) -> Iterator[tuple[list[int], list[int], list[int]]]:
         """(row, places, targets), a copy per token from `first` on but the last, with it hidden and, for pll_word, the

@@ -1,6 +1,7 @@
 """How likely a text is."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import numpy as np
 from bothways.data.pairs import packed
 from bothways.errors import InputError
 from bothways.model.loss import token_logprobs
+from bothways.sample.batching import BATCH_BYTES, batched, rows_that_fit
 from bothways.sample.decode import bucket
 
 
@@ -31,33 +33,38 @@ def windows(length: int, context: int) -> list[tuple[int, int, int]]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logprob_rows(module: nn.Module, params: Any, tokens: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+def next_token_logprobs(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """[B] log-probability of each row's weighted targets, in nats, of a batch {tokens, targets, weights [B, T],
+    positions?, segments?}: what stands in one segment does not see another."""
+
     def run(bound: nn.Module) -> jax.Array:
-        features, _ = bound(tokens)
-        return jnp.sum(token_logprobs(features, *bound.unembedding(), targets) * weights, axis=1)
+        features, _ = bound(batch["tokens"], batch.get("positions"), batch.get("segments"))
+        return jnp.sum(token_logprobs(features, *bound.unembedding(), batch["targets"]) * batch["weights"], axis=1)
 
     return module.apply({"params": params}, method=run)
 
 
 def causal_logprobs(
-    module: nn.Module, params: Any, sequences: list[list[int]], context: int, batch_size: int = 32
+    module: nn.Module, params: Any, sequences: Sequence[list[int]], context: int, memory: int = BATCH_BYTES
 ) -> list[float]:
-    """log p(tokens 1.. | token 0) of every sequence, in nats, each token given all before it in its window."""
-    pieces = [(i, w) for i, s in enumerate(sequences) for w in windows(len(s), context)]
-    pieces.sort(key=lambda piece: piece[1][1] - piece[1][0])
+    """log p(tokens 1.. | token 0) of every sequence, in nats, each token given all before it in its window.
+
+    Args:
+      memory: bytes that a batch may take; see batching.rows_that_fit.
+    """
+    pieces = ((i, *w) for i, s in enumerate(sequences) for w in windows(len(s), context))
     totals = np.zeros(len(sequences))
-    for begin in range(0, len(pieces), batch_size):
-        batch = pieces[begin : begin + batch_size]
-        T = min(bucket(max(w[1] - w[0] for _, w in batch)), context)
-        B = bucket(len(batch), 1)
-        tokens, targets, weights = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32), np.zeros((B, T), np.float32)
-        for row, (i, (start, end, scored)) in enumerate(batch):
+    for batch in batched(pieces, lambda piece: (piece[2] - piece[1],), rows_that_fit(module.cfg, memory)):
+        shape = bucket(len(batch), 1), min(bucket(max(end - start for _, start, end, _ in batch)), context)
+        arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets")}
+        arrays["weights"] = np.zeros(shape, np.float32)
+        for row, (i, start, end, scored) in enumerate(batch):
             ids = sequences[i][start:end]
-            tokens[row, : len(ids)] = ids
-            targets[row, : len(ids) - 1] = ids[1:]
-            weights[row, scored - start - 1 : len(ids) - 1] = 1
-        logprobs = np.asarray(_logprob_rows(module, params, tokens, targets, weights))
-        for row, (i, _) in enumerate(batch):
+            arrays["tokens"][row, : len(ids)] = ids
+            arrays["targets"][row, : len(ids) - 1] = ids[1:]
+            arrays["weights"][row, scored - start - 1 : len(ids) - 1] = 1
+        logprobs = np.asarray(next_token_logprobs(module, params, arrays))
+        for row, (i, *_) in enumerate(batch):
             totals[i] += logprobs[row]
     return totals.tolist()
 
@@ -80,7 +87,7 @@ def target_logprobs(
     sources: list[list[int]],
     targets: list[list[int]],
     context: int,
-    batch_size: int = 32,
+    memory: int = BATCH_BYTES,
 ) -> list[float]:
     """log p(target tokens 1.. | its token 0, the source) of every pair, in nats.
 
@@ -92,10 +99,9 @@ def target_logprobs(
             raise InputError(
                 f"pair {i + 1} has {len(source)} and {len(target) - 1} tokens, and the model's context is {context}"
             )
-    order = sorted(range(len(sources)), key=lambda i: len(sources[i]) + len(targets[i]))
     found = np.zeros(len(sources))
-    for begin in range(0, len(order), batch_size):
-        chosen = order[begin : begin + batch_size]
+    key = lambda i: (max(len(sources[i]), len(targets[i])), len(sources[i]))  # noqa: E731
+    for chosen in batched(range(len(sources)), key, rows_that_fit(module.cfg, memory // 2)):  # two stacks
         S, T = (bucket(max(len(side[i]) for i in chosen)) for side in (sources, targets))
         rows = [packed([np.array(sources[i])], [np.array(targets[i])], S, T, 0) for i in chosen]
         rows += [rows[0]] * (bucket(len(rows), 1) - len(rows))

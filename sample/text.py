@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ from bothways.model.cache import Cache
 from bothways.recipes import Recipe
 from bothways.rundir import Run
 from bothways.sample import score as scoring
+from bothways.sample.batching import batched, rows_that_decode
 from bothways.sample.beam import make_beam_search
 from bothways.sample.decode import Begin, Decoder, Forward, Logits, Row, SourceTokens, bucket
 from bothways.sample.embed import vectors
@@ -43,17 +44,19 @@ class Sample:
 @dataclasses.dataclass(frozen=True)
 class Score:
     text: str
-    logprob: float
-    """nats"""
+    logprob: float | None
+    """Nats; None of a text without tokens, of which nothing can be said."""
     tokens: int
+    """How many the sum is over."""
     rule: str
 
+    @classmethod
+    def of(cls, text: str, logprob: float, tokens: int, rule: str) -> "Score":
+        return cls(text, round(float(logprob), 3) if tokens else None, tokens, rule)
 
-def batched(rows: list[Row], size: int = BATCH) -> Iterator[list[Row]]:
-    """Rows of about the same length together, at most so many at once."""
-    ordered = sorted(rows, key=lambda row: len(row.context) + len(row.source))
-    for begin in range(0, len(ordered), max(1, size)):
-        yield ordered[begin : begin + max(1, size)]
+
+def prompt_length(row: Row) -> tuple[int, ...]:
+    return max(len(row.context), len(row.source)), len(row.context)
 
 
 def utf8_so_far(text: str) -> str:
@@ -202,7 +205,7 @@ class TextModel:
                         shown[i] = ready
 
         chunk = 4 if stream else 32 if stop else 0
-        for batch in batched(rows):
+        for batch in batched(rows, prompt_length, rows_that_decode(self.recipe.model, max_tokens or 256)):
             most = [self._most(row, max_tokens) for row in batch]
             self.decoder.generate(self.run.params, batch, method, most, chunk=chunk, after_chunk=after_chunk)
         return [
@@ -236,7 +239,8 @@ class TextModel:
         rows = [self._row(ids, jax.random.key(0)) for ids in encoded]
         results: dict[int, list[Sample]] = {}
         index = {id(row): i for i, row in enumerate(rows)}
-        for batch in batched(rows, BATCH // beams):
+        fitting = rows_that_decode(self.recipe.model, max_tokens or 256)
+        for batch in batched(rows, prompt_length, lambda length: max(1, fitting(length) // beams)):
             limits = [min(self._most(r, max_tokens), self.recipe.model.context_length - len(r.context)) for r in batch]
             if min(limits) < 1:
                 raise InputError("a prompt fills the model's context; beam search does not go beyond it")
@@ -280,7 +284,7 @@ class TextModel:
                 self.run.module, self.run.params, sequences, self.recipe.model.context_length
             )
             counts = [len(ids) - 1 for ids in sequences]
-        return [Score(text, round(lp, 3), n, rule) for text, lp, n in zip(texts, logprobs, counts, strict=True)]
+        return [Score.of(text, lp, n, rule) for text, lp, n in zip(texts, logprobs, counts, strict=True)]
 
     def score_pairs(self, pairs: Sequence[Sequence[str]]) -> tuple[list[float], list[int]]:
         """Of every (source, target) the log-probability of the target and its end, in nats, and how many tokens they are."""

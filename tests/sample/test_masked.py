@@ -16,7 +16,7 @@ from bothways.data import tokenizer as tokenizers
 from bothways.errors import InputError
 from bothways.recipes import Recipe
 from bothways.registry import make_module
-from bothways.sample import masked
+from bothways.sample import batching, masked
 from bothways.sample.masked import MaskedModel
 from tests.corpus import made_up_text
 
@@ -42,6 +42,7 @@ def model(tiny) -> MaskedModel:
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     monkeypatch.setattr(masked, "BATCH", 4)
+    monkeypatch.setattr(batching, "MOST_ROWS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +172,13 @@ def bound_above_likelihood(known: Known) -> float:
 
 
 def test_the_bound_is_the_likelihood_where_the_conditionals_are_exact(monkeypatch, tiny):
-    monkeypatch.setattr(masked, "BATCH", 512)
+    monkeypatch.setattr(batching, "MOST_ROWS", 512)
     assert abs(bound_above_likelihood(Known(monkeypatch, tiny, JOINT))) < 0.06
 
 
 @pytest.mark.parametrize("wrong", [{"power": 3.0}, {"power": 0.02}, {"blind": True}], ids=lambda w: next(iter(w)))
 def test_the_bound_is_below_the_likelihood_where_they_are_not(monkeypatch, tiny, wrong):
-    monkeypatch.setattr(masked, "BATCH", 512)
+    monkeypatch.setattr(batching, "MOST_ROWS", 512)
     assert bound_above_likelihood(Known(monkeypatch, tiny, JOINT, **wrong)) < -0.15
 
 

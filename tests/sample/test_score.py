@@ -45,7 +45,7 @@ def test_a_ragged_batch_is_scored_as_by_full_passes(gpt):
 def test_batches_of_any_size_give_the_same(gpt):
     sequences = sequences_of([9, 2, 23, 1, 16, 17, 3, 22, 60], gpt.module.cfg.vocab_size)
     whole = causal_logprobs(gpt.module, gpt.params, sequences, gpt.module.cfg.context_length)
-    found = causal_logprobs(gpt.module, gpt.params, sequences, gpt.module.cfg.context_length, batch_size=4)
+    found = causal_logprobs(gpt.module, gpt.params, sequences, gpt.module.cfg.context_length, memory=30_000)
     np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
 
 
