@@ -6,8 +6,8 @@ from typing import Literal
 from bothways.errors import InputError
 
 OBJECTIVES_BY_FAMILY: dict[str, tuple[str, ...]] = {
-    "gpt": ("causal", "hybrid"),
-    "bert": ("masked",),
+    "gpt": ("causal", "hybrid", "diffusion"),
+    "bert": ("masked", "diffusion"),
     "seq2seq": ("pairs", "spans"),
 }
 """What each family can be asked, by its mask."""
@@ -15,13 +15,20 @@ OBJECTIVES_BY_FAMILY: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    kind: Literal["causal", "masked", "hybrid", "pairs", "spans"] = "causal"
-    """causal: predict the next token. masked: predict hidden tokens from both sides. hybrid: both, by one decoder. Of
+    kind: Literal["causal", "masked", "hybrid", "diffusion", "pairs", "spans"] = "causal"
+    """causal: predict the next token. masked: predict hidden tokens from both sides. hybrid: both, by one decoder.
+    diffusion: hide a random share of every block of tokens, given all blocks before it (arXiv 2503.09573). Of
     encoder-decoders, pairs: predict a target after its source; spans: restore hidden spans of plain text."""
     causal_share: float = 0.5
     """Share of the rows that a hybrid objective reads forward; the others it reads both ways."""
     mask_rate: float = 0.15
     """Share of the tokens that `masked` and `spans` choose."""
+    block_sizes: tuple[int, ...] = (0,)
+    """Tokens in a block of `diffusion`, drawn for every row among these; 0: the whole row. 1 is a GPT's next token, 0
+    the masked diffusion of LLaDA (arXiv 2502.09992)."""
+    weighting: Literal["elbo", "flat"] = "elbo"
+    """Of `diffusion`. elbo: a token hidden with probability t weighs 1/t, so that the loss is a bound on the negative
+    log-likelihood (arXiv 2406.07524, equation 11); flat: all hidden tokens weigh the same (arXiv 2602.15014)."""
     span_length: float = 3.0
     """Mean tokens in a hidden span."""
     mask_token_prob: float = 0.8
@@ -43,6 +50,10 @@ class ObjectiveConfig:
             found.append(f"objective.span_length is {self.span_length}; a span has at least 1 token")
         if not 0 <= self.causal_share <= 1:
             found.append(f"objective.causal_share is {self.causal_share}; it must be a share, from 0 to 1")
+        if not self.block_sizes or min(self.block_sizes) < 0:
+            found.append(
+                f"objective.block_sizes is {self.block_sizes}; give at least one number of tokens, 0 for the whole row"
+            )
         if not 0 < self.mask_rate < 1:
             found.append(f"objective.mask_rate is {self.mask_rate}; it must be between 0 and 1")
         if (

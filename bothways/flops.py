@@ -71,6 +71,10 @@ def recipe_flops_per_token(recipe: Recipe) -> float:
     if recipe.family == "seq2seq":
         return seq2seq_flops_per_row(recipe.model, target_length(recipe)) / tokens_per_row(recipe)
     causal = recipe.objective.kind == "causal"
+    if recipe.objective.kind == "diffusion" and set(recipe.objective.block_sizes) != {0}:
+        # Hidden and clean tokens; each of the two sees half of the row, and its own block, which is not counted.
+        clean = 6 * recipe.model.n_layers * layer_multiplies(recipe.model)
+        return clean + training_flops_per_token(recipe.model, causal=False)
     share = recipe.objective.mask_rate if recipe.objective.kind == "masked" else 1.0
     return training_flops_per_token(recipe.model, causal=causal, predicted_share=share)
 

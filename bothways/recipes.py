@@ -84,18 +84,28 @@ class Recipe:
                     f"objective.kind={kind} is not for a {self.family}, whose mask serves {' or '.join(wanted)}; "
                     f"set --objective.kind {wanted[0]}"
                 )
+            if kind == "diffusion":
+                found += self._dial_problems()
             if (kind == "pairs") != bool(self.data.source_field):
                 found.append(
                     f"objective.kind={kind} and data.source_field={self.data.source_field!r} disagree: pairs, and only "
                     "pairs, need data.source_field and data.target_field"
+                )
+            if self.model.predicts and self.family != "gpt":
+                found.append(
+                    f"model.predicts={self.model.predicts} is for a gpt; a {self.family} predicts as it does: leave it out"
+                )
+            if self.model.predicts == "own" and kind != "diffusion":
+                found.append(
+                    f"objective.kind={kind} predicts next tokens, and model.predicts=own; leave model.predicts out"
                 )
             if self.train.average_last_checkpoints > self.train.max_to_keep:
                 found.append(
                     f"train.average_last_checkpoints={self.train.average_last_checkpoints} cannot be averaged of "
                     f"train.max_to_keep={self.train.max_to_keep}; keep more"
                 )
-            if kind == "masked" and not self.model.masked_head:
-                found.append("a masked objective needs the head that predicts tokens: set --model.masked-head")
+            if self.family == "bert" and not self.model.masked_head:
+                found.append(f"objective.kind={kind} needs the head that predicts tokens: set --model.masked-head")
             if self.objective.next_sentence and kind != "masked":
                 found.append(f"objective.next_sentence is for masked objectives, not {kind}; leave it out")
             if self.objective.next_sentence and not self.model.next_sentence:
@@ -119,6 +129,25 @@ class Recipe:
                 )
         if found:
             raise InputError(f"recipe {self.name or '(unnamed)'} cannot run:\n" + "\n".join(f"  - {p}" for p in found))
+
+    def _dial_problems(self) -> list[str]:
+        """What is wrong with block sizes."""
+        sizes, context = self.objective.block_sizes, self.model.context_length
+        found = [
+            f"objective.block_sizes has {size}, more than the {context} tokens of a row; say 0 for the whole row"
+            for size in sizes
+            if size > context
+        ]
+        if self.family == "bert" and set(sizes) != {0}:
+            found.append(
+                f"objective.block_sizes is {sizes}: a bert reads whole rows; set it to 0, or take --family gpt with "
+                "--model.predicts own"
+            )
+        if self.train.short_length and set(sizes) != {0}:
+            found.append(
+                f"train.short_length={self.train.short_length} is not for objective.block_sizes={sizes}; leave it out"
+            )
+        return found
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=2)

@@ -16,6 +16,11 @@ def make_module(family: str, cfg: TransformerConfig) -> nn.Module:
     return FAMILIES[family](cfg.resolved())
 
 
+def predicts(family: str, cfg: TransformerConfig) -> str:
+    """Which token an output of this family's predicts: next or own."""
+    return cfg.predicts or ("own" if family == "bert" else "next")
+
+
 def tiny_inputs(family: str) -> dict:
     """Inputs just large enough to initialise parameters from."""
     tokens = jnp.zeros((1, 2), jnp.int32)

@@ -113,3 +113,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
         return mean, mean, mean
     half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
     return mean, mean - half, mean + half
+
+
+def ratio_interval(above: np.ndarray, below: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of sum(above) / sum(below), pairs drawn together (Efron, Tibshirani 1993, ch. 13)."""
+    picks = np.random.default_rng(seed).integers(0, len(above), (draws, len(above)))
+    ratios = above[picks].sum(axis=1) / below[picks].sum(axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(low), float(high)

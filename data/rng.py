@@ -31,6 +31,7 @@ class ExampleRng:
 
     def __init__(self, seed: int, numbers: np.ndarray):
         self.keys, self.used = keys(seed, numbers), 0
+        self.seed, self.numbers = seed, np.asarray(numbers)
 
     def bits(self, *shape: int) -> np.ndarray:
         """[n, *shape] uint64."""
@@ -41,6 +42,12 @@ class ExampleRng:
     def uniform(self, *shape: int) -> np.ndarray:
         """[n, *shape] float64 in [0, 1)."""
         return (self.bits(*shape) >> np.uint64(11)) * 2.0**-53
+
+    def stratified(self) -> np.ndarray:
+        """[n] float64 in [0, 1) that cover it evenly over any consecutive examples: multiples of the golden ratio, from a
+        start that depends on the seed (additive recurrence; Niederreiter 1992, section 3.1)."""
+        start = (keys(self.seed, np.array([-1]))[0] >> np.uint64(11)) * 2.0**-53
+        return (start + self.numbers * 0.6180339887498949) % 1.0
 
     def generators(self) -> list[np.random.Generator]:
         """numpy's generators, for examples that are made one at a time."""

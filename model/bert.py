@@ -45,6 +45,18 @@ class BERT(nn.Module):
                 self.nsp(features)
         return features
 
+    def denoise(
+        self,
+        hidden: Int[jax.Array, "B T"],
+        clean: None,
+        positions: Int[jax.Array, "B T"],
+        segments: Int[jax.Array, "B T"] | None = None,
+        block: int | Int[jax.Array, " B"] = 0,
+        deterministic: bool = True,
+    ) -> Float[jax.Array, "B T D"]:
+        """Features [:, t] that predict token t, as GPT.denoise; an encoder reads every row as one block."""
+        return self(hidden, positions, segments, None, deterministic)
+
     def transform(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
         """The MLM head before its output layer: dense, activation, norm."""
         return self.mlm(features)

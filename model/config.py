@@ -78,6 +78,9 @@ class TransformerConfig:
     """Biases in every projection and in layer norm."""
     qk_norm: bool = False
     """RMS norm of queries and keys over the head width (arXiv 2302.05442, section 2)."""
+    predicts: Literal["", "next", "own"] = ""
+    """Which token an output predicts: `next`, the one after it (GPT; arXiv 2508.15487's Dream), or `own`, the one at its
+    position (BERT; LLaDA, arXiv 2502.09992). Empty: as the family does."""
     window: int = 0
     """Reach of local attention: a query sees keys fewer than `window` places away. 0: no local layers."""
     layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)

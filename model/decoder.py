@@ -14,6 +14,8 @@ class Decoder(Transformer):
     tokens: [B, T].
     positions: [B, T]; None: 0, 1, 2 ..., or onwards from the cache's length.
     segments: [B, T], 1, 2 ... for the documents packed into a row, 0 for padding; None: one document.
+    block: one block size for all rows, or [B], one for each: a token sees its own block and those before it; None: what
+      came before it only.
     prefix: [B], how many first tokens of each row see each other both ways; None: none (arXiv 1910.10683, 3.2.1).
     cache: the past; None in training.
     memory: [B, S, D], an encoder's output, for the cross-attention of training; a cache brings what it was made into.
@@ -33,13 +35,14 @@ class Decoder(Transformer):
         memory: Float[jax.Array, "B S D"] | None = None,
         cross_segments: Int[jax.Array, "B S"] | None = None,
         deterministic: bool = True,
+        block: int | Int[jax.Array, " B"] | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
         if cache is None:
             positions = position_ids(tokens) if positions is None else positions
-            mask = Mask.self_attention(positions, causal=True, segments=segments, prefix=prefix)
+            mask = Mask.self_attention(positions, causal=block is None, segments=segments, prefix=prefix, block=block)
         else:
             positions = cache.length[:, None] + position_ids(tokens) if positions is None else positions
-            mask = Mask.cached(positions, cache.size, prefix)
+            mask = Mask.cached(positions, cache.size, prefix, block)
         if self.cfg.position_embedding == "learned":
             positions = jnp.minimum(positions, self.cfg.context_length - 1)  # a padded prompt may reach past the table
         memory_mask = None
@@ -48,3 +51,19 @@ class Decoder(Transformer):
             memory_mask = Mask.cross(jnp.ones_like(tokens) if segments is None else segments, cross_segments)
         seen = {"cache": cache, "memory": memory, "memory_mask": memory_mask}
         return self.read(tokens, mask, positions, **seen, deterministic=deterministic)
+
+    def two_streams(
+        self,
+        hidden: Int[jax.Array, "B T"],
+        clean: Int[jax.Array, "B T"],
+        positions: Int[jax.Array, "B T"] | None,
+        segments: Int[jax.Array, "B T"] | None,
+        block: int | Int[jax.Array, " B"],
+        deterministic: bool = True,
+    ) -> tuple[Float[jax.Array, "B T D"], Float[jax.Array, "B T D"]]:
+        """Features of the tokens with some hidden, each block beside clean ones before it, and of the clean tokens."""
+        positions = position_ids(hidden) if positions is None else positions
+        mask = Mask.two_streams(positions, block=block, segments=segments)
+        tokens = jnp.concatenate([hidden, clean], axis=1)
+        features, _ = self.read(tokens, mask, mask.q_positions, deterministic=deterministic)
+        return features[:, : hidden.shape[1]], features[:, hidden.shape[1] :]

@@ -9,6 +9,7 @@ from bothways.model.cache import Cache
 from bothways.model.config import TransformerConfig
 from bothways.model.decoder import Decoder
 from bothways.model.heads import LMHead, logits_of, mask_padded_vocab
+from bothways.model.mask import Mask
 
 
 class GPT(nn.Module):
@@ -33,9 +34,11 @@ class GPT(nn.Module):
         prefix: Int[jax.Array, " B"] | None = None,
         cache: Cache | None = None,
         deterministic: bool = True,
+        block: int | Int[jax.Array, " B"] | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
         """Features [B, T, D] and the cache; arguments as in model/decoder.py."""
-        features, cache = self.decoder(tokens, positions, segments, prefix, cache, deterministic=deterministic)
+        options = {"deterministic": deterministic, "block": block}
+        features, cache = self.decoder(tokens, positions, segments, prefix, cache, **options)
         self.unembedding()  # so that init makes every parameter
         return features, cache
 
@@ -44,6 +47,54 @@ class GPT(nn.Module):
         table = self.decoder.token_table() if self.cfg.tie_embeddings else self.lm_head.embedding
         return table, mask_padded_vocab(self.cfg, None)
 
+    @property
+    def predicts(self) -> str:
+        """Which token an output predicts: next or own."""
+        return self.cfg.predicts or "next"
+
+    def own(self, features: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
+        """Features in the order of the tokens that they predict: [:, t] predicts token t. Nothing predicts token 0 of a
+        model that predicts the next one."""
+        return jnp.roll(features, 1, axis=1) if self.predicts == "next" else features
+
+    def denoise(
+        self,
+        hidden: Int[jax.Array, "B T"] | None,
+        clean: Int[jax.Array, "B T"] | None,
+        positions: Int[jax.Array, "B T"],
+        segments: Int[jax.Array, "B T"] | None = None,
+        block: int | Int[jax.Array, " B"] = 1,
+        deterministic: bool = True,
+    ) -> Float[jax.Array, "B T D"]:
+        """Features [:, t] that predict token t, given clean blocks before its own and what is not hidden of its own.
+
+        A model that predicts the next token knows the first one of a block, at a position that `block` divides, from the
+        clean block before: exactly, as a GPT does. It is never hidden from the others.
+
+        Args:
+          hidden: tokens, some of them masked; None where the blocks are of 1 and the model predicts the next token.
+          clean: the same tokens, none masked; None where every row is one block.
+        """
+        if hidden is None:
+            return self.own(self(clean, positions, segments, deterministic=deterministic)[0])
+        if clean is None:
+            whole = self.decoder.read(
+                hidden,
+                Mask.self_attention(positions, causal=False, segments=segments),
+                positions,
+                deterministic=deterministic,
+            )
+            return self.own(whole[0])
+        masked, before = self.decoder.two_streams(hidden, clean, positions, segments, block, deterministic)
+        if self.predicts == "own":
+            return masked
+        size = jnp.broadcast_to(jnp.asarray(block), positions.shape[:1])[:, None]
+        return jnp.where((positions % size == 0)[..., None], self.own(before), self.own(masked))
+
+    def transform(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
+        """No MLM head stands between features and output layer."""
+        return features
+
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
         return logits_of(features, *self.unembedding())
 
@@ -51,8 +102,8 @@ class GPT(nn.Module):
 class MaskedNextToken(GPT):
     """A GPT behind BERT's call, so that both can be asked alike; the parameters are the GPT's.
 
-    What a GPT says of token t stands at output t - 1, and so it does where the hybrid objective taught it to read
-    both ways (arXiv 2410.24159, section 2): its features are handed on one place later. Nothing is said of token 0.
+    Where a GPT predicts the next token, it does so after the hybrid objective too (arXiv 2410.24159, section 2): its
+    features are shifted right by one, and nothing predicts token 0.
     """
 
     both_ways: bool = True
@@ -68,8 +119,4 @@ class MaskedNextToken(GPT):
     ) -> Float[jax.Array, "B T D"]:
         whole = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if self.both_ways else None
         features, _ = super().__call__(tokens, positions, segments, whole, deterministic=deterministic)
-        return jnp.roll(features, 1, axis=1)
-
-    def transform(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
-        """No MLM head stands between features and output layer."""
-        return features
+        return self.own(features)

@@ -24,7 +24,7 @@ from bothways.plan.candidates import candidates, flags
 from bothways.plan.roofline import between_slices, bytes_per_device, compile_quietly, read_text, summed_collectives
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
-from bothways.train.objectives import make_objective
+from bothways.train.objectives import objective_of
 from bothways.train.optimizer import make_optimizer
 from bothways.train.step import TrainState, init_state, make_train_step, state_shardings
 
@@ -132,7 +132,7 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> tuple[Any, TrainState, dict[str
     model = planned_model(recipe.model, mesh.devices.flat[0].platform)
     recipe = dataclasses.replace(recipe, model=model)
     vocabulary = made_up_vocabulary(model.vocab_size)
-    objective = make_objective(recipe.objective, vocabulary, recipe.data.separate_documents)
+    objective = objective_of(recipe, vocabulary)
     module, optimizer = make_module(recipe.family, model), make_optimizer(recipe.optimizer, recipe.train.steps)
     state = jax.eval_shape(lambda: init_state(module, tiny_inputs(recipe.family), optimizer, 0))
     placed = state_shardings(mesh, state)

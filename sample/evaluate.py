@@ -8,6 +8,7 @@ import numpy as np
 
 from bothways import rundir
 from bothways.data import corpora, examples, pairs, pipeline, tokens
+from bothways.data.metrics import ratio_interval
 from bothways.data.tokens import Tokens
 from bothways.errors import InputError
 from bothways.sample import score as scoring
@@ -27,14 +28,6 @@ class Metric:
     """95 %, by resampling rows."""
     n: int
     """Rows of text."""
-
-
-def ratio_interval(above: np.ndarray, below: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of sum(above) / sum(below), pairs drawn together (Efron, Tibshirani 1993, ch. 13)."""
-    picks = np.random.default_rng(seed).integers(0, len(above), (draws, len(above)))
-    ratios = above[picks].sum(axis=1) / below[picks].sum(axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def ratio(suite: str, metric: str, above: np.ndarray, below: np.ndarray) -> Metric:

@@ -16,6 +16,7 @@ import numpy as np
 
 from bothways import rundir, sharding
 from bothways.data import corpora, pipeline, tokens
+from bothways.data.metrics import ratio_interval
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import Busy, InputError
 from bothways.flops import recipe_flops_per_token
@@ -23,7 +24,7 @@ from bothways.log import log
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
 from bothways.train import hosts
-from bothways.train.objectives import make_objective
+from bothways.train.objectives import objective_of
 from bothways.train.optimizer import make_optimizer
 from bothways.train.start import check_start, start_from
 from bothways.train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
@@ -105,7 +106,7 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack) -> R
             + "\n".join(f"  - {c}" for c in changed)
             + "\ntrain into another directory with --workdir DIR, or delete this one"
         )
-    objective = make_objective(recipe.objective, tokenizer.vocabulary(), recipe.data.separate_documents)
+    objective = objective_of(recipe, tokenizer.vocabulary())
     lengths = {recipe.model.context_length, cfg.short_length} - {0}
     with hosts.process_zero_first():  # how pairs are packed into rows is kept too
         sources = {length: objective.source(text, length, False) for length in lengths}
@@ -198,17 +199,22 @@ class Evaluator:
         cfg = self.recipe.train
         batch_size = cfg.batch_size // cfg.grad_accum_steps  # no more at once than training has
         sums: dict[str, np.ndarray] = {}
-        size = 0
+        nats_and_bytes: list[tuple[float, int]] = []  # of what is a likelihood, or a bound on it, by batch
         mine = sharding.local_rows(self.mesh, batch_size)
         options = {"batch_size": batch_size, "seed": cfg.seed, "limit": cfg.eval_rows, "mine": mine}
         for rows in pipeline.evaluation_batches(*self.source, **options):
             batch = sharding.to_global(self.mesh, rows)
-            size += int(self.count_bytes(batch["targets"], batch["weights"]))
+            size = int(self.count_bytes(batch["targets"], batch.get("scored", batch["weights"])))
             for name, term in self.step(params, batch).items():
                 sums[name] = sums.get(name, 0) + np.array([float(x) for x in term])
+                if name in ("nll", "bound"):
+                    nats_and_bytes.append((float(term[0]), size))
         held = {name: nats / weight for name, (nats, _, weight) in sums.items()}
         held["loss"] = sum(held.values())
         held |= {f"{name}_accuracy": correct / weight for name, (_, correct, weight) in sums.items()}
-        if "nll" in sums:
-            held["bits_per_byte"] = float(sums["nll"][0] / math.log(2) / size)
+        if nats_and_bytes:
+            bits, sizes = np.array(nats_and_bytes).T / np.array([[math.log(2)], [1]])
+            held["bits_per_byte"] = bits.sum() / sizes.sum()
+            if len(bits) > 1:
+                held["bits_per_byte_low"], held["bits_per_byte_high"] = ratio_interval(bits, sizes)
         return {name: float(value) for name, value in held.items()}

@@ -3,6 +3,7 @@
 causal   every token asks for the next one      the decoder's mask hides what comes after
 masked   hidden tokens ask for themselves       the encoder's mask hides nothing
 hybrid   some rows as causal; in the others a hidden token is asked for one place before it, and nothing is out of sight
+diffusion  hidden tokens of a block are the targets, given all blocks before it: causal at blocks of 1, masked at the row
 pairs    as causal, after a source              the decoder sees all of what the encoder made of it
 spans    as pairs, with hidden spans of a text for targets
 """
@@ -12,24 +13,28 @@ from collections.abc import Callable
 from bothways.config import ObjectiveConfig
 from bothways.data.tokenizer import Vocabulary
 from bothways.errors import InputError
+from bothways.recipes import Recipe
+from bothways.registry import predicts
 from bothways.train.objectives.after_source import after_source
 from bothways.train.objectives.causal import causal
 from bothways.train.objectives.core import Batch, Objective, Setting, Sums, class_loss
+from bothways.train.objectives.diffusion import diffusion
 from bothways.train.objectives.hybrid import hybrid
 from bothways.train.objectives.masked import masked
 
-__all__ = ["OBJECTIVES", "Batch", "Objective", "Setting", "Sums", "class_loss", "make_objective"]
+__all__ = ["OBJECTIVES", "Batch", "Objective", "Setting", "Sums", "class_loss", "make_objective", "objective_of"]
 
 OBJECTIVES: dict[str, Callable[[ObjectiveConfig, Setting], Objective]] = {
     "causal": causal,
     "masked": masked,
     "hybrid": hybrid,
+    "diffusion": diffusion,
     "pairs": after_source,
     "spans": after_source,
 }
 """An objective is a function in a file of its own and a line here."""
 
-HIDES = ("masked", "hybrid", "spans")
+HIDES = ("masked", "hybrid", "diffusion", "spans")
 """Objectives that need a mask token."""
 
 
@@ -48,3 +53,9 @@ def make_objective(
             "with --data.tokenizer, or another --objective.kind"
         )
     return OBJECTIVES[cfg.kind](cfg, Setting(vocabulary, separate, predicts))
+
+
+def objective_of(recipe: Recipe, vocabulary: Vocabulary) -> Objective:
+    """The objective of a recipe. Raises InputError as `make_objective` does."""
+    contract = predicts(recipe.family, recipe.model)
+    return make_objective(recipe.objective, vocabulary, recipe.data.separate_documents, contract)
