@@ -130,7 +130,7 @@ class BothwaysLM(TemplateLM):
         """log p of whole texts: of a model read forward in windows that overlap by half; of others, rule bound."""
         rule = "causal" if self.rule == "causal" else "bound"
         asked = self.model if rule == "causal" else self.reading
-        return [score.logprob for score in asked.score([request.args[0] for request in requests], rule)]
+        return [score.logprob or 0.0 for score in asked.score([request.args[0] for request in requests], rule)]
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """What each context is continued by, until a stop string; greedily unless the task says `do_sample`."""

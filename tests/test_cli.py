@@ -11,6 +11,7 @@ import pytest
 import bothways
 from bothways.cli import COMMANDS
 from bothways.data import tokens
+from bothways.sample.text import Score
 from bothways.train.loop import Result
 
 TINY_FLAGS = (
@@ -84,6 +85,32 @@ def test_score_reads_a_file(run_home, tmp_path, capfd):
     results = [json.loads(line) for line in call(capfd, "score", run_home, str(path), "--json").out.splitlines()]
     assert [r["text"] for r in results] == path.read_text().splitlines()
     assert all(r["logprob"] < 0 and r["tokens"] > 3 and r["rule"] == "causal" for r in results)
+
+
+def test_a_text_without_tokens_has_no_log_probability(monkeypatch, tmp_path, capfd):
+    """A vocabulary may know nothing of it; 0 would say that it is certain."""
+    model = types.SimpleNamespace(
+        task=None, score=lambda texts: [Score.of(t, -2.0 * len(t), 0 if t == "?" else len(t), "causal") for t in texts]
+    )
+    monkeypatch.setattr("bothways.load", lambda _: model)
+    (tmp_path / "lines.txt").write_text("abc\n?\n")
+    argv = ["score", "run", str(tmp_path / "lines.txt")]
+    found = [json.loads(line) for line in call(capfd, *argv, "--json").out.splitlines()]
+    assert [(r["logprob"], r["tokens"]) for r in found] == [(-6.0, 3), (None, 0)]
+    assert [line.split()[0] for line in call(capfd, *argv).out.splitlines()] == ["-6.000", "-"]
+
+
+def test_scores_are_shown_while_later_lines_wait(monkeypatch, tmp_path, capfd):
+    shown = []
+
+    def score(texts):
+        shown.append(capfd.readouterr().out.count("\n"))
+        return [Score.of(text, -1.0, 1, "causal") for text in texts]
+
+    monkeypatch.setattr("bothways.load", lambda _: types.SimpleNamespace(task=None, score=score))
+    (tmp_path / "lines.txt").write_text("a line\n" * 23)
+    assert call(capfd, "score", "run", str(tmp_path / "lines.txt")).out.count("\n") == 23 - 8
+    assert shown == [0, 8]
 
 
 def test_evaluate_agrees_with_training(run_home, tiny_args, capfd, monkeypatch):

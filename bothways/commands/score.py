@@ -19,8 +19,14 @@ def score(run: Positional[str], file: Positional[Path | None] = None, rule: str 
         rule: causal (the default of causal models), the log-probability of a text read forward (of encoder-decoders, of
             the target in `source TAB target`); pll, each token given all others; pll_word (the default of masked
             models), the rest of its word hidden too; bound, a lower bound on the log-probability.
-        json: One JSON object per line (the plain form shows log-probability, tokens, text).
+        json: One JSON object per line (the plain form shows log-probability, tokens, text). A text without tokens has
+            no log-probability: null, or a dash.
     """
+    from bothways.sample.batching import growing
+
     texts = read_lines(file)
-    for result in capability(bothways.load(run), "score", "")(texts, **({"rule": rule} if rule else {})):
-        emit(result, json, f"{result.logprob:10.3f}  {result.tokens:4d}  {result.text}")
+    answer = capability(bothways.load(run), "score", "")
+    for part in growing(texts):  # the first results are shown while the rest waits
+        for result in answer(part, **({"rule": rule} if rule else {})):
+            logprob = "-" if result.logprob is None else f"{result.logprob:.3f}"
+            emit(result, json, f"{logprob:>10}  {result.tokens:4d}  {result.text}")
