@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bothways.compare import pictures
-from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, continued, likeliest
+from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, continued
 from bothways.compare.stats import Estimate, all_of, apart, difference, format_difference, mean_share, share, verdict
 from bothways.sample.directions import BOTH, FORWARD, directions
 from bothways.sample.masked import MaskedModel
@@ -121,7 +121,7 @@ def said_both_ways(model: MaskedModel, asked: list[tuple[str, str]]) -> list[str
     t = model.tokenizer
     rows = [[t.bos, *t.encode(q), *[t.mask] * len(a), t.eos] for q, a in asked]
     places = [[i for i, x in enumerate(row) if x == t.mask] for row in rows]
-    model.fill_rows(rows, places, max(map(len, places)), likeliest)
+    model.fill_rows(rows, places, max(map(len, places)))
     return [t.decode([row[p] for p in here]) for row, here in zip(rows, places, strict=True)]
 
 

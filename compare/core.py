@@ -235,20 +235,12 @@ def asked(
     return found
 
 
-def drawn(rng: np.random.Generator) -> Callable[[int, int, np.ndarray], tuple[int, float]]:
-    """For MaskedModel.fill_rows: a token drawn from each mask's whole distribution, and its log-probability."""
-
-    def commit(row: int, place: int, logits: np.ndarray) -> tuple[int, float]:
-        token = int(np.argmax(logits + rng.gumbel(size=len(logits))))
-        return token, float(logits[token] - np.logaddexp.reduce(logits))
-
-    return commit
-
-
-def likeliest(row: int, place: int, logits: np.ndarray) -> tuple[int, float]:
-    """For MaskedModel.fill_rows: the likeliest token, and its log-probability."""
-    token = int(np.argmax(logits))
-    return token, float(logits[token] - np.logaddexp.reduce(logits))
+def drawn(count: int, seed: int, *numbers: int) -> dict[str, Any]:
+    """For MaskedModel.fill_rows: tokens drawn from each mask's whole distribution, with a key for each of `count` rows."""
+    key = jax.random.key(seed)
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return {"method": SamplingParams.make(), "keys": list(jax.random.split(key, count))}
 
 
 def continued(

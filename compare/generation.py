@@ -15,7 +15,6 @@ from bothways.compare.core import (
     Table,
     continued,
     drawn,
-    likeliest,
 )
 from bothways.compare.directions import EXAMPLES, TASK, TUNED
 from bothways.compare.labelled import tuned_accuracy
@@ -31,13 +30,13 @@ WAYS = {"left to right": 0, "chunks of 16, 16 readings": 16, "chunks of 16, 4 re
 
 
 def by_chunks(model: MaskedModel, prompts: list[list[int]], new: int, steps: int, seed: int) -> list[list[int]]:
-    """`new` tokens behind each prompt, CHUNK masks at a time, drawn in `steps` readings."""
-    t, said, rng = model.tokenizer, [[] for _ in prompts], np.random.default_rng(seed)
-    for _ in range(-(-new // CHUNK)):
+    """`new` tokens behind each prompt, CHUNK masks at a time, drawn in `steps` forward passes."""
+    t, said = model.tokenizer, [[] for _ in prompts]
+    for n in range(-(-new // CHUNK)):
         kept = [(p + s)[-(model.context_length - 2 - CHUNK) :] for p, s in zip(prompts, said, strict=True)]
         rows = [[t.bos, *k, *[t.mask] * CHUNK, t.eos] for k in kept]
         places = [list(range(len(k) + 1, len(k) + 1 + CHUNK)) for k in kept]
-        model.fill_rows(rows, places, steps, drawn(rng))
+        model.fill_rows(rows, places, steps, **drawn(len(rows), seed, n))
         said = [s + [r[p] for p in at] for s, r, at in zip(said, rows, places, strict=True)]
     return [s[:new] for s in said]
 
@@ -54,7 +53,7 @@ def spans_right(model: Model, text: Text, count: int) -> dict[str, dict[str, flo
                 said = continued(model, [[t.bos, *p[:at]] for p in pieces], n, greedy=True)
             else:
                 rows = [[t.bos, *p[:at], *[t.mask] * n, *p[at + n :], t.eos] for p in pieces]
-                asks.fill_rows(rows, [list(range(at + 1, at + 1 + n))] * len(rows), n, likeliest)
+                asks.fill_rows(rows, [list(range(at + 1, at + 1 + n))] * len(rows), n)
                 said = [r[at + 1 : at + 1 + n] for r in rows]
             right = [a == b for g, s in zip(gold, said, strict=True) for a, b in zip(g, s, strict=False)]
             found.setdefault(reading, {})[str(n)] = sum(right) / (n * len(gold))

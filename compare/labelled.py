@@ -21,8 +21,8 @@ from bothways.data.task_examples import wrap
 from bothways.data.tokenizer import Tokenizer
 from bothways.model.task import TaskModel
 from bothways.rundir import TaskInfo, module_of
+from bothways.sample.denoise import hidden_logits
 from bothways.sample.directions import directions
-from bothways.sample.masked import hidden_logits
 from bothways.train.objectives import Batch, Objective, Sums, class_loss, make_objective
 from bothways.train.step import TrainState, make_train_step, state_shardings
 

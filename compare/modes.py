@@ -4,8 +4,6 @@ import collections
 import random
 import string
 
-import numpy as np
-
 from bothways.compare import pictures
 from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, continued, drawn
 from bothways.compare.stats import FAILS, HOLDS, OPEN, Estimate, share
@@ -66,7 +64,7 @@ def filled(masked: MaskedModel, case: int, T: int, n: int, seed: int) -> list[st
     row = [masked.tokenizer.bos, *masked.tokenizer.encode(document(case, MASK * L)), masked.tokenizer.eos]
     places = [i for i, t in enumerate(row) if t == masked.tokenizer.mask]
     rows = [list(row) for _ in range(n)]
-    masked.fill_rows(rows, [places] * n, T, drawn(np.random.default_rng([seed, case, T])))
+    masked.fill_rows(rows, [places] * n, T, **drawn(n, seed, case, T))
     return [masked.tokenizer.decode([r[p] for p in places]) for r in rows]
 
 

@@ -24,7 +24,7 @@ from bothways.recipes import Recipe
 from bothways.registry import make_module
 from bothways.rundir import compute_dtype_shapes, param_shapes
 from bothways.sample.decode import Decoder
-from bothways.sample.masked import hidden_logits
+from bothways.sample.denoise import hidden_logits
 from bothways.sample.sampling_params import SamplingParams
 from bothways.sample.text import callbacks
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,12 +13,13 @@ import numpy as np
 
 from bothways.data.tokenizer import MASK
 from bothways.errors import InputError
-from bothways.model.loss import token_logprobs
+from bothways.model.loss import MAX_LOGITS, token_logprobs
 from bothways.rundir import Run
 from bothways.sample.batching import batched, rows_that_fit
 from bothways.sample.decode import bucket, padded
+from bothways.sample.denoise import Denoising, HiddenLogits, fill
 from bothways.sample.embed import Embedder
-from bothways.sample.sampling_params import SamplingParams, sample_token
+from bothways.sample.sampling_params import SamplingParams
 from bothways.sample.text import Sample, Score, draw_keys, to_sample
 
 Batch = dict[str, np.ndarray]
@@ -28,7 +28,7 @@ BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Filled:
-    """A text with its masks filled; for every mask the likeliest tokens when it was filled, best first."""
+    """A text with its masks filled; for every mask the most likely tokens when it was filled, best first."""
 
     text: str
     filled: str
@@ -58,17 +58,6 @@ def next_sentence_right(module: nn.Module, params: Any, batch: dict[str, jax.Arr
     return module.apply({"params": params}, method=run)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def hidden_logits(module: nn.Module, params: Any, tokens: jax.Array, segments: jax.Array, places: jax.Array) -> jax.Array:
-    """[B, P, V] scores of every token at `places`."""
-
-    def run(bound: nn.Module) -> jax.Array:
-        features = bound(tokens, segments=segments)
-        return bound.logits(jnp.take_along_axis(features, places[..., None], axis=1))
-
-    return module.apply({"params": params}, method=run)
-
-
 def columns(lists: Sequence[Sequence[int]], rows: int, least: int = 1) -> np.ndarray:
     """Ragged lists as [rows, P], P in its bucket, filled with 0."""
     out = np.zeros((rows, bucket(max(map(len, lists)), least)), np.int32)
@@ -86,7 +75,7 @@ def hidden_batch(
     return {"tokens": tokens, "segments": segments, **asked}
 
 
-def last(ids: list[int], count: int) -> list[int]:
+def tail(ids: list[int], count: int) -> list[int]:
     return ids[-count:] if count else []
 
 
@@ -99,17 +88,7 @@ class MaskedModel(Embedder):
         self._barred = np.zeros(run.recipe.model.table_rows, bool)
         self._barred[self.tokenizer.special] = True
         self._barred[len(self.tokenizer) :] = True
-
-    def _logits(self, rows: list[list[int]], places: list[list[int]]) -> list[np.ndarray]:
-        """For each row [its places, V], tokens that stand for no text at minus infinity."""
-        found: list[np.ndarray] = []
-        for begin in range(0, len(rows), BATCH):
-            tokens, segments = padded(rows[begin : begin + BATCH], self.context_length, self.tokenizer.pad)
-            here = places[begin : begin + BATCH]
-            logits = hidden_logits(self.run.module, self.run.params, tokens, segments, columns(here, len(tokens)))
-            logits = np.where(self._barred, -np.inf, np.asarray(logits))
-            found += [logits[i, : len(p)] for i, p in enumerate(here)]
-        return found
+        self.reader: Callable[..., jax.Array] = HiddenLogits(run.module)
 
     # ---- fill -----------------------------------------------------------------------------------------------------
 
@@ -131,12 +110,12 @@ class MaskedModel(Embedder):
         return ids
 
     def fill(self, texts: Sequence[str], *, top: int = 5, steps: int = 1) -> list[Filled]:
-        """Put the likeliest token in the place of every [MASK].
+        """Put the most likely token in the place of every [MASK].
 
         Args:
-          top: candidates told per mask.
-          steps: 1 fills all masks at once, each as if it were alone; T fills the surest of them first, and reads
-            the text again T times (Mask-Predict, arXiv 1904.09324, without going back).
+          top: candidates per mask.
+          steps: 1 fills all masks at once, each as if it were alone; T fills the most confident first, in T forward
+            passes (Mask-Predict, arXiv 1904.09324, without going back).
 
         Raises:
           InputError: a text without masks or longer than the context; top or steps below 1.
@@ -146,18 +125,17 @@ class MaskedModel(Embedder):
                 raise InputError(f"{name} is {value}; it must be at least 1")
         rows = [self.encode_masked(text) for text in texts]
         masks = [[i for i, t in enumerate(row) if t == self.tokenizer.mask] for row in rows]
-        told: list[dict[int, list[dict[str, Any]]]] = [{} for _ in rows]
-
-        def commit(i: int, place: int, logits: np.ndarray) -> tuple[int, float]:
-            logprobs = logits - np.logaddexp.reduce(logits)
-            best = np.argsort(-logprobs, kind="stable")[: min(top, np.count_nonzero(~self._barred))]
-            told[i][place] = [{"token": self.tokenizer.piece(t), "p": round(float(np.exp(logprobs[t])), 4)} for t in best]
-            return int(best[0]), float(logprobs[best[0]])
-
-        self.fill_rows(rows, masks, steps, commit)
+        found = self.fill_rows(rows, masks, steps, top=min(top, np.count_nonzero(~self._barred)))
         return [
-            Filled(text, self._shown(text, row), [told[i][p] for p in masks[i]])
-            for i, (text, row) in enumerate(zip(texts, rows, strict=True))
+            Filled(text, self._shown(text, row), [self._candidates(*mask) for mask in zip(*best, strict=True)])
+            for text, row, (_, *best) in zip(texts, rows, found, strict=True)
+        ]
+
+    def _candidates(self, ids: np.ndarray, logprobs: np.ndarray) -> list[dict[str, Any]]:
+        """Of one mask."""
+        return [
+            {"token": self.tokenizer.piece(int(t)), "p": round(float(np.exp(lp)), 4)}
+            for t, lp in zip(ids, logprobs, strict=True)
         ]
 
     def _shown(self, text: str, row: list[int]) -> str:
@@ -169,21 +147,48 @@ class MaskedModel(Embedder):
         self,
         rows: list[list[int]],
         masks: list[list[int]],
-        steps: int,
-        commit: Callable[[int, int, np.ndarray], tuple[int, float]],
-    ) -> None:
-        """Replace masks in place over `steps` readings, the surest first. `commit` picks (token, log-probability)."""
-        left = [list(m) for m in masks]
-        for step in range(steps):
-            going = [i for i in range(len(rows)) if left[i]]
-            if not going:
-                return
-            for i, logits in zip(going, self._logits([rows[i] for i in going], [left[i] for i in going]), strict=True):
-                picked = [(*commit(i, place, scores), place) for place, scores in zip(left[i], logits, strict=True)]
-                share = math.ceil(len(left[i]) / (steps - step))
-                for token, _, place in sorted(picked, key=lambda p: -p[1])[:share]:
+        steps: int = 0,
+        *,
+        method: SamplingParams | None = None,
+        keys: Sequence[jax.Array] | None = None,
+        threshold: float = 0.0,
+        remask: bool = False,
+        sweeps: int = 0,
+        top: int = 0,
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Replace masks in place, the most confident first, over `steps` forward passes (0: a mask a pass).
+
+        Args:
+          masks: positions of the masks of every row.
+          method: how a token is drawn; None: the most likely.
+          keys: a random key per row, where tokens are drawn.
+          threshold, remask, sweeps, top: as in sample/denoise.py.
+
+        Returns:
+          for every row log-probabilities [masks] of its tokens, and ids and log-probabilities [masks, top] of candidates.
+        """
+        method = method or SamplingParams.make(greedy=True)
+        keys = keys if keys is not None else [jax.random.key(0)] * len(rows)
+        how = Denoising.make(steps, threshold, remask)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        found: list[Any] = [None] * len(rows)
+        most = bucket(max(map(len, masks)), 1) * len(self._barred)
+        size = max(1, min(BATCH, MAX_LOGITS // most))
+        for some in (order[i : i + size] for i in range(0, len(order), size)):
+            tokens, segments = padded([rows[i] for i in some], self.context_length, self.tokenizer.pad)
+            positions = columns([masks[i] for i in some], len(tokens))
+            open_ = np.zeros(positions.shape, bool)
+            for k, i in enumerate(some):
+                open_[k, : len(masks[i])] = True
+            own = jnp.stack([keys[i] for i in some] + [keys[some[0]]] * (len(tokens) - len(some)))
+            args = tokens, segments, positions, open_, self._barred, own, method, how, jnp.int32(sweeps)
+            got = jax.device_get(fill(self.reader, self.run.params, *args, top=top))
+            for k, i in enumerate(some):
+                n = len(masks[i])
+                for place, token in zip(masks[i], got.tokens[k, :n].tolist(), strict=True):
                     rows[i][place] = token
-                    left[i].remove(place)
+                found[i] = got.logprobs[k, :n], got.candidates[k, :n], got.candidate_logprobs[k, :n]
+        return found
 
     # ---- sample ---------------------------------------------------------------------------------------------------
 
@@ -202,13 +207,16 @@ class MaskedModel(Embedder):
         stop: Sequence[str] = (),
         chunk: int = 16,
         steps: int = 16,
+        threshold: float = 0.0,
+        remask: bool = False,
         sweeps: int = 0,
     ) -> list[Sample]:
         """Continue every prompt by chunks of masks at its end.
 
-        Each chunk is filled in `steps` readings, the surest token first, and then read `sweeps` times more, each
-        token masked and drawn again in turn (Gibbs sampling, arXiv 1902.04094). `logprob` sums what each token had
-        when it was drawn: not the likelihood of the text, which a masked model does not have.
+        Each chunk is filled in `steps` forward passes, the most confident token first, and all above the probability
+        `threshold` (0: off); with `remask` tokens may be hidden again. Then each token is masked and drawn again in
+        turn, `sweeps` times (Gibbs sampling, arXiv 1902.04094). `logprob` sums what each token had when it was drawn:
+        not the likelihood of the text, which a masked model does not have.
 
         Raises:
           InputError: numbers out of range, or a prompt longer than the context.
@@ -236,39 +244,17 @@ class MaskedModel(Embedder):
         said: list[list[int]] = [[] for _ in keys]
         logprobs: list[list[float]] = [[] for _ in keys]
         stops = [""] * len(keys)
-        drawn = [0] * len(keys)
-
-        def draw(i: int, scores: np.ndarray) -> tuple[int, float]:
-            key = jax.random.fold_in(keys[i], drawn[i])
-            drawn[i] += 1
-            token, logprob = sample_token(jnp.asarray(scores)[None], key[None], method)
-            return int(token[0]), float(logprob[0])
-
         while going := [i for i, s in enumerate(stops) if not s]:
             sizes = [min(chunk, max_tokens - len(said[i])) for i in going]
-            kept = [last(past[i] + said[i], self.context_length - 2 - n) for i, n in zip(going, sizes, strict=True)]
+            kept = [tail(past[i] + said[i], self.context_length - 2 - n) for i, n in zip(going, sizes, strict=True)]
             rows = [self._wrap([*k, *[self.tokenizer.mask] * n]) for k, n in zip(kept, sizes, strict=True)]
             masks = [list(range(len(k) + 1, len(k) + 1 + n)) for k, n in zip(kept, sizes, strict=True)]
-            got: list[dict[int, float]] = [{} for _ in going]
-
-            def commit(j: int, place: int, scores: np.ndarray) -> tuple[int, float]:
-                token, logprob = draw(going[j], scores)
-                got[j][place] = logprob  # noqa: B023
-                return token, logprob
-
-            self.fill_rows(rows, masks, steps, commit)
-            for _ in range(sweeps):
-                for k in range(max(sizes)):
-                    some = [j for j in range(len(going)) if k < sizes[j]]
-                    for j in some:
-                        rows[j][masks[j][k]] = self.tokenizer.mask
-                    for j, scores in zip(
-                        some, self._logits([rows[j] for j in some], [[masks[j][k]] for j in some]), strict=True
-                    ):
-                        rows[j][masks[j][k]] = commit(j, masks[j][k], scores[0])[0]
+            here = [jax.random.fold_in(keys[i], len(said[i])) for i in going]
+            how = {"threshold": threshold, "remask": remask, "sweeps": sweeps}
+            found = self.fill_rows(rows, masks, steps, method=method, keys=here, **how)
             for j, i in enumerate(going):
                 said[i] += [rows[j][p] for p in masks[j]]
-                logprobs[i] += [got[j][p] for p in masks[j]]
+                logprobs[i] += found[j][0].tolist()
                 text = self.tokenizer.decode(said[i])
                 if any(s in text for s in stop):
                     stops[i] = "stop"

@@ -146,13 +146,19 @@ class Known:
                 self.table[seen] -= np.logaddexp.reduce(self.table[seen], axis=-1, keepdims=True)
         if blind:
             self.table[:] = self.table[3, 3, 3]
-        monkeypatch.setattr(masked, "hidden_logits", self.hidden_logits)
         monkeypatch.setattr(masked, "hidden_logprobs", self.hidden_logprobs)
         recipe = Recipe(family="bert", model=dataclasses.replace(tiny, vocab_size=size))
         self.model = MaskedModel(rundir.Run(None, recipe, tokenizer, None, None, 0))
+        self.model.reader = self.read_jitted
         self.readings = 0
 
+    def read_jitted(self, params, tokens, segments, places):
+        shape = jax.ShapeDtypeStruct((*places.shape, self.table.shape[-1]), jnp.float32)
+        read = lambda *args: self.hidden_logits(None, None, *args).astype(np.float32)  # noqa: E731
+        return jax.pure_callback(read, shape, tokens, segments, places)
+
     def hidden_logits(self, module, params, tokens, segments, places):
+        tokens, places = np.asarray(tokens), np.asarray(places)
         self.readings += 1
         first, second, third = (self.code[tokens[:, i, None]] for i in (1, 2, 3))
         return self.table[first, second, third, np.maximum(places - 1, 0)]
