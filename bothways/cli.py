@@ -2,14 +2,18 @@
 
 import errno
 import importlib
+import io
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bothways
-from bothways.errors import Busy, Diverged, InputError, Stopped
+from bothways.errors import Busy, CheckpointUnavailable, Diverged, InputError, Stopped
 from bothways.log import log
 from bothways.platform import leave_absent_tpu_alone, with_large_pages
 
@@ -34,12 +38,56 @@ RECIPE_FIRST = ("train", "plan", "launch")
 """Commands that take a recipe, whose fields become flags: they parse their own arguments."""
 
 
+def _quiet_libraries() -> None:
+    """Orbax logs each save, and each failure that it raises too, and warns of what this code does on purpose.
+
+    Only the command line changes the process so; a program that imports bothways keeps its own hooks.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="orbax")
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _show_exception
+        sys.unraisablehook = lambda u: _show_exception(u.exc_type, u.exc_value or u.exc_type(), u.exc_traceback)
+
+
+def _show_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """As Python does; but when a save fails, tensorstore's threads find orbax's event loop closed: that says nothing."""
+    if "Event loop is closed" not in str(error):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _escape_what_the_locale_lacks() -> None:
+    """Where standard output or error is not in UTF-8, characters that it lacks are written as \\u escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refused_path(error: BaseException, arguments: list[str]) -> str | None:
+    """The path of the command line that cannot be used, if that is what the error says: any other is a fault of ours.
+
+    A file that may not be written counts below such a path too; one that is there already, or is no directory, only where
+    it is that path or leads there.
+    """
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | bytes | os.PathLike):
+        return None
+    forbidden = isinstance(error, PermissionError) or error.errno == errno.EROFS
+    if not forbidden and not isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError):
+        return None
+    path = Path(os.fsdecode(error.filename)).absolute()
+    words = [word.partition("=")[2] if word.startswith("-") else word for word in arguments]
+    named = [Path(os.path.expanduser(word)).absolute() for word in [*words, "runs", "launches"] if word]
+    leads_there = any(path == p or path in p.parents for p in named)
+    return str(path) if leads_there or (forbidden and any(p in path.parents for p in named)) else None
+
+
 def _keep_compiled_programs() -> None:
-    """Compiled programs are kept between starts, unless JAX is told otherwise by its own variable."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    """Compiled programs are kept between starts, unless JAX's own variable says otherwise or there is no home."""
+    home = os.path.expanduser("~/.cache/bothways/xla")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not home.startswith("~"):
         import jax
 
-        jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/bothways/xla").expanduser()))
+        jax.config.update("jax_compilation_cache_dir", home)
 
 
 def _disk_full(error: BaseException | None) -> bool:
@@ -109,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run = find_command(verb)
         leave_absent_tpu_alone()
+        _quiet_libraries()
+        _escape_what_the_locale_lacks()
         _keep_compiled_programs()
         if verb in RECIPE_FIRST:
             run(rest)
@@ -128,16 +178,16 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (whoever read us has gone)
         return 0
-    except Busy as e:
+    except (Busy, CheckpointUnavailable) as e:
         log(f"bothways {verb}: {e}")
         return _leave(1)
     except (Stopped, Diverged) as e:
         log(f"bothways {verb}: {e}")
         return 128 + e.signal if isinstance(e, Stopped) else 3
-    except (NotADirectoryError, FileExistsError, IsADirectoryError, PermissionError) as e:
-        log(f"bothways {verb}: cannot use {e.filename}: {e.strerror}; name another file or directory")
-        return 2
     except Exception as e:
+        if path := _refused_path(e, rest):
+            log(f"bothways {verb}: cannot use {path}: {e.strerror}; name another file or directory")
+            return _leave(2)
         if _disk_full(e):
             log(
                 f"bothways {verb}: the disk is full; free some space and run the same command again: "

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """
 
 
+class CheckpointUnavailable(Exception):
+    """A checkpoint is there and cannot be read now: no network, no memory, no permission. Nothing was changed. Exit code 1."""
+
+
 class Busy(Exception):
     """Another process writes what this one wants to write. Nothing was changed; later it works. Exit code 1."""
 
@@ -21,4 +25,7 @@ class Stopped(Exception):
 
 
 class Diverged(Exception):
-    """Too many steps in a row had no finite loss; the last good checkpoint is untouched. Exit code 1."""
+    """Too many steps in a row had no finite loss; the last good checkpoint is untouched.
+
+    Exit code 3: the same command would diverge again.
+    """

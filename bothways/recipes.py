@@ -14,9 +14,28 @@ from bothways.model.config import TransformerConfig
 if TYPE_CHECKING:
     from bothways.train.loop import Result
 
-# Fields that may differ between a run and its continuation: where and how often, not what.
-HOW_OFTEN = ("log_every", "max_to_keep", "average_last_checkpoints", "eval_every", "eval_rows", "save_every")
-RESUMABLE_FIELDS = ("mesh", "model.attention", "data.cache", *(f"train.{name}" for name in HOW_OFTEN))
+# Fields that may differ between a run and its continuation: where, how often and how long, not what.
+HOW_OFTEN = (
+    "steps",
+    "grad_accum_steps",
+    "log_every",
+    "max_to_keep",
+    "average_last_checkpoints",
+    "eval_every",
+    "eval_rows",
+    "save_every",
+)
+WHERE = ("data.cache", "data.corpus", "data.validation")  # what the text is, its fingerprint says
+RESUMABLE_FIELDS = (
+    "mesh",
+    "model.attention",
+    "model.remat",
+    "model.scan_layers",
+    "data.cache",
+    "data.corpus",  # what the text is, its fingerprint says, wherever it lies
+    "data.validation",
+    *(f"train.{name}" for name in HOW_OFTEN),
+)
 
 IN_JSON = {
     str: (str, "a string"),
@@ -122,6 +141,11 @@ class Recipe:
                 found.append(
                     f"train.short_length={self.train.short_length} > model.context_length={self.model.context_length}"
                 )
+            if 0 < self.optimizer.decay_steps <= self.optimizer.warmup_steps:
+                found.append(
+                    f"optimizer.decay_steps={self.optimizer.decay_steps} is not after "
+                    f"optimizer.warmup_steps={self.optimizer.warmup_steps}: the rate would fall to its floor at once"
+                )
             if self.train.steps <= self.optimizer.warmup_steps:
                 found.append(
                     f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
@@ -164,6 +188,8 @@ class Recipe:
     def differences(self, other: "Recipe") -> list[str]:
         """Fields in which two recipes make different runs, as `field: mine -> other's`."""
         mine, theirs = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))
+        for flat in (mine, theirs):
+            flat["train.init_from"] = flat["train.init_from"].rstrip("/")
         return [
             f"{k}: {mine[k]} -> {theirs[k]}"
             for k in mine
@@ -206,8 +232,12 @@ def _build(cls: type, values: Any, where: str) -> Any:
         if dataclasses.is_dataclass(hint):
             return _build(hint, value, f"{where}.{name}")
         types, said = IN_JSON[get_origin(hint) or hint]
-        if not isinstance(value, types):
+        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
             raise InputError(f"{where}.{name} is {json.dumps(value)[:60]}; it must be {said}")
+        if types is list:
+            element, wanted = IN_JSON[get_origin(get_args(hint)[0]) or get_args(hint)[0]]
+            if not all(isinstance(v, element) and (element is bool or not isinstance(v, bool)) for v in value):
+                raise InputError(f"{where}.{name} is {json.dumps(value)[:60]}; each element must be {wanted}")
         return tuple(value) if types is list else value
 
     return cls(**{name: convert(name, value) for name, value in values.items()})

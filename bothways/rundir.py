@@ -16,13 +16,10 @@ import contextlib
 import dataclasses
 import functools
 import json
-import logging
 import os
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,6 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
+from bothways.checkpoints import checkpoint_manager, restore_latest_readable, running_mean
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 from bothways.locks import locked
@@ -40,7 +38,6 @@ from bothways.model.task import TaskModel
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
 
-T = TypeVar("T")
 Log = Callable[[str], None]
 
 
@@ -91,73 +88,6 @@ def on_bucket(home: Path) -> bool:
     return "://" in str(home)
 
 
-def quiet_orbax() -> None:
-    """Orbax logs each save, and each failure that it raises too, and warns of what this code does on purpose."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module="orbax")
-    if sys.excepthook is sys.__excepthook__:
-        sys.excepthook = _show_exception
-        sys.unraisablehook = lambda u: _show_exception(u.exc_type, u.exc_value or u.exc_type(), u.exc_traceback)
-
-
-def _show_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """As Python does; but when a save fails, tensorstore's threads find orbax's event loop closed: that says nothing."""
-    if "Event loop is closed" not in str(error):
-        sys.__excepthook__(kind, error, trace)
-
-
-def selection(held_out: dict[str, float]) -> float:
-    """What the best checkpoint has least of: `selection` where an evaluation says it, else the held-out loss."""
-    return held_out.get("selection", held_out["loss"])
-
-
-def checkpoint_manager(home: Path, *, keep: int | None = None, read_only: bool = False) -> ocp.CheckpointManager:
-    """Orbax's manager of a run's checkpoints: the newest `keep` and the best on held-out items."""
-    quiet_orbax()
-    policy = None
-    if keep is not None:
-        policies = ocp.checkpoint_managers
-        best = policies.BestN(get_metric_fn=selection, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
-    options = ocp.CheckpointManagerOptions(
-        best_fn=selection,  # or orbax does not write the metrics down, and a resumed run has forgotten its best
-        best_mode="min",
-        preservation_policy=policy,
-        read_only=read_only,
-        create=not read_only,
-        step_prefix=None,
-        save_root_metadata=False,
-    )
-    names = ("params", "train", "meta")
-    home = home if on_bucket(home) else home.absolute()
-    return ocp.CheckpointManager(home / "checkpoints", options=options, item_names=names)
-
-
-def restore_latest_readable(
-    manager: ocp.CheckpointManager, restore: Callable[[int], T], log: Log
-) -> tuple[int, T] | None:
-    """The newest checkpoint that can be read. One that was cut short is passed over, and said so.
-
-    Returns:
-      its step and what `restore` made of it; None if there is no checkpoint at all.
-
-    Raises:
-      InputError: there are checkpoints, and none can be read.
-    """
-    steps = sorted(manager.all_steps(), reverse=True)
-    for step in steps:
-        try:
-            return step, restore(step)
-        except InputError:
-            raise
-        except Exception as e:  # tensorstore and orbax raise many types for a damaged file
-            reason = str(e).strip().split("\n")[0][:160]
-            log(f"checkpoint {step} is damaged ({type(e).__name__}: {reason}); falling back to the one before")
-    if steps:
-        raise InputError(f"none of the checkpoints {steps} in {manager.directory} can be read")
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class TaskInfo:
     """What a fine-tuned run was tuned for; task.json."""
@@ -201,6 +131,12 @@ def trained_on(home: Path, *fingerprints: str) -> bool:
     """Whether text with one of these fingerprints is what a run was trained on; of imported runs nobody knows: yes."""
     path = home / "corpus.json"
     return not path.exists() or json.loads(path.read_text())["fingerprint"] in fingerprints
+
+
+def newest_step(home: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    kept = home / "checkpoints"
+    return max((int(p.name) for p in kept.iterdir() if p.name.isdigit()), default=0) if kept.is_dir() else 0
 
 
 def read_task(home: Path) -> TaskInfo | None:
@@ -270,12 +206,7 @@ def load_run(home: Path, log: Log, place: Callable[[Any], Any] | None = None, *,
         def average(step: int) -> Any:
             """This checkpoint, or the mean of it and those before it where the recipe averages."""
             steps = [s for s in sorted(manager.all_steps()) if s <= step][-recipe.train.average_last_checkpoints :]
-            found = [restore(s) for s in steps]
-            return (
-                found[0]
-                if len(found) == 1
-                else jax.jit(lambda trees: jax.tree.map(lambda *x: sum(x) / len(x), *trees))(found)
-            )
+            return running_mean(restore(s) for s in steps)
 
         found = restore_latest_readable(manager, average if task is None else restore, log)
     if found is None:

@@ -31,6 +31,12 @@ class Launch:
     """The command that ends it all."""
 
 
+def _begin_anew(job: Job) -> str:
+    """Takes away the marks of an earlier launch of this name, which would end this one at once."""
+    marks = [f"{job.home}/{mark}" for mark in ("done", "failed")]
+    return f"{shlex.join(['gcloud', 'storage', 'rm', '--quiet', *marks])} 2>/dev/null || true"
+
+
 def _upload(job: Job, *names: str) -> str:
     return shlex.join(["gcloud", "storage", "cp", job.code_name, "recipe.json", *names, f"{job.home}/"])
 
@@ -81,14 +87,14 @@ def cloud_tpu(job: Job) -> Launch:
         ]
     )
     files = {"host.sh": host_script(job, "tpu"), "watch.sh": watch}
-    return Launch(files, (_upload(job), "bash watch.sh"), ("gcloud",), shlex.join(delete))
+    return Launch(files, (_begin_anew(job), _upload(job), "bash watch.sh"), ("gcloud",), shlex.join(delete))
 
 
 def gke(job: Job) -> Launch:
     """A JobSet on a GKE cluster that has the JobSet controller and a node pool of the topology.
 
     Each slice is a Job, each host a Pod. A Pod that fails takes its JobSet down, which starts again as a whole, from
-    the last checkpoint; exit code 2, bad input, ends it for good.
+    the last checkpoint; exit codes 2 and 3, bad input and a loss that diverged, end it for good.
     """
     topology = _tpu(job)
     chip, shape = topology.chip, topology.name.split(":")[1]
@@ -112,7 +118,7 @@ def gke(job: Job) -> Launch:
         "tolerations": [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}],
         "containers": [container],
     }
-    bad_input = {"action": "FailJob", "onExitCodes": {"containerName": "bothways", "operator": "In", "values": [2]}}
+    bad_input = {"action": "FailJob", "onExitCodes": {"containerName": "bothways", "operator": "In", "values": [2, 3]}}
     replicated = {
         "name": "slice",
         "replicas": topology.slices,
@@ -145,7 +151,7 @@ def gke(job: Job) -> Launch:
     }
     files = {"jobset.json": json.dumps(manifest, indent=2) + "\n"}
     stop = shlex.join(["kubectl", "delete", "jobset", job.name])
-    return Launch(files, (_upload(job), "kubectl apply -f jobset.json"), ("gcloud", "kubectl"), stop)
+    return Launch(files, (_begin_anew(job), _upload(job), "kubectl apply -f jobset.json"), ("gcloud", "kubectl"), stop)
 
 
 def sky(job: Job) -> Launch:
@@ -179,7 +185,7 @@ def sky(job: Job) -> Launch:
     files = {"task.yaml": json.dumps(task, indent=2) + "\n"}  # JSON is YAML
     start = shlex.join(["sky", "jobs", "launch", "--yes", "--detach-run", "--name", job.name, "task.yaml"])
     stop = shlex.join(["sky", "jobs", "cancel", "--yes", "--name", job.name])
-    return Launch(files, (_upload(job), start), ("gcloud", "sky"), stop)
+    return Launch(files, (_begin_anew(job), _upload(job), start), ("gcloud", "sky"), stop)
 
 
 def slurm(job: Job) -> Launch:
@@ -213,6 +219,7 @@ def slurm(job: Job) -> Launch:
     files = {"host.sh": host_script(job, "gpu", fetch=False), "batch.sh": "\n".join([*head, "", *body, ""])}
     commands = (
         shlex.join(["mkdir", "-p", job.home]),
+        shlex.join(["rm", "-f", f"{job.home}/done", f"{job.home}/failed"]),
         shlex.join(["cp", job.code_name, "recipe.json", "host.sh", "batch.sh", job.home]),
         f"ONLY_ENVIRONMENT=1 bash {home}/host.sh",
         shlex.join(["sbatch", f"--chdir={job.home}", f"{job.home}/batch.sh"]),

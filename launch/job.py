@@ -124,7 +124,7 @@ def code_archive(root: Path = ROOT) -> bytes:
 def host_script(job: Job, extra: str, *, fetch: bool = True) -> str:
     """What every host runs, and runs again after a restart: environment, code, recipe, training.
 
-    It ends with 0 when the run is complete, with 2 when the input is bad, which no retry heals, and with 143 when it
+    It ends with 0 when the run is complete, with 2 when the input is bad or 3 when the loss diverged, which no retry heals, and with 143 when it
     was told to stop, the checkpoint saved. Any other end is tried again, from the last checkpoint. A file `done` or
     `failed` beside the run directory says that nothing is to be started again.
 
@@ -136,6 +136,11 @@ def host_script(job: Job, extra: str, *, fetch: bool = True) -> str:
     here = '"${HOME:-/root}/bothways-launch"' if fetch else q(job.home)  # a startup script may have no HOME
     get = f"gcloud storage cp {q(job.home)}/{job.code_name} {q(job.home)}/recipe.json ." if fetch else ""
     mark = f"gcloud storage cp recipe.json {q(job.home)}/" if fetch else f"touch {q(job.home)}/"
+
+    def over(mark: str) -> str:
+        """Whether a mark is there; a launcher that starts this again for ever must find that nothing is left to do."""
+        return f"gcloud storage ls {q(job.home)}/{mark} >/dev/null 2>&1" if fetch else f"[ -e {q(job.home)}/{mark} ]"
+
     lines = [
         "#!/bin/bash",
         "set -uo pipefail",
@@ -150,6 +155,7 @@ def host_script(job: Job, extra: str, *, fetch: bool = True) -> str:
         f'"bothways[{extra}] @ file://$PWD/{job.code_name}" gcsfs || exit 1',
         f"  touch env-{job.code_name}/ready",
         "fi" if fetch else 'fi\n[ -n "${ONLY_ENVIRONMENT:-}" ] && exit 0',
+        *(f"{over(mark)} && exit {code}" for mark, code in (("done", 0), ("failed", 2))),
         "tries=0 code=1",
         f"while [ $tries -lt {RETRIES} ]; do",
         f"  env-{job.code_name}/bin/bothways train recipe.json --workdir {q(job.workdir)} &",
@@ -160,7 +166,7 @@ def host_script(job: Job, extra: str, *, fetch: bool = True) -> str:
         "  trap - TERM",
         "  case $code in",
         f"    0) {mark}done; exit 0 ;;",
-        f"    2) {mark}failed; exit 2 ;;",
+        f"    2|3) {mark}failed; exit $code ;;  # bad input, or the loss diverged: the same would happen again",
         "    143) exit 143 ;;",
         "  esac",
         "  tries=$((tries + 1))",

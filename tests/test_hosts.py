@@ -41,13 +41,13 @@ def losses(home) -> list[float]:
 
 
 class Processes:
-    """A run by `count` processes of one device each."""
+    """A run by `count` processes of one device each; each executes the lines `first` before anything else."""
 
-    def __init__(self, count: int, recipe: Recipe, home, *flags: str):
+    def __init__(self, count: int, recipe: Recipe, home, *flags: str, first: str = ""):
         path = home.parent / "tiny.py"
         (home.parent / "tiny.json").write_text(recipe.to_json())
         path.write_text(
-            "from pathlib import Path\nfrom bothways.recipes import Recipe\n"
+            f"{first}\nfrom pathlib import Path\nfrom bothways.recipes import Recipe\n"
             f"recipes = {{'tiny': Recipe.from_json(Path({str(home.parent / 'tiny.json')!r}).read_text())}}\n"
         )
         with socket.socket() as s:
@@ -101,3 +101,33 @@ def test_four_then_two_then_one(recipe, alone, tmp_path):
 
     train(recipe, home)  # on eight devices of one process
     assert losses(home) == pytest.approx(alone, rel=1e-3)
+
+
+CANNOT_READ = """
+import os
+from bothways import checkpoints
+if os.environ["JAX_PROCESS_ID"] == "2":
+    read = checkpoints.ocp.CheckpointManager.restore
+    def restore(self, step, *args, **kwargs):
+        if step == 40:
+            raise ValueError("DATA_LOSS: this process finds half of it")
+        return read(self, step, *args, **kwargs)
+    checkpoints.ocp.CheckpointManager.restore = restore
+"""
+
+
+def test_what_one_of_four_cannot_read_none_restores(recipe, tmp_path):
+    """Each reads for itself, then they agree: nobody waits in a read for one that has failed, and all take step 20."""
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=40, eval_every=40))
+    home = tmp_path / "run"
+    train(recipe, home)
+    longer = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=60, eval_every=60))
+    four = Processes(4, longer, home, "--mesh.data", "2", "--mesh.fsdp", "2", first=CANNOT_READ)
+    assert four.ends() == [0] * 4, four.said()
+    said = [log.read_text() for log in four.logs]
+    assert all("checkpoint 40 is damaged" in text for text in said)
+    assert "resumed at step 20" in said[0]
+    assert "this process finds half of it" in said[2]
+    assert (home / "unreadable-checkpoints" / "40" / "params").is_dir()
+    rows = losses(home)
+    assert len(rows) == 60

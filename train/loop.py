@@ -25,7 +25,7 @@ from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
 from bothways.train import hosts
 from bothways.train.objectives import objective_of
-from bothways.train.optimizer import make_optimizer
+from bothways.train.optimizer import longer, make_optimizer
 from bothways.train.start import check_start, start_from
 from bothways.train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
 from bothways.train.steps import Job, Throughput, run_steps
@@ -100,11 +100,15 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack) -> R
     )
     if existing is None and cfg.init_from:
         check_start(recipe, tokenizer)
+    if existing is not None and existing.train.steps != cfg.steps:
+        if cfg.steps < (done := rundir.newest_step(home)):
+            raise InputError(f"train.steps={cfg.steps}, and {home} has made {done} steps already; set that or more")
+        tell(f"train.steps: {existing.train.steps} -> {cfg.steps}; {longer(recipe.optimizer)}")
     if existing is not None and (changed := existing.differences(recipe)):
         raise InputError(
             f"{home} holds a run of another recipe; its recipe -> yours:\n"
             + "\n".join(f"  - {c}" for c in changed)
-            + "\ntrain into another directory with --workdir DIR, or delete this one"
+            + f"\ntrain into another directory with --workdir DIR; `bothways train {home} --workdir DIR` starts from its weights"
         )
     objective = objective_of(recipe, tokenizer.vocabulary())
     lengths = {recipe.model.context_length, cfg.short_length} - {0}

@@ -40,6 +40,15 @@ def schedule(cfg: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / warm, peak, max(1, warm - 1)), after], [warm])
 
 
+def longer(cfg: OptimizerConfig) -> str:
+    """What another number of steps means for the learning rate of a run that has begun."""
+    if cfg.schedule in ("cosine", "linear") and not cfg.decay_steps:
+        return f"the {cfg.schedule} decay now ends there, so the learning rate jumps to where that decay is at this step"
+    if cfg.schedule == "wsd":
+        return "the rate is held until the last decay_fraction of them; where it had begun to decay it rises again"
+    return "the learning rate of each step stays what it was"
+
+
 def decayed(params: optax.Params) -> optax.Params:
     """True for parameters that weight decay applies to: kernels and embeddings, not biases and norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path_names(path)[-1] in ("kernel", "embedding"), params)
@@ -82,9 +91,10 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
         case "lion":
             update = optax.lion(rate, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay, mask=decayed)
         case "adafactor":
-            # Adafactor's own clipping and relative step are off: the schedule and clip_norm say it all.
+            # Relative step sizes are off: the schedule sets the rate. Updates are clipped to an RMS of 1 (arXiv 1804.04235,
+            # section 6). Factored from 32 on, since attention kernels are [L, D, H, K] with narrow heads.
             update = optax.chain(
-                optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=128),
+                optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=32),
                 optax.clip_by_block_rms(1.0),
                 optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
                 optax.scale_by_learning_rate(rate),

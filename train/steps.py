@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from bothways import rundir, sharding
+from bothways import checkpoints, sharding
 from bothways.chips import PEAK_FLOPS
 from bothways.config import TrainConfig
 from bothways.errors import Diverged, Stopped
@@ -58,15 +58,15 @@ def run_steps(job: Job) -> dict[str, float]:
       Diverged: the loss was not finite for train.max_nonfinite_steps steps in a row.
     """
     home, cfg, writes, meter = job.home, job.cfg, jax.process_index() == 0, job.meter
-    manager = rundir.checkpoint_manager(home, keep=cfg.max_to_keep)
-    start, state = _restore(manager, job.shapes, job.shardings) or (0, None)
+    start, state = _restore(job) or (0, None)
+    manager = checkpoints.checkpoint_manager(home, keep=cfg.max_to_keep)
     if state is None:
         state = job.begin()
     job.announce(start)
     reporter = Reporter(home, cfg.steps, start, writes)
     kept = {step: m for step in manager.all_steps() if (m := manager.metrics(step))}
-    best_at = min(kept, key=lambda step: rundir.selection(kept[step]), default=0)
-    best = rundir.selection(kept[best_at]) if kept else math.inf
+    best_at = min(kept, key=lambda step: checkpoints.selection(kept[step]), default=0)
+    best = checkpoints.selection(kept[best_at]) if kept else math.inf
     counted = max(kept, default=0)  # a checkpoint that SIGTERM made without an evaluation counts for nothing
     settled = bool(cfg.patience) and counted - best_at >= cfg.patience * cfg.eval_every
 
@@ -82,6 +82,12 @@ def run_steps(job: Job) -> dict[str, float]:
         manager.save(step, args=items, metrics=metrics)
         reporter.upload()
 
+    def evaluated(step: int) -> dict[str, float]:
+        with meter.paused():
+            held = job.evaluate(state.params)
+        reporter.log(step, {f"eval_{k}": v for k, v in held.items()}, _shown_held(held))
+        return held
+
     # ---- steps ------------------------------------------------------------------------------------------------
     pending: tuple[int, dict[str, jax.Array], int] | None = None
     held: dict[str, float] | None = None
@@ -89,6 +95,8 @@ def run_steps(job: Job) -> dict[str, float]:
     tidy = jax.process_count() == 1  # of several, one that fails leaves at once: what waits for the others would hang
     try:
         with hosts.preemption_requested() as stop_at:
+            if start and (start % cfg.eval_every == 0 or start == cfg.steps) and not manager.metrics(start):
+                held = evaluated(start)  # which a signal cut off
             iterator = job.batches(start)
             for step in range(start, start if settled else cfg.steps):
                 if step in new_shape_at and step > start:
@@ -101,20 +109,18 @@ def run_steps(job: Job) -> dict[str, float]:
                 pending, done = (step + 1, metrics, size), step + 1
                 last = done == cfg.steps
                 held, stopping = None, stop_at(done)
-                evaluating = done % cfg.eval_every == 0 or last
+                evaluating = (done % cfg.eval_every == 0 or last) and not stopping  # a notice gives 30 s: save first
                 if evaluating or stopping or step == start:  # the first is told when it is done
                     _report(reporter, meter, *pending, cfg)
                     pending = None
                 if evaluating:
-                    with meter.paused():
-                        held = job.evaluate(state.params)
-                    reporter.log(done, {f"eval_{k}": v for k, v in held.items()}, _shown_held(held))
-                    if rundir.selection(held) < best:
-                        best, best_at = rundir.selection(held), done
+                    held = evaluated(done)
+                    if checkpoints.selection(held) < best:
+                        best, best_at = checkpoints.selection(held), done
                     last = last or (cfg.patience > 0 and done - best_at >= cfg.patience * cfg.eval_every)
                 if done % cfg.save_every == 0 or last or stopping:
                     save(done, held)
-                if stopping and not last:
+                if stopping:
                     manager.wait_until_finished()
                     by = "Ctrl-C" if stopping == signal.SIGINT else "SIGTERM"
                     saved = f"stopped by {by} at step {done}; saved in {home}, run the same command to go on"
@@ -136,21 +142,25 @@ def run_steps(job: Job) -> dict[str, float]:
     return held
 
 
-def _restore(manager: ocp.CheckpointManager, shapes: TrainState, shardings: TrainState) -> tuple[int, TrainState] | None:
-    """The newest whole checkpoint, placed on this mesh; None if there is none."""
-    targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+def _restore(job: Job) -> tuple[int, TrainState] | None:
+    """The newest checkpoint that all processes can read, sharded as this mesh wants it; None if there is none."""
+    with hosts.process_zero_first():  # all go through what follows, or none
+        (job.home / "checkpoints").mkdir(parents=True, exist_ok=True)
+    targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), job.shapes, job.shardings)
     rest = {k: getattr(targets, k) for k in ("step", "opt_state", "consecutive_nonfinite", "bad_total")}
     items = ocp.args.Composite(params=ocp.args.StandardRestore(targets.params), train=ocp.args.StandardRestore(rest))
+    with checkpoints.checkpoint_manager(job.home, read_only=True) as manager:
 
-    def restore(step: int) -> TrainState:
-        found = manager.restore(step, args=items)
-        return TrainState(params=found["params"], **found["train"])
+        def restore(step: int) -> TrainState:
+            found = manager.restore(step, args=items)
+            return TrainState(params=found["params"], **found["train"])
 
-    found = rundir.restore_latest_readable(manager, restore, log)
-    if found is not None:
-        for step in manager.all_steps():
-            if step > found[0]:
-                manager.delete(step)  # damaged: the run writes this step again
+        found = checkpoints.restore_latest_readable(manager, restore, log)
+        with hosts.process_zero_first():
+            for step in manager.all_steps() if jax.process_index() == 0 and found is not None else ():
+                if step > found[0]:
+                    where = checkpoints.put_aside(job.home, step)
+                    log(f"checkpoint {step} is kept in {where}; the run writes this step again")
     return found
 
 

@@ -13,7 +13,7 @@ import bothways
 from bothways.config import MeshConfig
 from bothways.configs import find
 from bothways.errors import InputError
-from bothways.launch.job import GPUs, code_archive
+from bothways.launch.job import GPUs, Job, code_archive, host_script
 from bothways.launch.start import prepare, start
 from bothways.recipes import Recipe
 
@@ -55,7 +55,7 @@ def test_every_script_and_command_is_bash(recipe, on, topology, options):
 def test_a_word_with_a_space_stays_one_word(recipe):
     nasty = "gs://some-bucket/it's;rm"
     job, launch = prepare(recipe, "tpu", "v5e-16", **{**GCP, "bucket": nasty})
-    upload = shlex.split(launch.commands[0])
+    upload = shlex.split(launch.commands[1])
     assert upload[-1] == f"{nasty}/gpt2-small/"
     line = next(line for line in launch.files["host.sh"].splitlines() if "bothways train" in line)
     assert shlex.split(line)[-2] == job.workdir
@@ -241,3 +241,22 @@ def test_the_command_line_prints_what_it_would_do(capfd):
     shown = capfd.readouterr().out
     assert "sbatch --chdir=/shared/gpt2-small" in shown
     assert bash_accepts(shown.split("# ---- in ")[1].split("\n", 1)[1])
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_what_no_retry_heals_is_not_tried_again(tmp_path, code):
+    """The script itself, with a `bothways` that ends so: bad input, or a loss that diverged."""
+    runs = tmp_path / "runs.txt"
+    job = Job(find("gpt2_small"), GPUs.parse("h100:1x1"), "j", str(tmp_path), code=b"x")
+    script = host_script(job, "gpu", fetch=False)
+    env = tmp_path / "j" / f"env-{job.code_name}"
+    (env / "bin").mkdir(parents=True)
+    (env / "ready").touch()
+    program = env / "bin" / "bothways"
+    program.write_text(f"#!/bin/bash\necho run >> {runs}\nexit {code}\n")
+    program.chmod(0o755)
+    for _ in range(2):  # a launcher that starts it again finds the mark
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode in (2, code), done.stderr
+    assert runs.read_text() == "run\n"
+    assert (tmp_path / "j" / "failed").exists()

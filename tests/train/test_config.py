@@ -1,6 +1,7 @@
 """Batch ramps, meshes and recipes: numbers that are functions of the configuration."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -130,6 +131,34 @@ def test_a_tokenizer_without_a_mask_hides_nothing(kind):
     make_objective(ObjectiveConfig(kind="causal"), vocabulary)
 
 
+def test_a_recipe_of_before_there_were_versions_opens_under_todays_names():
+    old = {
+        "family": "bert",
+        "model": {"context": 64, "positions": "rotary", "layer_pattern": ["dense", "local"], "window": 9},
+        "objective": {"kind": "masked", "mask_share": 1.0, "random_share": 0.0},
+        "optimizer": {"decay_share": 0.5, "final_share": 0.1},
+        "train": {"accumulate": 2, "keep": 5, "average": 3, "ramp_from": 4, "ramp_rows": 9, "max_bad_steps": 7},
+        "mesh": {"max_copied": 0.3},
+    }
+    recipe = Recipe.from_json(json.dumps(old))
+    assert (recipe.model.context_length, recipe.model.position_embedding) == (64, "rotary")
+    assert recipe.model.layer_pattern == ("global", "local")
+    assert (recipe.objective.mask_token_prob, recipe.objective.random_token_prob) == (1.0, 0.0)
+    assert (recipe.optimizer.decay_fraction, recipe.optimizer.final_lr_ratio) == (0.5, 0.1)
+    train = recipe.train
+    assert (train.grad_accum_steps, train.max_to_keep, train.average_last_checkpoints) == (2, 5, 3)
+    assert (train.batch_size_start, train.batch_size_ramp_rows, train.max_nonfinite_steps) == (4, 9, 7)
+    assert recipe.mesh.max_replicated_fraction == 0.3
+    with pytest.raises(InputError, match="fields this version does not know: context"):
+        Recipe.from_json(json.dumps(old | {"format": 2}))  # only what is old is read so
+
+
+def test_decay_that_ends_before_warm_up_is_refused(tiny_recipe):
+    early = dataclasses.replace(tiny_recipe.optimizer, warmup_steps=4, decay_steps=3)
+    with pytest.raises(InputError, match="decay_steps=3 is not after optimizer.warmup_steps=4"):
+        dataclasses.replace(tiny_recipe, optimizer=early).check(1)
+
+
 def test_recipes_survive_json():
     for recipe in names().values():
         assert Recipe.from_json(recipe.to_json()) == recipe
@@ -142,6 +171,10 @@ def test_recipes_survive_json():
         ('{"model": 3}', "recipe.model is 3; it must be a JSON object, with the fields of TransformerConfig"),
         ('{"model": {"layer_pattern": "dense"}}', 'recipe.model.layer_pattern is "dense"; it must be a list'),
         ('{"train": {"steps": "many"}}', 'recipe.train.steps is "many"; it must be a whole number'),
+        ('{"train": {"steps": true}}', "recipe.train.steps is true; it must be a whole number"),
+        ('{"model": {"layer_pattern": [3]}}', r"recipe.model.layer_pattern is \[3\]; each element must be a string"),
+        ('{"format": 99}', "has format 99, and this version of bothways reads up to"),
+        ('{"format": true}', "has format True; it must be a whole number"),
         ('{"family": null}', "recipe.family is null; it must be a string"),
         ('{"trian": {}}', "fields this version does not know: trian"),
         ("{", "not JSON"),
@@ -159,12 +192,16 @@ def test_every_recipe_is_sound():
 
 
 def test_only_what_makes_another_run_is_a_difference(tiny_recipe):
-    same = dataclasses.replace(
-        tiny_recipe, mesh=MeshConfig(4, 2, 1), train=dataclasses.replace(tiny_recipe.train, log_every=5)
-    )
+    often = dataclasses.replace(tiny_recipe.train, log_every=5, grad_accum_steps=2, steps=99)
+    where = dataclasses.replace(tiny_recipe.data, cache="/elsewhere")
+    model = dataclasses.replace(tiny_recipe.model, remat="full", scan_layers=False)
+    same = dataclasses.replace(tiny_recipe, mesh=MeshConfig(4, 2, 1), train=often, data=where, model=model)
     assert tiny_recipe.differences(same) == []
     other = dataclasses.replace(tiny_recipe, train=dataclasses.replace(tiny_recipe.train, seed=4))
     assert tiny_recipe.differences(other) == ["train.seed: 0 -> 4"]
+    starts = [dataclasses.replace(tiny_recipe.train, init_from=name) for name in ("runs/x", "runs/x/")]
+    one, two = (dataclasses.replace(tiny_recipe, train=t) for t in starts)
+    assert one.differences(two) == []
 
 
 def test_a_recipe_file_works_by_path(tmp_path):

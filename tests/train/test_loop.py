@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from bothways import rundir, sharding
+from bothways import checkpoints, rundir, sharding
 from bothways.config import MeshConfig
 from bothways.data import corpora
 from bothways.data.examples import as_is
 from bothways.data.pipeline import Stacked
 from bothways.data.tokenizer import Tokenizer
-from bothways.errors import Diverged, InputError, Stopped
+from bothways.errors import CheckpointUnavailable, Diverged, InputError, Stopped
 from bothways.flops import recipe_flops_per_token
 from bothways.sample import evaluate as figures
 from bothways.train import steps
@@ -136,6 +136,52 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, recipe, tmp_pa
     same(params_of(home), params_of(whole[0]))
 
 
+def test_a_damaged_checkpoint_is_kept_aside(recipe, tmp_path):
+    home = tmp_path / "damaged"
+    train(recipe, home)
+    meta = home / "checkpoints" / "6" / "params"
+    for path in meta.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:7])
+    train(recipe, home)
+    assert (home / "unreadable-checkpoints" / "6" / "params").is_dir()
+
+
+def test_an_error_while_restoring_that_is_no_damage_deletes_nothing(recipe, tmp_path, monkeypatch):
+    home = tmp_path / "run"
+    train(recipe, home)
+    before = sorted(str(p) for p in home.rglob("*"))
+    monkeypatch.setattr(checkpoints, "WAITS", ())
+
+    def refused(*_, **__):
+        raise ConnectionError("503 Service Unavailable")
+
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "restore", refused)
+    with pytest.raises(CheckpointUnavailable, match="nothing was deleted"):
+        train(recipe, home)
+    assert sorted(str(p) for p in home.rglob("*")) == before
+
+
+def test_a_run_is_trained_longer(recipe, tmp_path, capfd):
+    constant = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, schedule="constant"))
+    train(constant, tmp_path / "whole")
+    train(on_devices(constant, steps=3), tmp_path / "longer")
+    train(constant, tmp_path / "longer")
+    assert "train.steps: 3 -> 6; the learning rate of each step stays what it was" in capfd.readouterr().err
+    same(params_of(tmp_path / "longer"), params_of(tmp_path / "whole"))
+
+
+def test_sigterm_at_an_evaluation_step_saves_and_does_not_evaluate(recipe, tmp_path, monkeypatch):
+    """A machine that is taken away gives some thirty seconds, and an evaluation may take minutes."""
+    evaluated = []
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, params: evaluated.append(1) or {"loss": 1.0})
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Stopped, match="step 3"):
+        train(on_devices(recipe, eval_every=3, save_every=100), tmp_path / "run")
+    assert evaluated == []
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
+
+
 def test_another_recipe_in_the_same_directory_is_refused(whole, recipe):
     other = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, learning_rate=0.5))
     with pytest.raises(InputError, match=r"optimizer.learning_rate: 0.003 -> 0.5"):
@@ -146,7 +192,7 @@ def test_a_run_goes_on_with_its_own_text_only(whole, recipe, text_file, tmp_path
     home = tmp_path / "run"
     shutil.copytree(whole[0], home)
     held, cfg = tmp_path / "new.txt", recipe.data
-    shutil.copy(text_file, held)
+    held.write_text(text_file.read_text() + "and one more line\n")
     glob = dataclasses.replace(recipe, data=dataclasses.replace(cfg, corpus=str(tmp_path / "*.txt")))
     with pytest.raises(InputError, match=r"\*.txt is not the text that .* was trained on; put that back"):
         train(glob, home)
@@ -156,7 +202,7 @@ def test_a_run_goes_on_with_its_own_text_only(whole, recipe, text_file, tmp_path
     figures.evaluate(model, ["validation"], told.append)
     assert "no longer the text" in told.pop()
     moved = dataclasses.replace(glob, data=dataclasses.replace(cfg, corpus=str(tmp_path / text_file.name)))
-    held.rename(tmp_path / text_file.name)
+    shutil.copy(text_file, tmp_path / text_file.name)
     assert corpora.load(moved.data).fingerprint == corpora.load(cfg).fingerprint
     (home / "corpus.json").unlink()  # as runs were left before it was kept
     figures.evaluate(model, ["validation"], told.append)
