@@ -27,9 +27,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from bothways.checkpoints import checkpoint_manager, restore_latest_readable, running_mean
+from bothways.checkpoints import checkpoint_manager, is_transient, restore_latest_readable, running_mean
 from bothways.data.tokenizer import Tokenizer
-from bothways.errors import InputError
+from bothways.errors import CheckpointUnavailable, InputError
 from bothways.locks import locked
 from bothways.model.axes import path_names
 from bothways.model.config import TransformerConfig
@@ -46,6 +46,7 @@ def directory(home: str | os.PathLike) -> Path:
 
     Raises:
       InputError: the bucket cannot be reached from here.
+      CheckpointUnavailable: it does not answer now.
     """
     name = os.fspath(home)
     if "://" not in name:
@@ -54,6 +55,8 @@ def directory(home: str | os.PathLike) -> Path:
         path = epath.Path(name)
         path.exists()
     except Exception as e:  # what is missing or refused differs from bucket to bucket
+        if is_transient(e):
+            raise CheckpointUnavailable(f"{name} does not answer ({e}); run the same command again later") from e
         raise InputError(
             f"cannot reach {name} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); "
             "for gs:// install gcsfs and google-cloud-storage, and log in with gcloud auth application-default login"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import fsspec
 import jax
@@ -11,11 +12,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import bothways
-from bothways import rundir, sharding
+from bothways import checkpoints, rundir, sharding
 from bothways.commands.train import continuation_of
 from bothways.config import MeshConfig
 from bothways.data.tokens import obtain_tokenizer
-from bothways.errors import InputError
+from bothways.errors import CheckpointUnavailable, InputError
 from bothways.model.stack import unstack_layers
 from bothways.sample.masked import MaskedModel
 from bothways.train.finetune import FinetuneConfig, Tuner
@@ -116,8 +117,9 @@ def test_a_run_directory_on_a_bucket(tiny_recipe, tmp_path, monkeypatch):
     """All but the arrays, which tensorstore would write to a real bucket by itself: here they lie on disk."""
     monkeypatch.setattr("tensorboardX.record_writer.GCS_ENABLED", False)  # its own client wants credentials
     fsspec.register_implementation("gcs", Bucket, clobber=True)
-    manager = rundir.checkpoint_manager
-    monkeypatch.setattr(rundir, "checkpoint_manager", lambda home, **kwargs: manager(tmp_path, **kwargs))
+    manager = checkpoints.checkpoint_manager
+    for module in (checkpoints, rundir):
+        monkeypatch.setattr(module, "checkpoint_manager", lambda home, **kwargs: manager(tmp_path, **kwargs))
     Bucket().mkdir("gs://bucket/runs")
     home = rundir.directory("gs://bucket/runs/x")
     short = dataclasses.replace(tiny_recipe, train=dataclasses.replace(tiny_recipe.train, steps=4, save_every=2))
@@ -127,7 +129,6 @@ def test_a_run_directory_on_a_bucket(tiny_recipe, tmp_path, monkeypatch):
     assert [row["step"] for row in map(json.loads, lines.splitlines()) if "loss" in row] == [1, 2, 3, 4]
     train(short, "gs://bucket/runs/x")  # complete: nothing is added
     assert (home / "metrics.jsonl").read_text() == lines
-    (home / "checkpoints").mkdir()  # where a real bucket would hold the arrays
     assert bothways.load("gs://bucket/runs/x").recipe == rundir.read_recipe(home)
 
     on = continuation_of(home)
@@ -144,6 +145,17 @@ def test_a_run_directory_on_a_bucket(tiny_recipe, tmp_path, monkeypatch):
 def test_a_bucket_that_cannot_be_reached(monkeypatch):
     with pytest.raises(InputError, match=r"cannot reach s3://nowhere/x .*install"):
         rundir.directory("s3://nowhere/x")
+
+
+def test_a_bucket_that_does_not_answer_is_no_bad_input(monkeypatch):
+    """It would be exit code 2, after which no launcher tries again."""
+
+    def refuse(_):
+        raise OSError("HTTP 503 Service Unavailable")
+
+    monkeypatch.setattr(rundir.epath, "Path", lambda _: types.SimpleNamespace(exists=lambda: refuse(0)))
+    with pytest.raises(CheckpointUnavailable, match="gs://bucket/x does not answer .*503.*; run the same command again"):
+        rundir.directory("gs://bucket/x")
 
 
 def test_what_a_bucket_cannot_hold_is_refused(tmp_path, monkeypatch, capfd):
