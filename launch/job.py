@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 from bothways.chips import Topology
+from bothways.data.files import extras_for
 from bothways.errors import InputError
 from bothways.recipes import Recipe
 
@@ -121,18 +122,22 @@ def code_archive(root: Path = ROOT) -> bytes:
     return gzip.compress(plain.getvalue(), mtime=0)
 
 
-def host_script(job: Job, extra: str, *, fetch: bool = True) -> str:
+def host_script(job: Job, chips: str, *, fetch: bool = True) -> str:
     """What every host runs, and runs again after a restart: environment, code, recipe, training.
 
-    It ends with 0 when the run is complete, with 2 when the input is bad or 3 when the loss diverged, which no retry heals, and with 143 when it
-    was told to stop, the checkpoint saved. Any other end is tried again, from the last checkpoint. A file `done` or
+    It ends with 0 when the run is complete, with 2 when the input is bad or 3 when the loss diverged, which no retry
+    heals, and with 143 after a preemption notice, the checkpoint saved. Any other end is tried again, from the last checkpoint. A file `done` or
     `failed` beside the run directory says that nothing is to be started again.
 
     Args:
-      extra: which of bothways' extras to install: tpu or gpu.
+      chips: tpu or gpu: which of bothways' extras to install, beside those that the recipe's text and a bucket need.
       fetch: get code and recipe from the bucket; else they lie in a directory that all nodes share.
     """
     q = shlex.quote
+    extras = ",".join(
+        (chips, *(("gcs",) if fetch or "://" in job.recipe.train.init_from else ()), *extras_for(job.recipe.data))
+    )
+    env = f"env-{job.code_name}-{extras.replace(',', '-')}"
     here = '"${HOME:-/root}/bothways-launch"' if fetch else q(job.home)  # a startup script may have no HOME
     get = f"gcloud storage cp {q(job.home)}/{job.code_name} {q(job.home)}/recipe.json ." if fetch else ""
     mark = f"gcloud storage cp recipe.json {q(job.home)}/" if fetch else f"touch {q(job.home)}/"
@@ -146,19 +151,19 @@ def host_script(job: Job, extra: str, *, fetch: bool = True) -> str:
         "set -uo pipefail",
         f"mkdir -p {here} && cd {here} || exit 1",
         get,
-        f"if [ ! -e env-{job.code_name}/ready ]; then",
+        f"if [ ! -e {env}/ready ]; then",
         "  command -v uv >/dev/null || python3 -m pip install --quiet --user --break-system-packages uv \\",
         "    || python3 -m pip install --quiet --user uv || exit 1",
         '  export PATH="${HOME:-/root}/.local/bin:$PATH"',
-        f"  uv venv --quiet --clear --python 3.12 env-{job.code_name} || exit 1",
-        f"  uv pip install --quiet --python env-{job.code_name}/bin/python "
-        f'"bothways[{extra}] @ file://$PWD/{job.code_name}" gcsfs || exit 1',
-        f"  touch env-{job.code_name}/ready",
+        f"  uv venv --quiet --clear --python 3.12 {env} || exit 1",
+        f"  uv pip install --quiet --python {env}/bin/python "
+        f'"bothways[{extras}] @ file://$PWD/{job.code_name}" || exit 1',
+        f"  touch {env}/ready",
         "fi" if fetch else 'fi\n[ -n "${ONLY_ENVIRONMENT:-}" ] && exit 0',
         *(f"{over(mark)} && exit {code}" for mark, code in (("done", 0), ("failed", 2))),
         "tries=0 code=1",
         f"while [ $tries -lt {RETRIES} ]; do",
-        f"  env-{job.code_name}/bin/bothways train recipe.json --workdir {q(job.workdir)} &",
+        f"  {env}/bin/bothways train recipe.json --workdir {q(job.workdir)} &",
         "  child=$!",
         "  trap 'kill -TERM $child' TERM  # a preemption notice: the run saves and ends with 143",
         "  wait $child; code=$?",

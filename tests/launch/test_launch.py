@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import tarfile
+import tomllib
 
 import pytest
 
@@ -13,7 +14,7 @@ import bothways
 from bothways.config import MeshConfig
 from bothways.configs import find
 from bothways.errors import InputError
-from bothways.launch.job import GPUs, Job, code_archive, host_script
+from bothways.launch.job import ROOT, GPUs, Job, code_archive, host_script
 from bothways.launch.start import prepare, start
 from bothways.recipes import Recipe
 
@@ -66,7 +67,7 @@ def run_host_script(tmp_path, recipe, body: str) -> tuple[int, list[str]]:
     bucket = str(tmp_path / "shared")
     job, launch = prepare(recipe, "slurm", "gpu:2x8", bucket=bucket)
     home = tmp_path / "shared" / job.name
-    environment = home / f"env-{job.code_name}"
+    environment = home / f"env-{job.code_name}-gpu"
     (environment / "bin").mkdir(parents=True)
     (environment / "ready").touch()
     program = environment / "bin" / "bothways"
@@ -75,6 +76,23 @@ def run_host_script(tmp_path, recipe, body: str) -> tuple[int, list[str]]:
     script = launch.files["host.sh"].replace("sleep 30", "sleep 0")
     code = subprocess.run(["bash", "-c", script], capture_output=True).returncode
     return code, sorted(p.name for p in home.iterdir() if not p.name.startswith("env"))
+
+
+@pytest.mark.parametrize(
+    ("name", "on", "topology", "extras"),
+    [
+        ("shakespeare_gpt", "tpu", "v5e-8", "tpu,gcs,demo"),
+        ("bible", "slurm", "h100:1x8", "gpu,demo"),
+        ("gpt2_small", "sky", "h100:1x8", "gpu,gcs"),
+    ],
+)
+def test_what_the_text_needs_is_installed(name, on, topology, extras):
+    """Else a recipe passes every check here, and the first host finds that a package is missing."""
+    where = {"bucket": "/shared"} if on == "slurm" else GCP
+    files = prepare(dataclasses.replace(find(name), mesh=MeshConfig()), on, topology, **where)[1].files
+    assert f'"bothways[{extras}] @ file:' in (files.get("host.sh") or json.loads(files["task.yaml"])["run"])
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras.split(",")) <= set(known)
 
 
 def test_the_host_script_tries_again_after_a_crash(tmp_path, recipe):
@@ -249,7 +267,7 @@ def test_what_no_retry_heals_is_not_tried_again(tmp_path, code):
     runs = tmp_path / "runs.txt"
     job = Job(find("gpt2_small"), GPUs.parse("h100:1x1"), "j", str(tmp_path), code=b"x")
     script = host_script(job, "gpu", fetch=False)
-    env = tmp_path / "j" / f"env-{job.code_name}"
+    env = tmp_path / "j" / f"env-{job.code_name}-gpu"
     (env / "bin").mkdir(parents=True)
     (env / "ready").touch()
     program = env / "bin" / "bothways"
