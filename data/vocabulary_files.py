@@ -158,7 +158,8 @@ def from_sentencepiece(sp: spm.SentencePieceProcessor, special: list[int], symbo
       special: ids of pieces that stand for no text, the unknown token second.
       symbols: ids of user-defined symbols, which are found before anything else is.
     """
-    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+    # sentencepiece writes a space as U+2581. Here it is a space, so that a text's own U+2581 is spelt in bytes, as encode does.
+    pieces = [sp.id_to_piece(i).replace(SPACE, " ") for i in range(sp.get_piece_size())]
     scores = [sp.get_score(i) for i in range(sp.get_piece_size())]
     plain = [i for i in range(len(pieces)) if not (i in special or i in symbols or sp.is_byte(i))]
     ranks = [round(-scores[i]) for i in plain]
@@ -175,9 +176,8 @@ def from_sentencepiece(sp: spm.SentencePieceProcessor, special: list[int], symbo
         # A text that spells a byte, `<0x0A>`, is cut behind its bracket: it is six characters, not that byte.
         spelt = tokenizers.Regex(r"<(?=0x[0-9A-F]{2}>)")
         fast.pre_tokenizer = pre.Split(spelt, "merged_with_previous")
-    fast.normalizer = tokenizers.normalizers.Replace(" ", SPACE)
     decoders = tokenizers.decoders
-    fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     fast.add_tokens([tokenizers.AddedToken(pieces[i], normalized=False) for i in symbols])
     fast.add_special_tokens([tokenizers.AddedToken(pieces[i], special=True, normalized=False) for i in special])
     return fast
