@@ -1,9 +1,11 @@
-"""GPT-2 and the Llama family, as they are published."""
+"""Decoders as they are published: GPT-1, GPT-2, and the Llama family: Llama, Mistral, Qwen 3, Phi-3."""
+
+import dataclasses
 
 from bothways.convert.family import Config, Family, activation_of, published_activation
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
-from bothways.model.config import RotaryScaling
+from bothways.model.config import RotaryScaling, TransformerConfig
 
 # ---- GPT-2 ------------------------------------------------------------------------------------------------------------
 
@@ -51,6 +53,34 @@ GPT2 = Family(
     buffers=(".attn.bias", ".attn.masked_bias"),
 )
 
+# ---- GPT-1 ------------------------------------------------------------------------------------------------------------
+
+GELUS = {"gelu": "gelu_tanh", "relu": "relu"}
+"""Its "gelu" is the approximation by tanh."""
+OPENAI_GPT = dataclasses.replace(
+    GPT2,
+    name="openai-gpt",
+    layout=Layout(
+        "decoder",
+        {
+            "transformer.tokens_embed": "body/embed/token",
+            "transformer.positions_embed": "body/embed/position",
+            **{stem: ours for stem, ours in GPT2.layout.table.items() if stem.startswith("transformer.h.")},
+            "lm_head": "lm_head",
+        },
+        transposed=False,
+    ),
+    constants=GPT2.constants | {"norm_position": "post"},
+    values={k: v for k, v in GPT2.values.items() if k not in ("n_inner", "n_positions")}
+    | {"n_positions": ("context_length", 512)},
+    wanted={},
+    read=lambda theirs: {"activation": activation_of(theirs.get("afn", "gelu"), GELUS)},
+    write=lambda cfg: {"afn": published_activation(cfg.activation, GELUS)},
+    architecture=lambda cfg: "OpenAIGPTLMHeadModel",
+    copies={"lm_head.weight": "transformer.tokens_embed.weight"},
+    buffers=(".attn.bias", ".position_ids"),
+)
+
 # ---- Llama ------------------------------------------------------------------------------------------------------------
 
 
@@ -59,11 +89,12 @@ def _scaling_read(theirs: Config) -> RotaryScaling:
     given = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     kind = given.get("rope_type", given.get("type", "default"))
     known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor"}
-    known |= {"high_freq_factor", "beta_slow", "beta_fast", "attention_factor", "truncate"}
+    known |= {"partial_rotary_factor", "high_freq_factor", "beta_slow", "beta_fast", "attention_factor", "truncate"}
     if (
         kind not in ("default", "linear", "dynamic", "llama3", "yarn")
         or set(given) - known
         or not given.get("truncate", True)
+        or given.get("partial_rotary_factor", 1.0) != 1.0
     ):
         raise InputError(
             f"config.json: this rotary scaling is not supported: {given}; there are linear, dynamic, llama3, yarn"
@@ -151,4 +182,72 @@ LLAMA = Family(
     prefix="model.",
     copies={"lm_head.weight": "model.embed_tokens.weight"},
     buffers=(".rotary_emb.inv_freq",),
+)
+
+# ---- Mistral, Qwen 3, Phi-3 -------------------------------------------------------------------------------------------
+
+
+def _windowed_read(theirs: Config, default: int | None) -> Config:
+    """Mistral's window: in every layer, or in none."""
+    window = theirs.get("sliding_window", default) or 0
+    return _llama_read(theirs) | {"window": window, "layer_pattern": ("local",) if window else ("global",)}
+
+
+def _windowed_write(cfg: TransformerConfig) -> Config:
+    return LLAMA.write(cfg) | {"sliding_window": cfg.window or None}
+
+
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    name="mistral",
+    values=LLAMA.values
+    | {"num_key_value_heads": ("n_kv_heads", 8), "max_position_embeddings": ("context_length", 131_072)},
+    wanted={},
+    read=lambda theirs: _windowed_read(theirs, 4096),
+    write=_windowed_write,
+    architecture=lambda cfg: "MistralForCausalLM",
+)
+
+QWEN3 = dataclasses.replace(
+    LLAMA,
+    name="qwen3",
+    layout=Layout(
+        "decoder",
+        LLAMA.layout.table
+        | {
+            "model.layers.{}.self_attn.q_norm": "block/attention/query_norm",
+            "model.layers.{}.self_attn.k_norm": "block/attention/key_norm",
+        },
+    ),
+    constants=LLAMA.constants | {"qk_norm": True},
+    values=LLAMA.values
+    | {"head_dim": ("d_head", 128), "num_key_value_heads": ("n_kv_heads", 32)}
+    | {"max_position_embeddings": ("context_length", 32_768)},
+    wanted={"attention_bias": False, "use_sliding_window": False},
+    architecture=lambda cfg: "Qwen3ForCausalLM",
+)
+
+PHI3 = dataclasses.replace(
+    LLAMA,
+    name="phi3",
+    layout=Layout(
+        "decoder",
+        {
+            stem: ours
+            for stem, ours in LLAMA.layout.table.items()
+            if not stem.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
+        }
+        | {
+            "model.layers.{}.self_attn.qkv_proj": "block/attention/query block/attention/key block/attention/value",
+            "model.layers.{}.mlp.gate_up_proj": "block/mlp/gate block/mlp/up",
+        },
+    ),
+    constants={k: v for k, v in LLAMA.constants.items() if not k.startswith("dropout")},
+    values=LLAMA.values
+    | {"rms_norm_eps": ("norm_eps", 1e-5), "max_position_embeddings": ("context_length", 4096)}
+    | {"resid_pdrop": ("dropout_residual", 0.0), "embd_pdrop": ("dropout_embed", 0.0)},
+    wanted={"partial_rotary_factor": 1.0},
+    read=lambda theirs: _windowed_read(theirs, None),
+    write=lambda cfg: _windowed_write(cfg) | {"original_max_position_embeddings": cfg.context_length},
+    architecture=lambda cfg: "Phi3ForCausalLM",
 )

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and ModernBERT, as they are published."""
+"""Encoders as they are published: BERT, DistilBERT, RoBERTa and its kin, ModernBERT."""
 
 import dataclasses
 
@@ -126,6 +126,68 @@ ROBERTA = dataclasses.replace(
         "lm_head.decoder.bias": "lm_head.bias",
     },
     pad=1,
+)
+
+XLM_ROBERTA = dataclasses.replace(
+    ROBERTA,
+    name="xlm-roberta",
+    architecture=lambda cfg: "XLMRobertaForMaskedLM" if cfg.masked_head else "XLMRobertaModel",
+)
+CAMEMBERT = dataclasses.replace(
+    ROBERTA,
+    name="camembert",
+    architecture=lambda cfg: "CamembertForMaskedLM" if cfg.masked_head else "CamembertModel",
+)
+
+# ---- DistilBERT -------------------------------------------------------------------------------------------------------
+
+_DISTIL = "distilbert.transformer.layer.{}"
+DISTILBERT = dataclasses.replace(
+    BERT,
+    name="distilbert",
+    layout=Layout(
+        "encoder",
+        {
+            "distilbert.embeddings.word_embeddings": "body/embed/token",
+            "distilbert.embeddings.position_embeddings": "body/embed/position",
+            "distilbert.embeddings.LayerNorm": "body/embed/norm",
+            f"{_DISTIL}.attention.q_lin": "block/attention/query",
+            f"{_DISTIL}.attention.k_lin": "block/attention/key",
+            f"{_DISTIL}.attention.v_lin": "block/attention/value",
+            f"{_DISTIL}.attention.out_lin": "block/attention/out",
+            f"{_DISTIL}.sa_layer_norm": "block/attention_norm",
+            f"{_DISTIL}.ffn.lin1": "block/mlp/up",
+            f"{_DISTIL}.ffn.lin2": "block/mlp/down",
+            f"{_DISTIL}.output_layer_norm": "block/mlp_norm",
+            "vocab_transform": "mlm/dense",
+            "vocab_layer_norm": "mlm/norm",
+            "vocab_projector": "mlm lm_head",
+        },
+    ),
+    constants=BERT.constants | {"norm_eps": 1e-12, "segment_types": 0, "next_sentence": False, "pooler": False},
+    values={
+        "vocab_size": ("vocab_size", None),
+        "max_position_embeddings": ("context_length", 512),
+        "dim": ("d_model", None),
+        "n_layers": ("n_layers", None),
+        "n_heads": ("n_heads", None),
+        "hidden_dim": ("d_ff", None),
+        "attention_dropout": ("dropout_attention", 0.1),
+        "initializer_range": ("init_std", 0.02),
+        "tie_word_embeddings": ("tie_embeddings", True),
+    },
+    wanted={},
+    heads={"masked_head": "vocab_projector."},
+    read=lambda theirs: {
+        "activation": activation_of(theirs.get("activation", "gelu")),
+        "dropout_embed": theirs.get("dropout", 0.1),
+        "dropout_residual": theirs.get("dropout", 0.1),
+    },
+    write=lambda cfg: {"activation": published_activation(cfg.activation), "dropout": _one_dropout(cfg)},
+    architecture=lambda cfg: "DistilBertForMaskedLM" if cfg.masked_head else "DistilBertModel",
+    prefix="distilbert.",
+    copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
+    buffers=(".position_ids",),
 )
 
 # ---- ModernBERT -------------------------------------------------------------------------------------------------------

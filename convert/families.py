@@ -1,12 +1,13 @@
 """The published families by name, and which of them holds a model of ours."""
 
-from bothways.convert.decoders import GPT2, LLAMA
-from bothways.convert.encoders import BERT, MODERNBERT, ROBERTA
+from bothways.convert.decoders import GPT2, LLAMA, MISTRAL, OPENAI_GPT, PHI3, QWEN3
+from bothways.convert.encoders import BERT, CAMEMBERT, DISTILBERT, MODERNBERT, ROBERTA, XLM_ROBERTA
 from bothways.convert.family import Config, Family
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
 
-FAMILIES = {family.name: family for family in (GPT2, ROBERTA, BERT, MODERNBERT, LLAMA)}
+ENCODERS = (ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT, DISTILBERT, MODERNBERT)
+FAMILIES = {family.name: family for family in (GPT2, OPENAI_GPT, *ENCODERS, LLAMA, MISTRAL, QWEN3, PHI3)}
 
 
 def family_of(theirs: Config) -> Family:
@@ -17,14 +18,15 @@ def family_of(theirs: Config) -> Family:
     return FAMILIES[name]
 
 
-def family_for(cfg: TransformerConfig, ours: str, pad: int) -> Family:
-    """The published family that computes the function of a configuration of ours, padded with this id.
+def family_for(cfg: TransformerConfig, ours: str, pad: int, preferred: str = "") -> Family:
+    """The published family that computes the function of a configuration of ours, padded with this id; of several the
+    preferred one, else the first.
 
     Raises:
       InputError: none does; says for each in what it differs.
     """
     reasons = []
-    for family in FAMILIES.values():
+    for family in sorted(FAMILIES.values(), key=lambda family: family.name != preferred):
         if family.ours == ours:
             different = family.differences(cfg)
             different += [f"padding={family.pad}, not {pad}"] if family.pad not in (None, pad) else []

@@ -28,6 +28,8 @@ from bothways.recipes import Recipe
 Log = Callable[[str], None]
 GENERATION = "generation_config.json"
 """How a model likes to be sampled, by the names of `transformers`; kept in the run, and given back."""
+ORIGIN = "imported.json"
+"""The family that a run was imported from, since several may compute the same: it goes out as what it came."""
 SPARE_ROWS = 1024
 """Tables are made larger than a vocabulary to divide well, but not by more than this."""
 
@@ -97,6 +99,7 @@ def import_run(source: str, home: Path, corpus: str, log: Log) -> Converted:
         params = family.layout.from_checkpoint(tensors, shapes_of(rundir.param_shapes(recipe)), family.absent(model))
         difference = check.against_reference(recipe, params, tokenizer, found.path)
         save_params(partial, params)
+        (partial / ORIGIN).write_text(json.dumps({"family": family.name}))
         (partial / "recipe.json").write_text(recipe.to_json())
     if difference is None:
         log(
@@ -143,7 +146,9 @@ def export_run(home: Path, destination: Path, log: Log) -> Converted:
         if run.task is not None:
             raise InputError(f"{home} is fine-tuned for {run.task.name}; export the run it came from")
         model, tokenizer = run.recipe.model.resolved(), run.tokenizer
-        family = family_for(model, run.recipe.family, tokenizer.pad)
+        origin = home / ORIGIN
+        preferred = json.loads(origin.read_text())["family"] if origin.exists() else ""
+        family = family_for(model, run.recipe.family, tokenizer.pad, preferred)
         params = jax.device_get(run.params)
         tensors = family.layout.to_checkpoint(params, family.absent(model))
         ids = {f"{role}_token_id": token for role, token in tokenizer.role_ids().items()}

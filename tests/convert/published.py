@@ -54,6 +54,8 @@ def wordpiece(size: int = 83) -> tokenizers.Tokenizer:
 
 
 def tokenizer_for(family: str) -> tokenizers.Tokenizer:
+    alike = {"distilbert": "bert", "xlm-roberta": "roberta", "camembert": "roberta", "openai-gpt": "gpt2"}
+    family = alike.get(family, "llama" if family in ("mistral", "qwen3", "phi3") else family)
     if family in ("bert", "modernbert"):
         return wordpiece() if family == "bert" else byte_level(BERT_SPECIAL)
     return byte_level(ROBERTA_SPECIAL if family == "roberta" else SPECIAL[family])
@@ -96,6 +98,11 @@ SIZES["bert"] = {"hidden_size": 22, "num_attention_heads": 2, "num_hidden_layers
 SIZES["roberta"] = SIZES["bert"] | {"max_position_embeddings": 25}
 SIZES["bert"] |= {"max_position_embeddings": 23}
 SIZES["modernbert"] = SIZES["bert"] | {"hidden_size": 20, "num_hidden_layers": 4}
+SIZES |= {"xlm-roberta": SIZES["roberta"], "camembert": SIZES["roberta"]}
+SIZES["distilbert"] = {"dim": 22, "n_heads": 2, "n_layers": 3, "hidden_dim": 26, "max_position_embeddings": 23}
+SIZES["openai-gpt"] = {k: v for k, v in SIZES["gpt2"].items() if k != "n_inner"}
+SIZES |= {"mistral": SIZES["llama"] | {"sliding_window": 7}, "qwen3": SIZES["llama"]}
+SIZES["phi3"] = {k: v for k, v in SIZES["llama"].items() if k != "head_dim"} | {"hidden_size": 24}
 STEM_OF_HEAD = {
     "bert": ["cls.predictions.", "cls.seq_relationship."],
     "roberta": ["lm_head."],

@@ -181,7 +181,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, capfd):
     source = checkpoint("gpt2", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     for values, part in (
-        ({"model_type": "mamba"}, "family 'mamba'; there are gpt2, roberta, bert, modernbert, llama"),
+        ({"model_type": "mamba"}, "family 'mamba'; there are gpt2, openai-gpt, roberta, xlm-roberta"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"activation_function": "swish"}, "activation 'swish'"),
         ({"n_embd": None}, "must say 'n_embd'"),

@@ -45,11 +45,27 @@ CASES = {  # name: class, configuration
     "llama tied": ("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
     "llama linear": ("LlamaForCausalLM", LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 2.5}}),
     "llama yarn": ("LlamaForCausalLM", LLAMA | {"rope_parameters": ROPE | {"rope_type": "yarn", "beta_fast": 2.0}}),
+    "openai-gpt": ("OpenAIGPTLMHeadModel", {"n_embd": 33, "n_head": 3, "n_layer": 2, "n_positions": 29}),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        {"dim": 33, "n_heads": 3, "n_layers": 2, "hidden_dim": 41, "max_position_embeddings": 37},
+    ),
+    "distilbert body": (
+        "DistilBertModel",
+        {"dim": 33, "n_heads": 3, "n_layers": 2, "hidden_dim": 41, "max_position_embeddings": 37},
+    ),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", BERT | {"max_position_embeddings": 37, "type_vocab_size": 1}),
+    "camembert": ("CamembertForMaskedLM", BERT | {"max_position_embeddings": 37, "type_vocab_size": 1}),
+    "mistral": ("MistralForCausalLM", LLAMA | {"sliding_window": 7}),
+    "mistral whole": ("MistralForCausalLM", LLAMA | {"sliding_window": None}),
+    "qwen3": ("Qwen3ForCausalLM", LLAMA),
+    "phi3": ("Phi3ForCausalLM", BERT | LLAMA | {"hidden_size": 42, "head_dim": 14, "sliding_window": 5}),
 }
 SPECIAL_IDS = {
     "modernbert": {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
     "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
-    "llama": {"bos_token_id": 0, "eos_token_id": 1},
+    **{name: {"bos_token_id": 0, "eos_token_id": 1} for name in ("llama", "mistral", "qwen3")},
+    "phi3": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
 }
 
 
