@@ -3,7 +3,8 @@
     bothways train shakespeare_gpt       # 2 CPU cores: about 5 minutes
     bothways train shakespeare_bert      # 2 CPU cores: about 5 minutes
     bothways train shakespeare_chars --data.corpus FILE    # characters of any text
-    bothways train shakespeare_hybrid    # 2 CPU cores: about 5 minutes; continues, fills and scores in both readings
+    bothways train shakespeare_hybrid    # 2 CPU cores: about 5 minutes; continues, fills and scores in both directions
+    bothways train shakespeare_dial      # blocks of 1 to the whole row in one set of weights: `sample --block 4`
 
 The same 3 blocks of width 128 for all: what differs is `family` and `objective`. What made the difference against a
 plain small transformer is told in the README.
@@ -55,6 +56,14 @@ recipes = {
         model=TransformerConfig(**SMALL),
         data=DATA,
         objective=ObjectiveConfig(kind="hybrid", causal_share=0.5, mask_rate=0.3),
+        optimizer=OPTIMIZER,
+        train=TrainConfig(steps=2000, batch_size=8, eval_every=1000, save_every=500, log_every=20),
+    ),
+    "shakespeare_dial": Recipe(
+        family="gpt",
+        model=TransformerConfig(**SMALL),
+        data=DATA,
+        objective=ObjectiveConfig(kind="diffusion", block_sizes=(1, 2, 4, 8, 16, 32, 0)),
         optimizer=OPTIMIZER,
         train=TrainConfig(steps=2000, batch_size=8, eval_every=1000, save_every=500, log_every=20),
     ),

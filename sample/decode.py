@@ -62,6 +62,11 @@ class State:
     ended: Bool[jax.Array, " B"]
     """Rows that said `eos`."""
 
+    @property
+    def passes(self) -> Int[jax.Array, " B"]:
+        """Forward passes that each row took after its prompt: one a token."""
+        return self.count
+
 
 @dataclasses.dataclass
 class Row:
@@ -75,6 +80,8 @@ class Row:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     stop: str = ""
     """Empty while it goes on; then eos, stop (a stop string) or max_tokens."""
+    passes: int = 0
+    """Forward passes it took, those over its prompt left out."""
 
 
 class Decoder:
@@ -145,9 +152,20 @@ class Decoder:
         source = padded([row.source for row in rows], self.context_length) if rows[0].source else None
         limit = np.array([*limits] + [0] * fill)
         state = self.prefill(params, tokens, np.array(lengths + [1] * fill), limit, source, size)
+        return state, *self.keys_of(rows, fill)
+
+    def keys_of(self, rows: Sequence[Row], fill: int) -> tuple[jax.Array, np.ndarray]:
+        """Every row's key, and how many tokens it has got already; `fill` rows of padding behind them."""
         keys = jnp.stack([row.key for row in rows] + [rows[0].key] * fill)
-        said = np.array([len(row.tokens) for row in rows] + [0] * fill)
-        return state, keys, said
+        return keys, np.array([len(row.tokens) for row in rows] + [0] * fill)
+
+    def begin(self, params: Any, rows: Sequence[Row], limits: Sequence[int], method: SamplingParams) -> tuple[Any, ...]:
+        """A state to go on from, and what `go_on` takes with it: keys, and counts of earlier tokens."""
+        return self.start(params, rows, limits)
+
+    def go_on(self, params: Any, state: Any, keys: jax.Array, said: Any, method: SamplingParams, most: int) -> Any:
+        """The state with about `most` tokens more in every row that has not ended."""
+        return self.run(params, state, keys, said, method, jnp.int32(most))
 
     def generate(
         self,
@@ -173,10 +191,10 @@ class Decoder:
                 if len(row.context) >= self.context_length:
                     row.context = row.context[-(self.context_length // 2) :]
             limits = [min(most[id(row)] - len(row.tokens), self.context_length - len(row.context)) for row in going]
-            state, keys, said = self.start(params, going, limits)
+            state, keys, said = self.begin(params, going, limits, method)
             had = [len(row.tokens) for row in going]
             while True:
-                state = self.run(params, state, keys, said, method, jnp.int32(chunk or max(limits)))
+                state = self.go_on(params, state, keys, said, method, chunk or max(limits))
                 count, tokens, logprobs = jax.device_get((state.count, state.tokens, state.logprobs))
                 for i, row in enumerate(going):
                     if row.stop:
@@ -193,5 +211,6 @@ class Decoder:
                 state = state.replace(ended=state.ended | stopped)
                 if all(s or count[i] >= limits[i] for i, s in enumerate(stopped[: len(going)])):
                     break
-            for row, got in zip(going, count, strict=False):
+            for row, got, passes in zip(going, count, jax.device_get(state.passes), strict=False):
                 row.context = row.context + row.tokens[len(row.tokens) - int(got) :]
+                row.passes += int(passes)

@@ -49,9 +49,11 @@ class Embedder:
     def __init__(self, run: Run):
         self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer
         self.context_length = run.recipe.model.context_length
+        self.closing = [] if run.recipe.objective.kind == "diffusion" else [self.tokenizer.eos]
+        """What stands behind a text: [SEP], but not where rows of running text were trained on."""
 
     def _wrap(self, ids: Sequence[int]) -> list[int]:
-        return [self.tokenizer.bos, *ids, self.tokenizer.eos]
+        return [self.tokenizer.bos, *ids, *self.closing]
 
     def embed(self, texts: Sequence[str], pool: str = "mean") -> np.ndarray:
         """[texts, D] float32: the features of [CLS], or the mean over [CLS], text and [SEP].

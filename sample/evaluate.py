@@ -182,7 +182,7 @@ def masked_figures(model: MaskedModel, suite: str, held: Tokens, train: Tokens, 
     if ask.next_sentence:
         figures.append(ratio(suite, "nsp_accuracy", np.array(right, float), np.ones(len(right))))
     plain = np.asarray(held.ids)[~vocabulary.special[np.asarray(held.ids)]]
-    room = context - 2
+    room = context - 1 - len(model.closing)
     begins = np.linspace(0, max(0, len(plain) - room), min(bound_rows, -(-len(plain) // room))).astype(int)
     pieces = [plain[b : b + room].tolist() for b in begins]
     bits = -model.score_tokens(pieces, "bound") / np.log(2)

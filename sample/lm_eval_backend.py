@@ -145,7 +145,7 @@ class BothwaysLM(TemplateLM):
             options = {"greedy": greedy, "temperature": 1.0 if greedy else float(how["temperature"])}
             writer: TextModel | MaskedModel = self.model if self.rule == "causal" else self.reading
             if self.rule != "causal":
-                options |= {"chunk": min(16, self.max_length // 2)}
+                options |= {"block": min(16, self.max_length // 2)}
             found.append(writer.sample([self.tokens.decode(ids)], max_tokens=most, stop=stop, **options)[0].text)
         return found
 

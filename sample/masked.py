@@ -20,7 +20,7 @@ from bothways.sample.decode import bucket, padded
 from bothways.sample.denoise import Denoising, HiddenLogits, fill
 from bothways.sample.embed import Embedder
 from bothways.sample.sampling_params import SamplingParams
-from bothways.sample.text import Sample, Score, draw_keys, to_sample
+from bothways.sample.text import Sample, Score, check_asked, cut_at_stop, draw_keys, shown_so_far, to_sample
 
 Batch = dict[str, np.ndarray]
 BATCH = 64
@@ -140,7 +140,7 @@ class MaskedModel(Embedder):
 
     def _shown(self, text: str, row: list[int]) -> str:
         """A filled row as text. Pieces that begin a word bring a space, which the first has only if the text had."""
-        filled = self.tokenizer.decode(row[1:-1])
+        filled = self.tokenizer.decode(row[1 : len(row) - len(self.closing)])
         return filled if text.startswith(" ") else filled.removeprefix(" ")
 
     def fill_rows(
@@ -205,37 +205,40 @@ class MaskedModel(Embedder):
         num: int = 1,
         seed: int = 0,
         stop: Sequence[str] = (),
-        chunk: int = 16,
+        block: int = 16,
         steps: int = 16,
         threshold: float = 0.0,
         remask: bool = False,
         sweeps: int = 0,
+        stream: Callable[[int, str], None] | None = None,
     ) -> list[Sample]:
-        """Continue every prompt by chunks of masks at its end.
+        """Continue every prompt by blocks of masks at its end.
 
-        Each chunk is filled in `steps` forward passes, the most confident token first, and all above the probability
+        Each block is filled in `steps` forward passes, the most confident token first, and all above the probability
         `threshold` (0: off); with `remask` tokens may be hidden again. Then each token is masked and drawn again in
         turn, `sweeps` times (Gibbs sampling, arXiv 1902.04094). `logprob` sums what each token had when it was drawn:
         not the likelihood of the text, which a masked model does not have.
 
+        Args:
+          stream: called with (index of the result, new piece of text) after every block.
+
         Raises:
           InputError: numbers out of range, or a prompt longer than the context.
         """
-        for name, value in (("max-tokens", max_tokens), ("num", num), ("chunk", chunk), ("steps", steps)):
+        check_asked(max_tokens, num, stop)
+        for name, value in (("block", block), ("steps", steps)):
             if value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
         if sweeps < 0:
             raise InputError(f"sweeps is {sweeps}; it cannot be negative")
-        if chunk > self.context_length // 2:
+        if block > self.context_length // 2:
             raise InputError(
-                f"chunk is {chunk}; at most half of the context, {self.context_length // 2}, can be filled at a time"
+                f"block is {block}; at most half of the context, {self.context_length // 2}, can be filled at a time"
             )
-        if any(not s for s in stop):
-            raise InputError("a stop string is empty; every text contains it")
         method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy)
         encoded = [self.tokenizer.encode(p) for p in prompts]
         for prompt, ids in zip(prompts, encoded, strict=True):
-            if len(ids) + 2 > self.context_length:
+            if len(self._wrap(ids)) > self.context_length:
                 raise InputError(
                     f"the prompt has {len(ids)} tokens, the context is {self.context_length}: {prompt[:40]!r}..."
                 )
@@ -243,10 +246,11 @@ class MaskedModel(Embedder):
         past = [list(encoded[i // num]) for i in range(len(keys))]
         said: list[list[int]] = [[] for _ in keys]
         logprobs: list[list[float]] = [[] for _ in keys]
-        stops = [""] * len(keys)
+        stops, shown = [""] * len(keys), [""] * len(keys)
         while going := [i for i, s in enumerate(stops) if not s]:
-            sizes = [min(chunk, max_tokens - len(said[i])) for i in going]
-            kept = [tail(past[i] + said[i], self.context_length - 2 - n) for i, n in zip(going, sizes, strict=True)]
+            sizes = [min(block, max_tokens - len(said[i])) for i in going]
+            room = self.context_length - len(self._wrap([]))
+            kept = [tail(past[i] + said[i], room - n) for i, n in zip(going, sizes, strict=True)]
             rows = [self._wrap([*k, *[self.tokenizer.mask] * n]) for k, n in zip(kept, sizes, strict=True)]
             masks = [list(range(len(k) + 1, len(k) + 1 + n)) for k, n in zip(kept, sizes, strict=True)]
             here = [jax.random.fold_in(keys[i], len(said[i])) for i in going]
@@ -255,11 +259,12 @@ class MaskedModel(Embedder):
             for j, i in enumerate(going):
                 said[i] += [rows[j][p] for p in masks[j]]
                 logprobs[i] += found[j][0].tolist()
-                text = self.tokenizer.decode(said[i])
-                if any(s in text for s in stop):
-                    stops[i] = "stop"
-                elif len(said[i]) >= max_tokens:
-                    stops[i] = "max_tokens"
+                text, stopped = cut_at_stop(self.tokenizer.decode(said[i]), stop)
+                stops[i] = "stop" if stopped else "max_tokens" if len(said[i]) >= max_tokens else ""
+                ready = text if stops[i] else shown_so_far(text, stop)
+                if stream and len(ready) > len(shown[i]):
+                    stream(i, ready[len(shown[i]) :])
+                    shown[i] = ready
         return [
             to_sample(self.tokenizer, prompts[i // num], said[i], logprobs[i], stops[i], stop) for i in range(len(keys))
         ]
@@ -271,8 +276,8 @@ class MaskedModel(Embedder):
 
         pll: every token given all others (arXiv 1910.14659).
         pll_word: the rest of its word, to the right, is hidden too (arXiv 2305.10588); pll flatters long words.
-        bound: a lower bound on the log-likelihood: hide each token with probability t, weigh by 1/t, over `draws`
-          stratified t (arXiv 2406.07524, equation 11). The only one on the scale of a causal model's likelihood.
+        bound: a lower bound on the log-likelihood: of L tokens k are hidden and weigh L / k, over `draws` stratified k
+          (arXiv 2406.07524, equation 11; 2502.09992, equation 6). The only one on the scale of a causal model's likelihood.
 
         A text longer than the context is scored in pieces that do not see each other.
 
@@ -307,39 +312,39 @@ class MaskedModel(Embedder):
         self, sequences: Sequence[list[int]], rule: str, draws: int
     ) -> Iterator[tuple[int, list[int], list[int], list[int], float]]:
         """(text, row, masked positions, targets, weight) of every copy that a rule asks for."""
-        room = self.context_length - 2
+        room = self.context_length - len(self._wrap([]))
         for i, ids in enumerate(sequences):
             seed = zlib.crc32(np.array(ids, np.int32).tobytes())
             for begin in range(0, len(ids), room):
                 piece = self._wrap(ids[begin : begin + room])
                 if rule == "bound":
-                    yield from ((i, *copy) for copy in self._bound_copies(piece, draws, seed + begin))
+                    yield from ((i, *copy) for copy in self.bound_copies(piece, draws, seed + begin))
                 else:
                     yield from ((i, *copy, 1.0) for copy in self.pll_copies(piece, rule))
 
     def pll_copies(self, piece: list[int], rule: str, first: int = 1) -> Iterator[tuple[list[int], list[int], list[int]]]:
-        """(row, places, targets), a copy per token from `first` on but the last, with it hidden and, for pll_word, the
+        """(row, positions, targets), a copy per token of the text from `first` on, with it hidden and, for pll_word, the
         rest of its word behind it."""
-        starts = self.vocabulary.starts_word
-        for place in range(first, len(piece) - 1):
+        starts, end = self.vocabulary.starts_word, len(piece) - len(self.closing)
+        for place in range(first, end):
             row = list(piece)
             row[place] = self.tokenizer.mask
             after = place + 1
-            while rule == "pll_word" and after < len(piece) - 1 and not starts[piece[after]]:
+            while rule == "pll_word" and after < end and not starts[piece[after]]:
                 row[after] = self.tokenizer.mask
                 after += 1
             yield row, [place], [piece[place]]
 
-    def _bound_copies(
-        self, piece: list[int], draws: int, seed: int
+    def bound_copies(
+        self, piece: list[int], draws: int, seed: int, first: int = 1
     ) -> Iterator[tuple[list[int], list[int], list[int], float]]:
-        """A copy per draw of t, with each token hidden with probability t; weight 1 / (t draws)."""
-        rng = np.random.default_rng(seed)
+        """A copy per draw: k of the L tokens from `first` on hidden, weight L / k; k is stratified over the draws."""
+        rng, end = np.random.default_rng(seed), len(piece) - len(self.closing)
+        L = end - first
         for t in (np.arange(draws) + rng.random(draws)) / draws:
-            t = max(float(t), 1e-6)
-            places = (np.flatnonzero(rng.random(len(piece) - 2) < t) + 1).tolist()
-            if places:
-                row = list(piece)
-                for place in places:
-                    row[place] = self.tokenizer.mask
-                yield row, places, [piece[place] for place in places], 1 / (t * draws)
+            k = 1 + int(t * L)
+            positions = np.sort(rng.permutation(L)[:k] + first).tolist()
+            row = list(piece)
+            for position in positions:
+                row[position] = self.tokenizer.mask
+            yield row, positions, [piece[p] for p in positions], L / (k * draws)

@@ -5,6 +5,7 @@ import os
 from bothways.config import MeshConfig
 from bothways.log import log
 from bothways.rundir import Run, directory, load_run
+from bothways.sample.diffusion import DiffusionModel
 from bothways.sample.embed import Embedder
 from bothways.sample.hybrid import HybridModel
 from bothways.sample.masked import MaskedModel
@@ -12,7 +13,7 @@ from bothways.sample.predict import TaskPredictor
 from bothways.sample.text import TextModel
 from bothways.sharding import shardings_for_inference
 
-Model = TextModel | MaskedModel | HybridModel
+Model = TextModel | MaskedModel | HybridModel | DiffusionModel
 """Models that answer in tokens; the others answer with vectors and labels only."""
 OpenModel = Model | Embedder | TaskPredictor
 
@@ -23,6 +24,8 @@ def open_model(run: Run) -> OpenModel:
         return TaskPredictor(run)
     if run.recipe.objective.kind == "hybrid":
         return HybridModel(run)
+    if run.recipe.objective.kind == "diffusion" and run.recipe.family == "gpt":
+        return DiffusionModel(run)
     if run.recipe.family == "bert":
         return MaskedModel(run) if run.recipe.model.masked_head else Embedder(run)
     return TextModel(run)

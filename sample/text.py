@@ -70,6 +70,23 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(found)[1]], True) if found else (text, False)
 
 
+def shown_so_far(text: str, stop: Sequence[str]) -> str:
+    """What of a text can be shown while it is being written: no half character, no beginning of a stop string."""
+    text = utf8_so_far(text)
+    longest = min(len(text), max(map(len, stop), default=1) - 1)
+    keep = next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)
+    return text[: len(text) - keep] if keep else text
+
+
+def check_asked(max_tokens: int | None, num: int, stop: Sequence[str]) -> None:
+    """Raises InputError for what no `sample` can do."""
+    for name, value in (("max-tokens", max_tokens), ("num", num)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    if any(not s for s in stop):
+        raise InputError("a stop string is empty; every text contains it")
+
+
 def draw_keys(prompts: Sequence[str], num: int, seed: int) -> list[jax.Array]:
     """A random key for each of `num` draws of every prompt, which depends on seed, prompt and draw alone."""
     base = jax.random.key(seed)
@@ -172,11 +189,7 @@ class TextModel:
         Raises:
           InputError: numbers out of range, or a prompt longer than the context.
         """
-        for name, value in (("max-tokens", max_tokens), ("num", num)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
-        if any(not s for s in stop):
-            raise InputError("a stop string is empty; every text contains it")
+        check_asked(max_tokens, num, stop)
         encoded = [self.encode_prompt(p) for p in prompts]
         if beams:
             if stream or stop or greedy:
@@ -188,6 +201,27 @@ class TextModel:
         if length_penalty is not None:
             raise InputError("--length-penalty ranks what a beam search finds: add --beams, or leave it out")
         method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy)
+        fitting = rows_that_decode(self.recipe.model, max_tokens or 256)
+        return self._continued(prompts, encoded, self.decoder, method, fitting, max_tokens, num, seed, stop, stream)
+
+    def _continued(
+        self,
+        prompts: Sequence[str],
+        encoded: list[list[int]],
+        decoder: Decoder,
+        method: SamplingParams,
+        fitting: Callable[[int], int],
+        max_tokens: int | None,
+        num: int,
+        seed: int,
+        stop: Sequence[str],
+        stream: Callable[[int, str], None] | None,
+    ) -> list[Sample]:
+        """What `sample` returns, by this decoder.
+
+        Args:
+          fitting: length of a prompt -> rows in a batch.
+        """
         rows = [self._row(encoded[i // num], key) for i, key in enumerate(draw_keys(prompts, num, seed))]
         shown = [""] * len(rows)
         index = {id(row): i for i, row in enumerate(rows)}
@@ -199,15 +233,15 @@ class TextModel:
                     row.stop = "stop"
                 if stream:
                     i = index[id(row)]
-                    ready = text if row.stop else self._safe(text, stop)
+                    ready = text if row.stop else shown_so_far(text, stop)
                     if len(ready) > len(shown[i]):
                         stream(i, ready[len(shown[i]) :])
                         shown[i] = ready
 
         chunk = 4 if stream else 32 if stop else 0
-        for batch in batched(rows, prompt_length, rows_that_decode(self.recipe.model, max_tokens or 256)):
+        for batch in batched(rows, prompt_length, fitting):
             most = [self._most(row, max_tokens) for row in batch]
-            self.decoder.generate(self.run.params, batch, method, most, chunk=chunk, after_chunk=after_chunk)
+            decoder.generate(self.run.params, batch, method, most, chunk=chunk, after_chunk=after_chunk)
         return [
             to_sample(self.tokenizer, prompts[i // num], self._ids(row), row.logprobs, row.stop, stop)
             for i, row in enumerate(rows)
@@ -223,13 +257,6 @@ class TextModel:
 
     def _cut(self, row: Row, stop: Sequence[str]) -> tuple[str, bool]:
         return cut_at_stop(self.tokenizer.decode(self._ids(row)), stop)
-
-    def _safe(self, text: str, stop: Sequence[str]) -> str:
-        """What can be shown already: no half character, no beginning of a stop string."""
-        text = utf8_so_far(text)
-        longest = min(len(text), max(map(len, stop), default=1) - 1)
-        keep = next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)
-        return text[: len(text) - keep] if keep else text
 
     def _search(
         self, prompts: Sequence[str], encoded: list[list[int]], beams: int, num: int, max_tokens: int | None, alpha: float

@@ -31,15 +31,17 @@ def sample(
     num: int = 1,
     seed: int = 0,
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    chunk: int | None = None,
+    block: int | None = None,
     steps: int | None = None,
+    threshold: float | None = None,
+    remask: bool = False,
     sweeps: int | None = None,
     stream: bool = False,
     mesh: MeshConfig = ONE,
     json: bool = False,
 ) -> None:
-    """Continue text: token by token, or, with a masked model, by chunks of masks at its end. With an encoder-decoder,
-    write what follows from a source, such as its translation.
+    """Continue text: token by token, or, with a masked or diffusion model, a block of masks at a time. With an
+    encoder-decoder, write what follows from a source, such as its translation.
 
     Args:
         run: A run directory.
@@ -57,10 +59,14 @@ def sample(
         num: Continuations of each prompt.
         seed: The same seed gives the same text.
         stop: End before this string; may be given several times.
-        chunk: Masks filled together at the end of the text (masked models; 16).
-        steps: Readings in which a chunk is filled, the surest token first (masked models; 16).
-        sweeps: Times each token of a chunk is drawn again afterwards (masked models; 0).
-        stream: Show the text while it is made (causal models).
+        block: Tokens written together (masked models: any number, 16; diffusion models: a block that they were trained
+            on).
+        steps: Denoising steps for a block, the most confident tokens first (masked models: 16; diffusion models: one a
+            token).
+        threshold: Tokens of at least this probability are kept in whatever step; 0 is off (masked, diffusion models).
+        remask: Tokens of the open block may be hidden again when others are more confident (masked, diffusion models).
+        sweeps: Times each token of a block is drawn again afterwards (masked models; 0).
+        stream: Show the text while it is made.
         mesh: Devices to spread the parameters over.
         json: One JSON object per result.
     """
@@ -73,7 +79,7 @@ def sample(
     model = bothways.load(run, mesh)
     capability(model, "sample", "")
     family = model.recipe.family
-    masked = family == "bert"
+    blocks = family == "bert" or model.recipe.objective.kind == "diffusion"
     if source is not None and family != "seq2seq":
         raise InputError(
             f"--source is for encoder-decoders; a {family} run goes on from a prompt: give it as an argument"
@@ -85,15 +91,18 @@ def sample(
         "max_tokens": max_tokens,
         "beams": beams,
         "length_penalty": length_penalty,
-        "chunk": chunk,
+        "block": block,
         "steps": steps,
+        "threshold": threshold,
+        "remask": remask or None,
         "sweeps": sweeps,
         "stream": stream or None,
     }
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-    wrong = set(options) & ({"beams", "length_penalty", "stream"} if masked else {"chunk", "steps", "sweeps"})
+    of_blocks = {"block", "steps", "threshold", "remask", "sweeps"}
+    wrong = set(options) & ({"beams", "length_penalty"} if blocks else of_blocks)
     if wrong:
-        why = "fills chunks of masks and never goes left to right" if masked else "goes left to right and has no masks"
+        why = "writes blocks of masks and not token by token" if blocks else "goes left to right and has no masks"
         raise InputError(f"--{min(wrong).replace('_', '-')} is not for a {family} run, which {why}")
     if stream:
         print("" if family == "seq2seq" else prompts[0], end="", flush=True)

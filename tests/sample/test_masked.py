@@ -210,17 +210,17 @@ def test_the_surest_mask_is_filled_first(monkeypatch, tiny):
 
 def test_a_text_drawn_token_by_token_has_its_probability(monkeypatch, tiny):
     known = Known(monkeypatch, tiny, JOINT)
-    found = known.model.sample([""], max_tokens=3, chunk=3, steps=3, num=16)
+    found = known.model.sample([""], max_tokens=3, block=3, steps=3, num=16)
     assert len({sample.text for sample in found}) >= 4
     for sample in found:
         assert sample.logprob == pytest.approx(np.log(JOINT[sample.text]), abs=1e-3)
-    drawn_at_once = known.model.sample([""], max_tokens=3, chunk=3, steps=1, num=16)
+    drawn_at_once = known.model.sample([""], max_tokens=3, block=3, steps=1, num=16)
     assert not {sample.text for sample in drawn_at_once} <= set(JOINT)
 
 
 def test_sweeps_mend_what_was_drawn_at_once(monkeypatch, tiny):
     known = Known(monkeypatch, tiny, {string: 0.9 if string == "abc" else 0.1 / 26 for string in every_string()})
-    before, after = (known.model.sample([""], max_tokens=3, chunk=3, steps=1, sweeps=n, num=8) for n in (0, 2))
+    before, after = (known.model.sample([""], max_tokens=3, block=3, steps=1, sweeps=n, num=8) for n in (0, 2))
     assert [s.text for s in before] != [s.text for s in after]
     assert all(s.tokens == 3 for s in after)
 
@@ -291,7 +291,7 @@ def test_what_cannot_be_filled_is_refused(model):
 
 # ---- sample --------------------------------------------------------------------------------------------------------
 
-QUICK = {"max_tokens": 6, "chunk": 4, "steps": 2}
+QUICK = {"max_tokens": 6, "block": 4, "steps": 2}
 
 
 def test_a_seed_says_the_same_again_and_another_seed_something_else(model):
@@ -304,13 +304,13 @@ def test_a_seed_says_the_same_again_and_another_seed_something_else(model):
 
 @pytest.mark.parametrize("tokens", [3, 8, 22])
 def test_as_many_tokens_come_as_were_asked_for(model, tokens):
-    (found,) = model.sample(["the king"], max_tokens=tokens, chunk=4, steps=1)
+    (found,) = model.sample(["the king"], max_tokens=tokens, block=4, steps=1)
     assert (found.prompt, found.tokens, found.stop) == ("the king", tokens, "max_tokens")
     assert found.logprob < 0
 
 
 def test_special_tokens_are_never_said(model):
-    for sample in model.sample(["", "the king"], max_tokens=8, chunk=4, steps=1, temperature=5.0):
+    for sample in model.sample(["", "the king"], max_tokens=8, block=4, steps=1, temperature=5.0):
         assert np.isfinite(sample.logprob)
         assert not any(name in sample.text for name in ("[MASK]", "[SEP]", "[CLS]", "[PAD]", "[UNK]"))
 
@@ -324,10 +324,10 @@ def test_a_prompt_says_in_a_batch_what_it_says_alone(model):
 
 
 def test_a_stop_string_ends_the_text_before_it(model):
-    (whole,) = model.sample(["the king"], max_tokens=8, chunk=4, steps=2)
+    (whole,) = model.sample(["the king"], max_tokens=8, block=4, steps=2)
     text = whole.text
     stop = text[3:5]
-    (found,) = model.sample(["the king"], max_tokens=8, chunk=4, steps=2, stop=["never said", stop])
+    (found,) = model.sample(["the king"], max_tokens=8, block=4, steps=2, stop=["never said", stop])
     assert (found.text, found.stop) == (text[: text.index(stop)], "stop")
     assert 0 < found.tokens < 8
 
@@ -337,8 +337,8 @@ def test_a_stop_string_ends_the_text_before_it(model):
     [
         ({"max_tokens": 0}, "max-tokens is 0"),
         ({"num": 0}, "num is 0"),
-        ({"chunk": 0}, "chunk is 0"),
-        ({"chunk": 9}, "chunk is 9; at most half of the context, 8"),
+        ({"block": 0}, "block is 0"),
+        ({"block": 9}, "block is 9; at most half of the context, 8"),
         ({"steps": 0}, "steps is 0"),
         ({"sweeps": -1}, "sweeps is -1"),
         ({"stop": [""]}, "a stop string is empty"),

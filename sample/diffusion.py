@@ -1,0 +1,145 @@
+"""A run trained by masked diffusion in blocks, open for inference: it writes a block at a time, and fills where it was
+trained on whole rows."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bothways.errors import InputError
+from bothways.model.cache import Cache
+from bothways.model.gpt import MaskedNextToken
+from bothways.model.loss import MAX_LOGITS
+from bothways.rundir import Run
+from bothways.sample.batching import rows_that_decode
+from bothways.sample.blocks import BlockDecoder
+from bothways.sample.denoise import Denoising
+from bothways.sample.masked import Filled, MaskedModel
+from bothways.sample.sampling_params import SamplingParams
+from bothways.sample.text import Sample, TextModel, check_asked
+
+USUAL_BLOCK = 16
+"""Tokens that are written together where nobody says how many."""
+
+
+class DiffusionModel(TextModel):
+    """A decoder trained by `objective.kind=diffusion`: `sample`, and `fill` where whole rows were among its blocks. Made by
+    `bothways.load`."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.block_sizes = run.recipe.objective.block_sizes
+        """What it was trained on; 0 is the whole row."""
+        self.both_ways = MaskedModel(dataclasses.replace(run, module=MaskedNextToken(run.module.cfg)))
+        self.block_decoder = functools.cache(self._block_decoder)
+
+    @property
+    def usual_block(self) -> int:
+        """The largest block of those it was trained on, up to USUAL_BLOCK; where it knows whole rows only, USUAL_BLOCK or
+        half the row."""
+        sizes = sorted(set(self.block_sizes) - {0})
+        if not sizes:
+            return min(USUAL_BLOCK, self.recipe.model.context_length // 2)
+        return max((size for size in sizes if size <= USUAL_BLOCK), default=sizes[0])
+
+    def _block_decoder(self, block: int) -> BlockDecoder:
+        cfg, module = self.run.recipe.model, self.run.module
+        never = np.zeros(cfg.table_rows, bool)
+        never[[self.tokenizer.mask, self.tokenizer.pad]] = True
+        never[len(self.tokenizer) :] = True
+
+        def forward(params: Any, tokens: jax.Array, cache: Cache, block: int) -> tuple[jax.Array, Cache]:
+            return module.apply({"params": params}, tokens, cache=cache, block=block)
+
+        def logits(params: Any, features: jax.Array) -> jax.Array:
+            return jnp.where(never, -jnp.inf, module.apply({"params": params}, features, method="logits"))
+
+        def begin(params: Any, batch: int, size: int, source: None) -> Cache:
+            return Cache.empty(cfg, batch, size)
+
+        args = forward, logits, begin, cfg.context_length, self.tokenizer.eos, self.tokenizer.mask
+        return BlockDecoder(*args, module.predicts, block)
+
+    def rows_in_blocks(self, block: int, max_tokens: int) -> Callable[[int], int]:
+        """Length of a prompt -> rows that are written together."""
+        fitting, most = rows_that_decode(self.recipe.model, max_tokens + block), block * self.recipe.model.table_rows
+        return lambda length: max(1, min(fitting(length), MAX_LOGITS // most))
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        greedy: bool = False,
+        num: int = 1,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        stream: Callable[[int, str], None] | None = None,
+        block: int | None = None,
+        steps: int | None = None,
+        threshold: float = 0.0,
+        remask: bool = False,
+        sweeps: int = 0,
+    ) -> list[Sample]:
+        """Continue every prompt `num` times, a block at a time.
+
+        Args:
+          max_tokens: per continuation; None: 256. Beyond the context, the text goes on from the last half of it.
+          stream: called with (index of the result, new piece of text) after every block.
+          block: tokens of a block, one of those that the run was trained on. With a cache of the blocks before; or any
+            number, where it was trained on whole rows: then all before the block is read anew in every pass.
+          steps: denoising steps for a block, the most confident tokens first; None: one a token.
+          threshold: tokens of at least this probability are kept in whatever step; 0: off (arXiv 2505.22618).
+          remask: whether tokens of the open block may be hidden again.
+          sweeps: times that each token of a block is drawn again afterwards; of whole rows only.
+
+        Returns:
+          prompts x num results, in the order of the prompts; `logprob` sums what each token had when it was kept.
+
+        Raises:
+          InputError: numbers out of range, a block that the run was not trained on, or a prompt longer than the context.
+        """
+        check_asked(max_tokens, num, stop)
+        block = self.usual_block if block is None else block
+        how = Denoising.make(steps or 0, threshold, remask)
+        method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy)
+        if block not in self.block_sizes or block == 0:
+            if 0 not in self.block_sizes or block < 1:
+                raise InputError(
+                    f"block is {block}, and {self.run.home} was trained on blocks of "
+                    f"{', '.join(str(size) if size else 'the whole row' for size in self.block_sizes)}: give one of those"
+                )
+            draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "greedy": greedy}
+            canvas = {"block": block, "steps": steps or block, "threshold": threshold, "remask": remask, "sweeps": sweeps}
+            ends = {"max_tokens": max_tokens or 256, "num": num, "seed": seed, "stop": stop, "stream": stream}
+            return self.both_ways.sample(prompts, **draw, **canvas, **ends)
+        if sweeps:
+            raise InputError(f"sweeps is {sweeps}: blocks with a cache are not drawn again; leave --sweeps out")
+        encoded = [self.encode_prompt(p) for p in prompts]
+        decoder, fitting = self.block_decoder(block).filling(how), self.rows_in_blocks(block, max_tokens or 256)
+        return self._continued(prompts, encoded, decoder, method, fitting, max_tokens, num, seed, stop, stream)
+
+    def fill(self, texts: Sequence[str], *, top: int = 5, steps: int = 1) -> list[Filled]:
+        """As MaskedModel.fill.
+
+        Raises:
+          InputError: also where the run was not trained on whole rows, and never saw what follows a block.
+        """
+        if 0 not in self.block_sizes:
+            raise InputError(
+                f"{self.run.home} was trained on blocks of {', '.join(map(str, self.block_sizes))} and never saw what follows "
+                "them, so it cannot fill; train with 0, the whole row, among --objective.block-sizes"
+            )
+        return self.both_ways.fill(texts, top=top, steps=steps)
+
+    def embed(self, texts: Sequence[str], pool: str = "mean") -> np.ndarray:
+        """As MaskedModel.embed, read both ways, where whole rows were trained on; else as TextModel.embed."""
+        return self.both_ways.embed(texts, pool) if 0 in self.block_sizes else super().embed(texts, pool)
