@@ -17,10 +17,11 @@ from bothways.model.loss import MAX_LOGITS
 from bothways.rundir import Run
 from bothways.sample.batching import rows_that_decode
 from bothways.sample.blocks import BlockDecoder
+from bothways.sample.bound import DRAWS, bound_logprobs
 from bothways.sample.denoise import Denoising
 from bothways.sample.masked import Filled, MaskedModel
 from bothways.sample.sampling_params import SamplingParams
-from bothways.sample.text import Sample, TextModel, check_asked
+from bothways.sample.text import Sample, Score, TextModel, check_asked
 
 USUAL_BLOCK = 16
 """Tokens that are written together where nobody says how many."""
@@ -113,10 +114,7 @@ class DiffusionModel(TextModel):
         method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy)
         if block not in self.block_sizes or block == 0:
             if 0 not in self.block_sizes or block < 1:
-                raise InputError(
-                    f"block is {block}, and {self.run.home} was trained on blocks of "
-                    f"{', '.join(str(size) if size else 'the whole row' for size in self.block_sizes)}: give one of those"
-                )
+                raise self._untrained(block)
             draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "greedy": greedy}
             canvas = {"block": block, "steps": steps or block, "threshold": threshold, "remask": remask, "sweeps": sweeps}
             ends = {"max_tokens": max_tokens or 256, "num": num, "seed": seed, "stop": stop, "stream": stream}
@@ -139,6 +137,61 @@ class DiffusionModel(TextModel):
                 "them, so it cannot fill; train with 0, the whole row, among --objective.block-sizes"
             )
         return self.both_ways.fill(texts, top=top, steps=steps)
+
+    @property
+    def forward(self) -> bool:
+        """Whether it was trained to read forward too: a GPT, exactly."""
+        return 1 in self.block_sizes and self.run.module.predicts == "next"
+
+    @property
+    def tightest_block(self) -> int:
+        """The smallest block that it was trained on; 0 is the whole row."""
+        return min(set(self.block_sizes) - {0}, default=0)
+
+    def score(
+        self, texts: Sequence[str], rule: str = "bound", draws: int = DRAWS, block: int | None = None
+    ) -> list[Score]:
+        """How likely each text is, as a document of its own.
+
+        bound: a lower bound on the log-likelihood in blocks of `block` (see sample/bound.py); None: the smallest trained
+          on; 0: the whole row. Exact at 1.
+        causal: as TextModel.score, where blocks of 1 were trained on. pll, pll_word: as MaskedModel.score, where whole rows
+          were.
+
+        Raises:
+          InputError: an empty text, a rule or a block that the run was not trained for.
+        """
+        rules = ["bound", *(["causal"] if self.forward else []), *(["pll", "pll_word"] if 0 in self.block_sizes else [])]
+        if rule not in rules:
+            raise InputError(f"rule {rule!r} is not for {self.run.home}, which scores by: {', '.join(rules)}")
+        if rule == "causal":
+            return super().score(texts)
+        if rule != "bound":
+            return self.both_ways.score(texts, rule)
+        for i, text in enumerate(texts):
+            if not text:
+                raise InputError(f"text {i + 1} is empty; there is nothing to score")
+        sequences = [[self.tokenizer.bos, *self.tokenizer.encode(text)] for text in texts]
+        logprobs = self.bound_rows(sequences, None, draws, block)
+        return [Score.of(t, lp, len(ids) - 1, rule) for t, lp, ids in zip(texts, logprobs, sequences, strict=True)]
+
+    def bound_rows(
+        self, rows: Sequence[list[int]], first: Sequence[int] | None = None, draws: int = DRAWS, block: int | None = None
+    ) -> np.ndarray:
+        """[rows] a lower bound on log p(tokens `first` .. | those before them), in nats, of rows that begin with [CLS].
+
+        Raises:
+          InputError: a block that the run was not trained on.
+        """
+        block = self.tightest_block if block is None else block
+        if block not in self.block_sizes:
+            raise self._untrained(block)
+        context, mask = self.recipe.model.context_length, self.tokenizer.mask
+        return bound_logprobs(self.run.module, self.run.params, rows, context, block, mask, draws, first)
+
+    def _untrained(self, block: int) -> InputError:
+        known = ", ".join(str(size) if size else "the whole row (0)" for size in self.block_sizes)
+        return InputError(f"block is {block}, and {self.run.home} was trained on blocks of {known}: give one of those")
 
     def embed(self, texts: Sequence[str], pool: str = "mean") -> np.ndarray:
         """As MaskedModel.embed, read both ways, where whole rows were trained on; else as TextModel.embed."""

@@ -12,6 +12,7 @@ from bothways.data.metrics import ratio_interval
 from bothways.data.tokens import Tokens
 from bothways.errors import InputError
 from bothways.sample import score as scoring
+from bothways.sample.diffusion import DiffusionModel
 from bothways.sample.hybrid import HybridModel
 from bothways.sample.masked import MaskedModel, hidden_logprobs, next_sentence_right
 from bothways.sample.text import TextModel
@@ -42,6 +43,7 @@ def evaluate(
     Of a causal run: loss (nats per token) and bits_per_byte. Of a masked run: mlm, the loss at hidden places;
     unigram, what knowing only how often each token occurs in training gives at the same places; nsp_accuracy; and
     bits_per_byte by the diffusion bound, which shares its scale with a causal run's (see MaskedModel.score).
+    Of a decoder trained by diffusion: bits_per_byte by the bound, for each of its block sizes; exact at 1.
     Of a hybrid run: both, those of its reading both ways with `both_ways_` before their names.
 
     Of an encoder-decoder: loss and bits_per_byte of targets given their sources; of pairs also bleu and chrf of its
@@ -70,6 +72,8 @@ def evaluate(
         figures += (
             masked_figures(model, suite, held, train())
             if isinstance(model, MaskedModel)
+            else diffusion_figures(model, suite, held)
+            if isinstance(model, DiffusionModel)
             else span_figures(model, suite, held)
             if model.recipe.objective.kind == "spans"
             else causal_figures(model, suite, held)
@@ -181,10 +185,29 @@ def masked_figures(model: MaskedModel, suite: str, held: Tokens, train: Tokens, 
     figures = [ratio(suite, "mlm", np.array(nats), weights), ratio(suite, "unigram", np.array(guess), weights)]
     if ask.next_sentence:
         figures.append(ratio(suite, "nsp_accuracy", np.array(right, float), np.ones(len(right))))
-    plain = np.asarray(held.ids)[~vocabulary.special[np.asarray(held.ids)]]
-    room = context - 1 - len(model.closing)
-    begins = np.linspace(0, max(0, len(plain) - room), min(bound_rows, -(-len(plain) // room))).astype(int)
-    pieces = [plain[b : b + room].tolist() for b in begins]
+    pieces = held_pieces(held, vocabulary.special, context - 1 - len(model.closing), bound_rows)
     bits = -model.score_tokens(pieces, "bound") / np.log(2)
     lengths = model.tokenizer.byte_lengths()
     return [*figures, ratio(suite, "bits_per_byte", bits, np.array([lengths[p].sum() for p in pieces]))]
+
+
+def held_pieces(held: Tokens, special: np.ndarray, room: int, count: int) -> list[list[int]]:
+    """At most `count` pieces of running text, of `room` tokens each, spread evenly over a split."""
+    plain = np.asarray(held.ids)[~special[np.asarray(held.ids)]]
+    begins = np.linspace(0, max(0, len(plain) - room), min(count, -(-len(plain) // room))).astype(int)
+    return [plain[b : b + room].tolist() for b in begins]
+
+
+def diffusion_figures(
+    model: DiffusionModel, suite: str, held: Tokens, bound_rows: int = 64, draws: int = 16
+) -> list[Metric]:
+    special = model.tokenizer.vocabulary().special
+    pieces = held_pieces(held, special, model.recipe.model.context_length - 1, bound_rows)
+    lengths = model.tokenizer.byte_lengths()
+    rows, size = [[model.tokenizer.bos, *p] for p in pieces], np.array([lengths[p].sum() for p in pieces])
+    found = []
+    for block in sorted(set(model.block_sizes), key=lambda b: b or len(rows[0])):
+        name = "bits_per_byte" if len(set(model.block_sizes)) == 1 else f"bits_per_byte_block_{block or 'row'}"
+        bits = -model.bound_rows(rows, None, draws, block) / np.log(2)
+        found.append(ratio(suite, name, bits, size))
+    return found

@@ -20,13 +20,14 @@ from bothways.errors import InputError
 from bothways.log import log
 from bothways.rundir import directory, load_run
 from bothways.sample.batching import batched, rows_that_fit
+from bothways.sample.diffusion import DiffusionModel
 from bothways.sample.directions import BOTH, FORWARD, directions
 from bothways.sample.evaluate import Metric
 from bothways.sample.masked import MaskedModel, hidden_batch
 from bothways.sample.open import open_model
 from bothways.sample.text import TextModel
 
-RULES = ("causal", "pll", "pll_word")
+RULES = ("causal", "pll", "pll_word", "bound")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -51,6 +52,8 @@ class BothwaysLM(TemplateLM):
       rule: how a continuation is scored. causal: read forward. pll_word (the default of masked runs) and pll: each of its
         tokens hidden in turn, all of the context and of the rest of the continuation in sight. A pseudo-log-likelihood is
         no probability: it ranks choices, and perplexities of it mean little; rolling likelihoods use rule bound instead.
+        bound (the default of runs trained by diffusion): a lower bound on the continuation's log-likelihood, with the
+        context never hidden; whether the continuation is the most likely one it does not say, and answers no.
       add_bos: put [CLS] before every context, as our runs were trained. False for weights that knew no such token.
 
     Raises:
@@ -62,14 +65,18 @@ class BothwaysLM(TemplateLM):
         self.model = open_model(load_run(directory(run), log)) if isinstance(run, str | Path) else run
         self.tokens = self.model.tokenizer
         self.add_bos = str(add_bos) != "False"
-        known = directions(self.model)
-        if not known:
+        known, in_blocks = directions(self.model), isinstance(self.model, DiffusionModel)
+        fits = [r for r in RULES if (FORWARD if r == "causal" else BOTH) in known or (in_blocks and r == "bound")]
+        if not fits:
             raise InputError(f"lm-eval asks a gpt or a bert; {self.model.run.home} is a {self.model.recipe.family} run")
-        self.rule = rule or ("causal" if FORWARD in known else "pll_word")
-        fits = [r for r in RULES if (FORWARD if r == "causal" else BOTH) in known]
+        diffuses = self.model.recipe.objective.kind == "diffusion"
+        self.rule = rule or ("bound" if diffuses else "causal" if FORWARD in known else "pll_word")
         if self.rule not in fits:
             raise InputError(f"rule {self.rule!r} is not for this run; it scores by: {', '.join(fits)}")
-        self.reading: MaskedModel = known[FORWARD if self.rule == "causal" else BOTH]
+        self.reading: MaskedModel | DiffusionModel = (
+            self.model if in_blocks and self.rule == "bound" else known[FORWARD if self.rule == "causal" else BOTH]
+        )
+        self.closing = 0 if self.reading is self.model and in_blocks else len(self.reading.closing)
 
     @property
     def eot_token_id(self) -> int:
@@ -81,7 +88,7 @@ class BothwaysLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self.reading.context_length
+        return self.model.recipe.model.context_length
 
     @property
     def tokenizer_name(self) -> str:
@@ -95,7 +102,7 @@ class BothwaysLM(TemplateLM):
         start = [self.tokens.bos] if self.add_bos or list(context) == [self.tokens.bos] else []
         before = [t for t in context if t != self.tokens.bos]
         # Read forward, the last token is asked for and not read; both ways, [SEP] stands behind it.
-        room = self.max_length + (1 if self.rule == "causal" else -1) - len(start) - len(continuation)
+        room = self.max_length + (1 if self.rule == "causal" else -self.closing) - len(start) - len(continuation)
         if room < 0:
             raise InputError(
                 f"a continuation of {len(continuation)} tokens does not fit into a context of {self.max_length}"
@@ -107,9 +114,12 @@ class BothwaysLM(TemplateLM):
         """(row, places, targets) to be asked: one that is read forward, or one for each token hidden."""
         if self.rule == "causal":
             return [(row, list(range(begin, len(row))), row[begin:])]
-        return list(self.reading.pll_copies([*row, self.tokens.eos], self.rule, begin))
+        return list(self.reading.pll_copies([*row, *self.reading.closing], self.rule, begin))
 
     def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+        if self.rule == "bound":
+            rows, begins = zip(*(self._row(context, continuation) for _, context, continuation in requests), strict=True)
+            return [(float(nats), False) for nats in self.reading.bound_rows(rows, begins)]
         copies = (
             (i, *copy)
             for i, (_, context, continuation) in enumerate(requests)
@@ -144,7 +154,7 @@ class BothwaysLM(TemplateLM):
             greedy = not how.get("do_sample") or float(how.get("temperature") or 0) == 0
             options = {"greedy": greedy, "temperature": 1.0 if greedy else float(how["temperature"])}
             writer: TextModel | MaskedModel = self.model if self.rule == "causal" else self.reading
-            if self.rule != "causal":
+            if isinstance(writer, MaskedModel):
                 options |= {"block": min(16, self.max_length // 2)}
             found.append(writer.sample([self.tokens.decode(ids)], max_tokens=most, stop=stop, **options)[0].text)
         return found

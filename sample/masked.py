@@ -297,8 +297,23 @@ class MaskedModel(Embedder):
 
     def score_tokens(self, sequences: Sequence[list[int]], rule: str, draws: int = 32) -> np.ndarray:
         """[sequences] what `score` gives, in nats, of texts that are tokens already."""
-        totals = np.zeros(len(sequences))
         copies = self._copies(sequences, rule, draws)  # never all of them in memory
+        return self._summed(copies, len(sequences))
+
+    def bound_rows(self, rows: Sequence[list[int]], first: Sequence[int], draws: int = 32) -> np.ndarray:
+        """[rows] a lower bound on log p(tokens `first` .. | those before them), in nats, of rows that begin with [CLS]."""
+        copies = (
+            (i, *copy)
+            for i, (row, begin) in enumerate(zip(rows, first, strict=True))
+            for copy in self.bound_copies(
+                [*row, *self.closing], draws, zlib.crc32(np.array(row, np.int32).tobytes()), begin
+            )
+        )
+        return self._summed(copies, len(rows))
+
+    def _summed(self, copies: Iterator[tuple[int, list[int], list[int], list[int], float]], count: int) -> np.ndarray:
+        """[count] weighted sums of log p(target) over the copies of each text."""
+        totals = np.zeros(count)
         key = lambda copy: (len(copy[1]), len(copy[2]))  # noqa: E731
         for batch in batched(copies, key, rows_that_fit(self.recipe.model)):
             texts, rows, places, targets, weights = zip(*batch, strict=True)

@@ -26,7 +26,8 @@ def evaluate(
         run: A run directory.
         suites: validation or test: the run's own held-out text. lm-eval:TASK: a task of lm-evaluation-harness.
         shots: Demonstrations before each question of an lm-eval task; by default as the task says.
-        rule: How an lm-eval task scores a continuation: causal; pll_word (the default of masked models) or pll.
+        rule: How an lm-eval task scores a continuation: causal; pll_word (the default of masked models) or pll; bound (the
+            default of diffusion models).
         tasks_from: A folder with lm-eval task definitions of your own.
         json: One JSON object per figure.
     """

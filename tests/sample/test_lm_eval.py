@@ -79,7 +79,7 @@ def test_a_hybrid_run_is_scored_by_every_rule_and_others_are_refused(runs):
         r: harness.BothwaysLM(str(runs["hybrid"]), rule=r).loglikelihood(texts, disable_tqdm=True)[0][0]
         for r in harness.RULES
     }
-    assert len(set(found.values())) == 3
+    assert len(set(found.values())) == 4
     with pytest.raises(InputError, match="causal"):
         harness.BothwaysLM(str(runs["causal"]), rule="pll")
     recipe = types.SimpleNamespace(family="seq2seq", objective=ObjectiveConfig(kind="pairs"), model=None)
