@@ -115,9 +115,32 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def ratio_interval(above: np.ndarray, below: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of sum(above) / sum(below), pairs drawn together (Efron, Tibshirani 1993, ch. 13)."""
-    picks = np.random.default_rng(seed).integers(0, len(above), (draws, len(above)))
-    ratios = above[picks].sum(axis=1) / below[picks].sum(axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(low), float(high)
+class Ratio:
+    """sum(above) / sum(below) over items that come in batches, with a bootstrap that keeps nothing per item.
+
+    In each of `resamples` an item counts Poisson(1) times: what drawing n of n items with replacement comes to as n grows
+    (Hanley and MacGibbon 2006). Those of one item count together.
+    """
+
+    def __init__(self, seed: int = 0, resamples: int = 2000):
+        self.n, self.above, self.below = 0, 0.0, 0.0
+        self._rng, self._drawn = np.random.default_rng(seed), np.zeros((2, resamples))
+
+    def add(self, above: np.ndarray, below: np.ndarray) -> None:
+        """Of so many items more, [n] each."""
+        for i in range(0, len(above), 256):
+            items = np.stack([above[i : i + 256], below[i : i + 256]]).astype(float)
+            self._drawn += items @ self._rng.poisson(1.0, (items.shape[1], self._drawn.shape[1]))
+        self.n, self.above, self.below = self.n + len(above), self.above + np.sum(above), self.below + np.sum(below)
+
+    @property
+    def value(self) -> float:
+        return float(self.above / self.below)
+
+    def interval(self) -> tuple[float, float]:
+        """95 %; of one item, its value."""
+        if self.n < 2:
+            return self.value, self.value
+        above, below = self._drawn[:, self._drawn[1] > 0]
+        low, high = np.percentile(above / below, [2.5, 97.5])
+        return float(low), float(high)

@@ -2,22 +2,32 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from bothways import rundir
 from bothways.data import corpora, examples, pairs, pipeline, tokens
-from bothways.data.metrics import ratio_interval
+from bothways.data.metrics import Ratio
 from bothways.data.tokens import Tokens
 from bothways.errors import InputError
 from bothways.sample import score as scoring
+from bothways.sample.batching import READ_AHEAD, rows_that_fit
 from bothways.sample.diffusion import DiffusionModel
 from bothways.sample.hybrid import HybridModel
 from bothways.sample.masked import MaskedModel, hidden_logprobs, next_sentence_right
 from bothways.sample.text import TextModel
 
+T = TypeVar("T")
+
 SUITES = ("validation", "test")
+MOST_PAIRS = 4096
+"""Pairs of a split that are translated, where nobody says how many."""
+BOUND_ROWS = 64
+"""Rows whose bound is estimated: each takes many forward passes."""
+UNIGRAM_TOKENS = 2**24
+"""Tokens of training text that `unigram` counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,34 +36,53 @@ class Metric:
     metric: str
     value: float
     interval: tuple[float, float]
-    """95 %, by resampling rows."""
+    """95 %, by resampling what `resampled` says."""
     n: int
-    """Rows of text."""
+    """How many of those there are."""
+    resampled: str
+    """rows of text, pairs, or items of a task: what the interval takes to be drawn at random."""
 
 
-def ratio(suite: str, metric: str, above: np.ndarray, below: np.ndarray) -> Metric:
-    return Metric(suite, metric, float(above.sum() / below.sum()), ratio_interval(above, below), len(above))
+class Ratios:
+    """Figures that are ratios of sums over rows, by name."""
+
+    def __init__(self, resampled: str = "rows"):
+        self.resampled, self.of = resampled, dict[str, Ratio]()
+
+    def add(self, name: str, above: np.ndarray, below: np.ndarray) -> None:
+        self.of.setdefault(name, Ratio()).add(above, below)
+
+    def metrics(self, suite: str) -> list[Metric]:
+        """
+        Raises:
+          InputError: nothing was counted.
+        """
+        if not self.of or not all(ratio.below > 0 for ratio in self.of.values()):
+            raise InputError(f"the {suite} split has no token that the model predicts: give more text")
+        of = self.of.items()
+        return [Metric(suite, name, r.value, r.interval(), r.n, self.resampled) for name, r in of]
 
 
 def evaluate(
-    model: TextModel | MaskedModel, suites: Sequence[str], log: Callable[[str], None] = lambda _: None
+    model: TextModel | MaskedModel, suites: Sequence[str], log: Callable[[str], None] = lambda _: None, limit: int = 0
 ) -> list[Metric]:
-    """Figures on splits of the run's own corpus.
+    """Figures on splits of the run's own corpus, in memory that does not depend on their size.
 
-    Of a causal run: loss (nats per token) and bits_per_byte. Of a masked run: mlm, the loss at hidden places;
-    unigram, what knowing only how often each token occurs in training gives at the same places; nsp_accuracy; and
+    Of a causal run: loss (nats per token) and bits_per_byte. Of a masked run: mlm, the loss at masked positions;
+    unigram, what knowing only how often each token occurs in training gives there; nsp_accuracy; and
     bits_per_byte by the diffusion bound, which shares its scale with a causal run's (see MaskedModel.score).
     Of a decoder trained by diffusion: bits_per_byte by the bound, for each of its block sizes; exact at 1.
-    Of a hybrid run: both, those of its reading both ways with `both_ways_` before their names.
+    Of a hybrid run: both, the bidirectional ones with `both_ways_` before their names.
 
     Of an encoder-decoder: loss and bits_per_byte of targets given their sources; of pairs also bleu and chrf of its
     translations (beam 4, length penalty 0.6), beside copy_bleu and copy_chrf, those of the sources themselves.
 
     Args:
-      log: told what else a reader of the figures should know, such as sacrebleu's signatures.
+      log: gets what else a reader of the figures should know, such as sacrebleu's signatures.
+      limit: at most so many rows or pairs of a split, spread evenly; 0: all rows, and at most MOST_PAIRS pairs.
 
     Raises:
-      InputError: no such suite, or a corpus that cannot be read.
+      InputError: no such suite, a corpus that cannot be read, or nothing in it that the model predicts.
     """
     for suite in suites:
         if suite not in SUITES:
@@ -66,27 +95,49 @@ def evaluate(
     figures = []
     for suite in suites:
         if model.recipe.objective.kind == "pairs":
-            figures += pair_figures(model, suite, log)
+            figures += pair_figures(model, suite, log, limit)
             continue
         held = tokens.prepare(corpus, suite, model.tokenizer, cfg.cache)
         figures += (
-            masked_figures(model, suite, held, train())
+            masked_figures(model, suite, held, train(), limit)
             if isinstance(model, MaskedModel)
-            else diffusion_figures(model, suite, held)
+            else diffusion_figures(model, suite, held, limit)
             if isinstance(model, DiffusionModel)
-            else span_figures(model, suite, held)
+            else span_figures(model, suite, held, limit)
             if model.recipe.objective.kind == "spans"
-            else causal_figures(model, suite, held)
+            else causal_figures(model, suite, held, limit)
         )
         if isinstance(model, HybridModel):
-            both = masked_figures(model.both_ways, suite, held, train())
+            both = masked_figures(model.both_ways, suite, held, train(), limit)
             figures += [dataclasses.replace(f, metric=f"both_ways_{f.metric}") for f in both]
     return figures
 
 
-def held_out_pairs(model: TextModel, suite: str, log: Callable[[str], None] = lambda _: None) -> list[tuple[str, str]]:
-    """(source, target) of every pair of a split that fits into the context; of a run that restores spans, of a few
-    sources with masks in them."""
+def spread(items: Iterable[T], limit: int) -> list[T]:
+    """At most `limit` items of a stream of unknown length, evenly spread, holding twice as many at most.
+
+    >>> spread(range(10), 3)
+    [0, 4, 8]
+    """
+    kept, stride = [], 1
+    for i, item in enumerate(items):
+        if i % stride == 0:
+            kept.append(item)
+        if len(kept) == 2 * limit:
+            kept, stride = kept[::2], 2 * stride
+    return [kept[i] for i in np.linspace(0, len(kept) - 1, min(limit, len(kept))).astype(int)]
+
+
+def rows_of(model: TextModel | MaskedModel) -> int:
+    """Rows of the model's context that are read at a time."""
+    return rows_that_fit(model.recipe.model)(model.recipe.model.context_length)
+
+
+def held_out_pairs(
+    model: TextModel, suite: str, log: Callable[[str], None] = lambda _: None, limit: int = 0
+) -> list[tuple[str, str]]:
+    """(source, target) of the pairs of a split that fit into the context, at most `limit` (0: MOST_PAIRS), evenly spread;
+    of a run that restores spans, of a few sources with masks in them."""
     if model.recipe.objective.kind == "spans":
         texts = [
             "To be, or [MASK] to be",
@@ -97,19 +148,28 @@ def held_out_pairs(model: TextModel, suite: str, log: Callable[[str], None] = la
             "",
         ]
     else:
-        texts = [text for _, text in corpora.load(model.recipe.data).documents(suite)]
-    found, context = list(zip(texts[::2], texts[1::2], strict=True)), model.recipe.model.context_length
-    lengths = [max(len(model.tokenizer.encode(text)) + 1 for text in pair) for pair in found]
-    fitting = [pair for pair, length in zip(found, lengths, strict=True) if length <= context]
-    if len(fitting) < len(found):
-        log(f"{len(found) - len(fitting)} of {len(found)} pairs are longer than the context of {context} and left out")
-    return fitting
+        texts = (text for _, text in corpora.load(model.recipe.data).documents(suite))
+    texts, context, limit, count = iter(texts), model.recipe.model.context_length, limit or MOST_PAIRS, [0, 0]
+
+    def fitting() -> Iterator[tuple[str, str]]:
+        for pair in zip(texts, texts, strict=True):
+            count[0] += 1
+            if max(len(model.tokenizer.encode(text)) + 1 for text in pair) <= context:
+                count[1] += 1
+                yield pair
+
+    found = spread(fitting(), limit)
+    if count[1] < count[0]:
+        log(f"{count[0] - count[1]} of {count[0]} pairs are longer than the context of {context} and left out")
+    if len(found) < count[1]:
+        log(f"{len(found)} of {count[1]} pairs are evaluated, evenly spread")
+    return found
 
 
-def pair_figures(model: TextModel, suite: str, log: Callable[[str], None]) -> list[Metric]:
+def pair_figures(model: TextModel, suite: str, log: Callable[[str], None], limit: int) -> list[Metric]:
     from sacrebleu.metrics import BLEU, CHRF
 
-    fitting = held_out_pairs(model, suite, log)
+    fitting = held_out_pairs(model, suite, log, limit)
     if not fitting:
         raise InputError(
             f"no pair of the {suite} split fits into model.context_length={model.recipe.model.context_length} tokens"
@@ -118,96 +178,101 @@ def pair_figures(model: TextModel, suite: str, log: Callable[[str], None]) -> li
     logprobs, tokens_of = model.score_pairs(fitting)
     nats, count = -np.array(logprobs), np.array(tokens_of)
     size = np.array([len(target.encode()) for target in targets])
-    figures = [ratio(suite, "loss", nats, count), ratio(suite, "bits_per_byte", nats / np.log(2), size)]
+    ratios = Ratios("pairs")
+    ratios.add("loss", nats, count)
+    ratios.add("bits_per_byte", nats / np.log(2), size)
+    figures = ratios.metrics(suite)
     said = [sample.text for sample in model.sample(sources, beams=4, length_penalty=0.6)]
     for metric, scorer in (("bleu", BLEU()), ("chrf", CHRF())):
         for name, texts in ((metric, said), (f"copy_{metric}", sources)):
             score = scorer.corpus_score(texts, [targets], n_bootstrap=1000)
             interval = (score._mean - score._ci, score._mean + score._ci)
-            figures.append(Metric(suite, name, score.score, interval, len(targets)))
+            figures.append(Metric(suite, name, score.score, interval, len(targets), "pairs"))
         log(f"{metric}: {scorer.get_signature()}")
     return figures
 
 
-def span_figures(model: TextModel, suite: str, held: Tokens) -> list[Metric]:
-    recipe, lengths = model.recipe, model.tokenizer.byte_lengths()
-    ask = recipe.objective
-    rows = pairs.Spans(
-        held, recipe.model.context_length, model.tokenizer.vocabulary(), ask.mask_rate, ask.span_length, padded=True
-    )
-    example, nats, count, size = functools.partial(pairs.corrupted, source=rows), [], [], []
-    for batch in pipeline.evaluation_batches(rows, example, batch_size=32, seed=recipe.train.seed):
+def span_figures(model: TextModel, suite: str, held: Tokens, limit: int) -> list[Metric]:
+    recipe, lengths, ratios = model.recipe, model.tokenizer.byte_lengths(), Ratios()
+    ask, context = recipe.objective, recipe.model.context_length
+    rows = pairs.Spans(held, context, model.tokenizer.vocabulary(), ask.mask_rate, ask.span_length, padded=True)
+    example = functools.partial(pairs.corrupted, source=rows)
+    batches = {"batch_size": rows_of(model), "seed": recipe.train.seed, "limit": limit}
+    for batch in pipeline.evaluation_batches(rows, example, **batches):
         real = batch["weights"].sum(axis=1) > 0
-        nats += (-np.asarray(scoring.pair_logprobs(model.run.module, model.run.params, batch)))[real].tolist()
-        count += batch["weights"].sum(axis=1)[real].tolist()
-        size += (lengths[batch["targets"]] * batch["weights"]).sum(axis=1)[real].tolist()
-    nats = np.array(nats)
-    return [
-        ratio(suite, "loss", nats, np.array(count)),
-        ratio(suite, "bits_per_byte", nats / np.log(2), np.array(size)),
-    ]
+        nats = -np.asarray(scoring.pair_logprobs(model.run.module, model.run.params, batch))[real]
+        ratios.add("loss", nats, batch["weights"].sum(axis=1)[real])
+        ratios.add("bits_per_byte", nats / np.log(2), (lengths[batch["targets"]] * batch["weights"]).sum(axis=1)[real])
+    return ratios.metrics(suite)
 
 
-def causal_figures(model: TextModel, suite: str, held: Tokens) -> list[Metric]:
+def causal_figures(model: TextModel, suite: str, held: Tokens, limit: int) -> list[Metric]:
     cfg, context, lengths = model.recipe.data, model.recipe.model.context_length, model.tokenizer.byte_lengths()
-    rows = tokens.Rows(held, context, model.tokenizer.pad, cfg.separate_documents, padded=True)
-    pieces = []
-    for ids, segments in zip(*rows[np.arange(len(rows))].values(), strict=True):
-        for segment in range(1, segments.max() + 1):  # one document's part of a row: nothing sees another document
-            pieces.append(ids[segments == segment].tolist())
-    pieces = [p for p in pieces if len(p) > 1]
-    nats = -np.array(scoring.causal_logprobs(model.run.module, model.run.params, pieces, context + 1))
-    count = np.array([len(p) - 1 for p in pieces])
-    size = np.array([lengths[p[1:]].sum() for p in pieces])
-    bits = nats / np.log(2)
-    return [ratio(suite, "loss", nats, count), ratio(suite, "bits_per_byte", bits, size)]
+    rows, ratios = tokens.Rows(held, context, model.tokenizer.pad, cfg.separate_documents, padded=True), Ratios()
+    at_once = max(1, READ_AHEAD // context)
+    for batch in pipeline.evaluation_batches(rows, examples.as_is, batch_size=at_once, seed=0, limit=limit):
+        pieces = []
+        for ids, segments in zip(batch["tokens"], batch["segments"], strict=True):
+            for segment in range(1, segments.max() + 1):  # one document's part: nothing sees another document
+                pieces.append(ids[segments == segment].tolist())
+        pieces = [p for p in pieces if len(p) > 1]
+        nats = -np.array(scoring.causal_logprobs(model.run.module, model.run.params, pieces, context + 1))
+        ratios.add("loss", nats, np.array([len(p) - 1 for p in pieces]))
+        ratios.add("bits_per_byte", nats / np.log(2), np.array([lengths[p[1:]].sum() for p in pieces]))
+    return ratios.metrics(suite)
 
 
-def masked_figures(model: MaskedModel, suite: str, held: Tokens, train: Tokens, bound_rows: int = 64) -> list[Metric]:
+def unigram_logprobs(ids: np.ndarray, size: int, most: int = UNIGRAM_TOKENS) -> np.ndarray:
+    """[size] log-probability of every token by how often it occurs, once more than counted, in at most `most` ids, in blocks
+    evenly spread."""
+    block = min(2**16, most)
+    begins = np.unique(np.linspace(0, max(0, len(ids) - block), min(most // block, -(-len(ids) // block))).astype(int))
+    counts = np.ones(size)
+    for begin in begins:
+        counts += np.bincount(ids[begin : begin + block], minlength=size)
+    return np.log(counts / counts.sum())
+
+
+def masked_figures(model: MaskedModel, suite: str, held: Tokens, train: Tokens, limit: int) -> list[Metric]:
     recipe, vocabulary, context = model.recipe, model.vocabulary, model.context_length
-    ask = recipe.objective
+    ask, ratios = recipe.objective, Ratios()
     masking = examples.Masking(ask.mask_rate, ask.mask_token_prob, ask.random_token_prob, ask.whole_words)
     rows, example = examples.masked_source(
         held, context, vocabulary, masking, pairs=ask.next_sentence, separate=recipe.data.separate_documents, padded=True
     )
-    counts = np.bincount(train.ids, minlength=len(model.tokenizer)) + 1.0
-    unigram = np.log(counts / counts.sum())
-    nats, guess, asked, right = [], [], [], []
-    for batch in pipeline.evaluation_batches(rows, example, batch_size=32, seed=recipe.train.seed):
-        real = batch["weights"].sum(axis=1) > 0
+    unigram = unigram_logprobs(train.ids, len(model.tokenizer))
+    batches = {"batch_size": rows_of(model), "seed": recipe.train.seed, "limit": limit}
+    for batch in pipeline.evaluation_batches(rows, example, **batches):
+        weights = batch["weights"].sum(axis=1)
+        real = weights > 0
         logprobs = np.asarray(hidden_logprobs(model.run.module, model.run.params, batch))
-        nats += (-logprobs * batch["weights"]).sum(axis=1)[real].tolist()
-        guess += (-unigram[batch["targets"]] * batch["weights"]).sum(axis=1)[real].tolist()
-        asked += batch["weights"].sum(axis=1)[real].tolist()
+        for name, by_token in (("mlm", logprobs), ("unigram", unigram[batch["targets"]])):
+            ratios.add(name, -(by_token * batch["weights"]).sum(axis=1)[real], weights[real])
         if ask.next_sentence:
-            right += np.asarray(next_sentence_right(model.run.module, model.run.params, batch))[real].tolist()
-    weights = np.array(asked)
-    figures = [ratio(suite, "mlm", np.array(nats), weights), ratio(suite, "unigram", np.array(guess), weights)]
-    if ask.next_sentence:
-        figures.append(ratio(suite, "nsp_accuracy", np.array(right, float), np.ones(len(right))))
-    pieces = held_pieces(held, vocabulary.special, context - 1 - len(model.closing), bound_rows)
-    bits = -model.score_tokens(pieces, "bound") / np.log(2)
+            right = np.asarray(next_sentence_right(model.run.module, model.run.params, batch))[real]
+            ratios.add("nsp_accuracy", right, np.ones(len(right)))
+    pieces = held_pieces(held, vocabulary.special, context - 1 - len(model.closing), limit)
     lengths = model.tokenizer.byte_lengths()
-    return [*figures, ratio(suite, "bits_per_byte", bits, np.array([lengths[p].sum() for p in pieces]))]
+    bits = -model.score_tokens(pieces, "bound") / np.log(2)
+    ratios.add("bits_per_byte", bits, np.array([lengths[p].sum() for p in pieces]))
+    return ratios.metrics(suite)
 
 
-def held_pieces(held: Tokens, special: np.ndarray, room: int, count: int) -> list[list[int]]:
-    """At most `count` pieces of running text, of `room` tokens each, spread evenly over a split."""
-    plain = np.asarray(held.ids)[~special[np.asarray(held.ids)]]
-    begins = np.linspace(0, max(0, len(plain) - room), min(count, -(-len(plain) // room))).astype(int)
-    return [plain[b : b + room].tolist() for b in begins]
+def held_pieces(held: Tokens, special: np.ndarray, room: int, limit: int) -> list[list[int]]:
+    """At most `limit` pieces of running text (0: BOUND_ROWS), of up to `room` tokens each, spread evenly over a split."""
+    ids = held.ids
+    count = min(limit or BOUND_ROWS, BOUND_ROWS, -(-len(ids) // room))
+    begins = np.linspace(0, max(0, len(ids) - room), count).astype(int)
+    pieces = (row[~special[row]].tolist() for row in (ids[b : b + room] for b in begins))
+    return [piece for piece in pieces if piece]
 
 
-def diffusion_figures(
-    model: DiffusionModel, suite: str, held: Tokens, bound_rows: int = 64, draws: int = 16
-) -> list[Metric]:
-    special = model.tokenizer.vocabulary().special
-    pieces = held_pieces(held, special, model.recipe.model.context_length - 1, bound_rows)
+def diffusion_figures(model: DiffusionModel, suite: str, held: Tokens, limit: int, draws: int = 16) -> list[Metric]:
+    special, ratios = model.tokenizer.vocabulary().special, Ratios()
+    pieces = held_pieces(held, special, model.recipe.model.context_length - 1, limit)
     lengths = model.tokenizer.byte_lengths()
     rows, size = [[model.tokenizer.bos, *p] for p in pieces], np.array([lengths[p].sum() for p in pieces])
-    found = []
-    for block in sorted(set(model.block_sizes), key=lambda b: b or len(rows[0])):
+    for block in sorted(set(model.block_sizes), key=lambda b: b or model.recipe.model.context_length):
         name = "bits_per_byte" if len(set(model.block_sizes)) == 1 else f"bits_per_byte_block_{block or 'row'}"
-        bits = -model.bound_rows(rows, None, draws, block) / np.log(2)
-        found.append(ratio(suite, name, bits, size))
-    return found
+        ratios.add(name, -model.bound_rows(rows, None, draws, block) / np.log(2), size)
+    return ratios.metrics(suite)

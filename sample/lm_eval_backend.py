@@ -204,5 +204,5 @@ def evaluate(
             error = values.get(f"{metric}_stderr,{kind}")
             half = 1.96 * error if isinstance(error, int | float) else 0.0
             name = metric if kind == "none" else f"{metric} ({kind})"
-            figures.append(Metric(f"lm-eval:{task}", name, float(value), (value - half, value + half), int(n)))
+            figures.append(Metric(f"lm-eval:{task}", name, float(value), (value - half, value + half), int(n), "items"))
     return figures

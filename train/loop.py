@@ -16,7 +16,7 @@ import numpy as np
 
 from bothways import rundir, sharding
 from bothways.data import corpora, pipeline, tokens
-from bothways.data.metrics import ratio_interval
+from bothways.data.metrics import Ratio
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import Busy, InputError
 from bothways.flops import recipe_flops_per_token
@@ -203,7 +203,7 @@ class Evaluator:
         cfg = self.recipe.train
         batch_size = cfg.batch_size // cfg.grad_accum_steps  # no more at once than training has
         sums: dict[str, np.ndarray] = {}
-        nats_and_bytes: list[tuple[float, int]] = []  # of what is a likelihood, or a bound on it, by batch
+        bits_per_byte = Ratio()  # of what is a likelihood, or a bound on it, by batch
         mine = sharding.local_rows(self.mesh, batch_size)
         options = {"batch_size": batch_size, "seed": cfg.seed, "limit": cfg.eval_rows, "mine": mine}
         for rows in pipeline.evaluation_batches(*self.source, **options):
@@ -212,13 +212,12 @@ class Evaluator:
             for name, term in self.step(params, batch).items():
                 sums[name] = sums.get(name, 0) + np.array([float(x) for x in term])
                 if name in ("nll", "bound"):
-                    nats_and_bytes.append((float(term[0]), size))
+                    bits_per_byte.add(np.array([float(term[0]) / math.log(2)]), np.array([size]))
         held = {name: nats / weight for name, (nats, _, weight) in sums.items()}
         held["loss"] = sum(held.values())
         held |= {f"{name}_accuracy": correct / weight for name, (_, correct, weight) in sums.items()}
-        if nats_and_bytes:
-            bits, sizes = np.array(nats_and_bytes).T / np.array([[math.log(2)], [1]])
-            held["bits_per_byte"] = bits.sum() / sizes.sum()
-            if len(bits) > 1:
-                held["bits_per_byte_low"], held["bits_per_byte_high"] = ratio_interval(bits, sizes)
+        if bits_per_byte.below:
+            held["bits_per_byte"] = bits_per_byte.value
+            if bits_per_byte.n > 1:
+                held["bits_per_byte_low"], held["bits_per_byte_high"] = bits_per_byte.interval()
         return {name: float(value) for name, value in held.items()}

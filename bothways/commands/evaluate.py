@@ -18,6 +18,7 @@ def evaluate(
     shots: int | None = None,
     rule: str = "",
     tasks_from: Path | None = None,
+    rows: int = 0,
     json: bool = False,
 ) -> None:
     """Held-out loss and bits per byte, and tasks of lm-evaluation-harness, with 95 % intervals.
@@ -29,6 +30,7 @@ def evaluate(
         rule: How an lm-eval task scores a continuation: causal; pll_word (the default of masked models) or pll; bound (the
             default of diffusion models).
         tasks_from: A folder with lm-eval task definitions of your own.
+        rows: At most so many rows (or pairs) of a split, spread evenly; 0: all rows, or 4096 pairs.
         json: One JSON object per figure.
     """
     from bothways.sample.evaluate import evaluate
@@ -39,7 +41,11 @@ def evaluate(
     own = [s for s in suites if not s.startswith("lm-eval:")]
     if (shots is not None or rule or tasks_from) and not tasks:
         raise InputError("--shots, --rule and --tasks-from are for lm-eval tasks, such as lm-eval:lambada_openai")
-    figures = evaluate(model, own, log) if own else []  # a task needs nothing of the text that the run was trained on
+    if rows < 0:
+        raise InputError(f"--rows is {rows}; it must be 0 (all) or more")
+    figures = (
+        evaluate(model, own, log, rows) if own else []
+    )  # a task needs nothing of the text that the run was trained on
     if tasks:
         try:
             from bothways.sample import lm_eval_backend as harness
@@ -50,4 +56,8 @@ def evaluate(
         figures += harness.evaluate(model, tasks, shots, rule, tasks_from)
     for figure in figures:
         low, high = figure.interval
-        emit(figure, json, f"{figure.suite} {figure.metric} {figure.value:.4f} [{low:.4f}, {high:.4f}] (n={figure.n})")
+        emit(
+            figure,
+            json,
+            f"{figure.suite} {figure.metric} {figure.value:.4f} [{low:.4f}, {high:.4f}] ({figure.n} {figure.resampled})",
+        )

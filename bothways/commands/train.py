@@ -61,7 +61,7 @@ def train(argv: list[str]) -> None:
     if model.recipe.family == "bert":
         from bothways.sample.evaluate import evaluate
 
-        for figure in evaluate(model, ["validation"]):
+        for figure in evaluate(model, ["validation"], limit=model.recipe.train.eval_rows):
             log(f"held-out {figure.metric} {figure.value:.3f} [{figure.interval[0]:.3f}, {figure.interval[1]:.3f}]")
             if figure.metric == "bits_per_byte":
                 result = dataclasses.replace(result, bits_per_byte=figure.value)
@@ -74,9 +74,9 @@ def train(argv: list[str]) -> None:
     elif model.recipe.family == "seq2seq":
         from bothways.sample.evaluate import evaluate, held_out_pairs
 
-        for figure in evaluate(model, ["validation"], log):
+        for figure in evaluate(model, ["validation"], log, model.recipe.train.eval_rows):
             log(f"held-out {figure.metric} {figure.value:.2f} [{figure.interval[0]:.2f}, {figure.interval[1]:.2f}]")
-        for source, target in held_out_pairs(model, "validation")[:3]:
+        for source, target in held_out_pairs(model, "validation", limit=3):
             made = model.sample([source], beams=4)[0].text
             log(f"--- {source}\n    said:   {made}" + (f"\n    wanted: {target}" if target else ""))
     else:

@@ -67,7 +67,7 @@ def test_every_verb_takes_a_published_vocabulary(gpt, text_file, cache_dir, tmp_
         data = dataclasses.replace(run.recipe.data, corpus=str(text_file), cache=str(cache_dir))
         (home / "recipe.json").write_text(dataclasses.replace(run.recipe, data=data).to_json())
         model, masked = bothways.load(home), home.name == "bert"
-        assert model.sample(["the dog"], max_tokens=2, **({"chunk": 2, "steps": 1} if masked else {}))[0].tokens == 2
+        assert model.sample(["the dog"], max_tokens=2, **({"block": 2, "steps": 1} if masked else {}))[0].tokens == 2
         likely, long = model.score(["the dog", "the dog sees the queen"], **({"rule": "pll"} if masked else {}))
         assert likely.logprob > long.logprob
         assert np.isfinite(model.embed(["the dog"])).all()

@@ -122,7 +122,7 @@ def test_what_an_encoder_decoder_cannot_do_is_said(reversing, capsys):
         (["sample", home, ""], "a source is empty"),
         (["sample", home, "abcdefgh" * 3], "the source has 25 tokens and the model's context is 16"),
         (["fill", home, "a[MASK]c"], "cannot fill"),
-        (["sample", home, "abc", "--chunk", "3"], "--chunk is not for a seq2seq run"),
+        (["sample", home, "abc", "--block", "3"], "--block is not for a seq2seq run"),
         (["finetune", home, "tasks.csv"], "is an encoder-decoder; a head for labels goes on a gpt or a bert"),
     ):
         assert bothways.main(argv) == 2
