@@ -57,7 +57,7 @@ def test_only_texts_that_fit_are_filled_after_training(monkeypatch, capfd):
     )
     monkeypatch.setattr("bothways.train.loop.train", lambda *_: Result("x", 1, 1.0, None, 1.0, 1.0))
     monkeypatch.setattr("bothways.load", lambda _: model)
-    monkeypatch.setattr("bothways.sample.evaluate.evaluate", lambda *_: [])
+    monkeypatch.setattr("bothways.sample.evaluate.evaluate", lambda *_, **__: [])
     call(capfd, "train", "shakespeare_bert")
     assert asked == ["the [MASK] of the [MASK]", "I [MASK] you,"]
 
