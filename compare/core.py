@@ -142,11 +142,12 @@ class ExperimentRunner:
             self._models[name] = open_model(load_run(home, log))
         return self._models[name]
 
-    def text(self, arm: str, seed: int, share: float = 1.0, tag: str = "", data: DataConfig | None = None) -> Model:
-        """A model of running text. `share` shortens its training; `data` puts another corpus in its place."""
+    def text(self, arm: str, seed: int, share: float = 1.0, tag: str = "", **other: Any) -> Model:
+        """A model of running text. `share` shortens its training; `other` are parts of the recipe that are put in place of
+        the arm's, such as another corpus."""
         base = self.recipes[arm]
         steps = max(2, round((self.size.text_steps or base.train.steps) * share))
-        recipe = _fixed(dataclasses.replace(base, data=data or base.data), steps, seed)
+        recipe = _fixed(dataclasses.replace(base, **other), steps, seed)
         return self.trained(f"text-{arm}{tag}-{seed}", recipe)
 
     def toy(self, task: str, arm: str, seed: int, texts: Callable[[], tuple[list[str], list[str]]], **how: Any) -> Model:
@@ -184,8 +185,10 @@ class ExperimentRunner:
         )
         return self.trained(f"{task}-{arm}-{seed}", _fixed(recipe, self.size.toy_steps * how.get("longer", 1), seed))
 
-    def documents(self, task: str, texts: Callable[[], tuple[list[str], list[str]]]) -> DataConfig:
-        """Made-up documents as files, written once."""
+    def documents(
+        self, task: str, texts: Callable[[], tuple[list[str], list[str]]], tokenizer: str = "char"
+    ) -> DataConfig:
+        """Documents for training and validation as files, written once."""
         home = self.home / "data"
         paths = [home / f"{task}-{split}.jsonl" for split in ("train", "validation")]
         if not all(p.exists() for p in paths):
@@ -195,7 +198,7 @@ class ExperimentRunner:
                 partial.write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
                 partial.replace(path)
         return DataConfig(
-            corpus=str(paths[0]), validation=str(paths[1]), tokenizer="char", cache=str(self.home / "cache")
+            corpus=str(paths[0]), validation=str(paths[1]), tokenizer=tokenizer, cache=str(self.home / "cache")
         )
 
     def part(self, name: str, measure: Callable[[], Any]) -> Any:

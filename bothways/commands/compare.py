@@ -21,7 +21,7 @@ def compare(
     What is trained and measured is kept; run again, it goes on where it stopped.
 
     Args:
-        experiments: Some of modes, directions, generation, weights, in-context, algorithms, prompts; by default all.
+        experiments: Some of modes, directions, generation, weights, in-context, algorithms, prompts, dial; by default all.
         size: smoke, tiny (minutes), small (within an hour on two cores); or full, with recipes of your own.
         causal: A recipe read forward (shakespeare_gpt).
         masked: A recipe read both ways; by default the hybrid one with no row read forward, and shakespeare_bert.
