@@ -137,7 +137,7 @@ def test_a_run_directory_on_a_bucket(tiny_recipe, tmp_path, monkeypatch):
     check_start(on, obtain_tokenizer(on.data, None))
     params = rundir.load_run(home, print).params
     fresh = jax.tree.map(jnp.zeros_like, params)
-    same(start_from(rundir.directory(on.train.init_from), on.model, fresh, None), params)
+    same(start_from(rundir.directory(on.train.init_from), on, fresh, None), params)
     with pytest.raises(InputError, match="d_model is 24, and there 22"):
         train(dataclasses.replace(on, model=dataclasses.replace(on.model, d_model=24)), tmp_path / "on")
 

@@ -151,7 +151,7 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack) -> R
         if not cfg.init_from:
             return state
         place = functools.partial(sharding.parameter_shardings, mesh)
-        return state.replace(params=start_from(rundir.directory(cfg.init_from), recipe.model, state.params, place))
+        return state.replace(params=start_from(rundir.directory(cfg.init_from), recipe, state.params, place))
 
     def batches(step: int) -> Iterator[dict[str, np.ndarray]]:
         row, size = cfg.batch_at(step)

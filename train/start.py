@@ -1,7 +1,7 @@
 """Weights that training starts from: those of another run, trained here or imported."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from bothways import rundir
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 from bothways.log import log
-from bothways.model.config import TransformerConfig
 from bothways.recipes import Recipe
+from bothways.registry import predicts
 
 HEADS = ("masked_head", "next_sentence", "pooler")
+SAME_BODY = {"gpt": "decoder", "bert": "encoder"}
+"""Families whose bodies are the same stack under another mask, and where it lies among their parameters."""
 IGNORED_FIELDS = (
     *HEADS,
     "context_length",
@@ -26,6 +28,7 @@ IGNORED_FIELDS = (
     "attention",
     "scan_layers",
     "remat",
+    "predicts",
 )
 """Fields of the model in which two runs may differ and still share their weights; so may every dropout."""
 
@@ -40,8 +43,8 @@ def check_start(recipe: Recipe, tokenizer: Tokenizer) -> None:
         for k in mine
         if mine[k] != theirs[k] and k not in IGNORED_FIELDS and not k.startswith("dropout")
     ]
-    if recipe.family != other.family:
-        found.append(f"family is {recipe.family}, and there {other.family}")
+    if recipe.family != other.family and not {recipe.family, other.family} <= SAME_BODY.keys():
+        found.append(f"family is {recipe.family}, and there {other.family}; only gpt and bert are one stack of blocks")
     if Tokenizer.load(home).fingerprint != tokenizer.fingerprint:
         kept = next(p for p in ("tokenizer.json", "tokenizer.model") if (home / p).exists())
         found.append(f"the tokenizer is another; set --data.tokenizer {home / kept}")
@@ -57,24 +60,41 @@ def check_start(recipe: Recipe, tokenizer: Tokenizer) -> None:
         )
 
 
-def start_from(home: Path, cfg: TransformerConfig, fresh: Any, place: Callable[[Any], Any]) -> Any:
+def start_from(home: Path, recipe: Recipe, fresh: Any, place: Callable[[Any], Any]) -> Any:
     """Parameters of another run in the place of fresh ones.
 
     Of learnt positions the first `context` are taken. Heads that the other run lacks stay fresh; heads that this one
-    lacks are left behind. Of a fine-tuned run the body is taken.
+    lacks are left behind. Of a fine-tuned run the body is taken. A gpt's body becomes a bert's, and the other way round:
+    the features are the same under the same mask. What is new and what is left behind is said.
 
     Args:
+      recipe: this run's.
       fresh: this run's parameters, where they belong on the mesh.
       place: shapes of the other run's parameters -> their shardings.
     """
     run = rundir.load_run(home, log, place)
     theirs = flatten_dict(run.params["body"] if run.task is not None else run.params, sep="/")
-    mine = flatten_dict(fresh, sep="/")
+    mine, other = flatten_dict(fresh, sep="/"), run.recipe
+    if other.family != recipe.family:
+        was, now = (f"{SAME_BODY[family]}/" for family in (other.family, recipe.family))
+        theirs = {now + path.removeprefix(was) if path.startswith(was) else path: leaf for path, leaf in theirs.items()}
     for path, leaf in mine.items():
         if path in theirs:
             found = theirs[path]
-            found = found[: cfg.context_length] if path.endswith("embed/position/embedding") else found
+            found = found[: recipe.model.context_length] if path.endswith("embed/position/embedding") else found
             mine[path] = jax.device_put(found, leaf.sharding)
-    new = sorted({path.rsplit("/", 1)[0] for path in mine.keys() - theirs.keys()})
-    log(f"weights from {home}" + (f"; new and random: {', '.join(new)}" if new else ""))
+
+    def listed(paths: Iterable[str]) -> str:
+        return ", ".join(sorted({path.rsplit("/", 1)[0] for path in paths}))
+
+    said = [f"weights from {home}"]
+    if new := listed(mine.keys() - theirs.keys()):
+        said.append(f"new and random: {new}")
+    if run.task is None and (left := listed(theirs.keys() - mine.keys())):
+        said.append(f"left behind: {left}")
+    was, now = predicts(other.family, other.model), predicts(recipe.family, recipe.model)
+    if was != now:
+        words = {"next": "the next token", "own": "their own token"}
+        said.append(f"outputs predicted {words[was]} there, and are trained to predict {words[now]} here")
+    log("; ".join(said))
     return unflatten_dict(mine, sep="/")
