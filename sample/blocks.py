@@ -190,7 +190,7 @@ class BlockDecoder(Decoder):
                 # The others take a denoising step.
                 own = jnp.roll(scores, 1, axis=1) if ahead else scores
                 numbers = fold(keys_at(keys, state, said), jnp.broadcast_to(canvas.step[:, None], canvas.tokens.shape))
-                step = keep_confident(canvas, *propose(own, numbers, method), how)
+                step = keep_confident(canvas, *propose(own, numbers, method), how, numbers)
                 same = stopped.replace(canvas=step, passes=state.passes + 1)
                 return settled(after.keep(~jnp.any(canvas.hidden, axis=1), same).keep(live, stopped))
 

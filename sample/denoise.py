@@ -28,9 +28,12 @@ class Denoising:
     """Log-probability from which a token is kept whatever the number (arXiv 2505.22618, section 3.3); above 0: off."""
     remask: bool = flax.struct.field(pytree_node=False, default=False)
     """Whether tokens that are kept may be hidden again when others are more confident (arXiv 1904.09324, section 3)."""
+    any_order: bool = flax.struct.field(pytree_node=False, default=False)
+    """Tokens are kept in a random order instead of the most confident first: one a pass, that draws from the model's own
+    distribution (arXiv 2406.07524, section 3.2.3), where the most confident first makes text duller than the model's."""
 
     @classmethod
-    def make(cls, steps: int = 0, threshold: float = 0.0, remask: bool = False) -> "Denoising":
+    def make(cls, steps: int = 0, threshold: float = 0.0, remask: bool = False, any_order: bool = False) -> "Denoising":
         """Threshold is a probability; 0 turns it off.
 
         Raises:
@@ -40,7 +43,9 @@ class Denoising:
             raise InputError(f"steps is {steps}; it must be 1 or more, or 0 for one token a step")
         if not 0 <= threshold <= 1:
             raise InputError(f"threshold is {threshold}; it is a probability, from 0 (off) to 1")
-        return cls(jnp.int32(steps), jnp.float32(jnp.log(threshold) if threshold else 1.0), remask)
+        if any_order and (threshold or remask):
+            raise InputError("a random order knows no confidence: leave out the threshold and remasking, or any-order")
+        return cls(jnp.int32(steps), jnp.float32(jnp.log(threshold) if threshold else 1.0), remask, any_order)
 
 
 @flax.struct.dataclass
@@ -59,10 +64,14 @@ class Canvas:
 
 
 def keep_confident(
-    canvas: Canvas, tokens: Int[jax.Array, "B P"], logprobs: Float[jax.Array, "B P"], how: Denoising
+    canvas: Canvas, tokens: Int[jax.Array, "B P"], logprobs: Float[jax.Array, "B P"], how: Denoising, keys: jax.Array
 ) -> Canvas:
-    """The canvas after a step that proposed these tokens for what is hidden: the most confident of them are kept, as many
-    as make the steps come out even, and all that reach the threshold; at least one."""
+    """The canvas after a step that proposed these tokens for what is hidden: the most confident of them are kept, or some
+    at random, as many as make the steps come out even, and all that reach the threshold; at least one.
+
+    Args:
+      keys: [B, P], those that the tokens were drawn with.
+    """
     left = jnp.sum(canvas.hidden, axis=1)
     steps = jnp.where(how.steps > 0, how.steps, jnp.sum(canvas.open, axis=1))
     share = -(-left // jnp.maximum(steps - canvas.step, 1))
@@ -71,6 +80,10 @@ def keep_confident(
     wanted = already + jnp.where(how.threshold > 0, share, jnp.maximum(share, sure))
     now = jnp.where(canvas.hidden, logprobs, canvas.logprobs)
     confidence = now if how.remask else jnp.where(canvas.hidden, logprobs, jnp.inf)
+    if how.any_order:
+        confidence = jnp.where(
+            canvas.hidden, jax.vmap(jax.vmap(jax.random.uniform))(fold(keys, jnp.zeros_like(canvas.tokens))), jnp.inf
+        )
     order = jnp.argsort(jnp.where(canvas.open, -confidence, jnp.inf), axis=1)
     rank = jnp.argsort(order, axis=1)
     keep = canvas.open & (rank < wanted[:, None])
@@ -166,10 +179,8 @@ def fill(
         canvas, best = carry
         logits = read(canvas.tokens, canvas.hidden, positions)
         numbers = jnp.broadcast_to(index, (B, P))
-        found, logprobs = propose(
-            logits, fold(fold(keys, numbers), jnp.broadcast_to(canvas.step[:, None], (B, P))), method
-        )
-        after = keep_confident(canvas, found, logprobs, how)
+        own = fold(fold(keys, numbers), jnp.broadcast_to(canvas.step[:, None], (B, P)))
+        after = keep_confident(canvas, *propose(logits, own, method), how, own)
         going = jnp.any(canvas.hidden, axis=1, keepdims=True)
         if top:
             values, ids = jax.lax.top_k(jax.nn.log_softmax(logits), top)

@@ -88,6 +88,7 @@ class DiffusionModel(TextModel):
         steps: int | None = None,
         threshold: float = 0.0,
         remask: bool = False,
+        any_order: bool = False,
         sweeps: int = 0,
     ) -> list[Sample]:
         """Continue every prompt `num` times, a block at a time.
@@ -100,6 +101,7 @@ class DiffusionModel(TextModel):
           steps: denoising steps for a block, the most confident tokens first; None: one a token.
           threshold: tokens of at least this probability are kept in whatever step; 0: off (arXiv 2505.22618).
           remask: whether tokens of the open block may be hidden again.
+          any_order: tokens are kept in a random order instead; one a pass, that draws from the model's own distribution.
           sweeps: times that each token of a block is drawn again afterwards; of whole rows only.
 
         Returns:
@@ -110,13 +112,14 @@ class DiffusionModel(TextModel):
         """
         check_asked(max_tokens, num, stop)
         block = self.usual_block if block is None else block
-        how = Denoising.make(steps or 0, threshold, remask)
+        how = Denoising.make(steps or 0, threshold, remask, any_order)
         method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy)
         if block not in self.block_sizes or block == 0:
             if 0 not in self.block_sizes or block < 1:
                 raise self._untrained(block)
             draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "greedy": greedy}
-            canvas = {"block": block, "steps": steps or block, "threshold": threshold, "remask": remask, "sweeps": sweeps}
+            canvas = {"block": block, "steps": steps or block, "threshold": threshold, "remask": remask}
+            canvas |= {"any_order": any_order, "sweeps": sweeps}
             ends = {"max_tokens": max_tokens or 256, "num": num, "seed": seed, "stop": stop, "stream": stream}
             return self.both_ways.sample(prompts, **draw, **canvas, **ends)
         if sweeps:

@@ -153,6 +153,7 @@ class MaskedModel(Embedder):
         keys: Sequence[jax.Array] | None = None,
         threshold: float = 0.0,
         remask: bool = False,
+        any_order: bool = False,
         sweeps: int = 0,
         top: int = 0,
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -162,14 +163,14 @@ class MaskedModel(Embedder):
           masks: positions of the masks of every row.
           method: how a token is drawn; None: the most likely.
           keys: a random key per row, where tokens are drawn.
-          threshold, remask, sweeps, top: as in sample/denoise.py.
+          threshold, remask, any_order, sweeps, top: as in sample/denoise.py.
 
         Returns:
           for every row log-probabilities [masks] of its tokens, and ids and log-probabilities [masks, top] of candidates.
         """
         method = method or SamplingParams.make(greedy=True)
         keys = keys if keys is not None else [jax.random.key(0)] * len(rows)
-        how = Denoising.make(steps, threshold, remask)
+        how = Denoising.make(steps, threshold, remask, any_order)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         found: list[Any] = [None] * len(rows)
         most = bucket(max(map(len, masks)), 1) * len(self._barred)
@@ -209,15 +210,16 @@ class MaskedModel(Embedder):
         steps: int = 16,
         threshold: float = 0.0,
         remask: bool = False,
+        any_order: bool = False,
         sweeps: int = 0,
         stream: Callable[[int, str], None] | None = None,
     ) -> list[Sample]:
         """Continue every prompt by blocks of masks at its end.
 
         Each block is filled in `steps` forward passes, the most confident token first, and all above the probability
-        `threshold` (0: off); with `remask` tokens may be hidden again. Then each token is masked and drawn again in
-        turn, `sweeps` times (Gibbs sampling, arXiv 1902.04094). `logprob` sums what each token had when it was drawn:
-        not the likelihood of the text, which a masked model does not have.
+        `threshold` (0: off); with `remask` tokens may be hidden again, with `any_order` they are kept in a random order.
+        Then each token is masked and drawn again in turn, `sweeps` times (Gibbs sampling, arXiv 1902.04094). `logprob`
+        sums what each token had when it was drawn: not the likelihood of the text, which a masked model does not have.
 
         Args:
           stream: called with (index of the result, new piece of text) after every block.
@@ -254,7 +256,7 @@ class MaskedModel(Embedder):
             rows = [self._wrap([*k, *[self.tokenizer.mask] * n]) for k, n in zip(kept, sizes, strict=True)]
             masks = [list(range(len(k) + 1, len(k) + 1 + n)) for k, n in zip(kept, sizes, strict=True)]
             here = [jax.random.fold_in(keys[i], len(said[i])) for i in going]
-            how = {"threshold": threshold, "remask": remask, "sweeps": sweeps}
+            how = {"threshold": threshold, "remask": remask, "any_order": any_order, "sweeps": sweeps}
             found = self.fill_rows(rows, masks, steps, method=method, keys=here, **how)
             for j, i in enumerate(going):
                 said[i] += [rows[j][p] for p in masks[j]]

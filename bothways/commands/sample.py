@@ -35,6 +35,7 @@ def sample(
     steps: int | None = None,
     threshold: float | None = None,
     remask: bool = False,
+    any_order: bool = False,
     sweeps: int | None = None,
     stream: bool = False,
     mesh: MeshConfig = ONE,
@@ -65,6 +66,7 @@ def sample(
             token).
         threshold: Tokens of at least this probability are kept in whatever step; 0 is off (masked, diffusion models).
         remask: Tokens of the open block may be hidden again when others are more confident (masked, diffusion models).
+        any_order: Keep tokens in a random order instead of the most confident first (masked, diffusion models).
         sweeps: Times each token of a block is drawn again afterwards (masked models; 0).
         stream: Show the text while it is made.
         mesh: Devices to spread the parameters over.
@@ -95,11 +97,12 @@ def sample(
         "steps": steps,
         "threshold": threshold,
         "remask": remask or None,
+        "any_order": any_order or None,
         "sweeps": sweeps,
         "stream": stream or None,
     }
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-    of_blocks = {"block", "steps", "threshold", "remask", "sweeps"}
+    of_blocks = {"block", "steps", "threshold", "remask", "any_order", "sweeps"}
     wrong = set(options) & ({"beams", "length_penalty"} if blocks else of_blocks)
     if wrong:
         why = "writes blocks of masks and not token by token" if blocks else "goes left to right and has no masks"

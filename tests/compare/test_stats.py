@@ -69,3 +69,26 @@ def test_newcombes_interval_of_two_shares():
     )
     sure = stats.apart(stats.share(60, 60), stats.share(0, 60))
     assert stats.verdict(sure) == stats.HOLDS
+
+
+def test_seeds_and_items_both_widen_an_interval_that_holds_the_truth():
+    rng, kept = np.random.default_rng(1), 0
+    for trial in range(300):
+        values = 3 + rng.normal(0, 0.3, (3, 1)) + rng.normal(0, 1, 40) + rng.normal(0, 0.5, (3, 40))
+        kept += stats.two_way(values, seed=trial).holds(3)
+    assert kept / 300 == pytest.approx(0.96, abs=0.04)
+    items = rng.normal(0, 1, 40)
+    alike = stats.two_way(np.stack([items] * 3))
+    apart = stats.two_way(np.stack([items - 1, items, items + 1]))
+    assert apart.value == pytest.approx(alike.value)
+    assert apart.high - apart.low > 4 * (alike.high - alike.low)
+    halves = stats.two_way(np.stack([items] * 3), np.full(40, 2.0))
+    assert halves.value == pytest.approx(alike.value / 2)
+
+
+def test_a_difference_that_can_be_detected_is_found_four_times_in_five():
+    rng, found = np.random.default_rng(2), 0
+    size = stats.detectable(0.5, 4)
+    for _ in range(1000):
+        found += stats.verdict(stats.mean(rng.normal(size, 0.5, 4).tolist())) == stats.HOLDS
+    assert found / 1000 == pytest.approx(0.8, abs=0.05)

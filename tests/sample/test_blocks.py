@@ -17,7 +17,7 @@ from bothways.recipes import Recipe
 from bothways.registry import make_module
 from bothways.sample.blocks import BlockDecoder
 from bothways.sample.decode import Decoder, Row
-from bothways.sample.denoise import Denoising
+from bothways.sample.denoise import Canvas, Denoising, fold, keep_confident
 from bothways.sample.diffusion import DiffusionModel
 from bothways.sample.sampling_params import SamplingParams
 from tests.corpus import made_up_text
@@ -122,7 +122,8 @@ def test_blocks_of_one_are_a_gpts_decoding(models):
 
 @pytest.mark.parametrize("predicts", ["next", "own"])
 def test_a_row_does_not_depend_on_its_neighbours_nor_on_when_it_is_handed_back(models, predicts):
-    model, how = models[predicts], Denoising.make(2, 0.3, remask=predicts == "own")
+    model = models[predicts]
+    how = Denoising.make(2, 0.3, remask=True) if predicts == "own" else Denoising.make(2, any_order=True)
     together = model.write(PROMPTS, 4, how, most=15)
     in_parts = model.write(PROMPTS, 4, how, most=15, chunk=2)
     for prompt, row, part in zip(PROMPTS, together, in_parts, strict=True):
@@ -147,6 +148,23 @@ def test_steps_and_threshold_decide_how_many_passes_a_block_takes(models):
     assert passes(Denoising.make(1)) == 1 + 1 + 1
     assert passes(Denoising.make(0, 1e-9)) == 1 + 1 + 1
     assert passes(Denoising.make(0, 1.0)) == 4 + 1 + 4
+
+
+def test_in_a_random_order_any_token_may_be_kept_first():
+    """Whatever its probability; the most confident first keeps always the same one."""
+    B, zeros = 400, jnp.zeros((400, 4), jnp.int32)
+    canvas = Canvas(zeros, jnp.zeros((B, 4)), zeros == 0, zeros == 0, jnp.zeros((B,), jnp.int32))
+    logprobs = jnp.broadcast_to(jnp.array([-3.0, -0.1, -9.0, -2.0]), (B, 4))
+    keys = fold(jax.random.split(jax.random.key(1), B), jnp.broadcast_to(jnp.arange(4), (B, 4)))
+    kept = {
+        any_order: np.asarray(~keep_confident(canvas, zeros, logprobs, Denoising.make(any_order=any_order), keys).hidden)
+        for any_order in (False, True)
+    }
+    assert (kept[True].sum(axis=1) == 1).all()
+    np.testing.assert_allclose(kept[True].mean(axis=0), 0.25, atol=0.08)
+    assert kept[False].sum(axis=0).tolist() == [0, B, 0, 0]
+    with pytest.raises(InputError, match="a random order knows no confidence"):
+        Denoising.make(threshold=0.5, any_order=True)
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
