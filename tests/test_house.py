@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("model", "data", "train", "sample", "convert", "compare", "plan", "launch", "configs")
+PACKAGES = ("model", "data", "train", "sample", "serve", "convert", "compare", "plan", "launch", "configs")
 # What every folder may take from the package `bothways` itself: recipe, run directory, errors, sharding.
 SHARED = {
     f"bothways.{name}"
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "bothways": {"bothways.model", "bothways.data", *SHARED},
     "train": {"bothways.train", "bothways.model", "bothways.data", *SHARED},
     "sample": {"bothways.sample", "bothways.model", "bothways.data", *SHARED},
+    "serve": {"bothways.serve", "bothways.sample", "bothways.model", "bothways.data", *SHARED},
     "convert": {"bothways.convert", "bothways.model", "bothways.data", *SHARED},
     "configs": {"bothways.configs", "bothways.model.config", "bothways.data.config", *SHARED},
     "plan": {"bothways.plan", "bothways.train", "bothways.sample", "bothways.model", "bothways.data", *SHARED},
