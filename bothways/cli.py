@@ -29,6 +29,7 @@ COMMANDS = {
     "import": "turn a published checkpoint into a run",
     "export": "turn a run into a checkpoint that transformers opens",
     "compare": "the controlled experiments of GPT against BERT, and their report",
+    "serve": "answer over HTTP, with a page",
     "plan": "what a recipe needs on a target topology",
     "launch": "start a recipe on a slice or a cluster",
 }

@@ -16,6 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from bothways.model.cache import Cache
 from bothways.sample.decode import Begin, Forward, Logits
 from bothways.sample.sampling_params import SamplingParams, sample_token
@@ -56,7 +57,7 @@ class Slots:
     tops: Any  # [B] whether alternatives are wanted
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Generation:
     """One text being generated for a client.
 
@@ -72,7 +73,8 @@ class Generation:
     emit: Callable[[list[int], list[float], list[list[tuple[int, float]]], str], bool]
     source: list[int] = dataclasses.field(default_factory=list)
     tops: int = 0
-    ignore_eos: bool = False
+    gone: Callable[[], bool] = lambda: False
+    """Whether nobody waits for it any more: its slot is freed before the next step."""
     read: int = 0
     """Tokens of `ids` that are in the cache."""
     count: int = 0
@@ -186,7 +188,7 @@ class Pool:
                 token, logprob, every = choose_tokens(state.logits, rows)
                 some = jax.lax.cond(
                     jnp.any(rows.tops & rows.live),
-                    lambda: jax.lax.top_k(every, top)[::-1],
+                    lambda: tuple(jax.lax.top_k(every, top)[::-1]),
                     lambda: (alternatives[:, 0], alternatives[:, 0].astype(every.dtype)),
                 )
                 features, cache = forward(params, token[:, None], state.cache)
@@ -292,9 +294,6 @@ class Pool:
         generation.cached = generation.read
         self.rows[slot] = generation
 
-    def drop(self, generation: Generation) -> None:
-        self.rows[self.rows.index(generation)] = None
-
     def reset(self) -> list[Generation]:
         """After an error: the rows that are lost with the state, and every slot free."""
         lost = [row for row in self.rows if row is not None]
@@ -302,11 +301,13 @@ class Pool:
         return lost
 
     def prefill(self, budget: int) -> int:
-        """Read pieces of prompts, the row with the least to read first, until about `budget` tokens are read.
+        """Read pieces of prompts, the row with the least to read first, until about `budget` tokens are read. Rows that
+        nobody waits for leave their slots before.
 
         Returns:
           how many were read.
         """
+        self.rows = [None if row is not None and row.gone() else row for row in self.rows]
         done = 0
         while done < budget:
             waiting = [(len(r.ids) - r.read, i) for i, r in enumerate(self.rows) if r is not None and r.read < len(r.ids)]
@@ -350,8 +351,6 @@ class Pool:
             for name in ("temperature", "top_k", "top_p", "min_p", "greedy", "filtered"):
                 getattr(wishes, name)[i] = getattr(row.method, name)
             wishes.tops[i] = row.tops > 0
-            if row.ignore_eos:
-                wishes.eos[i] = -1
         return wishes
 
     def step(self, n: int = CHUNK) -> int:
@@ -380,5 +379,3 @@ class Pool:
             if row.emit(said, logprobs[i, :new].tolist(), tops, stop) or stop:
                 self.rows[i] = None
         return total
-
-

@@ -1,0 +1,106 @@
+"""`bothways serve`: runs over HTTP, and a page."""
+
+import os
+import signal
+from pathlib import Path
+
+import tyro
+
+from bothways.commands.shared import ONE
+from bothways.config import MeshConfig
+from bothways.errors import InputError
+from bothways.log import log
+
+Positional = tyro.conf.Positional
+KEY = "BOTHWAYS_API_KEY"
+
+
+def serve(
+    runs: Positional[tuple[str, ...]],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key_file: Path | None = None,
+    cors: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    slots: int = 8,
+    context: int = 2048,
+    memory: float = 0.0,
+    queue: int = 256,
+    timeout: float = 300.0,
+    max_tokens: int = 65_536,
+    max_body: int = 2**20,
+    warm: bool = False,
+    mesh: MeshConfig = ONE,
+) -> None:
+    """Serve runs over HTTP: OpenAI's endpoints, /rerank, /score, /fill, /tokens, /classify, and a page at /.
+
+    Args:
+        runs: Run directories; NAME=DIRECTORY gives one another name than its directory has.
+        host: Address to listen on; 0.0.0.0 lets other machines in.
+        port: Port to listen on; 0 takes a free one.
+        api_key_file: A file that holds the key which requests must bring; or set BOTHWAYS_API_KEY.
+        cors: An origin whose pages may ask; may be given several times.
+        slots: Texts that a run writes at a time, token by token; others wait.
+        context: Most tokens of a prompt and what is written for it, where the run's own context is longer.
+        memory: GiB for parameters and slots; beyond, the runs unused for longest are unloaded. 0: no limit.
+        queue: Requests that may wait; more get status 429.
+        timeout: Seconds that a request may take; also those that running ones have after SIGTERM.
+        max_tokens: Most tokens that a request may ask for, all its choices together.
+        max_body: Most bytes of a request's body.
+        warm: Load and compile everything before the port opens.
+        mesh: Devices to spread the parameters over.
+    """
+    try:
+        import uvicorn
+
+        from bothways.serve import app, engine, http
+        from bothways.serve import runs as served_runs
+        from bothways.serve import warm as warming
+    except ModuleNotFoundError as e:
+        raise InputError(f"serve needs {e.name}: pip install 'bothways[serve]'") from e
+
+    if not runs:
+        raise InputError("serve wants at least one run: bothways serve runs/shakespeare_gpt")
+    numbers = {"slots": slots, "context": context, "queue": queue, "timeout": timeout, "max-tokens": max_tokens}
+    for name, value in (numbers | {"max-body": max_body}).items():
+        if value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    if memory < 0 or not 0 <= port < 65536:
+        raise InputError(f"memory is {memory} and port {port}: wanted 0 or more GiB, and a port from 0 to 65535")
+    settings = http.Settings(read_key(api_key_file), cors, max_body, timeout, max_tokens)
+    limits = served_runs.Limits(slots=slots, context=context, memory=int(memory * 2**30))
+    loaded = served_runs.Runs(served_runs.named(runs), limits, mesh)
+    warming.tell_memory(loaded)
+    if host not in ("127.0.0.1", "localhost", "::1") and not settings.api_key:
+        log(f"anybody who reaches {host}:{port} may ask: no key is set (--api-key-file, or {KEY})")
+    application = app.make_app(engine.Engine(loaded, queue), settings)
+    config = uvicorn.Config(
+        application, host, port, log_level="warning", timeout_graceful_shutdown=int(timeout), server_header=False
+    )
+    server = uvicorn.Server(config)
+    try:
+        config.load()
+        listening = config.bind_socket()
+    except SystemExit as e:
+        raise InputError(f"cannot listen on {host}:{port}; another program may, or the address is not ours") from e
+    if warm:
+        warming.warm(loaded)
+    # uvicorn ends the process by the signal that it got once all requests are answered; that is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    log(f"serving {', '.join(loaded.served)} at http://{host}:{listening.getsockname()[1]}/")
+    server.run(sockets=[listening])
+
+
+def read_key(path: Path | None) -> str:
+    """The key of a file, or of the environment; empty where none is set.
+
+    Raises:
+      InputError: the file cannot be read, or holds no key.
+    """
+    if path is None:
+        return os.environ.get(KEY, "").strip()
+    if not path.is_file():
+        raise InputError(f"no file {path}")
+    key = path.read_text().strip()
+    if not key:
+        raise InputError(f"{path} is empty; write the key into it")
+    return key

@@ -1,0 +1,230 @@
+"""The runs behind the server: what each can do is known without loading it; their parameters come on demand, within a limit."""
+
+import collections
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from bothways.config import MeshConfig
+from bothways.data.tokenizer import Tokenizer
+from bothways.errors import InputError
+from bothways.log import log
+from bothways.recipes import Recipe
+from bothways.rundir import TaskInfo, compute_dtype_shapes, directory, param_shapes, read_recipe, read_task
+from bothways.sample.open import OpenModel, open_run
+from bothways.sample.text import TextModel, callbacks
+from bothways.serve.prefix import PrefixCache
+from bothways.serve.slots import Pool
+
+WANTS = {
+    "complete": ("causal", "hybrid", "seq2seq", "masked", "diffusion"),
+    "chat": ("causal", "hybrid", "diffusion"),
+    "infill": ("masked", "hybrid", "diffusion"),
+    "fill": ("masked", "hybrid", "diffusion"),
+    "embed": ("causal", "hybrid", "seq2seq", "masked", "diffusion", "embedder"),
+    "score": ("causal", "hybrid", "seq2seq", "masked", "diffusion"),
+    "tokens": ("causal", "hybrid", "masked", "diffusion"),
+    "classify": ("task",),
+    "rerank": ("causal", "hybrid", "seq2seq", "masked", "diffusion", "embedder", "task"),
+}
+"""The kinds of run that can do each thing."""
+WHY_NOT = {
+    "task": "is fine-tuned for a task, and answers /classify; ask the run that it came from",
+    "embedder": "is a body without a head that predicts tokens, and answers /v1/embeddings and /rerank",
+    "causal": "reads forward only",
+    "seq2seq": "is an encoder-decoder: it writes a target for a source",
+    "masked": "reads both ways, and writes blocks of masked tokens",
+    "hybrid": "has no head for a task; `bothways finetune` makes a run that has",
+    "diffusion": "writes blocks of masked tokens",
+}
+IN_SLOTS = ("causal", "hybrid", "seq2seq")
+"""Kinds that write token by token, and share slots."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """One run, by what its directory says."""
+
+    name: str
+    home: Path
+    recipe: Recipe
+    tokenizer: Tokenizer
+    task: TaskInfo | None
+    created: int
+    template: str
+    """Of chats, in jinja2; empty where the run has none."""
+
+    @classmethod
+    def read(cls, name: str, home: Path) -> "Served":
+        """Raises InputError where there is no run, or one without a checkpoint."""
+        recipe, task = read_recipe(home), read_task(home)
+        if not (home / "checkpoints").is_dir() or not any(p.name.isdigit() for p in (home / "checkpoints").iterdir()):
+            raise InputError(f"{home} has no checkpoint yet; train it first")
+        created = int(time.time())
+        return cls(name, home, recipe, Tokenizer.load(home), task, created, read_template(home))
+
+    @property
+    def kind(self) -> str:
+        if self.task is not None:
+            return "task"
+        if self.recipe.family == "bert":
+            return "masked" if self.recipe.model.masked_head else "embedder"
+        if self.recipe.objective.kind in ("hybrid", "diffusion") and self.recipe.family == "gpt":
+            return self.recipe.objective.kind
+        return "seq2seq" if self.recipe.family == "seq2seq" else "causal"
+
+    @property
+    def context_length(self) -> int:
+        return self.recipe.model.context_length
+
+    def refusal(self, what: str) -> str:
+        """Why the run cannot do this; empty where it can."""
+        kind, objective = self.kind, self.recipe.objective
+        if kind not in WANTS[what]:
+            return f"{self.name} {WHY_NOT[kind]}"
+        if what in ("infill", "fill") and kind == "hybrid" and objective.causal_share == 1:
+            return f"{self.name} was trained forward only"
+        if what in ("infill", "fill") and kind == "diffusion" and 0 not in objective.block_sizes:
+            return f"{self.name} was not trained on whole rows, and never saw what follows a block"
+        if what == "chat" and not self.template:
+            return f"{self.name} has no chat template: its tokenizer_config.json holds no chat_template"
+        if what == "rerank" and self.task is not None and self.task.kind not in ("regress", "classify"):
+            return f"{self.name} is fine-tuned for {self.task.kind}, which gives a pair of texts no score"
+        return ""
+
+    @property
+    def abilities(self) -> list[str]:
+        return [what for what in WANTS if not self.refusal(what)]
+
+    @property
+    def bytes(self) -> int:
+        """Of its parameters, as they are kept for inference."""
+        shapes = compute_dtype_shapes(param_shapes(self.recipe, self.task), self.recipe.model)
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+    def cache_bytes(self, slots: int, size: int) -> int:
+        """Of the keys and values of so many slots, where the run writes token by token."""
+        cfg = self.recipe.model.resolved()
+        per_token = cfg.n_layers * cfg.n_kv_heads * (cfg.d_head + cfg.d_value) * jnp.dtype(cfg.compute_dtype).itemsize
+        return slots * size * per_token * (2 if self.kind == "seq2seq" else 1) if self.kind in IN_SLOTS else 0
+
+
+def read_template(home: Path) -> str:
+    """The chat template in a run directory's tokenizer_config.json, or empty."""
+    path = home / "tokenizer_config.json"
+    found = json.loads(path.read_text()).get("chat_template", "") if path.exists() else ""
+    return found if isinstance(found, str) else ""
+
+
+def named(homes: Sequence[str]) -> dict[str, Served]:
+    """Runs by name: the last part of a directory, or NAME of NAME=DIRECTORY.
+
+    Raises:
+      InputError: two of one name, or a directory that is no run.
+    """
+    found: dict[str, Served] = {}
+    for given in homes:
+        name, equals, home = given.partition("=")
+        path = directory(home if equals else given)
+        name = name if equals else Path(str(path)).resolve().name
+        if name in found:
+            raise InputError(f"two runs are called {name}; give one of them as NAME={home or given}")
+        found[name] = Served.read(name, path)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the engine may take.
+
+    `memory` bounds parameters, caches of slots and kept prompts together, in bytes; 0: nothing is evicted.
+    """
+
+    slots: int = 8
+    context: int = 2048
+    piece: int = 128
+    memory: int = 0
+    prefix_cache: int = 64 * 2**20
+
+
+@dataclasses.dataclass
+class Loaded:
+    model: OpenModel
+    pool: Pool | None
+    bytes: int
+
+
+class Runs:
+    """Runs whose parameters are loaded when they are first wanted; the least recently used go where memory is short. Only
+    the engine's thread calls `get`."""
+
+    def __init__(self, served: dict[str, Served], limits: Limits, mesh: MeshConfig | None = None):
+        self.served, self.limits, self.mesh = served, limits, mesh
+        self.loaded: collections.OrderedDict[str, Loaded] = collections.OrderedDict()
+        if limits.memory:
+            for run in served.values():
+                if run.bytes > limits.memory:
+                    raise InputError(
+                        f"{run.name} needs {run.bytes / 2**20:,.0f} MiB for its parameters alone, and --memory allows "
+                        f"{limits.memory / 2**20:,.0f} MiB"
+                    )
+
+    @property
+    def bytes(self) -> int:
+        return sum(one.bytes for one in self.loaded.values())
+
+    def get(self, name: str) -> Loaded:
+        """A run, ready to compute.
+
+        Raises:
+          InputError: its checkpoint cannot be read, or it does not fit beside the runs that are busy.
+        """
+        if name in self.loaded:
+            self.loaded.move_to_end(name)
+            return self.loaded[name]
+        run = self.served[name]
+        self._make_room(run.bytes, run)
+        model = open_run(run.home, self.mesh)
+        pool = self._pool(run, model) if isinstance(model, TextModel) and run.kind in IN_SLOTS else None
+        size = run.bytes + (pool.bytes if pool else 0)
+        self._make_room(size, run)
+        self.loaded[name] = Loaded(model, pool, size)
+        log(
+            f"{name} is loaded: {size / 2**20:,.0f} MiB" + (f", {pool.slots} slots of {pool.size} tokens" if pool else "")
+        )
+        return self.loaded[name]
+
+    def _make_room(self, size: int, run: Served) -> None:
+        while self.limits.memory and self.loaded and self.bytes + size > self.limits.memory:
+            idle = next((n for n, one in self.loaded.items() if one.pool is None or not one.pool.busy), None)
+            if idle is None:
+                break
+            del self.loaded[idle]
+            log(f"{idle} is unloaded: {run.name} needs the memory")
+        if self.limits.memory and self.bytes + size > self.limits.memory:
+            raise InputError(
+                f"{run.name} needs {size / 2**20:,.0f} MiB with its slots, and --memory leaves "
+                f"{(self.limits.memory - self.bytes) / 2**20:,.0f} MiB; ask again later, or give fewer --slots"
+            )
+
+    def _pool(self, run: Served, model: TextModel) -> Pool:
+        size = min(run.context_length, self.limits.context)
+        prefixes = None if model.has_source else PrefixCache(self.limits.prefix_cache)
+        known = len(run.tokenizer)
+        return Pool(
+            callbacks(model.run.module, run.recipe, known),
+            model.run.params,
+            slots=self.limits.slots,
+            size=size,
+            piece=min(self.limits.piece, size),
+            eos=run.tokenizer.eos,
+            vocabulary=known,
+            has_source=model.has_source,
+            prefixes=prefixes,
+        )

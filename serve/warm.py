@@ -1,0 +1,43 @@
+"""Before the port opens: what the runs will take, and every program that a request may need, compiled."""
+
+import numpy as np
+
+from bothways.log import log
+from bothways.sample.batching import rows_that_fit
+from bothways.sample.decode import close_bucket
+from bothways.serve.runs import Loaded, Runs, Served
+
+
+def tell_memory(runs: Runs) -> None:
+    """What each run takes once it is loaded, counted from shapes."""
+    limits, total = runs.limits, 0
+    for run in runs.served.values():
+        size = min(run.context_length, limits.context)
+        params, cache = run.bytes, run.cache_bytes(limits.slots, size)
+        total += params + cache
+        slots = f" and {cache / 2**20:,.0f} MiB for {limits.slots} slots of {size} tokens" if cache else ""
+        log(f"{run.name} ({run.kind}) takes {params / 2**20:,.0f} MiB for its parameters{slots}")
+    kept = limits.prefix_cache * sum(run.kind in ("causal", "hybrid") for run in runs.served.values())
+    log(f"in all {total / 2**20:,.0f} MiB, and up to {kept / 2**20:,.0f} MiB for beginnings of prompts that are kept")
+
+
+def warm(runs: Runs) -> None:
+    """Load every run and compile what its slots need; of runs that embed, rows of every length, one alone and as many as fit
+    together. What masked runs fill and score compiles when it is first asked for."""
+    for name, run in runs.served.items():
+        loaded = runs.get(name)
+        if loaded.pool is not None:
+            loaded.pool.warm()
+        if run.kind in ("masked", "embedder"):
+            _warm_embedding(run, loaded)
+        log(f"{name} is compiled")
+
+
+def _warm_embedding(run: Served, loaded: Loaded) -> None:
+    from bothways.sample.embed import pooled
+
+    fitting, context = rows_that_fit(run.recipe.model), run.context_length
+    for length in sorted({min(close_bucket(n), context) for n in range(1, context + 1)}):
+        for rows in {1, fitting(length)}:
+            tokens = np.zeros((rows, length), np.int32)
+            pooled(loaded.model.run.module, loaded.model.run.params, tokens, np.ones_like(tokens), "mean")
