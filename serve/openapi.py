@@ -1,10 +1,10 @@
 """The description of every endpoint, made from the shapes that read and write them."""
 
+import importlib.metadata
 from typing import Any
 
 import msgspec
 
-import bothways
 from bothways.serve import shapes
 
 ENDPOINTS: dict[str, tuple[str, Any, Any]] = {
@@ -73,5 +73,5 @@ def description() -> dict[str, Any]:
     paths["/v1/models/{model}"] = {"get": one}
     figures = {"200": {"description": "Figures", "content": {"text/plain": {"schema": {"type": "string"}}}}}
     paths["/metrics"] = {"get": {"summary": "Figures for Prometheus", "responses": figures}}
-    info = {"title": "bothways serve", "version": bothways.__version__}
+    info = {"title": "bothways serve", "version": importlib.metadata.version("bothways")}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": components}}
