@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bothways.compare.stats import Estimate
+from bothways.compare.stats import Estimate, detectable
 from bothways.data.config import DataConfig
 from bothways.errors import InputError
 from bothways.log import log
@@ -99,6 +99,18 @@ class Experiment:
     method: str
     known: str
     run: Callable[["ExperimentRunner"], Result]
+    pilot: tuple[float, str] | None = None
+    """How much its main difference varied from seed to seed in a pilot of size tiny (a standard deviation), and its unit."""
+
+    def detects(self, seeds: int) -> str:
+        """Which difference so many seeds can find, known before anything is run; empty without a pilot, or with one seed."""
+        if self.pilot is None or seeds < 2:
+            return ""
+        spread, unit = self.pilot
+        return (
+            f"{seeds} seeds find a difference of {detectable(spread, seeds):.3g} {unit} four times out of five, "
+            f"if seeds vary as in a pilot of size tiny ({spread:.3g})"
+        )
 
 
 class ExperimentRunner:

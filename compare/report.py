@@ -68,8 +68,10 @@ def _figures(figures: list[Measurement]) -> str:
     )
 
 
-def _section(experiment: Experiment, result: Result, command: str) -> str:
+def _section(experiment: Experiment, result: Result, command: str, seeds: int) -> str:
     e = experiment
+    power = e.detects(seeds)
+    before = f'<p class="soft"><b>Before it ran:</b> {html.escape(power)}.</p>' if power else ""
     pictures = "".join(
         f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" for svg, caption in result.pictures
     )
@@ -77,7 +79,7 @@ def _section(experiment: Experiment, result: Result, command: str) -> str:
 <h2>{html.escape(e.title)}</h2>
 <p>{_badge(result.verdict)} {html.escape(result.finding)}</p>
 <p class="soft"><b>How sure:</b> {html.escape(result.sure)}</p>
-<p><b>The essay's claim.</b></p><blockquote>{html.escape(e.claim)}</blockquote>
+{before}<p><b>The essay's claim.</b></p><blockquote>{html.escape(e.claim)}</blockquote>
 <p><b>The experiment.</b> {html.escape(e.method)}</p>
 {pictures}{"".join(map(_table, result.tables))}{_figures(result.figures)}
 <p class="soft"><b>At real size, by others:</b> {html.escape(e.known)}</p>
@@ -98,7 +100,7 @@ def write(home: Path, found: list[tuple[Experiment, Result]], about: dict[str, A
     )
     count = {v: sum(r.verdict == v for _, r in found) for v in (HOLDS, FAILS, OPEN)}
     models = "; ".join(f"{arm}: {what}" for arm, what in about["arms"].items())
-    sections = "".join(_section(e, r, c) for (e, r), c in zip(found, commands, strict=True))
+    sections = "".join(_section(e, r, c, about["seeds"]) for (e, r), c in zip(found, commands, strict=True))
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>GPT against BERT, under control</title><style>{STYLE}</style></head><body>
@@ -119,7 +121,7 @@ made for there being several claims. The models: {html.escape(models)}.</p>
 """
     (home / "report.html").write_text(page)
     values = [
-        dataclasses.asdict(e, dict_factory=lambda pairs: {k: v for k, v in pairs if k != "run"})
+        dataclasses.asdict(e, dict_factory=lambda pairs: {k: v for k, v in pairs if k not in ("run", "pilot")})
         | {k: v for k, v in dataclasses.asdict(r).items() if k != "pictures"}
         | {"command": c}
         for (e, r), c in zip(found, commands, strict=True)

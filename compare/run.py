@@ -83,6 +83,8 @@ def compare(
         began = time.monotonic()
         chosen = experiment(name)
         new = not kept[name].exists()
+        if new and (power := chosen.detects(lab.size.seeds)):
+            log(f"=== {name}: {power}")
         Result.from_json(lab.part(f"result-{name}", lambda e=chosen: dataclasses.asdict(e.run(lab))))
         lab.part(f"made-{name}", made_with)
         found = [(experiment(n), Result.from_json(lab.part(f"result-{n}", dict))) for n in NAMES if kept[n].exists()]

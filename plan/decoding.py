@@ -1,4 +1,5 @@
-"""The step that samples: a token for every row of a causal model or encoder-decoder, a reading of a masked model."""
+"""The step that samples: a token for every row of a causal model or encoder-decoder, a denoising step of a diffusion model,
+a forward pass of a masked model."""
 
 import dataclasses
 import functools
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bothways import sharding
 from bothways.chips import Topology, usual_shape
@@ -15,16 +17,18 @@ from bothways.config import MeshConfig
 from bothways.errors import InputError
 from bothways.flops import executed_flops
 from bothways.model.axes import activation_shardings, traced_for
+from bothways.model.gpt import MaskedNextToken
 from bothways.model.stack import unstack_layers
 from bothways.plan import hlo
 from bothways.plan.candidates import PAD_VOCABULARY, held, parameter_axes
 from bothways.plan.roofline import bytes_per_device, compile_quietly, read_text, summed_collectives
 from bothways.plan.training import planned_model, with_vocabulary
 from bothways.recipes import Recipe
-from bothways.registry import make_module
+from bothways.registry import make_module, predicts
 from bothways.rundir import compute_dtype_shapes, param_shapes
+from bothways.sample.blocks import block_decoder, usual_block
 from bothways.sample.decode import Decoder
-from bothways.sample.denoise import hidden_logits
+from bothways.sample.denoise import Denoising, hidden_logits
 from bothways.sample.sampling_params import SamplingParams
 from bothways.sample.text import callbacks
 
@@ -38,7 +42,7 @@ class DecodePlan:
     """Bytes and seconds are of one step: a token more for every row; of masked models, a reading of every row."""
 
     step: str
-    """decode or read."""
+    """decode, denoise (a forward pass of the open block of every row) or read."""
     rows: int
     context_length: int
     """Places of the cache: the prompt takes half of them, what is said the rest. Of masked models, of a row."""
@@ -60,23 +64,37 @@ class DecodePlan:
     step_seconds: float
     """The longest of the three, and of weights_seconds."""
     tokens_per_second: float
-    """Of all rows together, at best: tokens said; of masked models, tokens read."""
+    """Of all rows together, at best: tokens written, those of a diffusion model one a pass; of masked models, tokens read."""
     compile_seconds: float
     notes: tuple[str, ...]
 
 
-def plan_decoding(recipe: Recipe, topology: Topology, rows: int = ROWS) -> DecodePlan:
+def plan_decoding(recipe: Recipe, topology: Topology, rows: int = ROWS, block: int = 0) -> DecodePlan:
     """Compile what `sample` runs, on as few chips of a topology as hold it.
 
     The weights are of the types, and spread, as `load` has them: over `tensor` as far as the heads divide, the rest over
     `fsdp`.
 
+    Args:
+      block: of a decoder trained by diffusion, tokens in a block; 0: what `sample` takes.
+
     Raises:
-      InputError: not even all chips of one slice hold it; or libtpu is missing.
+      InputError: a block that the recipe does not train; not even all chips of one slice hold it; or libtpu is missing.
     """
     recipe, began, found = with_vocabulary(recipe), time.monotonic(), None
+    sizes = recipe.objective.block_sizes
+    if block and (not _in_blocks(recipe) or block not in sizes):
+        raise InputError(
+            f"--block is {block}, and {recipe.name} "
+            + (
+                f"trains blocks of {', '.join(map(str, sizes))}"
+                if _in_blocks(recipe)
+                else "writes no blocks with a cache"
+            )
+        )
+    block = block or (usual_block(sizes, recipe.model.context_length) if _in_blocks(recipe) else 0)
     for where, placed, sizes in _spreads(recipe, topology, rows):
-        found = _compiled(placed, where, sizes, rows)
+        found = _compiled(placed, where, sizes, rows, block)
         if found.fits:
             return dataclasses.replace(found, compile_seconds=time.monotonic() - began)
     if found is None:
@@ -87,13 +105,23 @@ def plan_decoding(recipe: Recipe, topology: Topology, rows: int = ROWS) -> Decod
     return found
 
 
+def _in_blocks(recipe: Recipe) -> bool:
+    """Whether `sample` writes blocks with a cache."""
+    return recipe.family == "gpt" and recipe.objective.kind == "diffusion" and set(recipe.objective.block_sizes) != {0}
+
+
+def _reads_rows(recipe: Recipe) -> bool:
+    """Whether `sample` reads whole rows in every pass."""
+    return recipe.family == "bert" or (recipe.objective.kind == "diffusion" and not _in_blocks(recipe))
+
+
 def _spreads(recipe: Recipe, topology: Topology, rows: int) -> Any:
     """(topology, recipe, mesh) from one device on, doubling, where the weights and the cache may fit."""
     chip, cfg = topology.chip, recipe.model.resolved()
     padded = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pad_vocab_to_multiple_of=PAD_VOCABULARY))
     known = [(r, parameter_axes(r)) for r in (recipe, padded)]
     cache = 2 * rows * cfg.n_layers * cfg.context_length * cfg.n_kv_heads * (cfg.d_head + cfg.d_value)
-    cache = 0 if recipe.family == "bert" else cache * (2 if recipe.family == "seq2seq" else 1)
+    cache = 0 if _reads_rows(recipe) else cache * (2 if recipe.family == "seq2seq" else 1)
     devices = 1
     while devices <= math.prod(topology.shape) * chip.devices:
         for tensor in (n for n in range(devices, 0, -1) if devices % n == 0):
@@ -113,7 +141,7 @@ def _slice_of(topology: Topology, devices: int) -> Topology:
     return dataclasses.replace(topology, shape=topology.shape if larger else shape, slices=1)
 
 
-def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: int) -> DecodePlan:
+def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: int, block: int) -> DecodePlan:
     chip, count = topology.chip, math.prod(sizes.values())
     mesh = sharding.make_mesh(MeshConfig(**sizes), topology.devices()[:count])
     model = planned_model(recipe.model, mesh.devices.flat[0].platform)
@@ -133,7 +161,9 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
         at = split.compile().output_shardings
         params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), split.out_info, at)
     with placed:
-        traced, before, cache, notes = (_reading if recipe.family == "bert" else _decoding)(recipe, params, rows)
+        traced, before, cache, notes = (
+            _reading(recipe, params, rows) if _reads_rows(recipe) else _decoding(recipe, params, rows, block)
+        )
         compiled, used, said = compile_quietly(traced.lower()) if traced else (None, before, [])
     notes += said
     once, twice = [read_text(compiled, count, turns)[0] if compiled else None for turns in (1, 2)]
@@ -153,9 +183,12 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
         notes.append(f"`sample` uses the {chip.host} chips of one host, and cannot run on so many yet")
     slowest = max(times, key=lambda name: times[name] or 0.0)
     longest = times[slowest] or 0.0
-    masked = recipe.family == "bert"
+    masked = _reads_rows(recipe)
+    a_pass = block / (block + 1) if block and predicts(recipe.family, model) == "own" else 1
+    if block:
+        notes.append(f"blocks of {block}, a token a pass; fewer --steps, or a --threshold, write as many times more")
     return DecodePlan(
-        step="read" if masked else "decode",
+        step="read" if masked else "denoise" if block else "decode",
         rows=rows,
         context_length=model.context_length,
         chips=-(-count // chip.devices),
@@ -170,7 +203,7 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
         network_seconds=times.get("network"),
         bound_by=slowest,
         step_seconds=longest,
-        tokens_per_second=rows * (model.context_length if masked else 1) / longest,
+        tokens_per_second=rows * (model.context_length if masked else a_pass) / longest,
         compile_seconds=0.0,
         notes=tuple(notes),
     )
@@ -180,17 +213,25 @@ def _reading(recipe: Recipe, params: Any, rows: int) -> tuple[Any, float, float,
     """A masked model's reading of full rows, traced; nothing comes before it, and it keeps no cache."""
     shape = rows, recipe.model.context_length
     tokens, places = _integers(*shape), _integers(rows, MASKS)
-    return hidden_logits.trace(make_module(recipe.family, recipe.model), params, tokens, tokens, places), 0.0, 0.0, []
+    module = make_module("bert", recipe.model) if recipe.family == "bert" else MaskedNextToken(recipe.model)
+    return hidden_logits.trace(module, params, tokens, tokens, places), 0.0, 0.0, []
 
 
-def _decoding(recipe: Recipe, params: Any, rows: int) -> tuple[Any, float, float, list[str]]:
-    """The decoding loop, traced, after prompts of half the context; what the reading of those needs, in bytes of a
-    device; and the bytes of the cache. The loop is None where already the prompts do not fit."""
-    cfg = recipe.model
-    decoder = Decoder(*callbacks(make_module(recipe.family, cfg), recipe, cfg.vocab_size), cfg.context_length, eos=0)
+def _decoding(recipe: Recipe, params: Any, rows: int, block: int) -> tuple[Any, float, float, list[str]]:
+    """The decoding or denoising loop, traced, after prompts of half the context; what the reading of those needs, in bytes
+    of a device; and the bytes of the cache. The loop is None where already the prompts do not fit."""
+    cfg, module = recipe.model, make_module(recipe.family, recipe.model)
     source = (_integers(rows, cfg.context_length),) * 2 if recipe.family == "seq2seq" else None
     each, prompts = _integers(rows), _integers(rows, cfg.context_length // 2)
-    traced = decoder.prefill.trace(params, prompts, each, each, source, size=cfg.context_length)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    method = SamplingParams.make()
+    if block:
+        in_blocks = block_decoder(module, np.zeros(cfg.table_rows, bool), 0, 1, block)
+        size = -(-cfg.context_length // block) * block
+        traced = in_blocks.block_prefill.trace(params, prompts, each, each, keys, each, method, size=size)
+    else:
+        decoder = Decoder(*callbacks(module, recipe, cfg.vocab_size), cfg.context_length, eos=0)
+        traced = decoder.prefill.trace(params, prompts, each, each, source, size=cfg.context_length)
     compiled, used, notes = compile_quietly(traced.lower())
     if compiled is None:
         return None, used, 0.0, notes
@@ -199,8 +240,8 @@ def _decoding(recipe: Recipe, params: Any, rows: int) -> tuple[Any, float, float
         lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), traced.out_info, compiled.output_shardings
     )
     cache = bytes_per_device(state.cache, jax.tree.map(lambda s: s.sharding, state.cache))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    loop = decoder.run.trace(params, state, keys, each, SamplingParams.make(), _integers())
+    run = in_blocks.block_run if block else decoder.run
+    loop = run.trace(params, state, keys, each, method, _integers(), *([Denoising.make()] if block else []))
     return loop, _bytes(compiled), cache, notes
 
 

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from bothways.sample.decode import Begin, Decoder, Logits, Row, close_bucket, pa
 from bothways.sample.denoise import Canvas, Denoising, fold, keep_confident, propose
 from bothways.sample.sampling_params import SamplingParams, sample_token
 
+USUAL_BLOCK = 16
+"""Tokens that are written together where nobody says how many."""
 BlockForward = Callable[[Any, jax.Array, Cache, int], tuple[jax.Array, Cache]]
 """(params, tokens [B, T], cache, block size) -> (features [B, T, D], cache)."""
 
@@ -222,3 +225,31 @@ class BlockDecoder(Decoder):
         self, params: Any, state: BlockState, keys: jax.Array, said: jax.Array, method: SamplingParams, most: int
     ) -> BlockState:
         return self.block_run(params, state, keys, said, method, jnp.int32(most), self.how)
+
+
+def usual_block(sizes: Sequence[int], context: int) -> int:
+    """The largest block among those trained on, up to USUAL_BLOCK; of whole rows (0) alone, USUAL_BLOCK or half the row."""
+    known = sorted(set(sizes) - {0})
+    if not known:
+        return min(USUAL_BLOCK, context // 2)
+    return max((size for size in known if size <= USUAL_BLOCK), default=known[0])
+
+
+def block_decoder(module: nn.Module, never: np.ndarray, eos: int, mask: int, block: int) -> BlockDecoder:
+    """The decoder of a GPT for one block size.
+
+    Args:
+      never: [V] bool, tokens that are never written.
+    """
+    cfg = module.cfg
+
+    def forward(params: Any, tokens: jax.Array, cache: Cache, block: int) -> tuple[jax.Array, Cache]:
+        return module.apply({"params": params}, tokens, cache=cache, block=block)
+
+    def logits(params: Any, features: jax.Array) -> jax.Array:
+        return jnp.where(never, -jnp.inf, module.apply({"params": params}, features, method="logits"))
+
+    def begin(params: Any, batch: int, size: int, source: None) -> Cache:
+        return Cache.empty(cfg, batch, size)
+
+    return BlockDecoder(forward, logits, begin, cfg.context_length, eos, mask, module.predicts, block)

@@ -4,27 +4,20 @@ trained on whole rows."""
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bothways.errors import InputError
-from bothways.model.cache import Cache
 from bothways.model.gpt import MaskedNextToken
 from bothways.model.loss import MAX_LOGITS
 from bothways.rundir import Run
 from bothways.sample.batching import rows_that_decode
-from bothways.sample.blocks import BlockDecoder
+from bothways.sample.blocks import BlockDecoder, block_decoder, usual_block
 from bothways.sample.bound import DRAWS, bound_logprobs
 from bothways.sample.denoise import Denoising
 from bothways.sample.masked import Filled, MaskedModel
 from bothways.sample.sampling_params import SamplingParams
 from bothways.sample.text import Sample, Score, TextModel, check_asked
-
-USUAL_BLOCK = 16
-"""Tokens that are written together where nobody says how many."""
 
 
 class DiffusionModel(TextModel):
@@ -38,32 +31,11 @@ class DiffusionModel(TextModel):
         self.both_ways = MaskedModel(dataclasses.replace(run, module=MaskedNextToken(run.module.cfg)))
         self.block_decoder = functools.cache(self._block_decoder)
 
-    @property
-    def usual_block(self) -> int:
-        """The largest block of those it was trained on, up to USUAL_BLOCK; where it knows whole rows only, USUAL_BLOCK or
-        half the row."""
-        sizes = sorted(set(self.block_sizes) - {0})
-        if not sizes:
-            return min(USUAL_BLOCK, self.recipe.model.context_length // 2)
-        return max((size for size in sizes if size <= USUAL_BLOCK), default=sizes[0])
-
     def _block_decoder(self, block: int) -> BlockDecoder:
-        cfg, module = self.run.recipe.model, self.run.module
-        never = np.zeros(cfg.table_rows, bool)
+        never = np.zeros(self.run.recipe.model.table_rows, bool)
         never[[self.tokenizer.mask, self.tokenizer.pad]] = True
         never[len(self.tokenizer) :] = True
-
-        def forward(params: Any, tokens: jax.Array, cache: Cache, block: int) -> tuple[jax.Array, Cache]:
-            return module.apply({"params": params}, tokens, cache=cache, block=block)
-
-        def logits(params: Any, features: jax.Array) -> jax.Array:
-            return jnp.where(never, -jnp.inf, module.apply({"params": params}, features, method="logits"))
-
-        def begin(params: Any, batch: int, size: int, source: None) -> Cache:
-            return Cache.empty(cfg, batch, size)
-
-        args = forward, logits, begin, cfg.context_length, self.tokenizer.eos, self.tokenizer.mask
-        return BlockDecoder(*args, module.predicts, block)
+        return block_decoder(self.run.module, never, self.tokenizer.eos, self.tokenizer.mask, block)
 
     def rows_in_blocks(self, block: int, max_tokens: int) -> Callable[[int], int]:
         """Length of a prompt -> rows that are written together."""
@@ -111,7 +83,7 @@ class DiffusionModel(TextModel):
           InputError: numbers out of range, a block that the run was not trained on, or a prompt longer than the context.
         """
         check_asked(max_tokens, num, stop)
-        block = self.usual_block if block is None else block
+        block = usual_block(self.block_sizes, self.recipe.model.context_length) if block is None else block
         how = Denoising.make(steps or 0, threshold, remask, any_order)
         method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy)
         if block not in self.block_sizes or block == 0:

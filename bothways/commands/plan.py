@@ -24,6 +24,8 @@ class PlanOptions:
     """Plan sampling too: the decoding step, or the reading of a masked model, on as few of these chips as hold it."""
     rows: int = 16
     """Rows that are decoded together, each as long as the context."""
+    block: int = 0
+    """Tokens in a block of a decoder trained by diffusion; 0: what `sample` takes."""
     json: bool = False
     """Print one JSON object, the decoding step's under `decode`; with --search one per layout, the best first."""
 
@@ -57,7 +59,7 @@ def plan(argv: list[str]) -> None:
     if options.decode:
         log("compiling the step that samples")
         try:
-            decoded = plan_decoding(recipe, topology, options.rows)
+            decoded = plan_decoding(recipe, topology, options.rows, options.block)
         except InputError as e:
             log(str(e))
     for p in plans if options.json else plans[:1]:
@@ -100,7 +102,7 @@ def show_training(p: Any) -> str:
 def show_decoding(d: Any) -> str:
     """The plan of a step that samples, for people."""
     mesh = " x ".join(f"{name} {size}" for name, size in d.mesh.items() if size > 1)
-    what = "decoding step" if d.step == "decode" else "reading"
+    what = {"decode": "decoding step", "denoise": "denoising step", "read": "reading"}[d.step]
     lines = [
         f"{what} of {d.rows} rows of {d.context_length}: {d.chips} chip{'s' if d.chips > 1 else ''}{f', {mesh}' if mesh else ''}",
         f"  memory per chip   {d.memory_per_chip / GIB:7.2f} GiB of {d.memory_limit / GIB:.2f}: "

@@ -117,7 +117,9 @@ def test_the_page_stands_by_itself(tmp_path):
     tables = [Table("a title", ("a", "b"), [["1 & 2", "3"]])]
     found = [
         (
-            Experiment(n, f"title {n}", "claim", "method", "known", lambda lab: None),
+            Experiment(
+                n, f"title {n}", "claim", "method", "known", lambda lab: None, (0.1, "bits") if n == "a" else None
+            ),
             Result(v, "found", "sure", figures, tables, [(picture, "one"), (bars, "two")]),
         )
         for n, v in (("a", stats.HOLDS), ("b", stats.FAILS), ("c", stats.OPEN))
@@ -132,6 +134,8 @@ def test_the_page_stands_by_itself(tmp_path):
     assert "Of 3 claims 1 hold here, 1 do not, and 1 are not decided" in page.text
     assert "bothways compare b --size s" in page.text
     assert "Measured with commit abc." in page.text
+    # t(0.975, 1) = 12.71 and t(0.8, 1) = 1.376, times 0.1 / sqrt(2)
+    assert page.text.count("Before it ran: 2 seeds find a difference of 0.996 bits four times out of five") == 1
     assert "rate <x>" in page.text
     assert "a rule" in page.text
     assert pictures.INK not in path.read_text()

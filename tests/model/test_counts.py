@@ -19,6 +19,9 @@ def counts(recipe_shapes) -> dict[str, int]:
         ("gpt2_xl", 1_557_611_200),
         ("bert_base", 110_106_428),
         ("bert_large", 336_226_108),
+        ("llada_8b", 8_015_581_184),
+        ("mdlm_small", 2 * 50_258 * 768 + 12 * (12 * 768**2 + 2 * 768) + 768),
+        ("bd3lm_small_16", 162_150_144),
     ],
 )
 def test_count_is_the_published_checkpoints(counts, name, count):

@@ -9,6 +9,7 @@ import pytest
 import bothways
 from bothways import chips
 from bothways.chips import GIB, Topology
+from bothways.config import ObjectiveConfig
 from bothways.errors import InputError
 from bothways.plan import hlo
 from bothways.plan.candidates import parameter_axes
@@ -40,6 +41,23 @@ def test_a_decoding_step(tiny_recipe, eight_devices):
     assert d.memory_seconds > d.weights_seconds
     assert d.step_seconds == max(d.weights_seconds, d.compute_seconds, d.memory_seconds, d.network_seconds)
     assert d.tokens_per_second == pytest.approx(3 / d.step_seconds)
+
+
+def test_a_denoising_step(tiny_recipe, eight_devices):
+    """Of blocks the loop with its cache; of whole rows a forward pass without one."""
+    base = small(tiny_recipe, predicts="own")
+    recipe = dataclasses.replace(base, objective=ObjectiveConfig(kind="diffusion", block_sizes=(4, 2)))
+    cfg = recipe.model.resolved()
+    d = plan_decoding(recipe, Topology.parse("cpu:8"), rows=3)
+    assert (d.step, d.chips, d.fits) == ("denoise", 1, True)
+    assert d.memory["cache"] == 3 * (4 * cfg.context_length * cfg.n_kv_heads * (cfg.d_head + cfg.d_value) + 4)
+    assert d.tokens_per_second == pytest.approx(3 * 4 / 5 / d.step_seconds)  # four passes, and one that keeps the block
+    narrow = plan_decoding(recipe, Topology.parse("cpu:8"), rows=3, block=2)
+    assert d.compute_seconds == pytest.approx(2 * narrow.compute_seconds, rel=0.2)
+    with pytest.raises(InputError, match="--block is 3, and tiny trains blocks of 4, 2"):
+        plan_decoding(recipe, Topology.parse("cpu:8"), rows=3, block=3)
+    whole = dataclasses.replace(base, objective=ObjectiveConfig(kind="diffusion"))
+    assert plan_decoding(whole, Topology.parse("cpu:8"), rows=3).step == "read"
 
 
 def test_as_few_chips_as_hold_it(tiny_recipe, eight_devices, monkeypatch):

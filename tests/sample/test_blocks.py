@@ -15,7 +15,7 @@ from bothways.model.cache import Cache
 from bothways.model.gpt import GPT
 from bothways.recipes import Recipe
 from bothways.registry import make_module
-from bothways.sample.blocks import BlockDecoder
+from bothways.sample.blocks import BlockDecoder, usual_block
 from bothways.sample.decode import Decoder, Row
 from bothways.sample.denoise import Canvas, Denoising, fold, keep_confident
 from bothways.sample.diffusion import DiffusionModel
@@ -214,6 +214,6 @@ def test_what_a_run_was_not_trained_for_is_refused(run):
         run.sample(["the"], block=4, sweeps=2)
     with pytest.raises(InputError, match="steps is -1"):
         run.sample(["the"], block=4, steps=-1)
-    assert (run.usual_block, only.usual_block) == (4, 8)
+    assert [usual_block(sizes, 24) for sizes in ((4, 0), (4, 8), (32, 64), (0,), (1, 16, 32))] == [4, 8, 32, 12, 16]
     (filled,) = run.fill(["the [MASK] king"])
     assert len(filled.masks) == 1
