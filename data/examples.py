@@ -180,8 +180,9 @@ class Pairs:
       InputError: fewer than two documents; there would be no negatives.
     """
 
-    def __init__(self, ids: np.ndarray, starts: np.ndarray, length: int, vocabulary: Vocabulary):
-        self.ids, self.room, self.vocabulary = ids, length - 3, vocabulary
+    def __init__(self, tokens: Tokens, length: int, vocabulary: Vocabulary):
+        ids, starts = tokens.ids, tokens.starts
+        self.tokens, self.ids, self.room, self.vocabulary = tokens, ids, length - 3, vocabulary
         if len(starts) < 2:
             raise InputError(
                 f"next-sentence pairs need negatives from another document, and there is {len(starts)} document; "
@@ -194,6 +195,16 @@ class Pairs:
 
     def __len__(self) -> int:
         return int(self.first[-1])
+
+    @property
+    def block_rows(self) -> int:
+        """Pieces that lie in about one block of ids; 0 where ids are not read by blocks."""
+        return -(-self.tokens.block // self.room)
+
+    def read_ahead(self, blocks: np.ndarray) -> None:
+        """Begins to read these blocks of pieces."""
+        begins = self[np.minimum(blocks * self.block_rows, len(self) - 1)]["begin"]
+        self.tokens.read_ahead(begins, self.block_rows * self.room)
 
     def document(self, indices: np.ndarray) -> np.ndarray:
         """[n] the document that each piece is of."""
@@ -302,7 +313,7 @@ def masked_source(
     """
     shared = {"masking": masking, "slots": masking.slots(length)}
     if pairs:
-        source = Pairs(tokens.ids, tokens.starts, length, vocabulary)
+        source = Pairs(tokens, length, vocabulary)
         return source, functools.partial(sentence_pair, source=source, **shared)
     rows = Rows(tokens, length - 1, vocabulary.pad, separate, padded)
     return rows, functools.partial(masked_row, vocabulary=vocabulary, **shared)

@@ -1,5 +1,7 @@
 """Documents out of text, JSONL, CSV, TSV and parquet files, compressed or not."""
 
+import bz2
+import contextlib
 import csv
 import glob
 import gzip
@@ -13,12 +15,14 @@ import os
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
 
-import fsspec
 import zstandard
 
+from bothways.data import stores
 from bothways.data.config import DataConfig
+from bothways.data.stores import AnyPath, Remote, is_remote
 from bothways.errors import InputError
 
 SETTLED = 2_000_000_000
@@ -31,18 +35,23 @@ SUFFIXES = (*PLAIN, *TABLES, *(kind + packed for kind in (*PLAIN, *TABLES[:3]) f
 LOG = logging.getLogger("bothways")
 
 
-def kind(path: Path) -> str:
+def kind(path: AnyPath) -> str:
     """How a file is read, by its ending in lower case; of a compressed file, by that before: `.jsonl` of a.JSONL.zst."""
     last = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if last in PACKED else last
+    return PurePath(path.stem).suffix.lower() if last in PACKED else last
 
 
 def looks_like_files(pattern: str) -> bool:
     """Whether a corpus name means files, rather than a dataset's name."""
-    return Path(pattern).expanduser().exists() or any(c in pattern for c in "*?[") or pattern.lower().endswith(SUFFIXES)
+    return (
+        is_remote(pattern)
+        or Path(pattern).expanduser().exists()
+        or any(c in pattern for c in "*?[")
+        or pattern.lower().endswith(SUFFIXES)
+    )
 
 
-def matching(pattern: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+def matching(pattern: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[AnyPath]:
     """The files that a path or glob names, sorted; of a directory, every file of a known kind, through links too.
 
     What a directory holds besides is left out, and a warning says what.
@@ -50,6 +59,8 @@ def matching(pattern: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     Raises:
       InputError: there are none.
     """
+    if is_remote(pattern):
+        return list(stores.matching(pattern, lambda p: kind(p) in suffixes, suffixes))
     path = Path(pattern).expanduser()
     if path.is_dir():
         every = list(inside(path))
@@ -95,7 +106,7 @@ def fingerprint(contents: list[str], *extra: str, names: Sequence[str] = ()) -> 
     return digest.hexdigest()[:16]
 
 
-def contents(paths: list[Path], cache: Path) -> list[str]:
+def contents(paths: Sequence[AnyPath], cache: Path) -> list[str]:
     """The SHA-256 of each file. One that has not been touched since it was last read is not read again.
 
     Args:
@@ -108,6 +119,9 @@ def contents(paths: list[Path], cache: Path) -> list[str]:
         known = {}
     found_all, before = [], dict(known)
     for path in paths:
+        if isinstance(path, Remote):  # what its store says of it, since it may be terabytes
+            found_all.append(path.state())
+            continue
         stat, where = path.stat(), str(path.absolute())
         touched = max(stat.st_mtime_ns, stat.st_ctime_ns)
         state = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
@@ -127,56 +141,101 @@ def contents(paths: list[Path], cache: Path) -> list[str]:
     return found_all
 
 
-def read_bytes(path: Path) -> bytes:
-    """What is in a file, unpacked. Raises InputError if it cannot be read, or is compressed and cut short or damaged."""
+@contextlib.contextmanager
+def opened(path: AnyPath) -> Iterator[BinaryIO]:
+    """What is in a file, unpacked, as a stream of bytes: little of it is in memory at a time.
+
+    Raises:
+      InputError: it cannot be read, or is compressed and cut short or damaged; here, and while it is read inside.
+    """
     packed = PACKED.get(path.suffix.lower())
     try:
-        if packed == "zstd":
-            return unpack_zstd(path.read_bytes())
-        with fsspec.open(str(path), "rb", compression=packed) as f:
-            return f.read()
+        with path.open("rb") as raw:
+            if packed == "zstd":
+                yield io.BufferedReader(Zstd(raw), 2**20)
+            elif packed:
+                with {"gzip": gzip, "bz2": bz2, "xz": lzma}[packed].open(raw, "rb") as stream:
+                    yield stream
+            else:
+                yield raw
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile) as e:
         raise InputError(f"{path} is cut short or damaged ({e}); copy it anew") from e
     except OSError as e:
         damaged = path.suffix.lower() in PACKED and e.errno is None
         raise InputError(
-            f"{path} is damaged ({e}); copy it anew" if damaged else f"cannot read {path}: {e.strerror}"
+            f"{path} is damaged ({e}); copy it anew" if damaged else f"cannot read {path}: {e.strerror or e}"
         ) from e
 
 
-def unpack_zstd(raw: bytes) -> bytes:
+class Zstd(io.RawIOBase):
     """All frames of a .zst. Raises EOFError if the last has no end: the library's own reader takes that for the end of
     the text, and the end of the first frame too."""
-    parts = []
-    while raw:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        parts.append(frame.decompress(raw))
-        if not frame.eof:
-            raise EOFError("the last frame has no end")
-        raw = frame.unused_data
-    return b"".join(parts)
+
+    def __init__(self, raw: BinaryIO):
+        self.raw, self.frame, self.ready, self.begun = raw, zstandard.ZstdDecompressor().decompressobj(), b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        while not self.ready:
+            packed = (self.frame.unused_data if self.frame.eof else b"") or self.raw.read(2**18)
+            if self.frame.eof:
+                self.frame, self.begun = zstandard.ZstdDecompressor().decompressobj(), False
+            if not packed:
+                if self.begun:
+                    raise EOFError("the last frame has no end")
+                return 0
+            self.begun = True
+            self.ready = self.frame.decompress(packed)
+        count = min(len(into), len(self.ready))
+        into[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count
 
 
-def read_utf8(path: Path) -> str:
+def read_utf8(path: AnyPath) -> str:
     """The text of a file.
 
     Raises:
       InputError: the file cannot be read, or is not UTF-8; says which bytes and where.
     """
-    raw = read_bytes(path)
+    return "".join(text_lines(path, "\n"))
+
+
+def text_lines(path: AnyPath, newline: str = "") -> Iterator[str]:
+    """The lines of a file with their ends, one in memory at a time.
+
+    Args:
+      newline: "" for the ends of any system, "\\n" for that alone.
+
+    Raises:
+      InputError: the file cannot be read, or is not UTF-8; says which bytes and where.
+    """
     try:
-        return raw.decode("utf-8-sig")
+        with opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline=newline) as text:
+            yield from text
     except UnicodeDecodeError as e:
-        at = e.start + len(raw) - len(e.object)  # the codec counts from behind a byte order mark
-        line = raw.count(b"\n", 0, at) + 1
-        raise InputError(
-            f"{path} is not UTF-8: bytes {raw[at : at + 4].hex(' ')} at offset {at} (line {line}); "
-            "convert it first, for example with iconv -f latin1 -t utf-8"
-        ) from e
+        raise InputError(_where_not_utf8(path)) from e
 
 
-def records(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, record) of a JSONL, CSV or TSV file.
+def _where_not_utf8(path: AnyPath) -> str:
+    """The first bytes of a file that are no UTF-8; it is read once more for that."""
+    offset = 0
+    with opened(path) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as e:
+                return (
+                    f"{path} is not UTF-8: bytes {line[e.start : e.start + 4].hex(' ')} at offset {offset + e.start} "
+                    f"(line {number}); convert it first, for example with iconv -f latin1 -t utf-8"
+                )
+            offset += len(line)
+    return f"{path} is not UTF-8"
+
+
+def records(path: AnyPath) -> Iterator[tuple[int, dict]]:
+    """(line number, record) of a JSONL, CSV, TSV or parquet file, one in memory at a time.
 
     Raises:
       InputError: a line that is not a JSON object, a table whose rows have more cells than its header, or whose
@@ -185,21 +244,20 @@ def records(path: Path) -> Iterator[tuple[int, dict]]:
     if kind(path) == ".parquet":
         yield from parquet_records(path)
         return
-    text = read_utf8(path)
     if kind(path) == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
+        for number, line in enumerate(text_lines(path, "\n"), 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as e:
-                raise InputError(f"{path}, line {number}: not JSON ({e.msg}): {line[:60]!r}") from e
+                raise InputError(f"{path}, line {number}: not JSON ({e.msg}): {line[:60].rstrip()!r}") from e
             if not isinstance(record, dict):
-                raise InputError(f"{path}, line {number}: wanted a JSON object, got {line[:60]!r}")
+                raise InputError(f"{path}, line {number}: wanted a JSON object, got {line[:60].rstrip()!r}")
             yield number, record
         return
     header: list[str] | None = None
-    for number, row in (tab_separated if kind(path) == ".tsv" else comma_separated)(text, path):
+    for number, row in (tab_separated if kind(path) == ".tsv" else comma_separated)(path):
         if header is None:
             header = row
             if len(set(header)) < len(header):
@@ -220,7 +278,7 @@ def extras_for(cfg: DataConfig) -> tuple[str, ...]:
     return demo + parquet
 
 
-def parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
+def parquet_records(path: AnyPath) -> Iterator[tuple[int, dict]]:
     """(row number, record) of a parquet file, a batch of rows in memory at a time."""
     try:
         import pyarrow
@@ -229,7 +287,7 @@ def parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'bothways[parquet]'") from e
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             for batch in file.iter_batches(1024):
                 for record in batch.to_pylist():
                     number += 1
@@ -238,10 +296,10 @@ def parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{path} is no whole parquet file ({str(e).splitlines()[0][:160]}); copy it anew") from e
 
 
-def comma_separated(text: str, path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+def comma_separated(path: AnyPath, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
     """(line number, cells) of every row that is not empty (RFC 4180)."""
     csv.field_size_limit(2**31 - 1)  # a document may be longer than the reader's 128 KiB
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    rows = csv.reader(text_lines(path), strict=True, delimiter=delimiter)
     began = 1
     try:
         for row in rows:
@@ -252,17 +310,26 @@ def comma_separated(text: str, path: Path, delimiter: str = ",") -> Iterator[tup
         raise InputError(f"{path}, line {began}: {e}; a quotation mark inside of quoted text is written twice") from e
 
 
-def tab_separated(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+def tab_separated(path: AnyPath) -> Iterator[tuple[int, list[str]]]:
     """(line number, cells) of every row. Where each line has a cell for every column, a quotation mark is a character
     like others, but in a cell that only a CSV writer makes; else the file is a CSV writer's, with line breaks in its cells.
+    The file is gone through twice.
     """
-    lines = text.replace("\r\n", "\n").split("\n")
-    rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
-    if len({len(cells) for _, cells in rows}) > 1 and '"' in text:
-        yield from comma_separated(text, path, "\t")
+
+    def split() -> Iterator[tuple[int, list[str]]]:
+        for number, line in enumerate(text_lines(path, "\n"), 1):
+            if line.strip():
+                yield number, line.removesuffix("\n").removesuffix("\r").split("\t")
+
+    widths, marks, quoted = set(), False, None
+    for _, cells in split():
+        quoted = all(map(is_quoted, cells)) if quoted is None else quoted
+        widths.add(len(cells))
+        marks = marks or any('"' in cell for cell in cells)
+    if len(widths) > 1 and marks:
+        yield from comma_separated(path, "\t")
         return
-    quoted = bool(rows) and all(is_quoted(cell) for cell in rows[0][1])
-    for number, cells in rows:
+    for number, cells in split():
         yield number, [c[1:-1].replace('""', '"') if is_quoted(c) and (quoted or '""' in c[1:-1]) else c for c in cells]
 
 
@@ -271,7 +338,7 @@ def is_quoted(cell: str) -> bool:
     return len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
 
 
-def documents(paths: list[Path], text_field: str) -> Iterator[tuple[str, str]]:
+def documents(paths: Sequence[AnyPath], text_field: str) -> Iterator[tuple[str, str]]:
     """(name, text): a plain-text file is one document, and so is each record of a JSONL, CSV or TSV file.
 
     Raises:
@@ -285,7 +352,7 @@ def documents(paths: list[Path], text_field: str) -> Iterator[tuple[str, str]]:
             yield f"{path.name}:{number}", text_of(record, text_field, "--data.text-field", path, number)
 
 
-def pairs(paths: list[Path], source_field: str, target_field: str) -> Iterator[tuple[str, str]]:
+def pairs(paths: Sequence[AnyPath], source_field: str, target_field: str) -> Iterator[tuple[str, str]]:
     """(name, text) of the records' sources and targets in turn: document 2i is a source, 2i + 1 its target.
 
     Raises:
@@ -302,7 +369,7 @@ def pairs(paths: list[Path], source_field: str, target_field: str) -> Iterator[t
                 yield f"{path.name}:{number}", text
 
 
-def text_of(record: dict, field: str, flag: str, path: Path, number: int) -> str:
+def text_of(record: dict, field: str, flag: str, path: AnyPath, number: int) -> str:
     """Raises InputError if the record has no text under this name."""
     text = record.get(field)
     if not isinstance(text, str):
@@ -313,7 +380,7 @@ def text_of(record: dict, field: str, flag: str, path: Path, number: int) -> str
     return text
 
 
-def line_of(record: dict, columns: tuple[str, ...], path: Path, number: int) -> str:
+def line_of(record: dict, columns: tuple[str, ...], path: AnyPath, number: int) -> str:
     """The texts under these columns with tabs between, of those after the first as many as there are.
 
     Raises:

@@ -138,6 +138,13 @@ class Spans:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def block_rows(self) -> int:
+        return self.rows.block_rows
+
+    def read_ahead(self, blocks: np.ndarray) -> None:
+        self.rows.read_ahead(blocks)
+
     def __getitem__(self, indices: np.ndarray) -> Example:
         return self.rows[indices]
 

@@ -1,12 +1,18 @@
 """The input pipeline: one global order of examples, this host's share of it, resumed from one integer."""
 
+import collections
+import concurrent.futures
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
 
+from bothways.data.blocks import LANES, block_permutation
 from bothways.data.examples import Example, stacked
 from bothways.data.rng import ExampleRng, epoch_permutation
+
+AHEAD = 4
+"""Batches that are made ahead of the one that is trained on, where text comes from a store."""
 
 ExampleFn = Callable[[Example, ExampleRng], Example]
 
@@ -44,7 +50,7 @@ def training_batches(
 ) -> Iterator[Example]:
     """This host's part of every global batch, for ever.
 
-    All rows are epoch_permutation anew in each epoch. Row k of a global batch is example position + k of the run; it is the
+    All rows are shuffled anew in each epoch (`order`). Row k of a global batch is example position + k of the run; it is the
     same for any number of hosts and any batch size, and what is drawn for it depends on (seed, position + k) alone.
 
     Args:
@@ -58,10 +64,41 @@ def training_batches(
       numpy arrays [rows, ...].
     """
     mine = np.arange(batch_size) if mine is None else mine
-    while True:
+
+    def batch(position: int) -> Example:
         numbers = position + mine
-        yield example(rows[epoch_permutation(numbers, len(rows), seed)], ExampleRng(seed, numbers))
-        position += batch_size
+        return example(rows[order(rows, numbers, seed)], ExampleRng(seed, numbers))
+
+    if not blocks_of(rows):
+        while True:
+            yield batch(position)
+            position += batch_size
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        made = collections.deque(pool.submit(batch, position + n * batch_size) for n in range(AHEAD))
+        try:
+            while True:
+                position += batch_size
+                made.append(pool.submit(batch, position + (AHEAD - 1) * batch_size))
+                yield made.popleft().result()
+        finally:
+            for future in made:
+                future.cancel()
+
+
+def blocks_of(rows: RowSource) -> int:
+    """Rows of a block, of a source that is read by blocks; else 0."""
+    return getattr(rows, "block_rows", 0)
+
+
+def order(rows: RowSource, numbers: np.ndarray, seed: int) -> np.ndarray:
+    """[n] the row that each example of the run reads. Of a source that is read by blocks, those of the next examples are
+    read ahead."""
+    count, block = len(rows), blocks_of(rows)
+    if not block:
+        return epoch_permutation(numbers, count, seed)
+    later = block_permutation(numbers[:LANES] + LANES * block, count, block, seed)
+    rows.read_ahead(np.unique(later // block))
+    return block_permutation(numbers, count, block, seed)
 
 
 def evaluation_batches(

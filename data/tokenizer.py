@@ -1,6 +1,7 @@
 """Tokenizers behind one small interface, and those that are learnt here: text goes in and comes out unchanged."""
 
 import abc
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -136,6 +137,25 @@ class Tokenizer(abc.ABC):
         return SentencePieceTokenizer.read(path)
 
 
+def threads() -> int:
+    """Threads that encode a batch of texts: as many as there are cores, or one where TOKENIZERS_PARALLELISM is false, as the
+    `tokenizers` library has it too."""
+    return 1 if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() == "false" else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Meanwhile, texts are encoded by one thread."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model that loses nothing: decode(encode(text)) == text."""
 
@@ -171,9 +191,9 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """sentencepiece writes a space as U+2581, so a text's own U+2581 would come back as a space: it is given in bytes."""
         if not any(SPACE in text for text in texts):
-            return self.sp.encode(texts, num_threads=os.cpu_count() or 1)
+            return self.sp.encode(texts, num_threads=threads())
         parts = [text.split(SPACE) for text in texts]
-        encoded = iter(self.sp.encode([part for each in parts for part in each], num_threads=os.cpu_count() or 1))
+        encoded = iter(self.sp.encode([part for each in parts for part in each], num_threads=threads()))
         own = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         found = []
         for each in parts:

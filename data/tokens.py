@@ -2,11 +2,14 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -21,21 +24,35 @@ BATCH = 256
 """Documents tokenised at once; even, so that no pair is torn."""
 
 
+Piece = tuple[np.ndarray, np.ndarray, int]
+"""Ids, where documents begin among them, and UTF-8 bytes of their text."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """One split: every document as bos, its tokens, eos, one after the other."""
 
-    ids: np.ndarray
+    ids: Any
+    """[tokens] an array; of a large prepared text one that reads from its store (data/blocks.py)."""
     starts: np.ndarray
     """Where each document begins, [documents] int64."""
     bytes: int
     """UTF-8 bytes of the text."""
     home: Path | None = None
     """Where the files are, and where what is made from them may be kept."""
+    block: int = 0
+    """Tokens of a block, where `ids` are read by blocks; else 0."""
+
+    def read_ahead(self, begins: np.ndarray, length: int) -> None:
+        """Begins to read stretches of so many tokens, where ids are read by blocks."""
+        for begin in begins.tolist():
+            self.ids.ahead(begin, begin + length)
 
 
 def obtain_tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
     """The tokenizer that a configuration names: read from its file, or trained once and kept in the cache."""
+    if corpus.store:
+        return corpus.store.tokenizer(cfg)
     if cfg.tokenizer.endswith((".model", ".json")):
         return Tokenizer.load(epath.Path(cfg.tokenizer).expanduser())  # on a bucket too
     version = f"{corpus.fingerprint} {cfg.tokenizer} {cfg.vocab_size} {tokenizers.TRAINING_BYTES}"
@@ -56,8 +73,12 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
     """The tokens of a split; read from the cache where the same text met the same tokenizer before.
 
     Raises:
-      InputError: the split holds no text.
+      InputError: the split holds no text; or it is prepared, with another tokenizer.
     """
+    if corpus.store:
+        corpus.store.check_tokenizer(tokenizer)
+        if corpus.store.is_large(split):
+            return corpus.store.open(split, Path(cache).expanduser())
     key = hashlib.sha256(
         f"{1 + corpus.paired} {corpus.fingerprint} {tokenizer.fingerprint} {split}".encode()
     ).hexdigest()[:16]
@@ -89,32 +110,34 @@ def umask() -> int:
 
 
 def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None:
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    starts, position, size = [], 0, 0
+    """ids.bin, starts.npy and meta.json of a split: encoded here, or as they were prepared."""
+    starts, position, size, dtype = [np.zeros(0, np.int64)], 0, 0, dtype_for(tokenizer)
     with (home / "ids.bin").open("wb") as out:
+        texts = (text for _, text in corpus.documents(split))
+        made = corpus.store.pieces(split) if corpus.store else encoded(texts, tokenizer, corpus.paired)
+        for ids, begins, count in made:
+            out.write(ids.tobytes())
+            starts.append(position + begins)
+            position += len(ids)
+            size += count
+    np.save(home / "starts.npy", np.concatenate(starts))
+    (home / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": position, "bytes": size}))
 
-        def flush(texts: list[str]) -> None:
-            nonlocal position, size
-            encoded = tokenizer.encode_many(texts)
-            for i, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-                if ids and (
-                    not corpus.paired or encoded[i ^ 1]
-                ):  # without tokens it falls out, and the other of its pair
-                    starts.append(position)
-                    position += len(ids) + 2
-                    size += len(text.encode())
-                    out.write(np.asarray([tokenizer.bos, *ids, tokenizer.eos], dtype).tobytes())
 
-        batch: list[str] = []
-        for _, text in corpus.documents(split):
-            batch.append(text)
-            if len(batch) == BATCH:
-                flush(batch)
-                batch = []
-        if batch:
-            flush(batch)
-    np.save(home / "starts.npy", np.asarray(starts, np.int64))
-    (home / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": position, "bytes": size}))
+def dtype_for(tokenizer: Tokenizer) -> np.dtype:
+    """The type that token ids are kept in, little-endian."""
+    return np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+
+
+def encoded(texts: Iterable[str], tokenizer: Tokenizer, paired: bool) -> Iterator[Piece]:
+    """Documents as bos, their tokens, eos, some at a time. One without tokens falls out, and the other of its pair too."""
+    dtype, texts = dtype_for(tokenizer), iter(texts)
+    while batch := list(itertools.islice(texts, BATCH)):
+        ids = tokenizer.encode_many(batch)
+        kept = [i for i in range(len(batch)) if ids[i] and (not paired or ids[i ^ 1])]
+        flat = [x for i in kept for x in (tokenizer.bos, *ids[i], tokenizer.eos)]
+        begins = np.cumsum([0, *(len(ids[i]) + 2 for i in kept)], dtype=np.int64)[:-1]
+        yield np.array(flat, dtype), begins, sum(len(batch[i].encode()) for i in kept)
 
 
 class Rows:
@@ -136,6 +159,16 @@ class Rows:
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that lie in about one block of ids; 0 where ids are not read by blocks."""
+        return -(-self.tokens.block // self.length)
+
+    def read_ahead(self, blocks: np.ndarray) -> None:
+        """Begins to read these blocks of rows."""
+        room = self.block_rows * self.length
+        self.tokens.read_ahead(blocks * room, room + 1)
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         ids, starts = self.tokens.ids, self.tokens.starts

@@ -9,6 +9,7 @@ import pytest
 from bothways.data.examples import Masking, Pairs, sentence_pair, truncated
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
+from bothways.data.tokens import Tokens
 from bothways.errors import InputError
 from tests.data.reading import singly
 
@@ -34,7 +35,7 @@ def corpus(sentences: list[list[int]], length: int = PAIR) -> tuple[Pairs, list[
         next_id += sum(lengths)
     vocabulary = made_up_vocabulary(next_id)
     vocabulary = dataclasses.replace(vocabulary, ends_sentence=np.isin(np.arange(next_id), ends))
-    return Pairs(np.array(ids), np.array(starts), length, vocabulary), documents
+    return Pairs(Tokens(np.array(ids), np.array(starts), 0), length, vocabulary), documents
 
 
 def even() -> tuple[Pairs, list[range]]:

@@ -12,6 +12,7 @@ from bothways.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from bothways.data import examples, pairs
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
+from bothways.data.tokens import Tokens
 from bothways.registry import FAMILIES, make_module, tiny_inputs
 from bothways.train.objectives import make_objective
 from bothways.train.optimizer import make_optimizer
@@ -36,7 +37,7 @@ def masked_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.nd
     rng = np.random.default_rng(seed)
     vocabulary = made_up_vocabulary(vocab)
     ids = rng.integers(5, vocab, 300)
-    source = examples.Pairs(ids, np.array([0, 100, 200]), LENGTH, vocabulary)
+    source = examples.Pairs(Tokens(ids, np.array([0, 100, 200]), 0), LENGTH, vocabulary)
     masking = examples.Masking(rate=0.3)
     picked, draws = source[rng.integers(len(source), size=rows)], ExampleRng(seed, np.arange(rows))
     return examples.sentence_pair(picked, draws, source, masking, 5, short_share=0.5)

@@ -1,0 +1,43 @@
+"""`bothways prepare`: text to shards of tokens, once, in parallel."""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from bothways.commands.shared import emit, parse_recipe
+from bothways.errors import InputError
+from bothways.log import log
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """Turn a recipe's corpus into tokens in a directory or bucket, which train and launch take as --data.corpus."""
+
+    to: str
+    """The directory, or gs://BUCKET/PATH: empty, or what an earlier call did not finish."""
+    workers: int = 1
+    """Processes; more than one are Apache Beam's (pip install 'bothways[prepare]')."""
+    beam: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """An option of another runner of Beam, once for each: --beam=--runner=DataflowRunner --beam=--project=P."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def prepare(argv: list[str]) -> None:
+    """Prepare a recipe's text."""
+    example = "bothways prepare RECIPE --to gs://BUCKET/text [--data.corpus 'raw/*.jsonl.zst'] [--workers N]"
+    recipe, o = parse_recipe("prepare", argv, PrepareOptions, example)
+    if problems := recipe.data.problems():
+        raise InputError("; ".join(problems))
+    if o.workers < 1:
+        raise InputError(f"--workers is {o.workers}; it must be 1 or more")
+    from bothways.data.preparing import prepare
+
+    done = prepare(recipe.data, o.to, workers=o.workers, beam=o.beam, log=log)
+    rate = done.tokens / max(1e-9, done.seconds)
+    shown = (
+        f"{done.to}: {done.tokens:,} tokens of {done.documents:,} documents, {done.shards} shards, in {done.seconds:.0f} s "
+        f"({rate:,.0f} tokens/s); train with --data.corpus {done.to}"
+    )
+    emit(done, o.json, shown)
