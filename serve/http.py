@@ -94,6 +94,15 @@ class Server:
             gone = True
 
 
+def number(text: str) -> int | float:
+    """A JSON number with a fraction or an exponent: 12.0 is an integer, as JSON Schema has it."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+PLAIN = msgspec.json.Decoder(float_hook=number)
+
+
 def server_of(request: Request) -> Server:
     return request.app.state.server
 
@@ -112,10 +121,11 @@ async def read(request: Request, shape: type[T]) -> T:
         if size > limit:
             raise HTTPException(413, f"the body is longer than {limit:,} bytes")
     try:
-        plain = msgspec.json.decode(b"".join(parts))
-        refuse_unsupported(plain)
+        text = b"".join(parts)
+        text.decode("utf-8")
+        plain = PLAIN.decode(text)
         found = msgspec.convert(plain, shape)
-        b"".join(parts).decode("utf-8")
+        refuse_unsupported(plain)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise InputError(f"the body is not what this endpoint takes: {e}") from e
     return found
