@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bothways import rundir
-from bothways.config import ObjectiveConfig
+from bothways.config import MeshConfig, ObjectiveConfig
 from bothways.data import tokenizer as tokenizers
 from bothways.errors import InputError
 from bothways.model.cache import Cache
@@ -20,6 +20,7 @@ from bothways.sample.decode import Decoder, Row
 from bothways.sample.denoise import Canvas, Denoising, fold, keep_confident
 from bothways.sample.diffusion import DiffusionModel
 from bothways.sample.sampling_params import SamplingParams
+from bothways.sharding import shardings_for_inference
 from tests.corpus import made_up_text
 
 MASK, EOS = 36, 35
@@ -83,7 +84,7 @@ class Tiny:
 
 @pytest.fixture(scope="module")
 def models(tiny) -> dict[str, Tiny]:
-    cfg = dataclasses.replace(tiny, n_layers=2)
+    cfg = dataclasses.replace(tiny, n_layers=2, pad_vocab_to_multiple_of=2)
     shapes = jax.eval_shape(GPT(cfg).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.4, s.shape), s.dtype), shapes)
@@ -132,6 +133,17 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_when_it_is_handed_back(m
         np.testing.assert_allclose(row.logprobs, alone.logprobs, rtol=1e-3, atol=1e-3)
         (fewer,) = model.write([prompt], 4, how, most=6)
         assert fewer.tokens == row.tokens[:6]
+
+
+def test_spread_over_devices_it_writes_the_same(models, eight_devices):
+    model, how = models["own"], Denoising.make(2)
+    rows = model.write(PROMPTS, 4, how, most=7)
+    mesh = MeshConfig(data=1, fsdp=2, tensor=2, max_replicated_fraction=1.0)
+    spread = jax.device_put(model.params, shardings_for_inference(model.params, mesh))
+    other = Tiny(model.cfg, spread, "own")
+    for a, b in zip(rows, other.write(PROMPTS, 4, how, most=7), strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-3, atol=1e-3)
 
 
 def test_steps_and_threshold_decide_how_many_passes_a_block_takes(models):
