@@ -47,7 +47,8 @@ def keep_factor(rate: float, row: UInt[jax.Array, "..."], column: UInt[jax.Array
     x = x ^ (x >> 15)
     x = x * np.uint32(0x846CA68B)
     keep = 1 - rate
-    return jnp.where(x < np.uint32(min(keep * 2.0**32, 2.0**32 - 1)), jnp.float32(1 / keep), jnp.float32(0))
+    kept = (x >> 8).astype(jnp.int32) < int(keep * 2**24)  # TPU kernels compare signed numbers only
+    return jnp.where(kept, jnp.float32(1 / keep), jnp.float32(0))
 
 
 @flax.struct.dataclass

@@ -7,7 +7,8 @@ from jaxtyping import Float
 
 from bothways.model.block import ACTIVATIONS
 from bothways.model.config import TransformerConfig
-from bothways.model.layers import Norm, Projection, table_product
+from bothways.model.layers import Norm, Projection
+from bothways.model.products import table_product
 
 
 class LMHead(nn.Module):

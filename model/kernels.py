@@ -93,6 +93,7 @@ def _splash_kernel(
     interpret: bool,
     block: int = 0,
     streams: int = 1,
+    narrow: bool = False,
 ):
     """The kernel for this structure, `q_shards` devices sharing the T queries of a row."""
     near = None if not window else window - 1
@@ -103,6 +104,8 @@ def _splash_kernel(
     else:
         mask = splash_attention_mask.FullMask((T, S))
     block_q, block_k = (next(b for b in (512, 256, LANES) if n % b == 0) for n in (T // q_shards, S))
+    # Heads narrower than a register's lanes leave it half empty, unless its lanes are positions.
+    layout = splash_attention_kernel.QKVLayout["SEQ_MINOR" if narrow else "HEAD_DIM_MINOR"]
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block_q,
         block_kv=block_k,
@@ -110,6 +113,7 @@ def _splash_kernel(
         block_kv_dkv=block_k,
         block_q_dq=block_q,
         block_kv_dq=block_k,
+        **dict.fromkeys(("q_layout", "k_layout", "v_layout"), layout),
     )
     with jax.ensure_compile_time_eval():
         return splash_attention_kernel.make_splash_mha(
@@ -136,7 +140,7 @@ def splash(
     t, h = q_at.shard_shape(q.shape)[1:3] if q_at else (T, H)
     banded = mask.causal or mask.window  # else every device's queries see alike, and the kernel is that of its own
     shards = T // t if banded else 1
-    blocks = mask.block_by_index, mask.streams
+    blocks = mask.block_by_index, mask.streams, K < LANES
     kernel = _splash_kernel(t * shards, S, h, mask.causal, mask.window, shards, platform() != "tpu", *blocks)
 
     def rows(kernel, q, k, v, q_segments, k_segments):

@@ -1,6 +1,5 @@
 """The small parts: projection, norm, positions."""
 
-import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -9,38 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from bothways.model.axes import platform
 from bothways.model.config import RotaryScaling, TransformerConfig
+from bothways.model.products import project, standardized
 
 UNSCALED = RotaryScaling()
-CPU_SPLITS = 8
-"""Of a matrix that few rows go through, on a CPU."""
-
-
-def _is_memory_bound(x: jax.Array, most: int) -> bool:
-    """Whether rows [..., D] lie on a CPU and are so few that their product takes as long as reading the matrix."""
-    return 0 < math.prod(x.shape[:-1]) <= most and x.dtype == jnp.float32 and platform() == "cpu"
-
-
-def product(x: Float[jax.Array, "N D"], kernel: Float[jax.Array, "D F"]) -> Float[jax.Array, "N F"]:
-    """x @ kernel. XLA's CPU backend reads a kernel faster for one row if D is cut into a batch of parts."""
-    if x.shape[1] % CPU_SPLITS or not _is_memory_bound(x, 1):
-        return x @ kernel
-    return jnp.einsum("pd,pdf->pf", x.reshape(CPU_SPLITS, -1), kernel.reshape(CPU_SPLITS, -1, kernel.shape[1])).sum(
-        0, keepdims=True
-    )
-
-
-def table_product(x: Float[jax.Array, "... D"], table: Float[jax.Array, "V D"]) -> Float[jax.Array, "... V"]:
-    """x @ table.T in float32. XLA's CPU backend reads a table faster for few rows if V is cut into a batch of parts."""
-    V, D = table.shape
-    # Each part has its own copy of the rows; they stay smaller than what is made of them.
-    parts = next((n for n in range(CPU_SPLITS, V // D + 1) if V % n == 0), 1)
-    if parts == 1 or not _is_memory_bound(x, 32):
-        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
-    rows = jnp.broadcast_to(x, (parts, *x.shape))
-    y = jnp.einsum("p...d,pvd->...pv", rows, table.reshape(parts, -1, D))
-    return y.reshape(*x.shape[:-1], -1)
 
 
 class Projection(nn.Module):
@@ -63,10 +34,7 @@ class Projection(nn.Module):
         zero = self.residual and cfg.init_residual == "zero"
         init = nn.initializers.zeros if zero else nn.initializers.normal(std)
         kernel = self.param("kernel", init, (*inputs, *features), jnp.float32).astype(dtype)
-        # One plain matrix product: XLA's CPU backend copies and transposes where it sees more axes.
-        outer, width = x.shape[: x.ndim - self.n_in], int(np.prod(inputs))
-        y = product(x.reshape(-1, width), kernel.reshape(width, -1))
-        y = y.reshape(*outer, *features)
+        y = project(x, kernel, self.n_in)
         if cfg.bias:
             y = y + self.param("bias", nn.initializers.zeros, features, jnp.float32).astype(dtype)
         return y
@@ -84,9 +52,7 @@ class Norm(nn.Module):
         cfg, width = self.cfg, x.shape[-1]
         rms = cfg.norm == "rms" if self.rms is None else self.rms
         y = x.astype(jnp.float32)
-        if not rms:
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + cfg.norm_eps)
+        y = standardized(y, cfg.norm_eps, centred=not rms)
         y = y * self.param("scale", nn.initializers.ones, (width,), jnp.float32)
         if cfg.bias and not rms:
             y = y + self.param("bias", nn.initializers.zeros, (width,), jnp.float32)

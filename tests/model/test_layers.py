@@ -17,16 +17,14 @@ from bothways.model.decoder import Decoder
 from bothways.model.embed import Embedding, Table
 from bothways.model.gpt import GPT
 from bothways.model.layers import (
-    CPU_SPLITS,
     Norm,
     Projection,
-    product,
     rotary_frequencies,
     rotate,
     sinusoid,
-    table_product,
 )
 from bothways.model.mask import Mask
+from bothways.model.products import CPU_SPLITS, product, project, standardized, table_product
 
 erf = np.vectorize(math.erf)
 
@@ -136,9 +134,40 @@ def test_products_are_cut_where_few_rows_wait_for_a_cpu_and_nowhere_else():
 
     assert rows(product, kernel) == [1]
     assert rows(table_product, table) == [1, 2, 32]
-    assert rows(product, kernel, jnp.bfloat16) == rows(table_product, table, jnp.bfloat16) == []
+    assert rows(table_product, table, jnp.bfloat16) == []
     with traced_for("tpu"):
         assert rows(product, kernel) == rows(table_product, table) == []
+
+
+def test_products_of_bfloat16_on_a_cpu_are_rounded_once():
+    """Forward and both gradients, each a product of bfloat16 that gives float32."""
+    x, kernel, weight = (jnp.asarray(normal(*shape), jnp.bfloat16) for shape in ((5, 31), (31, 7), (5, 7)))
+
+    def loss(x, kernel):
+        return jnp.sum((product(x, kernel) * weight).astype(jnp.float32))
+
+    dots = [e for e in jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, kernel).eqns if e.primitive.name == "dot_general"]
+    assert dots
+    for dot in dots:
+        assert [v.aval.dtype for v in (*dot.invars, *dot.outvars)] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    wide = [a.astype(jnp.float32) for a in (x, kernel, weight)]
+    wanted = wide[0] @ wide[1], (wide[2] @ wide[1].T, wide[0].T @ wide[2])
+    found = product(x, kernel), jax.grad(loss, (0, 1))(x, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), found, wanted)
+
+
+def test_projections_and_norms_are_the_same_on_every_backend():
+    x, inward, outward = (jnp.asarray(normal(*shape)) for shape in ((3, 5, 7), (7, 2, 128), (2, 128, 11)))
+
+    def run(x):
+        return standardized(project(project(x, inward, 1), outward, 2), 1e-5)
+
+    plain, program = run(x), str(jax.make_jaxpr(lambda x: run(x))(x))
+    with traced_for("tpu"):
+        wide = str(jax.make_jaxpr(lambda x: run(x))(x))
+        np.testing.assert_allclose(run(x), plain, rtol=2e-4, atol=2e-4)
+    assert "3,2,5,128" in wide
+    assert "3,2,5,128" not in program
 
 
 def test_rotary_scores_depend_on_the_distance_only():

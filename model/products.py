@@ -1,0 +1,93 @@
+"""Matrix products as each backend runs them fastest: the one place, beside kernels.py, that knows the device.
+
+cpu  One plain product of two matrices: XLA copies and transposes where it sees more axes. Of few rows a product takes as
+     long as reading the matrix, and XLA reads it faster in a batch of parts. In bfloat16 it is asked for float32 sums.
+tpu  Heads as wide as the matrix unit are written and read in the order [B, H, T, K] that kernels want: a product that
+     goes by [B, T, H K] is copied into it and out of it. Norms take one pass over x.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from bothways.model.axes import platform
+
+CPU_SPLITS = 8
+"""Of a matrix that few rows go through, on a CPU."""
+LANES = 128
+"""Columns of a TPU's matrix unit."""
+
+
+def _is_memory_bound(x: jax.Array, most: int) -> bool:
+    """Whether rows [..., D] lie on a CPU and are so few that their product takes as long as reading the matrix."""
+    return 0 < math.prod(x.shape[:-1]) <= most and x.dtype == jnp.float32 and platform() == "cpu"
+
+
+def product(x: Float[jax.Array, "N D"], kernel: Float[jax.Array, "D F"]) -> Float[jax.Array, "N F"]:
+    """x @ kernel."""
+    if x.dtype == kernel.dtype == jnp.bfloat16 and platform() == "cpu":
+        return _summed_in_float32(x, kernel)
+    if x.shape[1] % CPU_SPLITS or not _is_memory_bound(x, 1):
+        return x @ kernel
+    return jnp.einsum("pd,pdf->pf", x.reshape(CPU_SPLITS, -1), kernel.reshape(CPU_SPLITS, -1, kernel.shape[1])).sum(
+        0, keepdims=True
+    )
+
+
+def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+    dimensions = ((contracted[:1], contracted[1:]), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+@jax.custom_vjp
+def _summed_in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel of bfloat16 as a product that gives float32, rounded once; its gradients are such products too. Autodiff
+    would multiply a gradient in float32 with a bfloat16, which is a product in float32."""
+    return _dot(x, kernel, (1, 0))
+
+
+_summed_in_float32.defvjp(
+    lambda x, kernel: (_dot(x, kernel, (1, 0)), (x, kernel)),
+    lambda kept, dy: (_dot(dy, kept[1], (1, 1)), _dot(kept[0], dy, (0, 0))),
+)
+
+
+def project(x: Float[jax.Array, "..."], kernel: Float[jax.Array, "..."], n_in: int) -> Float[jax.Array, "..."]:
+    """x [B, T, *in] through a kernel [*in, *features], over the last `n_in` axes of x: [B, T, *features]."""
+    heads = kernel.shape[:-1] if n_in == 2 else kernel.shape[1:]
+    if platform() == "tpu" and len(heads) == 2 and heads[1] % LANES == 0 and x.ndim == n_in + 2:
+        if n_in == 2:
+            return jnp.einsum("bhtk,hkd->btd", x.swapaxes(1, 2), kernel)
+        return jnp.einsum("btd,dhk->bhtk", x, kernel).swapaxes(1, 2)
+    outer, width = x.shape[: x.ndim - n_in], math.prod(kernel.shape[:n_in])
+    y = product(x.reshape(-1, width), kernel.reshape(width, -1))
+    return y.reshape(*outer, *kernel.shape[n_in:])
+
+
+def table_product(x: Float[jax.Array, "... D"], table: Float[jax.Array, "V D"]) -> Float[jax.Array, "... V"]:
+    """x @ table.T in float32."""
+    V, D = table.shape
+    # Each part has its own copy of the rows; they stay smaller than what is made of them.
+    parts = next((n for n in range(CPU_SPLITS, V // D + 1) if V % n == 0), 1)
+    if parts == 1 or not _is_memory_bound(x, 32):
+        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+    rows = jnp.broadcast_to(x, (parts, *x.shape))
+    y = jnp.einsum("p...d,pvd->...pv", rows, table.reshape(parts, -1, D))
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def standardized(x: Float[jax.Array, "... D"], eps: float, centred: bool = True) -> Float[jax.Array, "... D"]:
+    """(x - mean) / sqrt(variance + eps) over the last axis of a float32 x; not `centred`: x / sqrt(mean of x^2 + eps).
+
+    On a TPU the variance is E[x^2] - E[x]^2, in one pass over x. In float32 that is off by about 1e-7 mean^2 / variance of
+    the variance, which is less than what x lost when it was a bfloat16.
+    """
+    if centred and platform() != "tpu":
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    if centred and platform() == "tpu":
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        x, square = x - mean, jnp.maximum(square - jnp.square(mean), 0.0)
+    return x * jax.lax.rsqrt(square + eps)
