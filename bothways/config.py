@@ -136,12 +136,16 @@ class TrainConfig:
     eval_rows: int = 0
     """Held-out rows per evaluation, spread evenly. 0: all."""
     save_every: int = 500
+    save_every_minutes: int = 0
+    """Save also when so many minutes have gone by since the last checkpoint. 0: by steps alone."""
     patience: int = 0
     """Stop after so many evaluations in a row that were no better than the best. 0: never."""
     max_to_keep: int = 2
     """Newest checkpoints kept; the best on held-out text is kept besides."""
     average_last_checkpoints: int = 1
     """Newest checkpoints averaged when the run is read (arXiv 1706.03762, section 6.1)."""
+    tracker: Literal["tensorboard", "wandb", "mlflow", "none"] = "tensorboard"
+    """Where metrics go besides metrics.jsonl: event files in the run directory, or a service whose package is installed."""
 
     def problems(self) -> list[str]:
         found = []
@@ -162,6 +166,7 @@ class TrainConfig:
             "seed",
             "patience",
             "eval_rows",
+            "save_every_minutes",
             "batch_size_start",
             "batch_size_ramp_rows",
             "short_length",

@@ -24,6 +24,8 @@ HOW_OFTEN = (
     "eval_every",
     "eval_rows",
     "save_every",
+    "save_every_minutes",
+    "tracker",
 )
 WHERE = ("data.cache", "data.cache_gb", "data.corpus", "data.validation")  # what the text is, its fingerprint says
 RESUMABLE_FIELDS = (

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -131,6 +132,28 @@ def assert_equal_across_hosts(values: dict[str, str]) -> None:
             f"the {jax.process_count()} processes differ in {', '.join(differ)}; start all with the same arguments and "
             "the same files, on a disk that they share, or with --data.tokenizer FILE"
         )
+
+
+def time_to_save(minutes: int, every: int) -> Callable[[int], bool]:
+    """A function (step) -> whether `minutes` have gone by since it last said so, or since now; 0: never.
+
+    Of several processes the clock of process 0 counts, so that all save at the same step; they ask it every `every` steps
+    only, since each time is a small collective.
+    """
+    last = time.monotonic()
+
+    def due(step: int) -> bool:
+        nonlocal last
+        if not minutes or (jax.process_count() > 1 and step % every):
+            return False
+        late = time.monotonic() - last >= 60 * minutes
+        if jax.process_count() > 1:
+            late = bool(multihost_utils.broadcast_one_to_all(np.array(late)))
+        if late:
+            last = time.monotonic()
+        return late
+
+    return due
 
 
 @contextlib.contextmanager

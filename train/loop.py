@@ -29,6 +29,7 @@ from bothways.train.optimizer import longer, make_optimizer
 from bothways.train.start import check_start, start_from
 from bothways.train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
 from bothways.train.steps import Job, Throughput, run_steps
+from bothways.train.trackers import check_tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,13 @@ def resolve(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model.resolved(), vocab_size=size))
 
 
-def train(recipe: Recipe, workdir: str | Path) -> Result:
+def train(recipe: Recipe, workdir: str | Path, profile: int = 0) -> Result:
     """Train a recipe into a run directory, or resume the run that is there.
 
     Where weights come from is said, and decided, under "weights" below.
+
+    Args:
+      profile: steps of which a trace is written to RUN/profile, once everything is compiled; see train/profile.py.
 
     Raises:
       InputError: the recipe cannot run here, or the directory holds another run.
@@ -65,14 +69,17 @@ def train(recipe: Recipe, workdir: str | Path) -> Result:
       Busy: another process trains in this directory.
     """
     with contextlib.ExitStack() as held:
-        return _train(recipe, workdir, held)
+        return _train(recipe, workdir, held, profile)
 
 
-def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack) -> Result:
+def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, profile: int) -> Result:
     home, cfg, writes = rundir.directory(workdir), recipe.train, jax.process_index() == 0
     tell = log if writes else lambda _: None
     began = time.monotonic()
     recipe.check(jax.device_count())
+    check_tracker(cfg.tracker)
+    if profile < 0:
+        raise InputError(f"--profile is {profile}; it must be a number of steps, or 0 for no trace")
     if recipe.model.attention == "cudnn" and jax.default_backend() != "gpu":
         raise InputError(f"model.attention=cudnn is for GPUs, and this is a {jax.default_backend()}; set auto")
     existing = rundir.read_recipe(home) if (home / "recipe.json").exists() else None
@@ -182,6 +189,7 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack) -> R
         evaluate=Evaluator(recipe, objective, module, tokenizer, held_out, mesh, shardings.params),
         meter=meter,
         announce=announce,
+        profile=profile,
     )
     figures = run_steps(job)
     bpb = figures.get("bits_per_byte")

@@ -1,15 +1,15 @@
-"""What a run shows of itself: a progress bar, metrics.jsonl, TensorBoard, a plot."""
+"""What a run shows of itself: a progress bar, metrics.jsonl, a tracker, a plot."""
 
 import io
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bothways import rundir
 from bothways.log import console, log
+from bothways.train.trackers import TRACKERS, Tracker
 
 UPLOAD_EVERY = 30
 """Seconds between two writings of metrics.jsonl to a bucket, whose files cannot be added to."""
@@ -23,10 +23,11 @@ class Reporter:
       steps: where the run ends.
       start: where it starts or resumes; later lines of an earlier attempt are dropped.
       active: whether this process writes.
+      tracker: a name in trackers.TRACKERS.
     """
 
-    def __init__(self, home: Path, steps: int, start: int, active: bool):
-        self.active, self.home, self.start = active, home, start
+    def __init__(self, home: Path, steps: int, start: int, active: bool, tracker: str = "tensorboard"):
+        self.active, self.home, self.start, self.tracker = active, home, start, tracker
         self.path = home / "metrics.jsonl"
         if not active:
             return
@@ -37,7 +38,7 @@ class Reporter:
         )
         self.lines.seek(0, io.SEEK_END)
         self.uploaded = time.monotonic()
-        self.events: Any = None
+        self.events: Tracker | None = None
         columns = [
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -64,15 +65,6 @@ class Reporter:
                 continue  # the line that a kill cut short
         self.path.write_text("".join(line + "\n" for line in kept))
 
-    def _tensorboard(self) -> Any:
-        from tensorboardX import SummaryWriter  # seconds, where it finds PyTorch
-
-        try:
-            return SummaryWriter(str(self.home / "events"), purge_step=self.start + 1 if self.start else None)
-        except ImportError as e:
-            log(f"no TensorBoard events: {e}")
-            return False
-
     def log(self, step: int, metrics: dict[str, float], shown: str) -> None:
         """One line of metrics, and what the progress bar says beside it."""
         if not self.active:
@@ -85,10 +77,8 @@ class Reporter:
         if not console.is_terminal:
             log(f"step {step}: {shown}")
         if self.events is None:
-            self.events = self._tensorboard()
-        if self.events:
-            for name, value in metrics.items():
-                self.events.add_scalar(name, value, step)
+            self.events = TRACKERS[self.tracker](self.home, self.start)
+        self.events.add(step, metrics)
 
     def upload(self) -> None:
         """Bring metrics.jsonl up to date on a bucket."""

@@ -20,6 +20,7 @@ from bothways.config import TrainConfig
 from bothways.errors import Diverged, Stopped
 from bothways.log import log
 from bothways.train import hosts
+from bothways.train.profile import Trace
 from bothways.train.report import Reporter
 from bothways.train.step import Metrics, TrainState
 
@@ -45,6 +46,8 @@ class Job:
     meter: "Throughput"
     announce: Callable[[int], None] = lambda start: None
     """Called with the first step, once the state is there."""
+    profile: int = 0
+    """Steps of which a trace is written, from the fourth of this process on, when everything is compiled."""
 
 
 def run_steps(job: Job) -> dict[str, float]:
@@ -63,7 +66,8 @@ def run_steps(job: Job) -> dict[str, float]:
     if state is None:
         state = job.begin()
     job.announce(start)
-    reporter = Reporter(home, cfg.steps, start, writes)
+    reporter = Reporter(home, cfg.steps, start, writes, cfg.tracker)
+    save_now, trace = hosts.time_to_save(cfg.save_every_minutes, cfg.log_every), Trace(home, job.profile, start, writes)
     kept = {step: m for step in manager.all_steps() if (m := manager.metrics(step))}
     best_at = min(kept, key=lambda step: checkpoints.selection(kept[step]), default=0)
     best = checkpoints.selection(kept[best_at]) if kept else math.inf
@@ -101,8 +105,13 @@ def run_steps(job: Job) -> dict[str, float]:
             for step in range(start, start if settled else cfg.steps):
                 if step in new_shape_at and step > start:
                     iterator = job.batches(step)
+                with meter.paused():
+                    trace.begin(step, state)
                 batch = sharding.to_global(job.mesh, next(iterator))
-                state, metrics = job.step(state, batch, cfg.seed)
+                with jax.profiler.StepTraceAnnotation("train_step", step_num=step + 1):
+                    state, metrics = job.step(state, batch, cfg.seed)
+                with meter.paused():
+                    trace.end(step + 1, state)
                 if pending:  # the metrics of the step before, read while this one runs
                     _report(reporter, meter, *pending, cfg)
                 size = sum(batch[name].size for name in ("tokens", "source") if name in batch)
@@ -118,7 +127,7 @@ def run_steps(job: Job) -> dict[str, float]:
                     if checkpoints.selection(held) < best:
                         best, best_at = checkpoints.selection(held), done
                     last = last or (cfg.patience > 0 and done - best_at >= cfg.patience * cfg.eval_every)
-                if done % cfg.save_every == 0 or last or stopping:
+                if save_now(done) or done % cfg.save_every == 0 or last or stopping:
                     save(done, held)
                 if stopping:
                     manager.wait_until_finished()
@@ -135,6 +144,7 @@ def run_steps(job: Job) -> dict[str, float]:
         tidy = True
         raise
     finally:
+        trace.close()
         reporter.close()
         if tidy:
             reporter.plot()

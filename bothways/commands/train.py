@@ -17,7 +17,9 @@ from bothways.recipes import Recipe
 def train(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-"):
         if argv and argv[0] in ("-h", "--help"):
-            print("usage: bothways train RECIPE-OR-RUN [--workdir DIR] [--json] [--SECTION.FIELD VALUE ...]\n\nrecipes:")
+            print(
+                "usage: bothways train RECIPE-OR-RUN [--workdir DIR] [--profile STEPS] [--json] [--SECTION.FIELD VALUE ...]\n\nrecipes:"
+            )
             from bothways.configs import names
 
             for name, known in sorted(names().items()):
@@ -38,6 +40,8 @@ def train(argv: list[str]) -> None:
         """The run directory: made, or gone on with."""
         json: bool = False
         """Print the result as one JSON object."""
+        profile: int = 0
+        """Write a trace of so many steps to RUN/profile, for XProf and Perfetto."""
         hosts: HostsConfig = HostsConfig()
 
     given = tyro.cli(Arguments, prog=f"bothways train {argv[0]}", args=argv[1:], default=Arguments(base))
@@ -45,7 +49,7 @@ def train(argv: list[str]) -> None:
         start(given.hosts)  # before anything is computed
         from bothways.train.loop import train
 
-        result = train(given.recipe, given.workdir)
+        result = train(given.recipe, given.workdir, given.profile)
     import jax
 
     bpb = f", {result.bits_per_byte:.3f} bits per byte" if result.bits_per_byte is not None else ""
