@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import random
+import sys
 import time
 
 import httpx
@@ -38,7 +39,7 @@ async def one(client: httpx.AsyncClient, model: str, prompt: str, tokens: int, c
 
 async def load(args: argparse.Namespace) -> dict[str, float]:
     rng = random.Random(0)
-    lengths = (3, 10, 30, 90)
+    lengths = [max(1, args.words // part) for part in (30, 9, 3, 1)]
     prompts = [" ".join(rng.choices(WORDS, k=rng.choice(lengths))) for _ in range(-(-args.requests // 2))] * 2
     rng.shuffle(prompts)
     most = {prompt: rng.randrange(args.tokens // 2, args.tokens + 1) for prompt in sorted(set(prompts))}
@@ -53,7 +54,8 @@ async def load(args: argparse.Namespace) -> dict[str, float]:
             async with gate:
                 try:
                     text, times = await one(client, args.model, prompt, most[prompt], args.chat)
-                except httpx.HTTPError:
+                except httpx.HTTPError as e:
+                    print(f"{type(e).__name__}: {e}", file=sys.stderr)
                     lost += 1
                     return
             mixed_up += answers.setdefault(prompt, text) != text
@@ -89,6 +91,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument(
         "--tokens", type=int, default=24, help="most tokens of an answer; each wants half of it to all of it"
+    )
+    parser.add_argument(
+        "--words", type=int, default=90, help="of the longest prompts; others have a 3rd, 9th and 30th of it"
     )
     parser.add_argument("--chat", action="store_true", help="by /v1/chat/completions")
     parser.add_argument("--timeout", type=float, default=600)

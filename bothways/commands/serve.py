@@ -74,7 +74,13 @@ def serve(
         log(f"anybody who reaches {host}:{port} may ask: no key is set (--api-key-file, or {KEY})")
     application = app.make_app(engine.Engine(loaded, queue), settings)
     config = uvicorn.Config(
-        application, host, port, log_level="warning", timeout_graceful_shutdown=int(timeout), server_header=False
+        application,
+        host,
+        port,
+        log_level="warning",
+        timeout_graceful_shutdown=int(timeout),
+        timeout_keep_alive=75,  # a client that sends on a connection while it is being closed loses its request
+        server_header=False,
     )
     server = uvicorn.Server(config)
     try:
