@@ -8,7 +8,7 @@ from bothways.compare.stats import Estimate
 
 INK = "#010203"
 """Replaced by the page's own colour."""
-COLOURS = ("#3b7dd8", "#e07b39", "#2a9d6f", "#b0579f", "#8a8f2a", "#888888")
+COLOURS = ("#3b7dd8", "#e07b39", "#2a9d6f", "#b0579f", "#8a8f2a", "#888888", "#c0392b")
 Series = dict[str, list[tuple[float, Estimate]]]
 
 

@@ -46,7 +46,7 @@ def test_the_claim_holds_where_chunks_cost(bound, chunk, verdict):
     assert named["bits per byte, blocks of row, a model for each"].holds(2 + bound)
     assert named["judge, blocks of 4, all at once"].holds(chunk)
     assert f"whole rows is {bound:+.1f}"[:-1] in result.finding
-    assert len(result.pictures) == 2
+    assert len(result.pictures) == 3
 
 
 def test_it_measures_what_it_says(tiny_recipe, tmp_path, monkeypatch):
