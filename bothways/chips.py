@@ -49,12 +49,16 @@ class Chip:
     """Prefix of Cloud TPU's accelerator types, such as v5litepod in v5litepod-256."""
     counts_cores: bool = False
     """The number in an accelerator type counts tensor cores, two a chip, rather than chips."""
+    wide_vmem: bool = True
+    """XLA may be given 64 MiB of VMEM for one operation; v4 has 16."""
     gke: str = ""
     """GKE's label cloud.google.com/gke-tpu-accelerator."""
 
 
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1200e9, 50e9, 6.25e9, 3, 4, 1.05e9, 1, "v4", True, "tpu-v4-podslice"),
+    "v4": Chip(
+        ("TPU v4",), 275e12, 30.75 * GIB, 1200e9, 50e9, 6.25e9, 3, 4, 1.05e9, 1, "v4", True, False, "tpu-v4-podslice"
+    ),
     "v5e": Chip(
         ("TPU v5 lite", "TPU v5e"),
         197e12,
@@ -69,7 +73,19 @@ CHIPS: dict[str, Chip] = {
         gke="tpu-v5-lite-podslice",
     ),
     "v5p": Chip(
-        ("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9, 3, 4, 1.75e9, 1, "v5p", True, "tpu-v5p-slice"
+        ("TPU v5", "TPU v5p"),
+        459e12,
+        95.74 * GIB,
+        2765e9,
+        100e9,
+        6.25e9,
+        3,
+        4,
+        1.75e9,
+        1,
+        "v5p",
+        True,
+        gke="tpu-v5p-slice",
     ),
     "v6e": Chip(
         ("TPU v6 lite", "TPU v6e"),
@@ -84,7 +100,7 @@ CHIPS: dict[str, Chip] = {
         accelerator="v6e",
         gke="tpu-v6e-slice",
     ),
-    "7x": Chip(("TPU7x",), 2307e12, 189.5 * GIB, 7380e9, 100e9, 12.5e9, 3, 4, 0.0, 2, "tpu7x", True, "tpu7x"),
+    "7x": Chip(("TPU7x",), 2307e12, 189.5 * GIB, 7380e9, 100e9, 12.5e9, 3, 4, 0.0, 2, "tpu7x", True, gke="tpu7x"),
 }
 
 # Dense bfloat16 FLOP/s of one device, as jax.Device.device_kind names it. GPUs: NVIDIA's data sheets for A100, H100 and

@@ -240,6 +240,9 @@ class MeshConfig:
     """The places of each row are spread; attention gathers keys and values (arXiv 2407.21783, section 3.3.2)."""
     max_replicated_fraction: float = 0.1
     """Largest share of the parameter bytes that a device may hold beyond its part of fsdp * tensor."""
+    vmem_kib: int = 0
+    """KiB of a TPU's VMEM that XLA may use for one operation of the train step; `plan --search` tries others with
+    the best layout. 0: by chip and width (bothways/compiler.py)."""
 
     def axes(self) -> dict[str, int]:
         """Axis sizes as given, in the order of the mesh."""
@@ -255,6 +258,8 @@ class MeshConfig:
 
     def problems(self, devices: int) -> list[str]:
         given = self.axes()
+        if self.vmem_kib < 0:
+            return [f"mesh.vmem_kib is {self.vmem_kib}; it cannot be negative"]
         if not 0 <= self.max_replicated_fraction <= 1:
             return [f"mesh.max_replicated_fraction is {self.max_replicated_fraction}; it must be in [0, 1]"]
         if any(size == 0 or size < -1 for size in given.values()) or list(given.values()).count(-1) > 1:

@@ -23,10 +23,13 @@ PARAMETERS: dict[str, MeshAxes] = {
     "ff": "tensor",
     "vocab": "tensor",
 }
-# Activations. `keys`, the places of keys and values, is not named: every device of `context` holds them all.
+# Activations. `keys`, the positions of keys and values, is not named: every device of `context` holds them all. `stream`
+# are the positions of the residual stream between sub-layers: what is done there element by element would else be done
+# again on every device of `tensor` (sequence parallelism, arXiv 2205.05198, section 4.2.2).
 ACTIVATIONS: dict[str, MeshAxes] = {
     "batch": ("data", "fsdp"),
     "length": "context",
+    "stream": ("context", "tensor"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "ff": "tensor",
@@ -143,6 +146,26 @@ def optimizer_shardings(mesh: Mesh, state_shapes: Any, param_shapes: Any, param_
     return jax.tree_util.tree_map_with_path(place, state_shapes)
 
 
+def spread_over_data(shardings: Any, shapes: Any) -> Any:
+    """The same shardings with each array cut over `data` too, along the axis of which a device holds most, if one divides:
+    where optimizer state lies, and where the update is computed (ZeRO stage 1, arXiv 1910.02054, section 5.1).
+    """
+
+    def place(at: NamedSharding, leaf: Any) -> NamedSharding:
+        mesh, data = at.mesh, at.mesh.shape["data"]
+        held = at.shard_shape(leaf.shape)
+        fitting = [i for i, n in enumerate(held) if n % data == 0]
+        if data == 1 or not fitting:
+            return at
+        widest = max(fitting, key=lambda i: held[i])
+        parts = [*at.spec, *(None,) * (len(held) - len(at.spec))]
+        before = parts[widest] or ()
+        parts[widest] = (*((before,) if isinstance(before, str) else before), "data")
+        return NamedSharding(mesh, PartitionSpec(*parts))
+
+    return jax.tree.map(place, shardings, shapes)
+
+
 def shardings_for_inference(shapes: Any, cfg: MeshConfig) -> Any:
     """Where a trained model's parameters lie when it is asked, on this host's devices.
 
@@ -188,14 +211,17 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def activation_sharding_fn(mesh: Mesh) -> ShardingFn:
-    """For model.axes.activation_shardings: the table above; an axis that does not divide is left whole."""
+    """For model.axes.activation_shardings: the table above. An axis is spread as far as its size divides."""
+
+    def fitting(size: int, axes: MeshAxes | None) -> MeshAxes | None:
+        """As many of these mesh axes, from the first on, as divide an axis of this size."""
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        while names and size % math.prod(mesh.shape[a] for a in names):
+            names = names[:-1]
+        return names if len(names) > 1 else (names[0] if names else None)
 
     def place(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         partition = spec(ACTIVATIONS, axes)
-        fits = [
-            axis if axis is not None and size % math.prod(mesh.shape[a] for a in np.atleast_1d(axis)) == 0 else None
-            for size, axis in zip(shape, partition, strict=True)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*fits))
+        return NamedSharding(mesh, PartitionSpec(*(fitting(*pair) for pair in zip(shape, partition, strict=True))))
 
     return place

@@ -76,7 +76,7 @@ class Block(nn.Module):
                 y = x + dropout(sublayer(normed))
             else:
                 y = norm(x + dropout(sublayer(x)))
-            return constrain_activation(y, "batch", "length", "embed")
+            return constrain_activation(y, "batch", "stream", "embed")
 
         def self_attention(y: jax.Array) -> jax.Array:
             nonlocal cache

@@ -63,4 +63,4 @@ class Embedding(nn.Module):
         if cfg.embed_norm:
             x = self.norm(x)
         x = self.dropout(x, deterministic=deterministic)
-        return constrain_activation(x, "batch", "length", "embed")
+        return constrain_activation(x, "batch", "stream", "embed")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from bothways import sharding
 from bothways.chips import GIB, Topology, usual_shape
+from bothways.compiler import other_vmem
 from bothways.config import MeshConfig
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
@@ -21,7 +22,16 @@ from bothways.flops import executed_flops, recipe_flops_per_token, tokens_per_ro
 from bothways.model.config import TransformerConfig
 from bothways.plan import hlo
 from bothways.plan.candidates import candidates, flags
-from bothways.plan.roofline import between_slices, bytes_per_device, compile_quietly, read_text, summed_collectives
+from bothways.plan.own_kernels import LANES, NARROW_SHARE, Kernel, device_flops, named, traced_kernels
+from bothways.plan.profile import Operation, by_part, operations
+from bothways.plan.roofline import (
+    between_slices,
+    bytes_per_device,
+    compile_quietly,
+    endless_loops,
+    summed_collectives,
+    text_of,
+)
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
 from bothways.train.objectives import objective_of
@@ -29,6 +39,8 @@ from bothways.train.optimizer import make_optimizer
 from bothways.train.step import TrainState, init_state, make_train_step, state_shardings
 
 DAY = 86_400.0
+LARGEST = 12
+"""Operations that a plan tells of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +74,19 @@ class Plan:
     mfu_bound: float
     """The highest model FLOP utilisation to expect: flops_per_step / (step_seconds * peak of all chips)."""
     scheduled_seconds: float | None
-    """The compiler's own estimate of the computation, kernels of one's own (attention) at the chip's peak, without
-    waiting for the network; None where it gives none."""
+    """The compiler's own estimate of the computation, without waiting for the network; None where it gives none. Kernels
+    of one's own (attention), which it does not count, as plan/own_kernels.py does."""
     mfu_expected: float | None
     """As mfu_bound, with the longest of scheduled_seconds and the three."""
     tokens_per_second: float
     days: float
     """To the recipe's end, at step_seconds; shorter rows and smaller batches count by their FLOPs."""
     collectives: tuple[dict[str, Any], ...]
+    parts: dict[str, float]
+    """Clock cycles of each part of the model, the dearest first; together those of scheduled_seconds. Empty where the
+    compiler gives none."""
+    operations: tuple[dict[str, Any], ...]
+    """The largest, as plan.profile.Operation."""
     compile_seconds: float
     notes: tuple[str, ...]
 
@@ -89,13 +106,19 @@ def plan(recipe: Recipe, topology: Topology, before: Recipe | None = None) -> Pl
     step, state, batch, placed = abstract_step(recipe, mesh)
     began = time.monotonic()
     traced = step.trace(state, batch, 0)
-    executed, kernels = executed_flops(traced.jaxpr.jaxpr)
+    (executed, in_kernels), known = executed_flops(traced.jaxpr.jaxpr), traced_kernels(traced.jaxpr.jaxpr)
+    kernels = as_if = in_kernels / mesh.size
     parts = {
         "parameters": bytes_per_device(state.params, placed.params),
         "optimizer": bytes_per_device(state.opt_state, placed.opt_state),
     }
     compiled, used, notes = compile_quietly(traced.lower())
-    traffic, said = read_text(compiled, mesh.size) if compiled else (None, [])
+    text, said = text_of(compiled) if compiled else ("", [])
+    traffic, found = hlo.read(text, mesh.size) if text else None, []
+    if traffic is not None:
+        said += endless_loops(traffic)
+        kernels, as_if = device_flops(traffic.kernels, known)
+        found = operations(text, 1, lambda scope: _cycles(named(scope, known), topology))
     notes += said
     if compiled:
         stats = compiled.memory_analysis()
@@ -119,9 +142,10 @@ def plan(recipe: Recipe, topology: Topology, before: Recipe | None = None) -> Pl
         memory=parts,
         memory_per_chip=used,
         fits=compiled is not None and used <= topology.chip.memory,
-        executed=executed,
-        kernels=kernels,
+        executed=executed - in_kernels + kernels * mesh.size,
+        kernels=(kernels, as_if),
         traffic=traffic,
+        operations=found,
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
         compile_seconds=time.monotonic() - began,
     )
@@ -136,7 +160,8 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> tuple[Any, TrainState, dict[str
     module, optimizer = make_module(recipe.family, model), make_optimizer(recipe.optimizer, recipe.train.steps)
     state = jax.eval_shape(lambda: init_state(module, tiny_inputs(recipe.family), optimizer, 0))
     placed = state_shardings(mesh, state)
-    step = make_train_step(module, objective, optimizer, mesh, placed, accumulate=recipe.train.grad_accum_steps)
+    how = {"accumulate": recipe.train.grad_accum_steps, "vmem_kib": recipe.mesh.vmem_kib}
+    step = make_train_step(module, objective, optimizer, mesh, placed, **how)
     length, rows = model.context_length, recipe.train.batch_size
     document = length // 2 if recipe.objective.kind == "pairs" else 2 * length
     source, example = objective.source(made_up_tokens(document, model.vocab_size), length, False)
@@ -170,7 +195,8 @@ def _roofline(
     mesh: Mesh,
     *,
     executed: float,
-    kernels: float,
+    kernels: tuple[float, float],
+    operations: Iterable[Operation],
     traffic: hlo.Traffic | None,
     **known: Any,
 ) -> Plan:
@@ -189,7 +215,14 @@ def _roofline(
     bound_by = max(times, key=lambda name: times[name] or 0.0)
     longest = times[bound_by] or 0.0
     peak = topology.chips * chip.flops
-    scheduled = traffic.cycles / chip.clock + kernels / peak if traffic and traffic.cycles and chip.clock else None
+    scheduled, found = None, list(operations)
+    if traffic and traffic.cycles and chip.clock:
+        at_peak, scheduled = (traffic.cycles / chip.clock + n * chip.devices / chip.flops for n in kernels)
+        if kernels[1] > kernels[0]:
+            known["notes"].append(
+                f"attention kernels with heads narrower than {LANES} are counted at {NARROW_SHARE:.0%} of the chip's peak; "
+                f"at all of it {flops / (max(at_peak, longest) * peak):.0%} would be expected"
+            )
     return Plan(
         recipe=recipe.name,
         topology=topology.name,
@@ -211,9 +244,19 @@ def _roofline(
         tokens_per_second=tokens / longest,
         days=_full_steps(recipe) * longest / DAY,
         collectives=collectives,
+        parts=by_part(found),
+        operations=tuple(dataclasses.asdict(o) for o in sorted(found, key=lambda o: -o.cycles)[:LARGEST]),
         notes=tuple(known.pop("notes")),
         **known,
     )
+
+
+def _cycles(kernel: Kernel | None, topology: Topology) -> float:
+    """Of one call."""
+    chip = topology.chip
+    if kernel is None:
+        return 0.0
+    return kernel.flops / (NARROW_SHARE if kernel.narrow else 1.0) * chip.devices / chip.flops * chip.clock
 
 
 def _full_steps(recipe: Recipe) -> float:
@@ -233,7 +276,8 @@ ENOUGH = 300.0
 
 
 def search(recipe: Recipe, topology: Topology, log: Callable[[str], None], *, tries: int = TRIES) -> list[Plan]:
-    """Compile the layouts that promise most, the best first: those that fit, then the fastest as expected.
+    """Compile the layouts that promise most, and the best of them with more VMEM for an operation where the chip has it; the
+    best first: those that fit, then the fastest as expected.
 
     Args:
       tries: how many; with 1 only as many as it takes to find one that fits, at most 3.
@@ -255,6 +299,7 @@ def search(recipe: Recipe, topology: Topology, log: Callable[[str], None], *, tr
         raise InputError(too_small(recipe, topology, ranked[0].memory))
     topology.devices()  # says what is missing, before it is missing for every layout
     plans: list[Plan] = []
+    tried: dict[int, Recipe] = {}  # by the plan made of each
     last: Exception | None = None
     seen: list[tuple] = []
     began = time.monotonic()
@@ -271,6 +316,7 @@ def search(recipe: Recipe, topology: Topology, log: Callable[[str], None], *, tr
         try:
             log(f"compiling {flags(recipe, guess.recipe) or 'the recipe as it is'}")
             plans.append(plan(guess.recipe, topology, recipe))
+            tried[id(plans[-1])] = guess.recipe
         except (InputError, NotImplementedError) as e:  # a mesh that this torus cannot be cut into
             log(f"  not possible: {str(e).splitlines()[0][:120]}")
             last = e
@@ -278,12 +324,22 @@ def search(recipe: Recipe, topology: Topology, log: Callable[[str], None], *, tr
         log(f"  {one_line(plans[-1])}")
         if len(plans) >= (tries if tries > 1 else 3) or (tries == 1 and plans[-1].fits):
             break
-    plans.sort(key=lambda p: (not p.fits, max(p.step_seconds, p.scheduled_seconds or 0.0)))
     if not plans:
         raise InputError(f"no layout of {recipe.name} on {topology.name} can be compiled: {last}") from last
+    plans.sort(key=_by_time)
     if not plans[0].fits:
         raise InputError(too_small(recipe, topology, min(p.memory_per_chip for p in plans)))
-    return plans
+    best = tried[id(plans[0])]
+    for kib in other_vmem(topology.chip, best) if tries > 1 and time.monotonic() - began < ENOUGH else ():
+        changed = dataclasses.replace(best, mesh=dataclasses.replace(best.mesh, vmem_kib=kib))
+        log(f"compiling {flags(recipe, changed)}")
+        plans.append(plan(changed, topology, recipe))
+        log(f"  {one_line(plans[-1])}")
+    return sorted(plans, key=_by_time)
+
+
+def _by_time(p: Plan) -> tuple[bool, float]:
+    return not p.fits, max(p.step_seconds, p.scheduled_seconds or 0.0)
 
 
 def one_line(p: Plan) -> str:

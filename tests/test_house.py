@@ -10,7 +10,9 @@ PACKAGES = ("model", "data", "train", "sample", "serve", "convert", "compare", "
 # What every folder may take from the package `bothways` itself: recipe, run directory, errors, sharding.
 SHARED = {
     f"bothways.{name}"
-    for name in "checkpoints chips config errors flops formats locks log platform recipes registry rundir sharding".split()
+    for name in (
+        "checkpoints chips compiler config errors flops formats locks log platform recipes registry rundir sharding"
+    ).split()
 }
 # What each folder may import besides. Imports go down only.
 MAY_IMPORT = {

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from bothways import sharding
+from bothways.compiler import compiler_options
 from bothways.model.axes import activation_shardings
 from bothways.train.objectives import Batch, Objective
 
@@ -40,7 +41,8 @@ def state_shardings(mesh: Mesh, shapes: TrainState, max_replicated_fraction: flo
     """A sharding for every leaf of the state. Raises InputError as parameter_shardings does."""
     copied = NamedSharding(mesh, PartitionSpec())
     params = sharding.parameter_shardings(mesh, shapes.params, max_replicated_fraction)
-    opt_state = sharding.optimizer_shardings(mesh, shapes.opt_state, shapes.params, params)
+    spread = sharding.spread_over_data(params, shapes.params)
+    opt_state = sharding.optimizer_shardings(mesh, shapes.opt_state, shapes.params, spread)
     return TrainState(copied, params, opt_state, copied, copied)
 
 
@@ -52,6 +54,7 @@ def make_train_step(
     shardings: TrainState,
     *,
     accumulate: int = 1,
+    vmem_kib: int = 0,
 ) -> Callable[[TrainState, Batch, int], tuple[TrainState, Metrics]]:
     """The jitted step: (state, batch, the run's seed) -> (state, metrics). Its state argument is consumed.
 
@@ -95,8 +98,11 @@ def make_train_step(
         metrics["loss"] = sum(metrics[name] for name in names)
         metrics["grad_norm"] = optax.global_norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        # Each device of `data` updates its part of every parameter, and then gathers the rest.
+        spread = sharding.spread_over_data(shardings.params, state.params)
+        grads, params = jax.lax.with_sharding_constraint((grads, state.params), (spread, spread))
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
 
         def if_good(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(good, new, old)
@@ -113,7 +119,8 @@ def make_train_step(
 
     batch_spec = sharding.batch_sharding(mesh)
     placed = {"in_shardings": (shardings, batch_spec, None), "out_shardings": (shardings, None)}
-    return jax.jit(step, donate_argnums=0, **placed)
+    options = compiler_options(mesh, module.cfg.d_model, vmem_kib)
+    return jax.jit(step, donate_argnums=0, compiler_options=options, **placed)
 
 
 def make_eval_step(module: nn.Module, objective: Objective, mesh: Mesh, param_shardings: Any):

@@ -133,6 +133,56 @@ def test_sharded_equals_unsharded(mesh, family, shardable, alone, eight_devices)
     close(evaluated, alone[2])
 
 
+@pytest.fixture(scope="module")
+def dropping(shardable):
+    """With dropout everywhere."""
+    return dataclasses.replace(shardable, dropout_residual=0.3, dropout_attention=0.2, dropout_embed=0.1)
+
+
+@pytest.fixture(scope="module")
+def dropped(dropping, eight_devices):
+    return {
+        dtype: run(dataclasses.replace(dropping, dtype=dtype), MeshConfig(), eight_devices[:1])
+        for dtype in ("float32", "bfloat16")
+    }
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dtype"), [((2, 2, 2, 1), "float32"), ((1, 2, 2, 2), "float32"), ((2, 2, 2, 1), "bfloat16")]
+)
+def test_dropout_and_the_residual_stream_do_not_depend_on_the_mesh(mesh, dtype, dropping, dropped, eight_devices):
+    """The residual stream's 14 positions are spread over `tensor`, and over `context` as far as they divide."""
+    state, metrics, _ = run(dataclasses.replace(dropping, dtype=dtype), MeshConfig(*mesh), eight_devices)
+    tolerance = 2e-5 if dtype == "float32" else 0.02
+    close(metrics, dropped[dtype][1], tolerance)
+    close(state.params, dropped[dtype][0].params, tolerance)
+
+
+def test_bfloat16_trains_as_float32_to_its_rounding(dropped):
+    close(dropped["bfloat16"][1][0]["loss"], dropped["float32"][1][0]["loss"], 0.02)
+    close(dropped["bfloat16"][0].params, dropped["float32"][0].params, 0.03)
+
+
+def test_optimizer_state_and_update_are_spread_over_data(shardable, eight_devices):
+    """Parameters are whole on every device of `data`, their moments are not; and with fsdp both are cut further."""
+    module, optimizer = make_module("gpt", shardable), make_optimizer(OptimizerConfig(), 10)
+    shapes = jax.eval_shape(lambda: init_state(module, tiny_inputs("gpt"), optimizer, 0))
+    for mesh, share in ((MeshConfig(8, 1, 1), 8), (MeshConfig(2, 4, 1), 8), (MeshConfig(2, 2, 2), 8)):
+        at = state_shardings(sharding.make_mesh(mesh, eight_devices), shapes)
+        names = "decoder", "stack", "blocks", "mlp", "up", "kernel"
+        find = functools.partial(functools.reduce, lambda tree, name: tree[name])
+        kernel = find(names, shapes.params)
+        whole = np.prod(kernel.shape)
+        held = np.prod(find(names, at.params).shard_shape(kernel.shape))
+        assert held == whole * mesh.data // 8
+        moments = [
+            s
+            for s, x in zip(jax.tree.leaves(at.opt_state), jax.tree.leaves(shapes.opt_state), strict=True)
+            if x.shape == kernel.shape
+        ]
+        assert [np.prod(m.shard_shape(kernel.shape)) for m in moments] == [whole // share] * 2
+
+
 def test_sharded_muon_equals_unsharded(shardable, eight_devices):
     muon = OptimizerConfig(name="muon", learning_rate=1e-2, adam_learning_rate=1e-3, eps=1e-3)
     one = run(shardable, MeshConfig(), eight_devices[:1], optimizer=muon)
@@ -183,8 +233,8 @@ def test_a_bad_step_changes_nothing_but_the_counters(shardable, eight_devices):
     assert (int(after.consecutive_nonfinite), int(after.bad_total)) == (0, 1)
 
 
-def test_dropout_differs_between_steps_and_not_between_runs(shardable, eight_devices):
-    cfg = dataclasses.replace(shardable, dropout_residual=0.3, dropout_attention=0.2, dropout_embed=0.1)
+def test_dropout_differs_between_steps_and_not_between_runs(dropping, eight_devices):
+    cfg = dropping
     batch, still = causal_batch(cfg.vocab_size), OptimizerConfig(learning_rate=1e-30, weight_decay=0.0)
     _, a, _ = run(cfg, MeshConfig(), eight_devices[:1], batches=[batch, batch], optimizer=still)
     _, b, _ = run(cfg, MeshConfig(), eight_devices[:1], batches=[batch, batch], optimizer=still)
