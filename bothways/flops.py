@@ -90,8 +90,7 @@ def executed_flops(jaxpr: Any) -> np.ndarray:
     """
     total = np.zeros(2)
     for eqn in jaxpr.eqns:
-        leaves = jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
-        inner = [executed_flops(getattr(j, "jaxpr", j)) for j in leaves if _is_jaxpr(j)]
+        inner = [] if eqn.primitive.name == "pallas_call" else [executed_flops(j) for j in inner_programs(eqn)]
         match eqn.primitive.name:
             case "dot_general":
                 (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -104,12 +103,24 @@ def executed_flops(jaxpr: Any) -> np.ndarray:
             case "shard_map":
                 total += eqn.params["mesh"].size * sum(inner)
             case "pallas_call":
-                estimate = eqn.params.get("cost_estimate")
-                turns = math.prod(n for n in eqn.params["grid_mapping"].grid if isinstance(n, int))
-                total += estimate.flops if estimate else turns * sum(inner)[0]
+                total += kernel_flops(eqn)
             case _:
                 total += sum(inner)
     return total
+
+
+def kernel_flops(call: Any) -> float:
+    """FLOPs of one call of a Pallas kernel: as it says of itself, or its products as often as its grid turns."""
+    if estimate := call.params.get("cost_estimate"):
+        return float(estimate.flops)
+    turns = math.prod(n for n in call.params["grid_mapping"].grid if isinstance(n, int))
+    return turns * float(sum(executed_flops(j)[0] for j in inner_programs(call)))
+
+
+def inner_programs(eqn: Any) -> list[Any]:
+    """The traced programs that one equation runs."""
+    leaves = jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
+    return [getattr(j, "jaxpr", j) for j in leaves if _is_jaxpr(j)]
 
 
 def _is_jaxpr(x: Any) -> bool:

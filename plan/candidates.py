@@ -18,8 +18,6 @@ from bothways.sharding import PARAMETERS
 
 REMAT = ("none", "dots", "full")
 PAD_VOCABULARY = 128
-UNIT = 128
-"""Columns of a TPU's matrix unit, of most kinds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +113,8 @@ def guess(recipe: Recipe, topology: Topology, sizes: dict[str, int], mine: float
     network += around * (1.25 if recipe.family == "seq2seq" else 1) / rate(topology, sizes["tensor"])
     times = sorted([compute, network, moved / (chip.bandwidth / chip.devices)])
     seconds = times[2] + 0.1 * (times[0] + times[1])  # what overlaps does so not quite
-    # Of two that are as fast, the one with fewer ways to split comes first, and that whose matrices are not cut narrower
-    # than a matrix unit: the compiler counts ten times the cycles that transformer_big's FLOPs would take with fsdp 16.
-    thin = max(0.0, UNIT * sizes["fsdp"] / cfg.d_model - 1)
-    return Guess(recipe, memory * chip.devices, seconds * (1 + 0.02 * (tensor > 1) + 0.01 * (pieces > 1) + 0.05 * thin))
+    # Of two that are as fast, the one with fewer ways to split comes first.
+    return Guess(recipe, memory * chip.devices, seconds * (1 + 0.02 * (tensor > 1) + 0.01 * (pieces > 1)))
 
 
 def candidates(recipe: Recipe, topology: Topology) -> list[Guess]:
@@ -130,7 +126,7 @@ def candidates(recipe: Recipe, topology: Topology) -> list[Guess]:
     """
     found = []
     rows = recipe.train.batch_size
-    given = recipe.mesh != MeshConfig()
+    given = recipe.mesh.axes() != MeshConfig().axes()
     wanted = [dict(recipe.mesh.sizes(topology.devices_count))] if given else meshes(topology)
     plain = parameter_axes(recipe)
     padded_recipe = dataclasses.replace(

@@ -21,7 +21,7 @@ from bothways.model.gpt import MaskedNextToken
 from bothways.model.stack import unstack_layers
 from bothways.plan import hlo
 from bothways.plan.candidates import PAD_VOCABULARY, held, parameter_axes
-from bothways.plan.roofline import bytes_per_device, compile_quietly, read_text, summed_collectives
+from bothways.plan.roofline import bytes_per_device, compile_quietly, summed_collectives, text_of
 from bothways.plan.training import planned_model, with_vocabulary
 from bothways.recipes import Recipe
 from bothways.registry import make_module, predicts
@@ -166,7 +166,8 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
         )
         compiled, used, said = compile_quietly(traced.lower()) if traced else (None, before, [])
     notes += said
-    once, twice = [read_text(compiled, count, turns)[0] if compiled else None for turns in (1, 2)]
+    text = text_of(compiled)[0] if compiled else ""
+    once, twice = [hlo.read(text, count, turns) if text else None for turns in (1, 2)]
     used = max(before, _bytes(compiled) if compiled else used)
     weights = bytes_per_device(shapes, spread)
     each = min(count, chip.devices)

@@ -65,6 +65,8 @@ class Traffic:
     """The compiler's own estimate of the clock cycles that one device computes; 0 where it gives none."""
     endless: int
     """Loops whose number of turns could not be read."""
+    kernels: tuple[tuple[str, int], ...] = ()
+    """Calls of kernels of one's own: the scope that made each, and how often it runs."""
 
 
 def shapes_of(text: str) -> list[Shape]:
@@ -77,7 +79,7 @@ def shapes_of(text: str) -> list[Shape]:
     return found
 
 
-def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Instructions by computation, and the name of the entry."""
     found: dict[str, list[Instruction]] = {}
     entry, current = "", None
@@ -112,24 +114,20 @@ def _turns(loop: Instruction, computations: dict[str, list[Instruction]]) -> int
     return None
 
 
-def read(text: str, devices: int, unknown: int = 1) -> Traffic:
-    """What the compiled program of one device moves in one run.
-
-    Args:
-      text: as jax.stages.Compiled.as_text gives it.
-      devices: all that take part.
-      unknown: how often a loop turns whose text does not say it.
-    """
-    computations, entry = _computations(text)
-    times: dict[str, int] = collections.defaultdict(int)  # how often each computation runs
-    fused: set[str] = set()  # those inside a fusion: what they move stays on the chip
+def runs(
+    computations: dict[str, list[Instruction]], entry: str, unknown: int = 1
+) -> tuple[dict[str, int], set[str], int]:
+    """How often each computation runs; those inside a fusion, whose data stays on the chip; and the number of loops whose
+    turns could not be read, each counted `unknown` times."""
+    times: dict[str, int] = collections.defaultdict(int)
+    inner: set[str] = set()
     endless = 0
 
     def visit(name: str, count: int, inside: bool) -> None:
         nonlocal endless
         times[name] += count
         if inside:
-            fused.add(name)
+            inner.add(name)
         for i in computations.get(name, []):
             if i.kind == "while":
                 turns = _turns(i, computations)
@@ -145,9 +143,28 @@ def read(text: str, devices: int, unknown: int = 1) -> Traffic:
                 visit(other, count, inside or i.kind not in ("call", "conditional", "async-start"))
 
     visit(entry, 1, False)
+    return times, inner, endless
+
+
+def is_kernel(i: Instruction) -> bool:
+    """Whether it calls a kernel of one's own, written in Pallas."""
+    return i.kind == "custom-call" and "tpu_custom_call" in i.rest
+
+
+def read(text: str, devices: int, unknown: int = 1) -> Traffic:
+    """What the compiled program of one device moves in one run.
+
+    Args:
+      text: as jax.stages.Compiled.as_text gives it.
+      devices: all that take part.
+      unknown: how often a loop turns whose text does not say it.
+    """
+    program, entry = computations(text)
+    times, inner, endless = runs(program, entry, unknown)
     collectives: dict[tuple, Collective] = {}
+    kernels: list[tuple[str, int]] = []
     memory = cycles = 0.0
-    for name, instructions in computations.items():
+    for name, instructions in program.items():
         if not times[name]:
             continue
         for i in instructions:
@@ -164,11 +181,14 @@ def read(text: str, devices: int, unknown: int = 1) -> Traffic:
                     known = collectives.get(unique)
                     count = max(times[name], known.times if known else 0)
                     collectives[unique] = Collective(kind, size, group, count)
-            if name not in fused:
-                memory += times[name] * _memory(i, instructions, computations)
+            if name not in inner:
+                memory += times[name] * memory_of(i, instructions, program)
+                if is_kernel(i):
+                    said = re.search(r'op_name="([^"]*)"', i.rest)
+                    kernels.append((said[1] if said else i.rest, times[name]))
                 if estimate := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
                     cycles += times[name] * int(estimate[1])
-    return Traffic(tuple(collectives.values()), memory, cycles, endless)
+    return Traffic(tuple(collectives.values()), memory, cycles, endless, tuple(kernels))
 
 
 def _moved(i: Instruction, kind: str) -> float:
@@ -209,7 +229,7 @@ def _iota(shape: str, permutation: str | None) -> np.ndarray:
     return order.transpose(_numbers(permutation)) if permutation else order
 
 
-def _memory(i: Instruction, around: list[Instruction], computations: dict[str, list[Instruction]]) -> float:
+def memory_of(i: Instruction, around: list[Instruction], computations: dict[str, list[Instruction]]) -> float:
     """Bytes of main memory that an instruction reads and writes."""
     if i.kind in _FREE or i.kind.endswith(("-done", "-update")):
         return 0.0
@@ -226,7 +246,7 @@ def _memory(i: Instruction, around: list[Instruction], computations: dict[str, l
         return 2 * (read[1] if len(read) > 1 else 0.0)
     if i.kind == "custom-call" and '"AllocateBuffer"' in i.rest:
         return 0.0
-    inner = _fused(i, computations)
+    inner = fused(i, computations)
     for number, j in enumerate(_parameters(inner)):
         if number < len(read) and read[number] and (part := _cut(j, inner, computations)) is not None:
             read[number] = part
@@ -238,7 +258,7 @@ def _memory(i: Instruction, around: list[Instruction], computations: dict[str, l
     return written + sum(read)
 
 
-def _fused(i: Instruction, computations: dict[str, list[Instruction]]) -> list[Instruction]:
+def fused(i: Instruction, computations: dict[str, list[Instruction]]) -> list[Instruction]:
     called = _CALLED.search(i.rest) if i.kind == "fusion" else None
     return computations.get(called[1], []) if called else []
 
@@ -247,7 +267,7 @@ def _nested(inner: list[Instruction], computations: dict[str, list[Instruction]]
     """A fused computation, and those that its own fusions call."""
     yield inner
     for k in inner:
-        yield from _nested(within, computations) if (within := _fused(k, computations)) else ()
+        yield from _nested(within, computations) if (within := fused(k, computations)) else ()
 
 
 def _parameters(inner: list[Instruction]) -> list[str]:
@@ -268,7 +288,7 @@ def _cut(name: str, inner: list[Instruction], computations: dict[str, list[Instr
         elif k.kind == "bitcast":
             parts = [_cut(k.name, inner, computations)]
         else:
-            within = _fused(k, computations)
+            within = fused(k, computations)
             names = _parameters(within)
             parts = [
                 _cut(names[n], within, computations) for n, o in enumerate(k.operands) if o == name and n < len(names)

@@ -39,17 +39,16 @@ def compile_quietly(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | 
         return None, used, ["it does not fit, so nothing is known of what travels"]
 
 
-def read_text(compiled: jax.stages.Compiled, devices: int, unknown: int = 1) -> tuple[hlo.Traffic | None, list[str]]:
-    """Traffic of a compiled program, as hlo.read; None where its text cannot be had."""
+def text_of(compiled: jax.stages.Compiled) -> tuple[str, list[str]]:
+    """The text of a compiled program, or why there is none."""
     try:
-        text = compiled.as_text()
+        return compiled.as_text() or "", []
     except jax.errors.JaxRuntimeError as e:  # the largest programs do not fit into one message
-        return None, [
-            f"the program's text cannot be read ({str(e).splitlines()[0][:80]}): the roofline is of compute only"
-        ]
-    traffic = hlo.read(text or "", devices, unknown)
-    loops = f"{traffic.endless} loops of unknown length are counted once"
-    return traffic, [loops] if traffic.endless else []
+        return "", [f"the program's text cannot be read ({str(e).splitlines()[0][:80]}): the roofline is of compute only"]
+
+
+def endless_loops(traffic: hlo.Traffic) -> list[str]:
+    return [f"{traffic.endless} loops of unknown length are counted once"] if traffic.endless else []
 
 
 def bytes_per_device(shapes: Any, shardings: Any) -> float:

@@ -20,6 +20,9 @@ class PlanOptions:
     """So many slices, joined by the data-centre network."""
     search: bool = False
     """Compile several layouts (mesh, pieces of a batch, what is recomputed) and recommend the best."""
+    profile: bool = False
+    """Print where the compiler's cycles go: by part of the model, and the largest operations with what made them. --json
+    has both in any case."""
     decode: bool = True
     """Plan sampling too: the decoding step, or the reading of a masked model, on as few of these chips as hold it."""
     rows: int = 16
@@ -43,7 +46,7 @@ def plan(argv: list[str]) -> None:
     topology = Topology.parse(options.topology, options.slices)
     if options.search:
         plans = planning.search(recipe, topology, log)
-    elif recipe.mesh == MeshConfig():
+    elif recipe.mesh.axes() == MeshConfig().axes():
         plans = planning.search(recipe, topology, log, tries=1)
     else:
         plans = [planning.plan(recipe, topology)]
@@ -64,7 +67,29 @@ def plan(argv: list[str]) -> None:
             log(str(e))
     for p in plans if options.json else plans[:1]:
         both = dataclasses.asdict(p) | {"decode": decoded and dataclasses.asdict(decoded)}
-        emit(both, options.json, show_training(p) + (f"\n{show_decoding(decoded)}" if decoded else ""))
+        emit(both, options.json, shown(p, decoded, options.profile))
+
+
+def shown(p: Any, decoded: Any, profile: bool) -> str:
+    """All of a plan, for people."""
+    parts = [show_training(p), show_profile(p) if profile else "", show_decoding(decoded) if decoded else ""]
+    return "\n".join(part for part in parts if part)
+
+
+def show_profile(p: Any) -> str:
+    """Where the cycles go."""
+    total = sum(p.parts.values())
+    if not total:
+        return "  the compiler gives no cycles for this chip, so there is no profile"
+    lines = [f"  clock cycles of a chip in a step: {total / 1e6:,.1f} M"]
+    lines += [f"    {cycles / 1e6:12,.2f} M {cycles / total:6.1%} {part}" for part, cycles in p.parts.items()]
+    lines.append("  largest operations")
+    for o in p.operations:
+        cause = o["scope"][-90:] or o["name"]
+        lines.append(
+            f"    {o['cycles'] / 1e6:12,.2f} M {o['cycles'] / total:6.1%} {o['times']:5d} times {o['part']}: {cause} {o['source']}"
+        )
+    return "\n".join(lines)
 
 
 def show_training(p: Any) -> str:
