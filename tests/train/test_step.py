@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from bothways import sharding
@@ -181,6 +182,26 @@ def test_optimizer_state_and_update_are_spread_over_data(shardable, eight_device
             if x.shape == kernel.shape
         ]
         assert [np.prod(m.shard_shape(kernel.shape)) for m in moments] == [whole // share] * 2
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_optimizer_state_restores_on_another_mesh(name, shardable, eight_devices, tmp_path):
+    """Saved on one device, as runs before it was spread over `data`; and back."""
+    module, optimizer = make_module("gpt", shardable), make_optimizer(OptimizerConfig(name=name), 10)
+    shapes = jax.eval_shape(lambda: init_state(module, tiny_inputs("gpt"), optimizer, 0))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda s: jax.numpy.asarray(rng.integers(0, 99, s.shape), s.dtype), shapes.opt_state)
+    found = state
+    for step, mesh in enumerate((MeshConfig(4, 2, 1), MeshConfig(1, 1, 1))):
+        devices = eight_devices[: mesh.data * mesh.fsdp]
+        at = state_shardings(sharding.make_mesh(mesh, devices), shapes).opt_state
+        wanted = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes.opt_state, at)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / str(step), found)
+            checkpointer.wait_until_finished()
+            found = checkpointer.restore(tmp_path / str(step), wanted)
+        jax.tree.map(lambda x, d: pytest.fail("elsewhere") if x.sharding != d else None, found, at)
+        jax.tree.map(np.testing.assert_array_equal, found, state)
 
 
 def test_sharded_muon_equals_unsharded(shardable, eight_devices):
