@@ -39,7 +39,7 @@ class Operation:
     scope: str
     """What in the model, or in jax, made it; empty where only the compiler knows."""
     source: str
-    """file:line, as the program's text tells it."""
+    """file:line of the innermost call; empty where only the compiler knows."""
 
 
 def operations(
@@ -51,26 +51,41 @@ def operations(
       unknown: how often a loop turns whose text does not say it.
       kernel_cycles: of one call of a kernel of one's own, by its scope: the compiler gives no estimate of those.
     """
-    computations, entry = hlo.computations(text)
+    frames, (computations, entry) = _frames(text), hlo.computations(text)
     times, fused, _ = hlo.runs(computations, entry, unknown)
     for name, instructions in computations.items():
         if name in fused or not times[name]:
             continue
         for i in instructions:
             found = re.search(r'"estimated_cycles":"(\d+)"', i.rest)
-            scope, source = _cause(i, computations)
+            scope, source = _cause(i, computations, frames)
             each = kernel_cycles(scope) if hlo.is_kernel(i) else float(found[1]) if found else 0.0
             if each:
                 memory = times[name] * hlo.memory_of(i, instructions, computations)
                 yield Operation(i.name, _part(i, scope), times[name] * each, memory, times[name], scope, source)
 
 
-def _cause(i: hlo.Instruction, computations: dict[str, list[hlo.Instruction]]) -> tuple[str, str]:
+def _frames(text: str) -> dict[str, str]:
+    """file:line by the number of a stack frame, of the tables at the head of a program's text."""
+    files = dict(re.findall(r'^(\d+) "([^"]*\.py)"$', text, re.M))
+    lines = {n: f"{_short(files.get(f, ''))}:{line}" for n, f, line in re.findall(_LOCATION, text, re.M)}
+    return {n: lines[at] for n, at in re.findall(r"^(\d+) \{file_location_id=(\d+)", text, re.M) if at in lines}
+
+
+_LOCATION = r"^(\d+) \{file_name_id=(\d+) function_name_id=\d+ line=(\d+)"
+
+
+def _short(path: str) -> str:
+    """Folder and file."""
+    return "/".join(path.split("/")[-2:])
+
+
+def _cause(i: hlo.Instruction, computations: dict[str, list[hlo.Instruction]], frames: dict[str, str]) -> tuple[str, str]:
     """Scope and file:line, its own, or those of the last operation inside a fusion that has some."""
     for k in (i, *reversed(hlo.fused(i, computations))):
         if found := re.search(r'op_name="([^"]*)"', k.rest):
-            said = re.search(r'source_file="([^"]*)"(?: source_line=(\d+))?', k.rest)
-            return found[1], f"{said[1]}:{said[2] or ''}" if said else ""
+            number = re.search(r"stack_frame_id=(\d+)", k.rest)
+            return found[1], frames.get(number[1], "") if number else ""
     return "", ""
 
 

@@ -11,16 +11,30 @@ from bothways.plan.profile import by_part, operations
 
 PROGRAM = """HloModule made_up
 
+FileNames
+1 "/somewhere/model/layers.py"
+2 "/somewhere/model/stack.py"
+
+FunctionNames
+1 "Norm.__call__"
+
+FileLocations
+1 {file_name_id=2 function_name_id=1 line=91 end_line=91 column=19 end_column=19}
+2 {file_name_id=1 function_name_id=1 line=31 end_line=31 column=19 end_column=19}
+
+StackFrames
+3 {file_location_id=2 parent_frame_id=1}
+
 %inner (p.0: f32[7,11]) -> f32[7,11] {
   %p.0 = f32[7,11]{1,0} parameter(0)
-  ROOT %sum = f32[7,11]{1,0} add(%p.0, %p.0), metadata={op_name="jit(f)/blocks/mlp/up/add" source_file="layers.py" source_line=31}
+  ROOT %sum = f32[7,11]{1,0} add(%p.0, %p.0), metadata={op_name="jit(f)/blocks/mlp/up/add" stack_frame_id=3}
 }
 
 %body (state: (s32[], f32[7,11])) -> (s32[], f32[7,11]) {
   %state = (s32[], f32[7,11]{1,0}) parameter(0)
   %all = f32[7,11]{1,0} get-tuple-element(%state), index=1
   %up = f32[7,11]{1,0} fusion(%all), kind=kLoop, calls=%inner, backend_config={"estimated_cycles":"100"}
-  %normed = f32[7,11]{1,0} multiply(%up, %up), metadata={op_name="jit(f)/blocks/mlp_norm/mul" source_file="a.py"}, backend_config={"estimated_cycles":"30"}
+  %normed = f32[7,11]{1,0} multiply(%up, %up), metadata={op_name="jit(f)/blocks/mlp_norm/mul"}, backend_config={"estimated_cycles":"30"}
   %attended = f32[7,11] custom-call(%normed), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/blocks/attention/splash_mha_fwd_residuals"}
   %moved = f32[7,11]{1,0} copy(%attended), backend_config={"estimated_cycles":"2"}
   ROOT %next = (s32[], f32[7,11]{1,0}) tuple(%state, %moved)
@@ -49,7 +63,7 @@ def test_parts_add_up_to_the_compilers_own_count_and_the_kernels():
     assert list(parts) == sorted(parts, key=parts.get, reverse=True)
     assert sum(parts.values()) == hlo.read(PROGRAM, 1).cycles + 7000
     up = next(o for o in found if o.name == "up")
-    assert (up.times, up.source, up.scope) == (7, "layers.py:31", "jit(f)/blocks/mlp/up/add")
+    assert (up.times, up.source, up.scope) == (7, "model/layers.py:31", "jit(f)/blocks/mlp/up/add")
     assert up.memory == 7 * 2 * 7 * 11 * 4
 
 
