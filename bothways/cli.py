@@ -36,6 +36,9 @@ COMMANDS = {
 }
 """Each command is the function of its name in commands/, in the module of its name."""
 
+ANSWERING = ("sample", "fill", "score", "embed", "predict", "evaluate", "plan")
+"""Commands whose result is what they print, and nothing else."""
+
 RECIPE_FIRST = ("prepare", "train", "plan", "launch")
 """Commands that take a recipe, whose fields become flags: they parse their own arguments."""
 
@@ -63,6 +66,20 @@ def _escape_what_the_locale_lacks() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _check_output(verb: str) -> None:
+    """Where standard output or error is closed, nothing is printed, and no file that is opened later takes its number.
+
+    Raises:
+      InputError: a command that only prints has no standard output.
+    """
+    closed = sys.stdout is None
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (for the rest of the process)
+    if closed and verb in ANSWERING:
+        raise InputError("standard output is closed, and nothing else is made of the result; open it, or use > FILE")
 
 
 def _refused_path(error: BaseException, arguments: list[str]) -> str | None:
@@ -158,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     verb, rest = argv[0], argv[1:]
     try:
         run = find_command(verb)
+        _check_output(verb)
         leave_absent_tpu_alone()
         _quiet_libraries()
         _escape_what_the_locale_lacks()

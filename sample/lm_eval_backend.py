@@ -4,6 +4,7 @@ Registered by the entry point in pyproject.toml; for releases of lm-eval that do
 module registers it too. Needs the extra `lmeval`.
 """
 
+import collections
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from bothways.sample.directions import BOTH, FORWARD, directions
 from bothways.sample.evaluate import Metric
 from bothways.sample.masked import MaskedModel, hidden_batch
 from bothways.sample.open import open_model
-from bothways.sample.text import TextModel
+from bothways.sample.text import Sample
 
 RULES = ("causal", "pll", "pll_word", "bound")
 
@@ -143,21 +144,54 @@ class BothwaysLM(TemplateLM):
         return [score.logprob or 0.0 for score in asked.score([request.args[0] for request in requests], rule)]
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """What each context is continued by, until a stop string; greedily unless the task says `do_sample`."""
-        found = []
-        for request in requests:
+        """What each context is continued by, until a stop string; greedily unless the task says `do_sample`.
+
+        A context is read as log-likelihoods read it: behind [CLS] where those have it, without its beginning where it is
+        too long. What is continued in the same way goes through the model together.
+        """
+        found, groups = [""] * len(requests), dict[tuple, list[int]]()
+        drawn = collections.Counter[str]()
+        for i, request in enumerate(requests):
             context, how = request.args
-            stop = how.get("until") or ()
-            stop = [stop] if isinstance(stop, str) else [s for s in stop if s]
-            most = min(int(how.get("max_gen_toks", 64)), self.max_length)
-            ids = self.tokens.encode(context)[-(self.max_length - 2) :]
-            greedy = not how.get("do_sample") or float(how.get("temperature") or 0) == 0
-            options = {"greedy": greedy, "temperature": 1.0 if greedy else float(how["temperature"])}
-            writer: TextModel | MaskedModel = self.model if self.rule == "causal" else self.reading
+            options = generation_options(how, self.max_length)
+            if not options["greedy"]:  # a context that comes again gets a draw of its own
+                options["seed"], drawn[context] = drawn[context], drawn[context] + 1
+            groups.setdefault(tuple(options.items()), []).append(i)
+        for settings, members in groups.items():
+            samples = self._written([requests[i].args[0] for i in members], dict(settings))
+            for i, sample in zip(members, samples, strict=True):
+                found[i] = sample.text
+        return found
+
+    def _written(self, contexts: list[str], options: dict[str, Any]) -> list[Sample]:
+        writer = self.model if self.rule == "causal" else self.reading
+        start = [self.tokens.bos] * self.add_bos
+        room = max(self.max_length - options["max_tokens"], self.max_length // 2) - len(start)
+        if isinstance(writer, MaskedModel | DiffusionModel):  # they put [CLS] there themselves
             if isinstance(writer, MaskedModel):
                 options |= {"block": min(16, self.max_length // 2)}
-            found.append(writer.sample([self.tokens.decode(ids)], max_tokens=most, stop=stop, **options)[0].text)
-        return found
+            return writer.sample([self._end_of(context, room - self.closing) for context in contexts], **options)
+        rows = [[*start, *self.tokens.encode(context)[-room:]] or [self.tokens.bos] for context in contexts]
+        return writer.sample(contexts, encoded=rows, **options)
+
+    def _end_of(self, text: str, room: int) -> str:
+        """The last `room` tokens of a text, as it is written."""
+        spans = self.tokens.encode_with_offsets(text)
+        return text[spans[-room][1] :] if len(spans) > room else text
+
+
+def generation_options(how: dict[str, Any], most: int) -> dict[str, Any]:
+    """A task's generation settings in our sampler's words; at most `most` tokens."""
+    stop = how.get("until") or ()
+    temperature = float(how.get("temperature", 1.0))
+    greedy = not how.get("do_sample") or temperature == 0
+    drawing = {} if greedy else {name: how[name] for name in ("top_k", "top_p", "min_p") if how.get(name) is not None}
+    return {
+        "max_tokens": max(1, min(int(how.get("max_gen_toks", 64)), most)),
+        "stop": (stop,) if isinstance(stop, str) else tuple(s for s in stop if s),
+        "greedy": greedy,
+        "temperature": 1.0 if greedy else temperature,
+    } | drawing
 
 
 def evaluate(

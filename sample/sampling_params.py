@@ -1,5 +1,7 @@
 """How scores become a token: pure functions of (logits, key)."""
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -19,22 +21,30 @@ class SamplingParams:
     top_k: Int[jax.Array, ""]
     top_p: Float[jax.Array, ""]
     min_p: Float[jax.Array, ""]
+    never: Int[jax.Array, ""]
+    """A token that is not drawn, such as [UNK], which stands for no text; -1: none."""
     greedy: bool = flax.struct.field(pytree_node=False, default=False)
     filtered: bool = flax.struct.field(pytree_node=False, default=False)
     """Whether any filter is on; without, no step sorts the vocabulary."""
 
     @classmethod
     def make(
-        cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, greedy: bool = False
+        cls,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        greedy: bool = False,
+        never: int = -1,
     ) -> "SamplingParams":
         """0 turns top_k and min_p off, 1 turns top_p off; temperature 0 is greedy.
 
         Raises:
           InputError: a number outside its range.
         """
-        if temperature < 0:
-            raise InputError(f"temperature is {temperature}; it must be 0 (greedy) or more")
-        if top_k < 0:
+        if not 0 <= temperature < math.inf:
+            raise InputError(f"temperature is {temperature}; it must be 0 (greedy) or more, and finite")
+        if not 0 <= top_k < 2**31:
             raise InputError(f"top-k is {top_k}; it must be 0 (off) or the number of tokens to keep")
         if not 0 < top_p <= 1:
             raise InputError(f"top-p is {top_p}; it must be in (0, 1]")
@@ -45,6 +55,7 @@ class SamplingParams:
             jnp.int32(top_k),
             jnp.float32(top_p),
             jnp.float32(min_p),
+            jnp.int32(never),
             greedy=greedy or temperature == 0,
             filtered=bool(top_k or top_p < 1 or min_p),
         )
@@ -75,6 +86,8 @@ def sample_token(
     Args:
       keys: [B], one random key per row.
     """
+    own = logits
+    logits = jnp.where(jnp.arange(logits.shape[-1]) == method.never, -jnp.inf, logits)
     if method.greedy:  # the first of the likeliest; jnp.argmax takes three times as long on a CPU
         ids, likeliest = jnp.arange(logits.shape[-1]), logits >= jnp.max(logits, axis=-1, keepdims=True)
         tokens = jnp.min(jnp.where(likeliest, ids, ids[-1]), axis=-1)
@@ -83,5 +96,5 @@ def sample_token(
         if method.filtered:
             scaled = filter_logits(scaled, method)
         tokens = jax.vmap(jax.random.categorical)(keys, scaled)
-    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=-1)[:, 0]
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(own, axis=-1), tokens[:, None], axis=-1)[:, 0]
     return tokens.astype(jnp.int32), logprob

@@ -1,6 +1,7 @@
 """Text in, text out: a trained run with its verbs."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -88,7 +89,13 @@ def check_asked(max_tokens: int | None, num: int, stop: Sequence[str]) -> None:
 
 
 def draw_keys(prompts: Sequence[str], num: int, seed: int) -> list[jax.Array]:
-    """A random key for each of `num` draws of every prompt, which depends on seed, prompt and draw alone."""
+    """A random key for each of `num` draws of every prompt, which depends on seed, prompt and draw alone.
+
+    Raises:
+      InputError: a seed that 32 bits do not hold: JAX takes no more.
+    """
+    if not -(2**31) <= seed < 2**32:
+        raise InputError(f"seed is {seed}; it must fit into 32 bits: 0 to {2**32 - 1}")
     base = jax.random.key(seed)
     texts = [zlib.crc32(prompt.encode()) for prompt in prompts]
     return [jax.random.fold_in(jax.random.fold_in(base, text), n) for text in texts for n in range(num)]
@@ -170,6 +177,7 @@ class TextModel:
         seed: int = 0,
         stop: Sequence[str] = (),
         stream: Callable[[int, str], None] | None = None,
+        encoded: list[list[int]] | None = None,
     ) -> list[Sample]:
         """Continue every prompt `num` times; with an encoder-decoder, the prompt is the source of what is written.
 
@@ -182,6 +190,7 @@ class TextModel:
           length_penalty: of a beam search; None: 0.6.
           stop: a continuation ends before the first of these strings.
           stream: called with (index of the result, new piece of text) while it is being made.
+          encoded: the tokens that are read of each prompt; None: those of `encode_prompt`.
 
         Returns:
           prompts x num results, in the order of the prompts.
@@ -190,17 +199,22 @@ class TextModel:
           InputError: numbers out of range, or a prompt longer than the context.
         """
         check_asked(max_tokens, num, stop)
-        encoded = [self.encode_prompt(p) for p in prompts]
+        encoded = encoded or [self.encode_prompt(p) for p in prompts]
+        if beams < 0:
+            raise InputError(f"beams is {beams}; it must be at least 1, the hypotheses that a search keeps")
         if beams:
             if stream or stop or greedy:
                 raise InputError("beam search knows its text only at the end: leave out --stream, --stop and --greedy")
             if (temperature, top_k, top_p, min_p) != (1.0, 0, 1.0, 0.0):
                 raise InputError("beam search draws nothing: leave out --temperature, --top-k, --top-p and --min-p")
             alpha = 0.6 if length_penalty is None else length_penalty
+            if not math.isfinite(alpha):
+                raise InputError(f"length-penalty is {alpha}; it must be a finite number, such as 0.6")
             return self._search(prompts, encoded, beams, num, max_tokens, alpha)
         if length_penalty is not None:
             raise InputError("--length-penalty ranks what a beam search finds: add --beams, or leave it out")
-        method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy)
+        unknown = self.tokenizer.unk if self.tokenizer.unk != self.tokenizer.eos else -1  # some have no [UNK]
+        method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy, never=unknown)
         fitting = rows_that_decode(self.recipe.model, max_tokens or 256)
         return self._continued(prompts, encoded, self.decoder, method, fitting, max_tokens, num, seed, stop, stream)
 

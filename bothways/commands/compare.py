@@ -1,9 +1,8 @@
 """The command line of the comparison."""
 
-from json import dumps
-
 from tyro.conf import Positional
 
+from bothways.commands.shared import emit
 from bothways.configs import find
 
 
@@ -46,5 +45,4 @@ def compare(
     options = "".join(f" --{k} {v}" for k, v in given.items() if v)
     for experiment, result in run_comparison(experiments, size, arms, home, options):
         told = {"experiment": experiment.name, "verdict": result.verdict, "finding": result.finding, "sure": result.sure}
-        shown = f"{experiment.title}\n  {result.verdict}: {result.finding}\n"
-        print(dumps(told, ensure_ascii=False) if json else shown, flush=True)
+        emit(told, json, f"{experiment.title}\n  {result.verdict}: {result.finding}\n")

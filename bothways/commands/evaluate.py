@@ -56,8 +56,6 @@ def evaluate(
         figures += harness.evaluate(model, tasks, shots, rule, tasks_from)
     for figure in figures:
         low, high = figure.interval
-        emit(
-            figure,
-            json,
-            f"{figure.suite} {figure.metric} {figure.value:.4f} [{low:.4f}, {high:.4f}] ({figure.n} {figure.resampled})",
-        )
+        shown = f"{figure.value:.4f} [{low:.4f}, {high:.4f}] ({figure.n} {figure.resampled})"
+        undefined = ("interval", "value") if figure.suite.startswith("lm-eval:") else ("interval",)
+        emit(figure, json, f"{figure.suite} {figure.metric} {shown}", undefined)

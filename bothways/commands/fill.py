@@ -3,7 +3,7 @@
 import tyro
 
 import bothways
-from bothways.commands.shared import capability, emit
+from bothways.commands.shared import capability, checked_text, emit
 from bothways.errors import InputError
 
 Positional = tyro.conf.Positional
@@ -23,6 +23,7 @@ def fill(
     """
     if not texts:
         raise InputError('fill wants at least one text after the run: bothways fill RUN "To be, or [MASK] to be"')
+    checked_text(texts, "the text")
     why = "was not asked to restore single tokens; where it learnt to restore spans, `sample` tells them"
     model = bothways.load(run)
     if model.recipe.family == "gpt":

@@ -52,4 +52,5 @@ def finetune(
         result,
         json,
         f"{result.run}: {result.metric} {result.value:.3f} [{low:.3f}, {high:.3f}] on {result.n} items{beside}",
+        undefined=("value", "interval"),  # a correlation with predictions that are all alike
     )

@@ -6,7 +6,7 @@ from typing import Any
 import tyro
 
 import bothways
-from bothways.commands.shared import ONE, capability, emit, read_lines
+from bothways.commands.shared import ONE, capability, checked_text, emit, read_lines
 from bothways.config import MeshConfig
 from bothways.errors import InputError
 from bothways.log import log
@@ -76,6 +76,8 @@ def sample(
         prompts = (*prompts, *read_lines(source))
     if not prompts:
         raise InputError('sample wants at least one prompt after the run: bothways sample RUN "ROMEO:"')
+    checked_text(prompts, "the prompt")
+    checked_text(stop, "the stop string")
     if stream and (len(prompts) * num > 1 or json):
         raise InputError("--stream shows one continuation as plain text: give one prompt, and neither --num nor --json")
     model = bothways.load(run, mesh)

@@ -1,12 +1,16 @@
 """What the commands share: opening a run, reading lines, and how results are shown."""
 
 import dataclasses
+import errno
 import json
+import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import tyro
 
 from bothways.config import MeshConfig
@@ -20,10 +24,60 @@ if TYPE_CHECKING:
 ONE = MeshConfig(data=1)
 
 
-def emit(value: Any, as_json: bool, shown: str) -> None:
-    """One result on standard output: as a JSON object, or as it is shown to people."""
-    value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-    print(json.dumps(value, ensure_ascii=False) if as_json else shown, flush=True)
+def jsonable(value: Any, name: str = "", undefined: Sequence[str] = ()) -> Any:
+    """What JSON has words for: plain numbers, lists and objects.
+
+    Args:
+      name: the field that is looked at.
+      undefined: fields in which a number that is not finite only says that there is none: null.
+
+    Raises:
+      InputError: any other number that is not finite.
+    """
+    if isinstance(value, dict):
+        return {str(k): jsonable(v, f"{name}.{k}" if name else str(k), undefined) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v, name, undefined) for v in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return jsonable(value.tolist(), name, undefined)
+    if isinstance(value, float) and not math.isfinite(value):
+        if name in undefined:
+            return None
+        raise InputError(
+            f"{name} is {value}, which is no result: the weights of this run, or what was computed from them, are not "
+            "finite; use an earlier checkpoint, or train with a lower learning rate"
+        )
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def emit(value: Any, as_json: bool, shown: str, undefined: Sequence[str] = ()) -> None:
+    """One result on standard output: as a JSON object, or as it is shown to people.
+
+    Args:
+      undefined: as `jsonable`.
+
+    Raises:
+      InputError: a result that is not finite, or a standard output that takes no more.
+    """
+    value = jsonable(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value, "", undefined)
+    try:
+        print(json.dumps(value, ensure_ascii=False, allow_nan=False) if as_json else shown, flush=True)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF):
+            raise
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else Python tries once more at its end)
+        raise InputError(f"standard output cannot be written: {e.strerror}; write to another file or disk") from e
+
+
+def checked_text(texts: Sequence[str], what: str) -> None:
+    """Raises InputError for an argument whose bytes are no UTF-8, which Python holds as half surrogates."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise InputError(
+                f"{what} {text!r} is not UTF-8 (character {e.start + 1}); convert it, or check the locale"
+            ) from e
 
 
 def capability(model: Any, verb: str, why: str) -> Callable[..., Any]:
@@ -56,6 +110,8 @@ def read_lines(file: Path | None, columns: tuple[str, ...] = ("text",)) -> list[
         raise InputError(f"no file {file}")
     if file is not None and files.kind(file) in files.TABLES:
         return [files.line_of(record, columns, file, number) for number, record in files.records(file)]
+    if file is None and sys.stdin is None:
+        raise InputError("standard input is closed; name a file, or give texts on standard input")
     try:
         text = files.read_utf8(file) if file is not None else sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as e:

@@ -101,6 +101,37 @@ def test_rolling_and_generation(runs):
         assert "\n" not in said[0]
 
 
+def test_contexts_are_continued_as_they_are_scored_and_together(runs, monkeypatch):
+    """Behind [CLS], without their beginning where they are too long; what is asked for in the same way in one call."""
+    backend = harness.BothwaysLM(str(runs["causal"]))
+    contexts = ["the dog", "", "the dog sees the cat in the castle. " * 9, "QUEEN:"]
+    rows, sample = [], backend.model.sample
+
+    def spied(prompts, **options):
+        rows.append(options["encoded"])
+        return sample(prompts, **options)
+
+    monkeypatch.setattr(backend.model, "sample", spied)
+    how = [{"until": ["@@"], "max_gen_toks": 3}] * 3 + [{"until": "@@", "max_gen_toks": 2}]
+    said = backend.generate_until([request(c, h) for c, h in zip(contexts, how, strict=True)])
+    assert [len(r) for r in rows] == [3, 1]
+    bos, room = backend.tokens.bos, backend.max_length - 3
+    wanted = [[bos, *backend.tokens.encode(c)] for c in contexts]
+    wanted[2] = [bos, *wanted[2][-(room - 1) :]]
+    assert [*rows[0], *rows[1]] == wanted
+    for text, row, most in zip(said, wanted, (3, 3, 3, 2), strict=True):
+        (alone,) = continued(backend.model, [row], most, greedy=True)
+        assert text == backend.tokens.decode([t for t in alone if t != backend.tokens.eos])
+
+
+def test_a_context_that_is_drawn_from_again_gets_another_draw(runs):
+    for rule in ("causal", "pll_word"):
+        backend = harness.BothwaysLM(str(runs["hybrid"]), rule=rule)
+        how = {"until": [], "max_gen_toks": 7, "do_sample": True, "temperature": 2.0}
+        first, second = backend.generate_until([request("the dog " * 20, how)] * 2)
+        assert first != second
+
+
 def test_a_task_of_ones_own_through_the_command_line(runs, tiny_recipe, tmp_path, capsys):
     items = [{"text": "the dog sees", "choices": [" the cat", " xq"], "label": i % 2} for i in range(10)]
     for split in ("train", "test"):

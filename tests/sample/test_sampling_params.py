@@ -126,6 +126,15 @@ def test_the_logprob_is_that_of_the_unmodified_distribution(settings):
     np.testing.assert_allclose(logprobs, np.log(P)[tokens], rtol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"greedy": True}])
+def test_a_token_that_is_never_drawn(settings):
+    """And the others keep the log-probability that the model gives them."""
+    likeliest = int(P.argmax())
+    tokens, logprobs = draw(np.log(P), never=likeliest, **settings)
+    assert likeliest not in set(tokens.tolist())
+    np.testing.assert_allclose(logprobs, np.log(P)[tokens], rtol=1e-5)
+
+
 def test_a_row_depends_on_its_own_key_and_scores_only():
     logits = np.random.default_rng(1).normal(size=(DRAWS, 6)).astype(np.float32)
     keys = jax.random.split(jax.random.key(5), DRAWS)
@@ -141,7 +150,10 @@ def test_a_row_depends_on_its_own_key_and_scores_only():
     ("settings", "message"),
     [
         ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_k": -1}, "top-k is -1"),
+        ({"top_k": 2**40}, "top-k is 10"),
         ({"top_p": 0.0}, "top-p is 0.0"),
         ({"top_p": 1.1}, "top-p is 1.1"),
         ({"top_p": float("nan")}, "top-p is nan"),
