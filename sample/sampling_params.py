@@ -21,11 +21,11 @@ class SamplingParams:
     top_k: Int[jax.Array, ""]
     top_p: Float[jax.Array, ""]
     min_p: Float[jax.Array, ""]
-    never: Int[jax.Array, ""]
-    """A token that is not drawn, such as [UNK], which stands for no text; -1: none."""
     greedy: bool = flax.struct.field(pytree_node=False, default=False)
     filtered: bool = flax.struct.field(pytree_node=False, default=False)
     """Whether any filter is on; without, no step sorts the vocabulary."""
+    never: int = flax.struct.field(pytree_node=False, default=-1)
+    """A token that is not drawn, such as [UNK], which stands for no text; -1: none."""
 
     @classmethod
     def make(
@@ -55,9 +55,9 @@ class SamplingParams:
             jnp.int32(top_k),
             jnp.float32(top_p),
             jnp.float32(min_p),
-            jnp.int32(never),
             greedy=greedy or temperature == 0,
             filtered=bool(top_k or top_p < 1 or min_p),
+            never=never,
         )
 
 
@@ -87,7 +87,8 @@ def sample_token(
       keys: [B], one random key per row.
     """
     own = logits
-    logits = jnp.where(jnp.arange(logits.shape[-1]) == method.never, -jnp.inf, logits)
+    if method.never >= 0:
+        logits = logits.at[..., method.never].set(-jnp.inf)
     if method.greedy:  # the first of the likeliest; jnp.argmax takes three times as long on a CPU
         ids, likeliest = jnp.arange(logits.shape[-1]), logits >= jnp.max(logits, axis=-1, keepdims=True)
         tokens = jnp.min(jnp.where(likeliest, ids, ids[-1]), axis=-1)

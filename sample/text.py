@@ -101,6 +101,11 @@ def draw_keys(prompts: Sequence[str], num: int, seed: int) -> list[jax.Array]:
     return [jax.random.fold_in(jax.random.fold_in(base, text), n) for text in texts for n in range(num)]
 
 
+def never_drawn(tokenizer: Tokenizer) -> int:
+    """[UNK], which stands for no text; -1 where a vocabulary has none, whose role then falls to what ends a text."""
+    return tokenizer.unk if tokenizer.unk != tokenizer.eos else -1
+
+
 def to_sample(
     tokenizer: Tokenizer, prompt: str, ids: list[int], logprobs: list[float], ended: str, stop: Sequence[str]
 ) -> Sample:
@@ -213,8 +218,7 @@ class TextModel:
             return self._search(prompts, encoded, beams, num, max_tokens, alpha)
         if length_penalty is not None:
             raise InputError("--length-penalty ranks what a beam search finds: add --beams, or leave it out")
-        unknown = self.tokenizer.unk if self.tokenizer.unk != self.tokenizer.eos else -1  # some have no [UNK]
-        method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy, never=unknown)
+        method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy, never=never_drawn(self.tokenizer))
         fitting = rows_that_decode(self.recipe.model, max_tokens or 256)
         return self._continued(prompts, encoded, self.decoder, method, fitting, max_tokens, num, seed, stop, stream)
 

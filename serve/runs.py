@@ -18,7 +18,7 @@ from bothways.log import log
 from bothways.recipes import Recipe
 from bothways.rundir import TaskInfo, compute_dtype_shapes, directory, param_shapes, read_recipe, read_task
 from bothways.sample.open import OpenModel, open_run
-from bothways.sample.text import TextModel, callbacks
+from bothways.sample.text import TextModel, callbacks, never_drawn
 from bothways.serve.prefix import PrefixCache
 from bothways.serve.slots import Pool
 
@@ -227,4 +227,5 @@ class Runs:
             vocabulary=known,
             has_source=model.has_source,
             prefixes=prefixes,
+            never=never_drawn(run.tokenizer),
         )

@@ -87,11 +87,11 @@ class Generation:
         return max(len(self.ids) + self.max_tokens, len(self.source))
 
 
-def choose_tokens(logits: jax.Array, rows: Slots) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[B] tokens, each by its own row's method; their log-probabilities; [B, V] the log-probabilities of all."""
+def choose_tokens(logits: jax.Array, rows: Slots, never: int = -1) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[B] tokens, each by its own row's method, but not `never`; their log-probabilities; [B, V] those of all."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key), rows.count)
-    plain = SamplingParams(rows.temperature, rows.top_k, rows.top_p, rows.min_p)
+    plain = SamplingParams(rows.temperature, rows.top_k, rows.top_p, rows.min_p, never=never)
     likeliest = sample_token(logits, keys, plain.replace(greedy=True))[0]
 
     def draw() -> jax.Array:
@@ -113,6 +113,7 @@ class Pool:
     Args:
       piece: tokens of a prompt that are read at once.
       prefixes: where pieces are kept; None where rows have sources, whose targets begin with nothing in common.
+      never: a token that is not drawn; -1: none.
     """
 
     def __init__(
@@ -127,8 +128,10 @@ class Pool:
         vocabulary: int,
         has_source: bool = False,
         prefixes: PrefixCache | None = None,
+        never: int = -1,
     ):
         forward, logits, begin = callbacks
+        self.never = never
         self.params, self.slots, self.size, self.piece, self.eos = params, slots, -(-size // piece) * piece, piece, eos
         self.has_source, self.prefixes = has_source, prefixes
         self.rows: list[Generation | None] = [None] * slots
@@ -185,7 +188,7 @@ class Pool:
 
             def turn(carry: tuple) -> tuple:
                 state, rows, (tokens, logprobs, ids, values), i = carry
-                token, logprob, every = choose_tokens(state.logits, rows)
+                token, logprob, every = choose_tokens(state.logits, rows, self.never)
                 some = jax.lax.cond(
                     jnp.any(rows.tops & rows.live),
                     lambda: tuple(jax.lax.top_k(every, top)[::-1]),
