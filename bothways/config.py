@@ -1,6 +1,7 @@
 """How a model is trained: objective, optimizer, schedule, batches, mesh."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from bothways.errors import InputError
@@ -314,6 +315,9 @@ class FinetuneConfig:
 
     def check(self, kind: str, context: int) -> None:
         """Raises InputError for numbers out of range."""
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{name.replace('_', '-')} is {value}; it must be a finite number")
         for name in ("batch_size", "seeds", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")

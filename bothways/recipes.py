@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -201,7 +202,7 @@ class Recipe:
 
 
 def _invalid_choices(section: Any, where: str = "") -> list[str]:
-    """What stands in a field, or in a tuple there, that its type does not list."""
+    """What stands in a field, or in a tuple there, that its type does not list; and numbers that are not finite."""
     found = []
     for name, hint in get_type_hints(type(section)).items():
         value, several = getattr(section, name), get_origin(hint) is tuple
@@ -210,6 +211,8 @@ def _invalid_choices(section: Any, where: str = "") -> list[str]:
             found += _invalid_choices(value, f"{where}{name}.")
         elif choices and not set(value if several else [value]) <= set(choices):
             found.append(f"{where}{name} is {value!r}; there are {', '.join(choices)}")
+        elif any(isinstance(v, float) and not math.isfinite(v) for v in (value if several else [value])):
+            found.append(f"{where}{name} is {value}; it must be a finite number")
     return found
 
 

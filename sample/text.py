@@ -88,14 +88,18 @@ def check_asked(max_tokens: int | None, num: int, stop: Sequence[str]) -> None:
         raise InputError("a stop string is empty; every text contains it")
 
 
+def check_seed(seed: int) -> None:
+    if not -(2**31) <= seed < 2**32:
+        raise InputError(f"seed is {seed}; it must fit into 32 bits: 0 to {2**32 - 1}")
+
+
 def draw_keys(prompts: Sequence[str], num: int, seed: int) -> list[jax.Array]:
     """A random key for each of `num` draws of every prompt, which depends on seed, prompt and draw alone.
 
     Raises:
-      InputError: a seed that 32 bits do not hold: JAX takes no more.
+      InputError: a seed that 32 bits do not hold: of a larger one JAX would drop the rest.
     """
-    if not -(2**31) <= seed < 2**32:
-        raise InputError(f"seed is {seed}; it must fit into 32 bits: 0 to {2**32 - 1}")
+    check_seed(seed)
     base = jax.random.key(seed)
     texts = [zlib.crc32(prompt.encode()) for prompt in prompts]
     return [jax.random.fold_in(jax.random.fold_in(base, text), n) for text in texts for n in range(num)]
@@ -204,6 +208,7 @@ class TextModel:
           InputError: numbers out of range, or a prompt longer than the context.
         """
         check_asked(max_tokens, num, stop)
+        check_seed(seed)
         encoded = encoded or [self.encode_prompt(p) for p in prompts]
         if beams < 0:
             raise InputError(f"beams is {beams}; it must be at least 1, the hypotheses that a search keeps")

@@ -64,7 +64,7 @@ def test_every_problem_is_listed_at_once(tiny_recipe):
             position_embedding="rope",
             layer_pattern=("dense", "x"),
         ),
-        optimizer=dataclasses.replace(tiny_recipe.optimizer, learning_rate=-1.0),
+        optimizer=dataclasses.replace(tiny_recipe.optimizer, learning_rate=-1.0, weight_decay=float("nan")),
         train=dataclasses.replace(tiny_recipe.train, steps=0, seed=2**31),
     )
     with pytest.raises(InputError) as e:
@@ -76,6 +76,7 @@ def test_every_problem_is_listed_at_once(tiny_recipe):
         "d_model=22",
         "n_heads=5",
         "learning_rate is -1.0",
+        "optimizer.weight_decay is nan; it must be a finite number",
         "train.steps is 0",
         "train.seed is 2147483648; it must be at most 2147483647",
     ):
