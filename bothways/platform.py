@@ -44,3 +44,8 @@ def leave_absent_tpu_alone() -> None:
         return
     gpu = os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg")
     jax.config.update("jax_platforms", "cuda,cpu" if gpu else "cpu")
+
+
+def without_grpc() -> None:
+    """gcsfs would find out over gRPC what kind of bucket it has before it, which waits for a minute where nobody is logged in."""
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")

@@ -35,6 +35,7 @@ from bothways.model.axes import path_names
 from bothways.model.config import TransformerConfig
 from bothways.model.stack import unstack_layers
 from bothways.model.task import TaskModel
+from bothways.platform import without_grpc
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
 
@@ -51,6 +52,7 @@ def directory(home: str | os.PathLike) -> Path:
     name = os.fspath(home)
     if "://" not in name:
         return Path(name)
+    without_grpc()
     try:
         path = epath.Path(name)
         path.exists()

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 
 from bothways.errors import InputError
+from bothways.platform import without_grpc
 
 T = TypeVar("T")
 
@@ -120,8 +121,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     """
     options: dict[str, Any] = {}
     if url.startswith(("gs://", "gcs://")):
-        # gcsfs would first find out over gRPC what kind of bucket it is: a minute of waiting where nobody is logged in.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        without_grpc()
         if os.environ.get("STORAGE_EMULATOR_HOST"):
             options["token"] = "anon"
     try:

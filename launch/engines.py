@@ -38,7 +38,9 @@ def _begin_anew(job: Job) -> str:
 
 
 def _upload(job: Job, *names: str) -> str:
-    return shlex.join(["gcloud", "storage", "cp", job.code_name, "recipe.json", *names, f"{job.home}/"])
+    copy = ["gcloud", "storage", "cp"]
+    sent = shlex.join([*copy, job.code_name, "recipe.json", *names, f"{job.home}/"])
+    return f"{shlex.join([*copy, '--recursive', 'text', f'{job.home}/'])} && {sent}" if job.text else sent
 
 
 def _tpu(job: Job) -> Topology:

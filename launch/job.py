@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 from bothways.chips import Topology
+from bothways.data.config import DataConfig
 from bothways.data.files import extras_for
 from bothways.errors import InputError
 from bothways.recipes import Recipe
@@ -60,6 +61,8 @@ class Job:
     partition: str = ""
     hours: int = 24
     code: bytes = b""
+    text: DataConfig | None = None
+    """Text of this machine, which is prepared here and sent along; the recipe names what becomes of it."""
 
     @property
     def home(self) -> str:

@@ -6,11 +6,17 @@ import subprocess
 from pathlib import Path
 
 from bothways.chips import Topology
-from bothways.data.files import looks_like_files
+from bothways.data.config import DataConfig
+from bothways.data.files import looks_like_files, matching
+from bothways.data.stores import is_remote
 from bothways.errors import InputError
 from bothways.launch.engines import ENGINES, Launch
 from bothways.launch.job import GPUs, Job, check_bucket, code_archive, job_name
+from bothways.log import log
 from bothways.recipes import Recipe
+
+MOST_SENT = 2_000_000_000
+"""Bytes of files, at most, that launch itself prepares and sends along."""
 
 WHERE = {
     "gcloud": "https://cloud.google.com/sdk/docs/install, then `gcloud auth login`",
@@ -47,15 +53,44 @@ def prepare(
     if slices > 1 and isinstance(where, GPUs):
         raise InputError(f"--slices {slices} is for TPUs; more GPUs are more nodes: --topology {where.kind}:NODESxGPUS")
     recipe.check(where.devices_count)
+    name, bucket = job_name(recipe, name), check_bucket(bucket, on)
+    text = text_to_send(recipe.data) if on != "slurm" else None
+    if text:
+        recipe = dataclasses.replace(recipe, data=sent_along(text, f"{bucket}/{name}/text"))
     if left := files_left_here(recipe, shared=on == "slurm"):
         how = (
             "give absolute paths that all nodes see"
             if on == "slurm"
-            else "name a dataset of TFDS, a tokenizer that is learnt there, a run on a bucket; or train there by hand"
+            else "put it on the bucket and give its gs:// URL, or name a dataset of TFDS"
         )
         raise InputError(f"only the source tree and the recipe travel, and not {', '.join(left)}: {how}")
-    job = Job(recipe, where, job_name(recipe, name), check_bucket(bucket, on), code=code_archive(), **options)
+    job = Job(recipe, where, name, bucket, code=code_archive(), text=text, **options)
     return job, ENGINES[on](job)
+
+
+def text_to_send(cfg: DataConfig) -> DataConfig | None:
+    """The configuration of text in files of this machine; None of any other.
+
+    Raises:
+      InputError: no such files, or so large that they are to be prepared into a bucket.
+    """
+    here = not is_remote(cfg.corpus) and looks_like_files(cfg.corpus)
+    if not here or (Path(cfg.corpus).expanduser() / "manifest.json").exists():
+        return None
+    size = sum(path.stat().st_size for path in matching(cfg.corpus))
+    if size > MOST_SENT:
+        raise InputError(
+            f"data.corpus={cfg.corpus} has {size / 1e9:.1f} GB, too much to be prepared while you wait: run "
+            "`bothways prepare RECIPE --to gs://BUCKET/text --workers N` first, and launch with --data.corpus gs://BUCKET/text"
+        )
+    return cfg
+
+
+def sent_along(text: DataConfig, to: str) -> DataConfig:
+    """What the recipe names there: the prepared text, and its tokenizer where that is a file."""
+    own = text.tokenizer.endswith((".model", ".json"))
+    tokenizer = f"{to}/tokenizer{Path(text.tokenizer).suffix}" if own else text.tokenizer
+    return dataclasses.replace(text, corpus=to, validation="", tokenizer=tokenizer)
 
 
 def files_left_here(recipe: Recipe, *, shared: bool) -> list[str]:
@@ -69,9 +104,13 @@ def files_left_here(recipe: Recipe, *, shared: bool) -> list[str]:
         "data.corpus": data.corpus if looks_like_files(data.corpus) else "",
         "data.validation": data.validation,
         "data.tokenizer": data.tokenizer if data.tokenizer.endswith((".model", ".json")) else "",
-        "train.init_from": "" if "://" in start else start,
+        "train.init_from": start,
     }
-    return [f"{k}={v}" for k, v in found.items() if v and not (shared and Path(v).expanduser().is_absolute())]
+    return [
+        f"{k}={v}"
+        for k, v in found.items()
+        if v and not is_remote(v) and not (shared and Path(v).expanduser().is_absolute())
+    ]
 
 
 def is_gpu(topology: str) -> bool:
@@ -90,6 +129,10 @@ def start(on: str, job: Job, launch: Launch, folder: Path, *, dry_run: bool) -> 
             if shutil.which(program) is None:
                 raise InputError(f"--on {on} calls {program}, which is not here: {WHERE[program]}; or see --dry-run")
         folder.mkdir(parents=True, exist_ok=True)
+        if job.text:
+            from bothways.data.preparing import prepare
+
+            prepare(job.text, str(folder / "text"), log=log)
         (folder / job.code_name).write_bytes(job.code)
         (folder / "recipe.json").write_text(job.recipe.to_json())
         for name, text in launch.files.items():

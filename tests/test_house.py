@@ -17,7 +17,7 @@ SHARED = {
 # What each folder may import besides. Imports go down only.
 MAY_IMPORT = {
     "model": {"bothways.model"},
-    "data": {"bothways.data", "bothways.errors", "bothways.locks"},
+    "data": {"bothways.data", "bothways.errors", "bothways.locks", "bothways.platform"},
     "bothways": {"bothways.model", "bothways.data", *SHARED},
     "train": {"bothways.train", "bothways.model", "bothways.data", *SHARED},
     "sample": {"bothways.sample", "bothways.model", "bothways.data", *SHARED},

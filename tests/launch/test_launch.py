@@ -212,7 +212,6 @@ def test_bad_input_says_what_to_change(recipe, on, topology, options, said):
 @pytest.mark.parametrize(
     ("section", "field", "here"),
     [
-        ("data", "corpus", "books/*.txt"),
         ("data", "validation", "held.jsonl"),
         ("data", "tokenizer", "vocabulary/tokenizer.json"),
         ("train", "init_from", "runs/gpt2"),
@@ -232,6 +231,29 @@ def test_files_that_do_not_travel_are_refused(recipe, section, field, here):
         assert f"{section}.{field}={value}:" in str(refused.value)
     launched("slurm", f"/shared/{here}")
     launched("gke", "gs://some-bucket/runs/gpt2" if field == "init_from" else getattr(recipe.data, field))
+
+
+def test_text_of_this_machine_is_prepared_here_and_sent_along(recipe, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("To be, or not to be.\n" * 400)
+    data = dataclasses.replace(recipe.data, corpus=str(tmp_path / "a.txt"), tokenizer="char", cache=str(tmp_path / "c"))
+    job, launch = prepare(dataclasses.replace(recipe, data=data), "tpu", "v5e-16", **GCP)
+    assert job.recipe.data.corpus == f"{job.home}/text"
+    assert f"cp --recursive text {job.home}/ &&" in launch.commands[1]
+    programs = dataclasses.replace(launch, commands=(), needs=())
+    start("tpu", job, programs, tmp_path / "out", dry_run=False)
+    assert json.loads((tmp_path / "out" / "text" / "manifest.json").read_text())["splits"]["train"]["documents"] == 1
+    monkeypatch.setattr("bothways.launch.start.MOST_SENT", 8000)
+    with pytest.raises(InputError, match="bothways prepare RECIPE --to"):
+        prepare(dataclasses.replace(recipe, data=data), "tpu", "v5e-16", **GCP)
+    with pytest.raises(InputError, match="no file matches"):
+        prepare(dataclasses.replace(recipe, data=dataclasses.replace(data, corpus="books/*.txt")), "gke", "v5e-16", **GCP)
+
+
+def test_text_on_a_bucket_is_named_as_it_is(recipe):
+    data = dataclasses.replace(recipe.data, corpus="gs://some-bucket/text")
+    job, launch = prepare(dataclasses.replace(recipe, data=data), "tpu", "v5e-16", **GCP)
+    assert job.recipe.data.corpus == "gs://some-bucket/text"
+    assert "--recursive" not in launch.commands[1]
 
 
 def test_a_missing_launcher_is_named(recipe, tmp_path, monkeypatch):
