@@ -40,7 +40,6 @@ WHY_NOT = {
     "causal": "reads forward only",
     "seq2seq": "is an encoder-decoder: it writes a target for a source",
     "masked": "reads both ways, and writes blocks of masked tokens",
-    "hybrid": "has no head for a task; `bothways finetune` makes a run that has",
     "diffusion": "writes blocks of masked tokens",
 }
 IN_SLOTS = ("causal", "hybrid", "seq2seq")
@@ -86,6 +85,8 @@ class Served:
     def refusal(self, what: str) -> str:
         """Why the run cannot do this; empty where it can."""
         kind, objective = self.kind, self.recipe.objective
+        if what == "classify" and self.task is None:
+            return f"{self.name} is not fine-tuned for a task; `bothways finetune` makes a run that is"
         if kind not in WANTS[what]:
             return f"{self.name} {WHY_NOT[kind]}"
         if what in ("infill", "fill") and kind == "hybrid" and objective.causal_share == 1:

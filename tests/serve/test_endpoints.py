@@ -173,7 +173,7 @@ REFUSED = [
     ("/v1/embeddings", {"model": "causal", "input": "the king " * 60}, 400, "context"),
     ("/score", {"model": "causal", "input": "a", "rule": "pll"}, 400, "causal"),
     ("/fill", {"model": "masked", "input": "no mask"}, 400, "[MASK]"),
-    ("/classify", {"model": "causal", "input": "a"}, 400, "forward only"),
+    ("/classify", {"model": "causal", "input": "a"}, 400, "finetune"),
     ("/tokens", {"model": "causal", "text": "a", "direction": "both"}, 400, "both ways"),
     ("/../../etc/passwd", {}, 404, ""),
 ]
