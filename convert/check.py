@@ -8,13 +8,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bothways.convert.files import REFERENCE, read_tensors
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
+from bothways.model.seq2seq import Seq2Seq
+from bothways.model.task import TaskModel
 from bothways.recipes import Recipe
-from bothways.registry import make_module
+from bothways.rundir import TaskInfo, module_of
 
 TEXT = "Now is the winter of our discontent\nMade glorious summer by this sun of York;"
 MOST_TOKENS = 32
@@ -28,9 +31,10 @@ def fixed_tokens(tokenizer: Tokenizer, context: int) -> np.ndarray:
     return np.array([ids], np.int32)
 
 
-def our_logits(recipe: Recipe, params: Any, tokens: np.ndarray) -> np.ndarray:
-    """[1, T, V] in float32; of a body without a head its features [1, T, D]."""
-    module = make_module(recipe.family, dataclasses.replace(recipe.model, dtype="float32", scan_layers=True))
+def our_logits(recipe: Recipe, params: Any, tokens: np.ndarray, task: TaskInfo | None = None) -> np.ndarray:
+    """[1, T, V] in float32; of a body without a head its features [1, T, D]; of a task's head what it says."""
+    plain = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="float32", scan_layers=True))
+    module = module_of(plain, task)
     with jax.default_matmul_precision("highest"):
         return np.asarray(_logits(module, params, tokens))
 
@@ -38,7 +42,9 @@ def our_logits(recipe: Recipe, params: Any, tokens: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(module: nn.Module, params: Any, tokens: jax.Array) -> jax.Array:
     def run(bound: nn.Module) -> jax.Array:
-        features = bound(tokens)
+        if isinstance(bound, TaskModel):
+            return bound(tokens, jnp.ones_like(tokens), jnp.zeros_like(tokens))
+        features = bound(tokens, **({"source": tokens} if isinstance(bound, Seq2Seq) else {}))
         features = features[0] if isinstance(features, tuple) else features  # a decoder gives its cache too
         return bound.logits(features) if bound.cfg.masked_head else features
 
@@ -54,8 +60,18 @@ def stored_reference(home: Path) -> tuple[np.ndarray, np.ndarray] | None:
     return found["tokens"].astype(np.int32), found["logits"]
 
 
-def transformers_logits(path: Path, recipe: Recipe, tokens: np.ndarray) -> np.ndarray | None:
+def published_class(recipe: Recipe) -> str:
+    """The class of `transformers` that opens a run in a published family."""
+    masked = "AutoModelForMaskedLM" if recipe.model.masked_head else "AutoModel"
+    return "AutoModelForCausalLM" if recipe.family == "gpt" else masked
+
+
+def transformers_logits(path: Path, recipe: Recipe, tokens: np.ndarray, own: str = "") -> np.ndarray | None:
     """What `transformers` makes of the same files; None where it is not installed.
+
+    Args:
+      own: the class to open them with, where an export has just written them with our modelling file. Code that came
+        from elsewhere is never run.
 
     Raises:
       InputError: it cannot open them.
@@ -66,33 +82,48 @@ def transformers_logits(path: Path, recipe: Recipe, tokens: np.ndarray) -> np.nd
     import torch
     import transformers
 
-    masked = "AutoModelForMaskedLM" if recipe.model.masked_head else "AutoModel"
-    kind = "AutoModelForCausalLM" if recipe.family == "gpt" else masked
+    kind = own or published_class(recipe)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     home = path.parent if where else path
-    how = {"attn_implementation": "eager", "local_files_only": True, "dtype": torch.float32}
+    how = {"local_files_only": True, "dtype": torch.float32}
+    how |= {"trust_remote_code": True} if own else {"attn_implementation": "eager"}
     try:
         model = getattr(transformers, kind).from_pretrained(home, **how, **where).eval()
         with torch.no_grad():
-            out = model(torch.from_numpy(tokens.astype(np.int64)))
+            ids = torch.from_numpy(tokens.astype(np.int64))
+            ids = ids[:, None] if own == "AutoModelForMultipleChoice" else ids
+            out = model(ids, **({"decoder_input_ids": ids} if recipe.family == "seq2seq" else {}))
     except Exception as e:  # of many kinds; a version that does not know the model, most likely
         reason = str(e).strip().split("\n")[0][:200]
         raise InputError(
             f"transformers {transformers.__version__} cannot open {path} to compare its logits ({reason}); "
             "upgrade it, or import where it is not installed"
         ) from e
+    if hasattr(out, "start_logits"):
+        return torch.stack([out.start_logits, out.end_logits], dim=-1).numpy()
     return (out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy()
 
 
-def against_reference(recipe: Recipe, params: Any, tokenizer: Tokenizer, path: Path) -> float | None:
-    """`difference` from the stored reference, else from `transformers`; None where there is neither."""
+def against_reference(
+    recipe: Recipe,
+    params: Any,
+    tokenizer: Tokenizer,
+    path: Path,
+    task: TaskInfo | None = None,
+    may_run: bool = True,
+) -> float | None:
+    """`difference` from the stored reference, else from `transformers`; None where there is neither.
+
+    Args:
+      may_run: `transformers` itself knows the family; False: it would run code from the checkpoint, which is never done.
+    """
     stored = stored_reference(path) if path.is_dir() else None
     tokens, wanted = stored or (fixed_tokens(tokenizer, recipe.model.context_length), None)
-    if wanted is None:
+    if wanted is None and may_run:
         wanted = transformers_logits(path, recipe, tokens)
-    return None if wanted is None else difference(our_logits(recipe, params, tokens), wanted)
+    return None if wanted is None else difference(our_logits(recipe, params, tokens, task), wanted)
 
 
 def difference(got: np.ndarray, wanted: np.ndarray) -> float:

@@ -15,11 +15,12 @@ from safetensors.numpy import save_file
 
 from bothways import rundir
 from bothways.config import ObjectiveConfig, OptimizerConfig, TrainConfig
-from bothways.convert import check, files
+from bothways.convert import check, files, own
+from bothways.convert.card import held_out, model_card
 from bothways.convert.families import family_for, family_of
+from bothways.convert.family import Family
 from bothways.convert.layout import shapes_of
 from bothways.convert.vocabulary import save_vocabulary
-from bothways.data.config import DataConfig
 from bothways.data.published import PublishedTokenizer
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
@@ -76,37 +77,47 @@ def import_run(source: str, home: Path, corpus: str, log: Log) -> Converted:
     """
     with whole_directory(home) as partial:
         found = files.read(source)
-        family = family_of(found.config)
-        tensors = family.canonical_names(found.tensors, family.tied(found.config))
-        model = family.config(found.config, tensors)
-        model = dataclasses.replace(model, scan_layers=model.n_layers > 12)  # deep ones would compile for minutes
-        tokenizer = _fitting(found.tokenizer, model.vocab_size, source, log)
+        if found.config.get("model_type") == own.NAME:
+            name, (begun, task) = own.NAME, own.recipe_of(found.config)
+            shapes = shapes_of(rundir.param_shapes(begun, task))
+            layout, tensors = own.layout_of(shapes), found.tensors
+            absent = own.absent(begun, task, layout, shapes)
+        else:
+            family, task = family_of(found.config), None
+            tensors = family.canonical_names(found.tensors, family.tied(found.config))
+            model = family.config(found.config, tensors)
+            model = dataclasses.replace(model, scan_layers=model.n_layers > 12)  # deep ones would compile for minutes
+            objective = ObjectiveConfig("masked" if family.ours == "bert" else "causal")
+            begun = Recipe(family=family.ours, model=model, objective=objective)
+            name, layout, shapes = family.name, family.layout, shapes_of(rundir.param_shapes(begun))
+            absent = family.absent(model)
+        tokenizer = _fitting(found.tokenizer, begun.model.vocab_size, source, log)
         tokenizer.save_in(partial)
         if (found.path / GENERATION).is_file():
             shutil.copyfile(found.path / GENERATION, partial / GENERATION)
         vocabulary = next(p.name for p in partial.iterdir() if p.name in ("tokenizer.json", "tokenizer.model"))
-        recipe = Recipe(
+        recipe = dataclasses.replace(
+            begun,
             name=home.name,
-            family=family.ours,
-            model=model,
-            data=DataConfig(corpus=corpus, tokenizer=str(home.absolute() / vocabulary)),
-            objective=ObjectiveConfig("masked" if family.ours == "bert" else "causal"),
+            data=dataclasses.replace(begun.data, corpus=corpus, tokenizer=str(home.absolute() / vocabulary)),
             optimizer=OptimizerConfig(
                 learning_rate=5e-5, schedule="linear", warmup_steps=100, b2=0.999, weight_decay=0.01
             ),
             train=TrainConfig(),
         )
-        params = family.layout.from_checkpoint(tensors, shapes_of(rundir.param_shapes(recipe)), family.absent(model))
-        difference = check.against_reference(recipe, params, tokenizer, found.path)
+        params = layout.from_checkpoint(tensors, shapes, absent)
+        difference = check.against_reference(recipe, params, tokenizer, found.path, task, may_run=name != own.NAME)
         save_params(partial, params)
-        (partial / ORIGIN).write_text(json.dumps({"family": family.name}))
+        (partial / ORIGIN).write_text(json.dumps({"family": name}))
+        if task is not None:
+            (partial / "task.json").write_text(json.dumps(dataclasses.asdict(task), indent=2))
         (partial / "recipe.json").write_text(recipe.to_json())
     if difference is None:
         log(
             "logits were not checked: there is no stored reference, and transformers and torch are not installed "
             "(nor accelerate, which transformers wants for GGUF)"
         )
-    return Converted(str(home), family.name, sum(t.size for t in tensors.values()), difference)
+    return Converted(str(home), name, sum(t.size for t in tensors.values()), difference)
 
 
 def save_params(home: Path, params) -> None:
@@ -134,35 +145,56 @@ def _fitting(tokenizer: Tokenizer, rows: int, source: str, log: Log) -> Tokenize
     return tokenizer
 
 
-def export_run(home: Path, destination: Path, log: Log) -> Converted:
-    """Write a run as a Hugging Face directory: config.json, model.safetensors, tokenizer, reference logits.
+def export_run(home: Path, destination: Path, log: Log, license_: str = "") -> Converted:
+    """Write a run as a Hugging Face directory: config.json, model.safetensors, tokenizer, reference logits; and modelling
+    files of ours where it is fine-tuned, or no published family computes what it does.
 
     Raises:
-      InputError: no run, a fine-tuned one, one that no published family computes; or there is something at the
-        destination. Nothing is written then.
+      InputError: no run, or there is something at the destination. Nothing is written then.
     """
     with whole_directory(destination) as partial:
         run = rundir.load_run(home, log)
-        if run.task is not None:
-            raise InputError(f"{home} is fine-tuned for {run.task.name}; export the run it came from")
-        model, tokenizer = run.recipe.model.resolved(), run.tokenizer
-        origin = home / ORIGIN
-        preferred = json.loads(origin.read_text())["family"] if origin.exists() else ""
-        family = family_for(model, run.recipe.family, tokenizer.pad, preferred)
-        params = jax.device_get(run.params)
-        tensors = family.layout.to_checkpoint(params, family.absent(model))
-        ids = {f"{role}_token_id": token for role, token in tokenizer.role_ids().items()}
-        config = ids | family.config_json(model)
+        recipe = dataclasses.replace(run.recipe, model=run.recipe.model.resolved())
+        params, roles = jax.device_get(run.params), run.tokenizer.role_ids()
+        family = _published(run, home, log)
+        if family is None:
+            shapes = shapes_of(params)
+            layout = own.layout_of(shapes)
+            config = own.config_json(recipe, run.task, roles)
+            absent = own.absent(recipe, run.task, layout, shapes)
+            own.save_modelling_files(partial, run.task)
+        else:
+            layout, absent = family.layout, family.absent(recipe.model)
+            config = {f"{role}_token_id": token for role, token in roles.items()} | family.config_json(recipe.model)
+        tensors = layout.to_checkpoint(params, absent)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})
-        save_vocabulary(tokenizer, partial, run.recipe.family)
+        save_vocabulary(run.tokenizer, partial, recipe.family)
         if (home / GENERATION).exists():
             (partial / GENERATION).write_bytes((home / GENERATION).read_bytes())
-        tokens = check.fixed_tokens(tokenizer, model.context_length)
-        logits = check.our_logits(run.recipe, params, tokens)
-        wanted = check.transformers_logits(partial, run.recipe, tokens)
+        opened_by = own.AUTO[own.architectures(recipe, run.task)[0]] if family is None else ""
+        opens = opened_by or check.published_class(recipe)
+        card = model_card(recipe, run.task, opens, family is None, held_out(home), license_)
+        (partial / "README.md").write_text(card)
+        tokens = check.fixed_tokens(run.tokenizer, recipe.model.context_length)
+        logits = check.our_logits(recipe, params, tokens, run.task)
+        wanted = check.transformers_logits(partial, recipe, tokens, opened_by)
         difference = None if wanted is None else check.difference(logits, wanted)
         save_file({"tokens": tokens, "logits": logits}, partial / files.REFERENCE)
     if difference is None:
         log("transformers and torch are not installed: that they read the same logits was not checked")
-    return Converted(str(destination), family.name, sum(t.size for t in tensors.values()), difference)
+    name = own.NAME if family is None else family.name
+    return Converted(str(destination), name, sum(t.size for t in tensors.values()), difference)
+
+
+def _published(run: rundir.Run, home: Path, log: Log) -> Family | None:
+    """The published family that a run leaves as; None where it leaves as one of its own."""
+    recipe, origin = run.recipe, home / ORIGIN
+    if run.task is not None or recipe.objective.kind not in ("causal", "masked"):
+        return None
+    preferred = json.loads(origin.read_text())["family"] if origin.exists() else ""
+    try:
+        return family_for(recipe.model.resolved(), recipe.family, run.tokenizer.pad, preferred)
+    except InputError as e:
+        log(f"{e}\nit leaves with a modelling file of its own: open it with trust_remote_code=True")
+        return None

@@ -9,7 +9,7 @@ Positional = tyro.conf.Positional
 
 
 def import_(source: Positional[str], run: Positional[str], corpus: str = "shakespeare", json: bool = False) -> None:
-    """A published checkpoint becomes a run: GPT-2, BERT, RoBERTa, ModernBERT, the Llama family.
+    """A published checkpoint becomes a run; docs/weights.md lists the families.
 
     Args:
         source: A Hugging Face directory with safetensors, a .gguf file of the Llama family, or a name on the hub.

@@ -1,0 +1,375 @@
+"""A model trained with bothways, in PyTorch, for `transformers`: `AutoModelFor....from_pretrained(DIR, trust_remote_code=True)`.
+
+This one file lies beside the weights that `bothways export` writes, and needs nothing but torch and transformers.
+config.json says which function is computed: `family` (gpt, bert, seq2seq), `objective` and the fields of `model`.
+
+A mask says which keys a query sees: causal (gpt), the first `prefix` tokens of a row both ways, blocks of `block_size` tokens
+that see each other and all before them, or everything (bert). Padding, on either side, is seen by nobody.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, modeling_outputs
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+}
+CACHE = next(n for n in ("cache", "past_key_values") if hasattr(modeling_outputs.CausalLMOutputWithPast(), n))
+"""What this version of transformers calls the cache in what a model gives back."""
+NEVER = -1e30
+"""The score of a row of the token table that stands for no token."""
+
+
+class BothwaysConfig(PretrainedConfig):
+    """`model` holds the fields of bothways' TransformerConfig; the names that `transformers` wants are made of them."""
+
+    model_type = "bothways"
+
+    def __init__(self, family="gpt", objective="causal", model=None, task=None, data=None, **others):
+        self.family, self.objective, self.model, self.task, self.data = family, objective, model or {}, task, data
+        names = {"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
+        names |= {"vocab_size": "vocab_size", "max_position_embeddings": "context_length"}
+        others |= {theirs: self.model[ours] for theirs, ours in names.items() if ours in self.model}
+        # An output layer tied to the embeddings reads their table; there is no second tensor for transformers to tie.
+        super().__init__(**others | {"is_encoder_decoder": family == "seq2seq", "tie_word_embeddings": False})
+
+
+class Norm(nn.Module):
+    """Layer norm or RMS norm, computed in float32."""
+
+    def __init__(self, m, width, rms=None):
+        super().__init__()
+        self.rms, self.eps = m["norm"] == "rms" if rms is None else rms, m["norm_eps"]
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if m["bias"] and not self.rms else None
+
+    def forward(self, x):
+        y = x.float()
+        y = y if self.rms else y - y.mean(-1, keepdim=True)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+
+
+def rotary_frequencies(width, base, scaling):
+    """Angle per position of each of the width/2 pairs; and what queries and keys are multiplied by."""
+    pairs = torch.arange(width // 2, dtype=torch.float64)
+    plain = base ** (-pairs / (width // 2))
+    kind, context, high, low = (scaling[k] for k in ("kind", "original_context", "high", "low"))
+    kept, factor = {"none": 1.0, "linear": 0.0}.get(kind), 1.0
+    if kind == "llama3":
+        turns = context * plain / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    elif kind == "yarn":
+        first, last = (width // 2 * math.log(context / (2 * math.pi * t)) / math.log(base) for t in (high, low))
+        first, last = max(math.floor(first), 0), min(math.ceil(last), width - 1)
+        kept = 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
+        factor = scaling["attention_factor"] or 0.1 * math.log(scaling["factor"]) + 1
+    return (kept * plain + (1 - kept) * plain / scaling["factor"]).float(), factor
+
+
+def rotate(x, positions, base, scaling):
+    """Rotary positions on x [B, H, T, K]; feature k is paired with feature k + K/2."""
+    frequency, factor = rotary_frequencies(x.shape[-1], base, scaling)
+    angle = positions[:, None, :, None].float() * frequency.to(x.device)
+    cos, sin = factor * angle.cos(), factor * angle.sin()
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, m, layer):
+        super().__init__()
+        self.m, self.layer = m, layer
+        widths = {"query": (m["n_heads"], m["d_head"]), "key": (m["n_kv_heads"], m["d_head"])}
+        for name, (heads, width) in (widths | {"value": (m["n_kv_heads"], m["d_value"])}).items():
+            setattr(self, name, nn.Linear(m["d_model"], heads * width, bias=m["bias"]))
+        self.out = nn.Linear(m["n_heads"] * m["d_value"], m["d_model"], bias=m["bias"])
+        if m["qk_norm"]:
+            self.query_norm, self.key_norm = Norm(m, m["d_head"], rms=True), Norm(m, m["d_head"], rms=True)
+
+    def heads(self, projection, x, n):
+        return projection(x).unflatten(-1, (n, -1)).transpose(1, 2)
+
+    def forward(self, x, seen, positions, cache=None, memory=None, base=None):
+        m = self.m
+        q = self.heads(self.query, x, m["n_heads"])
+        q = self.query_norm(q) if m["qk_norm"] else q
+        if memory is not None and cache is not None and cache.is_updated.get(self.layer):
+            k, v = (getattr(cache.cross_attention_cache.layers[self.layer], name) for name in ("keys", "values"))
+        else:
+            source = x if memory is None else memory
+            k, v = (self.heads(p, source, m["n_kv_heads"]) for p in (self.key, self.value))
+            k = self.key_norm(k) if m["qk_norm"] else k
+            if m["position_embedding"] == "rotary" and memory is None:
+                q, k = (rotate(y, positions, base, m["rotary_scaling"]) for y in (q, k))
+            if cache is not None and memory is not None:
+                k, v = cache.cross_attention_cache.update(k, v, self.layer)
+                cache.is_updated[self.layer] = True
+            elif cache is not None:
+                k, v = cache.update(k, v, self.layer)
+        k, v = (y.repeat_interleave(m["n_heads"] // m["n_kv_heads"], dim=1) for y in (k, v))
+        bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, torch.finfo(q.dtype).min)
+        dropped = m["dropout_attention"] if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None], dropout_p=dropped)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.activation = ACTIVATIONS[m["activation"]]
+        self.up, self.down = (
+            nn.Linear(m[a], m[b], bias=m["bias"]) for a, b in (("d_model", "d_ff"), ("d_ff", "d_model"))
+        )
+        gated = m["activation"] in ("swiglu", "geglu")
+        self.gate = nn.Linear(m["d_model"], m["d_ff"], bias=m["bias"]) if gated else None
+
+    def forward(self, x):
+        return self.down(self.activation(self.up(x)) if self.gate is None else self.up(x) * self.activation(self.gate(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, m, layer, cross):
+        super().__init__()
+        self.pre, self.local = m["norm_position"] == "pre", m["layer_pattern"][layer % len(m["layer_pattern"])] == "local"
+        self.window = m["window"] if self.local else 0
+        self.base = (self.local and m["rotary_base_local"]) or m["rotary_base"]
+        self.attention, self.mlp = Attention(m, layer), MLP(m)
+        self.attention_norm = Norm(m, m["d_model"]) if m["first_norm"] or layer else nn.Identity()
+        self.mlp_norm = Norm(m, m["d_model"])
+        if cross:
+            self.cross, self.cross_norm = Attention(m, layer), Norm(m, m["d_model"])
+        self.dropout = nn.Dropout(m["dropout_residual"])
+
+    def residual(self, x, norm, sublayer):
+        return x + self.dropout(sublayer(norm(x))) if self.pre else norm(x + self.dropout(sublayer(x)))
+
+    def forward(self, x, mask, positions, cache, memory, memory_seen):
+        seen, past = mask(self.window), getattr(cache, "self_attention_cache", cache)
+        x = self.residual(x, self.attention_norm, lambda y: self.attention(y, seen, positions, past, base=self.base))
+        if memory is not None:
+            x = self.residual(x, self.cross_norm, lambda y: self.cross(y, memory_seen, positions, cache, memory))
+        return self.residual(x, self.mlp_norm, self.mlp)
+
+
+class Embedding(nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.m, width = m, m["d_model"]
+        filled_up = -(-m["vocab_size"] // m["pad_vocab_to_multiple_of"]) * m["pad_vocab_to_multiple_of"]
+        self.token = nn.Embedding(filled_up, width)
+        self.position = nn.Embedding(m["context_length"], width) if m["position_embedding"] == "learned" else None
+        self.segment = nn.Embedding(m["segment_types"], width) if m["segment_types"] else None
+        self.norm = Norm(m, width) if m["embed_norm"] else nn.Identity()
+        self.dropout = nn.Dropout(m["dropout_embed"])
+
+    def forward(self, tokens, positions, types=None):
+        x = self.token(tokens) * (self.m["d_model"] ** 0.5 if self.m["embed_scale"] else 1.0)
+        if self.position is not None:
+            x = x + self.position(positions.clamp(max=self.m["context_length"] - 1))
+        elif self.m["position_embedding"] == "sinusoidal":
+            pairs = torch.arange(0, x.shape[-1], 2, device=x.device).float()
+            angle = positions[..., None].float() * 10_000.0 ** (-pairs / x.shape[-1])
+            x = x + torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2).to(x.dtype)
+        if self.segment is not None:
+            x = x + self.segment(torch.zeros_like(tokens) if types is None else types)
+        return self.dropout(self.norm(x))
+
+
+class Transformer(nn.Module):
+    """Tokens [B, T] to features [B, T, D]: embeddings, blocks, last norm."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, m, causal, cross=False, shared=None):
+        super().__init__()
+        self.causal = causal
+        if shared is None:
+            self.embed = Embedding(m)
+        self.__dict__["embedding"] = self.embed if shared is None else shared  # no second name for shared weights
+        self.layers = nn.ModuleList(Block(m, layer, cross) for layer in range(m["n_layers"]))
+        self.final_norm = Norm(m, m["d_model"]) if m["norm_position"] == "pre" else nn.Identity()
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, cache=None, prefix=None,
+                block_size=None, both_ways=False, memory=None, memory_mask=None, **unused):  # fmt: skip
+        past = cache.get_seq_length() if cache is not None else 0
+        length = past + input_ids.shape[1]
+        real = input_ids.new_ones(input_ids.shape[0], length) if attention_mask is None else attention_mask.long()
+        keys = (real.cumsum(-1) - 1).clamp(min=0)
+        positions = keys[:, past:]
+        q, k = positions[:, :, None], keys[:, None, :]
+        seen = (real[:, None, :] > 0).expand(-1, q.shape[1], -1)
+        if block_size is not None:
+            seen = seen & (k // block_size <= q // block_size)
+        elif self.causal and not both_ways:
+            seen = seen & ((k <= q) if prefix is None else (k <= q) | (k < prefix[:, None, None]))
+
+        def mask(window):
+            return seen & ((q - k).abs() < window) if window else seen
+
+        if memory is not None:
+            memory_mask = torch.ones_like(memory[..., 0]) if memory_mask is None else memory_mask
+            memory_mask = (memory_mask > 0)[:, None, :].expand(-1, q.shape[1], -1)
+        x = self.embedding(input_ids, positions, token_type_ids)
+        for layer in self.layers:
+            x = layer(x, mask, positions, cache, memory, memory_mask)
+        return modeling_outputs.BaseModelOutputWithPast(last_hidden_state=self.final_norm(x), **{CACHE: cache})
+
+
+class BothwaysPreTrainedModel(PreTrainedModel):
+    config_class = BothwaysConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.model["init_std"])
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self):
+        body = self.model if hasattr(self, "model") else self
+        return (body.decoder if hasattr(body, "decoder") else body.encoder).embedding.token
+
+    def get_output_embeddings(self):
+        return getattr(self, "lm_head", None)
+
+
+class BothwaysModel(BothwaysPreTrainedModel):
+    """The body: features, no head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        m = config.model
+        if config.family == "bert":
+            self.encoder = Transformer(m, causal=False)
+        elif config.family == "gpt":
+            self.decoder = Transformer(m, causal=True)
+        else:
+            self.embed = Embedding(m)
+            self.encoder = Transformer(m, causal=False, shared=self.embed)
+            self.decoder = Transformer(m, causal=True, cross=True, shared=self.embed)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, **inputs):
+        body = self.encoder if self.config.family != "gpt" else self.decoder
+        return body(input_ids, attention_mask, **inputs)
+
+
+class WithOutputLayer(BothwaysPreTrainedModel):
+    """A body under scores of all tokens."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = BothwaysModel(config)
+        m, table = config.model, self.get_input_embeddings()
+        self.lm_head = None if m["tie_embeddings"] else nn.Linear(m["d_model"], table.num_embeddings, bias=False)
+
+    def scores(self, features, bias=None):
+        table = self.get_input_embeddings() if self.lm_head is None else self.lm_head
+        logits = F.linear(features, table.weight).float()
+        logits = logits if bias is None else logits + bias
+        filling = torch.arange(logits.shape[-1], device=logits.device) >= self.config.vocab_size
+        return logits.masked_fill(filling, NEVER) if self.config.vocab_size < logits.shape[-1] else logits
+
+    def loss(self, logits, labels):
+        return None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+class BothwaysForCausalLM(WithOutputLayer, GenerationMixin):
+    """`prefix` [B]: so many first tokens of a row see each other both ways. `block_size`: the dial's mask, without a cache."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, cache=None, labels=None, use_cache=None, prefix=None,
+                past_key_values=None, block_size=None, both_ways=False, **unused):  # fmt: skip
+        cache = past_key_values if cache is None else cache
+        cache = DynamicCache() if use_cache and cache is None else cache
+        how = {"prefix": prefix, "block_size": block_size, "both_ways": both_ways}
+        out = self.model(input_ids, attention_mask, cache=cache, **how)
+        logits = self.scores(out.last_hidden_state)
+        loss = self.loss(logits[:, :-1], labels[:, 1:]) if labels is not None else None
+        return modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+
+
+class MaskedHead(nn.Module):
+    """BERT's: dense, activation, norm; and the bias of the output layer."""
+
+    def __init__(self, m, rows):
+        super().__init__()
+        self.activation = ACTIVATIONS[m["activation"]]
+        self.dense, self.norm = nn.Linear(m["d_model"], m["d_model"], bias=m["bias"]), Norm(m, m["d_model"])
+        self.bias = nn.Parameter(torch.zeros(rows))
+
+    def forward(self, x):
+        return self.norm(self.activation(self.dense(x)))
+
+
+class Pooler(nn.Module):
+    """tanh of a dense layer on the first token; two classes say whether the second text follows the first."""
+
+    def __init__(self, m, classes=True):
+        super().__init__()
+        self.pooler = nn.Linear(m["d_model"], m["d_model"], bias=m["bias"])
+        self.classes = nn.Linear(m["d_model"], 2, bias=m["bias"]) if classes and m["next_sentence"] else None
+
+    def forward(self, features):
+        return self.pooler(features[:, 0]).tanh()
+
+
+class BothwaysForMaskedLM(WithOutputLayer):
+    """logits[:, t] are of token t, which may be masked. A gpt is read both ways, or in blocks of `block_size`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        m = config.model
+        if config.family == "bert":
+            self.mlm = MaskedHead(m, self.get_input_embeddings().num_embeddings)
+            self.nsp = Pooler(m) if m["next_sentence"] or m["pooler"] else None
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None, block_size=None, **unused):
+        how = {"token_type_ids": token_type_ids, "block_size": block_size, "both_ways": True}
+        features = self.model(input_ids, attention_mask, **how).last_hidden_state
+        if self.config.family == "bert":
+            logits = self.scores(self.mlm(features), self.mlm.bias)
+        else:  # what predicts the next token stands one position before it
+            logits = self.scores(features if self.config.model["predicts"] == "own" else features.roll(1, dims=1))
+        return modeling_outputs.MaskedLMOutput(loss=self.loss(logits, labels), logits=logits)
+
+
+class BothwaysForConditionalGeneration(WithOutputLayer, GenerationMixin):
+    """The encoder reads the source both ways, the decoder writes the target after it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.post_init()
+
+    def get_encoder(self, *_, **__):
+        return self.model.encoder
+
+    def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None,
+                encoder_outputs=None, cache=None, past_key_values=None, labels=None, use_cache=None, **unused):  # fmt: skip
+        encoder_outputs = encoder_outputs or self.model.encoder(input_ids, attention_mask)
+        cache = past_key_values if cache is None else cache
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if use_cache and cache is None else cache
+        if decoder_input_ids is None:  # a target begins with the token that the decoder starts with
+            shifted = labels.masked_fill(labels == -100, self.config.pad_token_id)[:, :-1]
+            decoder_input_ids = F.pad(shifted, (1, 0), value=self.config.decoder_start_token_id)
+        seen = {"memory": encoder_outputs[0], "memory_mask": attention_mask}
+        out = self.model.decoder(decoder_input_ids, decoder_attention_mask, cache=cache, **seen)
+        logits = self.scores(out.last_hidden_state)
+        given = {"encoder_last_hidden_state": encoder_outputs[0], CACHE: cache}
+        return modeling_outputs.Seq2SeqLMOutput(loss=self.loss(logits, labels), logits=logits, **given)

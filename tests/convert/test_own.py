@@ -1,0 +1,156 @@
+"""Every run leaves: with a modelling file of ours, `transformers` computes what we do and writes the same text."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import bothways
+from bothways.config import ObjectiveConfig
+from bothways.convert.run import export_run, import_run
+from bothways.data.config import DataConfig
+from bothways.registry import tiny_inputs
+from bothways.rundir import TaskInfo, load_run, module_of
+from tests.train.bodies import body, write
+
+torch = pytest.importorskip("torch", reason="the extra `parity` (torch, transformers) is not installed")
+transformers = pytest.importorskip("transformers", reason="the extra `parity` (torch, transformers) is not installed")
+
+ROTARY = {"position_embedding": "rotary", "norm": "rms", "activation": "swiglu", "bias": False}
+YARN = {"kind": "yarn", "factor": 3.0, "original_context": 11, "high": 3.0}
+CASES = {  # name: family, objective, fields
+    "gpt": ("gpt", "causal", {"n_layers": 2, "activation": "relu2", "norm_position": "post", "d_value": 5}),
+    "modern": (
+        "gpt",
+        "causal",
+        ROTARY
+        | {"n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "qk_norm": True, "tie_embeddings": False, "window": 5}
+        | {"layer_pattern": ("global", "local"), "rotary_base_local": 100.0, "pad_vocab_to_multiple_of": 17},
+    ),
+    "hybrid": ("gpt", "hybrid", ROTARY | {"activation": "geglu", "rotary_scaling": YARN}),
+    "dial": ("gpt", "diffusion", ROTARY | {"predicts": "own"}),
+    "bert": ("bert", "masked", {"activation": "relu2", "position_embedding": "sinusoidal", "embed_scale": True}),
+    "local": ("bert", "masked", ROTARY | {"norm_position": "pre", "first_norm": False, "n_layers": 2}),
+    "pairs": ("seq2seq", "pairs", {"n_layers": 2, "norm_position": "post", "activation": "relu"}),
+    "spans": ("seq2seq", "spans", ROTARY | {"tie_embeddings": False}),
+}
+TASKS = {"classify": ("gpt", "mean"), "regress": ("gpt", "token"), "tag": ("bert", "token")}
+TASKS |= {"span": ("bert", "token"), "choice": ("bert", "token")}
+
+
+def run_of(name: str, tiny, home: Path) -> Path:
+    """A run directory of random weights; a name of TASKS is a fine-tuned run."""
+    task = None
+    if name in TASKS:
+        labels = ("no", "yes", "perhaps") if name in ("classify", "tag") else ()
+        task = TaskInfo("made up", name, labels, 11, (), TASKS[name][1])
+    family, kind, fields = CASES.get(name) or (TASKS[name][0], "", {})
+    scaling = tiny.rotary_scaling
+    if "rotary_scaling" in fields:
+        fields = fields | {"rotary_scaling": dataclasses.replace(scaling, **fields["rotary_scaling"])}
+    run = body("bert" if family == "bert" else "gpt", tiny, **fields)
+    model = dataclasses.replace(run.recipe.model, **(fields if kind else {})).resolved()
+    recipe = dataclasses.replace(run.recipe, family=family, model=model)
+    recipe = dataclasses.replace(recipe, objective=ObjectiveConfig(kind)) if kind else recipe
+    if kind == "pairs":
+        recipe = dataclasses.replace(recipe, data=DataConfig(source_field="de", target_field="en"))
+    inputs = tiny_inputs(family)
+    inputs |= {"segments": inputs["tokens"] + 1, "types": inputs["tokens"]} if task else {}
+    params = jax.jit(module_of(recipe, task).init)(jax.random.key(3), **inputs)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: np.asarray(x + rng.normal(0, 0.2, x.shape), np.float32), params)
+    write(dataclasses.replace(run, recipe=recipe, params=params), home)
+    if task:
+        (home / "task.json").write_text(json.dumps(dataclasses.asdict(task)))
+    return home
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, tmp_path_factory):
+    """Name of a case -> (its run, the directory it left as, what the export said); made once."""
+    made = {}
+
+    def of(name: str):
+        if name not in made:
+            home = tmp_path_factory.mktemp(name)
+            run = run_of(name, tiny, home / "run")
+            made[name] = run, home / "out", export_run(run, home / "out", lambda _: None)
+        return made[name]
+
+    return of
+
+
+def opened(kind: str, home: Path):
+    return getattr(transformers, kind).from_pretrained(home, trust_remote_code=True).eval()
+
+
+@pytest.mark.parametrize("name", [*CASES, *TASKS])
+def test_the_modelling_file_computes_what_we_do_and_the_run_comes_back(exported, name, tmp_path):
+    run, out, said = exported(name)
+    assert said.family == "bothways"
+    assert said.max_difference < 1e-4
+    import_run(str(out), tmp_path / "back", "shakespeare", lambda _: None)
+    before, after = load_run(run, print), load_run(tmp_path / "back", print)
+    assert (before.recipe.family, before.recipe.model.resolved(), before.task) == (
+        after.recipe.family,
+        after.recipe.model.resolved(),
+        after.task,
+    )
+    export_run(tmp_path / "back", tmp_path / "again", lambda _: None)
+    for file in out.iterdir():
+        if file.is_file():
+            assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("name", ["gpt", "modern", "hybrid"])
+def test_greedy_text_with_a_cache_and_padding_on_the_left_is_ours(exported, name):
+    run, out, _ = exported(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out, padding_side="left")
+    model, texts = opened("AutoModelForCausalLM", out), ["the king", "the queen sees the dog and"]
+    ours = bothways.load(run).sample(texts, max_tokens=9, greedy=True)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    told = model.generate(**inputs, max_new_tokens=9, do_sample=False)[:, inputs.input_ids.shape[1] :]
+    for row, mine in zip(told, ours, strict=True):
+        assert tokenizer.decode(row, skip_special_tokens=True) == mine.text
+
+
+@pytest.mark.parametrize("name", ["pairs", "spans"])
+def test_an_encoder_decoder_writes_the_same_target(exported, name):
+    run, out, _ = exported(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    model, texts = opened("AutoModelForSeq2SeqLM", out), ["the king", "the queen sees the dog and"]
+    ours = bothways.load(run).sample(texts, max_tokens=9, greedy=True)
+    told = model.generate(**tokenizer(texts, return_tensors="pt", padding=True), max_new_tokens=9, do_sample=False)
+    for row, mine in zip(told, ours, strict=True):
+        assert tokenizer.decode(row, skip_special_tokens=True) == mine.text
+
+
+def test_a_hybrid_and_a_dial_are_masked_models_too(exported):
+    """Read both ways, and in blocks, as the run's own module reads them."""
+    for name, block in (("hybrid", None), ("dial", 3)):
+        run, out, _ = exported(name)
+        mine, tokens = load_run(run, print), np.arange(4, 17, dtype=np.int32)[None]
+        model = opened("AutoModelForMaskedLM", out)
+
+        def ours(module, tokens=tokens, block=block):
+            whole = np.full(1, tokens.shape[1], np.int32) if block is None else None
+            return module.logits(module.own(module(tokens, prefix=whole, block=block)[0]))
+
+        wanted = mine.module.apply({"params": mine.params}, method=ours)
+        with torch.no_grad():
+            got = model(torch.from_numpy(tokens.astype(np.int64)), block_size=block).logits.numpy()
+        np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=0)
+
+
+def test_a_fine_tuned_run_has_its_labels_and_padding_changes_nothing(exported):
+    for name, kind in (("classify", "SequenceClassification"), ("tag", "TokenClassification")):
+        model = opened(f"AutoModelFor{kind}", exported(name)[1])
+        assert model.config.id2label == {0: "no", 1: "yes", 2: "perhaps"}
+        tokens = torch.arange(5, 12)[None]
+        padded = torch.nn.functional.pad(tokens, (0, 3))
+        with torch.no_grad():
+            alone, beside = model(tokens).logits, model(padded, attention_mask=(padded > 0).long()).logits
+        np.testing.assert_allclose(beside[:, : alone.shape[1]], alone, atol=1e-5)
