@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def transformers_logits(path: Path, recipe: Recipe, tokens: np.ndarray, own: str
     """What `transformers` makes of the same files; None where it is not installed.
 
     Args:
-      own: the class to open them with, where an export has just written them with our modelling file. Code that came
-        from elsewhere is never run.
+      own: file and class of our modelling files to open them with; empty: a class of `transformers`. Code that lies
+        beside weights is never run.
 
     Raises:
       InputError: it cannot open them.
@@ -82,18 +83,20 @@ def transformers_logits(path: Path, recipe: Recipe, tokens: np.ndarray, own: str
     import torch
     import transformers
 
-    kind = own or published_class(recipe)
+    module, _, kind = own.rpartition(".")
+    opens = importlib.import_module(f"bothways.convert.{module}") if own else transformers
+    kind = kind or published_class(recipe)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     home = path.parent if where else path
     how = {"local_files_only": True, "dtype": torch.float32}
-    how |= {"trust_remote_code": True} if own else {"attn_implementation": "eager"}
+    how |= {} if own else {"attn_implementation": "eager"}
     try:
-        model = getattr(transformers, kind).from_pretrained(home, **how, **where).eval()
+        model = getattr(opens, kind).from_pretrained(home, **how, **where).eval()
         with torch.no_grad():
             ids = torch.from_numpy(tokens.astype(np.int64))
-            ids = ids[:, None] if own == "AutoModelForMultipleChoice" else ids
+            ids = ids[:, None] if kind.endswith("MultipleChoice") else ids
             out = model(ids, **({"decoder_input_ids": ids} if recipe.family == "seq2seq" else {}))
     except Exception as e:  # of many kinds; a version that does not know the model, most likely
         reason = str(e).strip().split("\n")[0][:200]

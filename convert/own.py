@@ -78,6 +78,12 @@ def config_json(recipe: Recipe, task: TaskInfo | None, roles: dict[str, int]) ->
     return found | {f"{role}_token_id": token for role, token in roles.items()}
 
 
+def modelling_class(recipe: Recipe, task: TaskInfo | None) -> str:
+    """File and class that compute what the run's module does when it is called; of a gpt its causal reading."""
+    kinds = architectures(recipe, task)
+    return f"{TASKS if task else BODIES}.Bothways{_class('CausalLM' if 'CausalLM' in kinds else kinds[0])}"
+
+
 def _class(kind: str) -> str:
     return kind if kind == "Model" else f"For{kind}"
 

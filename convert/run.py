@@ -149,6 +149,9 @@ def export_run(home: Path, destination: Path, log: Log, license_: str = "") -> C
     """Write a run as a Hugging Face directory: config.json, model.safetensors, tokenizer, reference logits; and modelling
     files of ours where it is fine-tuned, or no published family computes what it does.
 
+    Args:
+      license_: what the card states, by the hub's identifiers; empty: none.
+
     Raises:
       InputError: no run, or there is something at the destination. Nothing is written then.
     """
@@ -172,13 +175,13 @@ def export_run(home: Path, destination: Path, log: Log, license_: str = "") -> C
         save_vocabulary(run.tokenizer, partial, recipe.family)
         if (home / GENERATION).exists():
             (partial / GENERATION).write_bytes((home / GENERATION).read_bytes())
-        opened_by = own.AUTO[own.architectures(recipe, run.task)[0]] if family is None else ""
-        opens = opened_by or check.published_class(recipe)
+        opens = check.published_class(recipe) if family else own.AUTO[own.architectures(recipe, run.task)[0]]
         card = model_card(recipe, run.task, opens, family is None, held_out(home), license_)
         (partial / "README.md").write_text(card)
         tokens = check.fixed_tokens(run.tokenizer, recipe.model.context_length)
         logits = check.our_logits(recipe, params, tokens, run.task)
-        wanted = check.transformers_logits(partial, recipe, tokens, opened_by)
+        computes = "" if family else own.modelling_class(recipe, run.task)
+        wanted = check.transformers_logits(partial, recipe, tokens, computes)
         difference = None if wanted is None else check.difference(logits, wanted)
         save_file({"tokens": tokens, "logits": logits}, partial / files.REFERENCE)
     if difference is None:
