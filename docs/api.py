@@ -14,12 +14,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def modules() -> list[str]:
-    """Every module of every package in pyproject.toml; pdoc does not follow the mapped folders by itself."""
+    """Every module of every package in pyproject.toml; pdoc does not follow the mapped folders by itself. Modelling files
+    are for whoever gets an export, and need torch."""
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = []
     for package in tools["packages"]:
         home = ROOT / tools["package-dir"].get(package, package.replace(".", "/"))
-        found += [package, *(f"{package}.{p.stem}" for p in sorted(home.glob("*.py")) if not p.stem.startswith("__"))]
+        stems = [p.stem for p in sorted(home.glob("*.py")) if not p.stem.startswith(("__", "modeling_"))]
+        found += [package, *(f"{package}.{stem}" for stem in stems)]
     return found
 
 
