@@ -116,7 +116,7 @@ def test_the_modelling_file_computes_what_we_do_and_the_run_comes_back(exported,
 @pytest.mark.parametrize("name", ["gpt", "modern", "hybrid"])
 def test_greedy_text_with_a_cache_and_padding_on_the_left_is_ours(exported, name):
     run, out, _ = exported(name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out, padding_side="left")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out, padding_side="left", trust_remote_code=True)
     model, texts = opened("AutoModelForCausalLM", out), ["the king", "the queen sees the dog and"]
     ours = bothways.load(run).sample(texts, max_tokens=9, greedy=True)
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
@@ -128,7 +128,7 @@ def test_greedy_text_with_a_cache_and_padding_on_the_left_is_ours(exported, name
 @pytest.mark.parametrize("name", ["pairs", "spans"])
 def test_an_encoder_decoder_writes_the_same_target(exported, name):
     run, out, _ = exported(name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     model, texts = opened("AutoModelForSeq2SeqLM", out), ["the king", "the queen sees the dog and"]
     ours = bothways.load(run).sample(texts, max_tokens=9, greedy=True)
     told = model.generate(**tokenizer(texts, return_tensors="pt", padding=True), max_new_tokens=9, do_sample=False)
