@@ -206,12 +206,17 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
 
     Raises:
       InputError: numbers out of range, or a directory that holds something already.
+      OSError: a directory that cannot be written; nothing is trained.
     """
     home = rundir.directory(workdir)
     cfg.check(run.recipe.objective.kind, run.recipe.model.context_length)
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise InputError(f"{home} exists already; give another directory with --workdir")
     tuner, lead = Tuner(run, task, cfg), task.metrics[0]
+    home.mkdir(parents=True, exist_ok=True)  # the grid takes long: a place that cannot be written is known before it
+    probe = home / ".writable"
+    probe.write_text("")
+    probe.unlink()
     counts = {split: len(items) for split, items in task.splits.items()}
     log(f"{task.name}: {task.kind}, " + ", ".join(f"{n} {split}" for split, n in counts.items()))
     if task.kind == "classify":

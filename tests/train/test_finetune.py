@@ -238,6 +238,13 @@ def test_numbers_out_of_range_are_refused(bodies, tmp_path, family, fields, mess
     assert not (tmp_path / "new").exists()
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_training(bodies, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Tuner, "fit", lambda *_: pytest.fail("it trained first"))
+    with pytest.raises(OSError, match="file"):
+        finetune(bodies["gpt"], dog_task("classify"), tmp_path / "file" / "new", QUICK)
+
+
 # ---- the command line ----------------------------------------------------------------------------------------------
 
 TEXTS = ["the king dog", "the queen", "dog ship storm"]
