@@ -11,7 +11,7 @@ Importing this package imports neither JAX nor a model: each name below is loade
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 __version__ = "0.2.0"
 
@@ -54,7 +54,9 @@ def recipe(name: str) -> "Recipe":
     return find(name)
 
 
-def load(run: str | os.PathLike, mesh: "MeshConfig | None" = None) -> "OpenModel":
+def load(
+    run: str | os.PathLike, mesh: "MeshConfig | None" = None, step: "int | Literal['newest', 'best']" = "newest"
+) -> "OpenModel":
     """A trained run, open for inference: `sample` and `score`; `fill`, `embed` and `predict` where its family can.
 
     Args:
@@ -62,12 +64,14 @@ def load(run: str | os.PathLike, mesh: "MeshConfig | None" = None) -> "OpenModel
       mesh: how to spread its parameters over this host's devices. By default they lie on the first device or, where that
         cannot hold them, on all.
 
+      step: which checkpoint: a step that is kept, the best on held-out text, or the newest.
+
     Raises:
-      InputError: no run, no checkpoint yet, none that can be read, or a mesh that cannot hold the parameters.
+      InputError: no run, no checkpoint yet, not this one, none that can be read, or a mesh that cannot hold the parameters.
     """
     from bothways.sample.open import open_run
 
-    return open_run(run, mesh)
+    return open_run(run, mesh, step)
 
 
 def __getattr__(name: str) -> Any:

@@ -202,6 +202,24 @@ def restore_latest_readable(
     return None
 
 
+def restore_step(manager: ocp.CheckpointManager, restore: Callable[[int], T], step: int | None) -> tuple[int, T]:
+    """A certain checkpoint: its step and what `restore` made of it.
+
+    Raises:
+      InputError: it is not kept, or was cut short; says which are there.
+      CheckpointUnavailable: it cannot be read now.
+    """
+    kept = sorted(manager.all_steps())
+    if step is None and kept:
+        raise InputError(f"no checkpoint in {manager.directory} was evaluated, so none is the best; name one of {kept}")
+    if step not in kept:
+        raise InputError(f"there is no checkpoint {step} in {manager.directory}; there are {kept}")
+    found = _restored(restore, step, manager.directory)
+    if isinstance(found, Exception):
+        raise InputError(f"checkpoint {step} in {manager.directory} is damaged ({_first_line(found)}); there are {kept}")
+    return step, found
+
+
 def put_aside(home: Path, step: int) -> Path:
     """Move a checkpoint that cannot be read out of the way of the run, which writes that step again."""
     target = home / "unreadable-checkpoints" / str(step)

@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -27,9 +27,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from bothways.checkpoints import checkpoint_manager, is_transient, restore_latest_readable, running_mean
+from bothways.checkpoints import (
+    best_step,
+    checkpoint_manager,
+    is_transient,
+    restore_latest_readable,
+    restore_step,
+    running_mean,
+)
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import CheckpointUnavailable, InputError
+from bothways.formats import FORMAT, version_of
 from bothways.locks import locked
 from bothways.model.axes import path_names
 from bothways.model.config import TransformerConfig
@@ -150,7 +158,13 @@ def read_task(home: Path) -> TaskInfo | None:
     if not path.exists():
         return None
     found = json.loads(path.read_text())
+    version_of(found, str(path))
+    found.pop("format", None)
     return TaskInfo(**found | {"labels": tuple(found["labels"]), "metrics": tuple(found["metrics"])})
+
+
+def write_task(home: Path, task: TaskInfo) -> None:
+    (home / "task.json").write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(task)}, indent=2))
 
 
 def module_of(recipe: Recipe, task: TaskInfo | None = None) -> nn.Module:
@@ -181,15 +195,24 @@ def compute_dtype_shapes(params: Any, cfg: TransformerConfig) -> Any:
     return jax.tree_util.tree_map_with_path(narrow, params)
 
 
-def load_run(home: Path, log: Log, place: Callable[[Any], Any] | None = None, *, for_inference: bool = False) -> Run:
+def load_run(
+    home: Path,
+    log: Log,
+    place: Callable[[Any], Any] | None = None,
+    *,
+    for_inference: bool = False,
+    step: int | Literal["newest", "best"] = "newest",
+) -> Run:
     """Restore a run's parameters, on today's devices.
 
     Args:
       place: shapes of the parameters -> their shardings; None puts everything on the first device.
+      step: which checkpoint: a step that is kept, the best on held-out text, or the newest (where the recipe says so, the
+        mean of the newest ones).
       for_inference: not to be trained on: weights in the types of `compute_dtype_shapes`, of what decodes `unstack_layers`.
 
     Raises:
-      InputError: no run, no checkpoint yet, or none that can be read.
+      InputError: no run, no checkpoint yet, not this one, or none that can be read.
     """
     recipe = read_recipe(home)
     tokenizer = Tokenizer.load(home)
@@ -213,7 +236,10 @@ def load_run(home: Path, log: Log, place: Callable[[Any], Any] | None = None, *,
             steps = [s for s in sorted(manager.all_steps()) if s <= step][-recipe.train.average_last_checkpoints :]
             return running_mean(restore(s) for s in steps)
 
-        found = restore_latest_readable(manager, average if task is None else restore, log)
+        if step == "newest":
+            found = restore_latest_readable(manager, average if task is None else restore, log)
+        else:
+            found = restore_step(manager, restore, best_step(manager) if step == "best" else step)
     if found is None:
         raise InputError(f"{home} has no checkpoint yet; train it first")
     params = jax.tree.map(lambda x, s: x.astype(s.dtype), found[1], kept)

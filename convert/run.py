@@ -110,7 +110,7 @@ def import_run(source: str, home: Path, corpus: str, log: Log) -> Converted:
         save_params(partial, params)
         (partial / ORIGIN).write_text(json.dumps({"family": name}))
         if task is not None:
-            (partial / "task.json").write_text(json.dumps(dataclasses.asdict(task), indent=2))
+            rundir.write_task(partial, task)
         (partial / "recipe.json").write_text(recipe.to_json())
     if difference is None:
         log(

@@ -96,6 +96,12 @@ def devices_in_use() -> int:
     return placed.mesh.size if placed else jax.device_count()
 
 
+def devices_that_share() -> int:
+    """How many devices the activations being traced are spread over; 1 where nothing is."""
+    placed = activation_sharding(())
+    return placed.mesh.size if placed else 1
+
+
 def platform() -> str:
     """Where the computation that is being traced will run: cpu, gpu or tpu."""
     placed = activation_sharding(())

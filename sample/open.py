@@ -1,6 +1,7 @@
 """Opening a run for inference: the class that answers for it follows from what it was trained for."""
 
 import os
+from typing import Literal
 
 from bothways.config import MeshConfig
 from bothways.log import log
@@ -31,8 +32,10 @@ def open_model(run: Run) -> OpenModel:
     return TextModel(run)
 
 
-def open_run(home: str | os.PathLike, mesh: MeshConfig | None = None) -> OpenModel:
+def open_run(
+    home: str | os.PathLike, mesh: MeshConfig | None = None, step: int | Literal["newest", "best"] = "newest"
+) -> OpenModel:
     """As `bothways.load`."""
     mesh = mesh or MeshConfig(data=1)
     shardings = lambda shapes: shardings_for_inference(shapes, mesh)  # noqa: E731
-    return open_model(load_run(directory(home), log, shardings, for_inference=True))
+    return open_model(load_run(directory(home), log, shardings, for_inference=True, step=step))

@@ -1,7 +1,10 @@
 """What a restore that fails does: it deletes nothing, tries again what may heal, and says what to do."""
 
+import dataclasses
+import io
 import json
 import shutil
+import sys
 import types
 
 import jax.numpy as jnp
@@ -9,8 +12,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from bothways import checkpoints
+import bothways
+from bothways import checkpoints, rundir
 from bothways.errors import CheckpointUnavailable, InputError
+from bothways.formats import FORMAT
+from bothways.train.loop import train
 
 
 @pytest.fixture(autouse=True)
@@ -142,3 +148,32 @@ def test_an_unreadable_checkpoint_is_kept(tmp_path):
         assert (checkpoints.put_aside(tmp_path, 6) / "x").read_text() == text
     assert len(list((tmp_path / "unreadable-checkpoints").iterdir())) == 2
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_certain_checkpoint_or_the_best_is_loaded(tiny_recipe, tmp_path, capsys, monkeypatch):
+    home = tmp_path / "run"
+    cfg = dataclasses.replace(tiny_recipe.train, steps=6, eval_every=2, save_every=2, max_to_keep=1)
+    train(dataclasses.replace(tiny_recipe, train=cfg), home)
+    with checkpoints.checkpoint_manager(home, read_only=True) as kept:
+        steps = sorted(kept.all_steps())
+        best = min(steps, key=lambda step: kept.metrics(step)["loss"])
+    assert bothways.load(home).run.step == steps[-1]
+    assert bothways.load(home, step="best").run.step == best
+    assert bothways.load(home, step=steps[0]).run.step == steps[0]
+    for wrong, message in (("5", "there is no checkpoint 5 in"), ("last", "--step is 'last'; it must be newest, best")):
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"the dog")))
+        assert bothways.main(["score", str(home), "--step", wrong]) == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_what_a_run_was_tuned_for_has_a_format_version(tmp_path):
+    task = rundir.TaskInfo("mood", "classify", ("glad", "sad"), 8, ("accuracy",))
+    rundir.write_task(tmp_path, task)
+    assert rundir.read_task(tmp_path) == task
+    kept = json.loads((tmp_path / "task.json").read_text())
+    assert kept.pop("format") == FORMAT
+    (tmp_path / "task.json").write_text(json.dumps(kept))  # from before there were versions
+    assert rundir.read_task(tmp_path) == task
+    (tmp_path / "task.json").write_text(json.dumps({**kept, "format": FORMAT + 1}))
+    with pytest.raises(InputError, match="install a newer one"):
+        rundir.read_task(tmp_path)

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,7 +250,7 @@ def save(home: Path, run: Run, params: Any, info: TaskInfo) -> None:
     """A fine-tuned run directory: the body's recipe and tokenizer, task.json, the parameters."""
     home.mkdir(parents=True, exist_ok=True)
     run.tokenizer.save_in(home)
-    (home / "task.json").write_text(json.dumps(dataclasses.asdict(info), indent=2))
+    rundir.write_task(home, info)
     with rundir.checkpoint_manager(home, keep=1) as manager:
         manager.save(
             0, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave({"step": 0}))

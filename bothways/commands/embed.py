@@ -5,21 +5,30 @@ from pathlib import Path
 import tyro
 
 import bothways
-from bothways.commands.shared import capability, emit, read_lines
+from bothways.commands.shared import capability, emit, read_lines, which
 
 Positional = tyro.conf.Positional
 
 
-def embed(run: Positional[str], file: Positional[Path | None] = None, pool: str = "mean", json: bool = False) -> None:
+def embed(
+    run: Positional[str],
+    file: Positional[Path | None] = None,
+    pool: str = "mean",
+    step: str = "newest",
+    json: bool = False,
+) -> None:
     """A vector per line.
 
     Args:
         run: A run directory.
         file: A text per line; without it, standard input.
         pool: cls, the first token's features (masked models); or mean, over all tokens.
+        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
         json: One JSON object per line (the plain form shows numbers separated by spaces).
     """
     texts = read_lines(file)
-    for text, vector in zip(texts, capability(bothways.load(run), "embed", "")(texts, pool=pool), strict=True):
+    for text, vector in zip(
+        texts, capability(bothways.load(run, step=which(step)), "embed", "")(texts, pool=pool), strict=True
+    ):
         values = [round(float(v), 6) for v in vector]
         emit({"text": text, "vector": values}, json, " ".join(f"{v:.6f}" for v in values))

@@ -5,7 +5,7 @@ from pathlib import Path
 import tyro
 
 import bothways
-from bothways.commands.shared import capability, emit
+from bothways.commands.shared import capability, emit, which
 from bothways.errors import InputError
 from bothways.log import log
 
@@ -19,6 +19,7 @@ def evaluate(
     rule: str = "",
     tasks_from: Path | None = None,
     rows: int = 0,
+    step: str = "newest",
     json: bool = False,
 ) -> None:
     """Held-out loss and bits per byte, and tasks of lm-evaluation-harness, with 95 % intervals.
@@ -31,11 +32,12 @@ def evaluate(
             default of diffusion models).
         tasks_from: A folder with lm-eval task definitions of your own.
         rows: At most so many rows (or pairs) of a split, spread evenly; 0: all rows, or 4096 pairs.
+        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
         json: One JSON object per figure.
     """
     from bothways.sample.evaluate import evaluate
 
-    model = bothways.load(run)
+    model = bothways.load(run, step=which(step))
     capability(model, "sample", "")
     tasks = [s.removeprefix("lm-eval:") for s in suites if s.startswith("lm-eval:")]
     own = [s for s in suites if not s.startswith("lm-eval:")]

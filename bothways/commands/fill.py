@@ -3,14 +3,19 @@
 import tyro
 
 import bothways
-from bothways.commands.shared import capability, checked_text, emit
+from bothways.commands.shared import capability, checked_text, emit, which
 from bothways.errors import InputError
 
 Positional = tyro.conf.Positional
 
 
 def fill(
-    run: Positional[str], texts: Positional[tuple[str, ...]], top: int = 5, steps: int = 1, json: bool = False
+    run: Positional[str],
+    texts: Positional[tuple[str, ...]],
+    top: int = 5,
+    steps: int = 1,
+    step: str = "newest",
+    json: bool = False,
 ) -> None:
     """Fill every [MASK] of a text.
 
@@ -19,13 +24,14 @@ def fill(
         texts: Texts with [MASK] in them.
         top: Candidates told per mask.
         steps: 1 fills all masks at once; T a few at a time, the surest first.
+        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
         json: One JSON object per text.
     """
     if not texts:
         raise InputError('fill wants at least one text after the run: bothways fill RUN "To be, or [MASK] to be"')
     checked_text(texts, "the text")
     why = "was not asked to restore single tokens; where it learnt to restore spans, `sample` tells them"
-    model = bothways.load(run)
+    model = bothways.load(run, step=which(step))
     if model.recipe.family == "gpt":
         why = "reads forward only, so what follows a mask could not help"
     for result in capability(model, "fill", why)(texts, top=top, steps=steps):

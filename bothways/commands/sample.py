@@ -6,7 +6,7 @@ from typing import Any
 import tyro
 
 import bothways
-from bothways.commands.shared import ONE, capability, checked_text, emit, read_lines
+from bothways.commands.shared import ONE, capability, checked_text, emit, read_lines, which
 from bothways.config import MeshConfig
 from bothways.errors import InputError
 from bothways.log import log
@@ -39,6 +39,7 @@ def sample(
     sweeps: int | None = None,
     stream: bool = False,
     mesh: MeshConfig = ONE,
+    step: str = "newest",
     json: bool = False,
 ) -> None:
     """Continue text: token by token, or, with a masked or diffusion model, a block of masks at a time. With an
@@ -70,6 +71,7 @@ def sample(
         sweeps: Times each token of a block is drawn again afterwards (masked models; 0).
         stream: Show the text while it is made.
         mesh: Devices to spread the parameters over.
+        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
         json: One JSON object per result.
     """
     if source is not None:
@@ -80,7 +82,7 @@ def sample(
     checked_text(stop, "the stop string")
     if stream and (len(prompts) * num > 1 or json):
         raise InputError("--stream shows one continuation as plain text: give one prompt, and neither --num nor --json")
-    model = bothways.load(run, mesh)
+    model = bothways.load(run, mesh, which(step))
     capability(model, "sample", "")
     family = model.recipe.family
     blocks = family == "bert" or model.recipe.objective.kind == "diffusion"

@@ -6,7 +6,7 @@ from typing import Any
 import tyro
 
 import bothways
-from bothways.commands.shared import capability, emit, read_lines
+from bothways.commands.shared import capability, emit, read_lines, which
 from bothways.errors import InputError
 
 Positional = tyro.conf.Positional
@@ -17,6 +17,7 @@ def score(
     file: Positional[Path | None] = None,
     rule: str = "",
     block: int | None = None,
+    step: str = "newest",
     json: bool = False,
 ) -> None:
     """How likely each line is.
@@ -30,13 +31,14 @@ def score(
             log-probability.
         block: Tokens in a block of the bound (diffusion models; the smallest that they were trained on, 0 for the whole
             row). At 1 the bound is exact.
+        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
         json: One JSON object per line (the plain form shows log-probability, tokens, text). A text without tokens has
             no log-probability: null, or a dash.
     """
     from bothways.sample.batching import growing
 
     texts = read_lines(file)
-    model = bothways.load(run)
+    model = bothways.load(run, step=which(step))
     answer = capability(model, "score", "")
     options: dict[str, Any] = {"rule": rule} if rule else {}
     if block is not None:

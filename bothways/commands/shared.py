@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 ONE = MeshConfig(data=1)
 
 
+def which(step: str) -> Any:
+    """The checkpoint that --step names, as `bothways.load` takes it.
+
+    Raises:
+      InputError: neither a number nor one of the names.
+    """
+    if step in ("newest", "best"):
+        return step
+    if not step.isdecimal():
+        raise InputError(f"--step is {step!r}; it must be newest, best, or the step of a checkpoint that is kept")
+    return int(step)
+
+
 def jsonable(value: Any, name: str = "", undefined: Sequence[str] = ()) -> Any:
     """What JSON has words for: plain numbers, lists and objects.
 
