@@ -2,7 +2,7 @@
 
     python -m benchmarks.chars_reference TRAIN.txt HELD.txt
 
-4 layers, 128 wide, 4 heads, context 64, batch 12, no dropout, no biases, learnt positions, GELU, tied embeddings; AdamW
+4 layers, 128 wide, 4 heads, context 64, batch 12, no dropout, no biases, learned positions, GELU, tied embeddings; AdamW
 (0.9, 0.99), weight decay 0.1 on matrices, gradients clipped at 1, 1e-3 after 100 steps of warm-up, down a cosine to
 1e-4 at step 2,000. Prints one JSON object; seconds are those of the steps, without imports and evaluation.
 """

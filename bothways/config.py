@@ -289,7 +289,7 @@ class FinetuneConfig:
     """Tokens per text. 0: the model's context."""
     pool: Literal["", "token", "mean"] = ""
     """What a head for whole texts reads: the first token (masked) or last (causal), as in the papers; or the mean of all
-    tokens. Empty: token; for small bodies, whose single tokens have learnt little, mean."""
+    tokens. Empty: token; for small bodies, whose single tokens have learned little, mean."""
     warmup_share: float = 0.1
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = 0.01

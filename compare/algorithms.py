@@ -117,7 +117,7 @@ def said_forward(model: Any, asked: list[tuple[str, str]]) -> list[str]:
 
 
 def said_both_ways(model: MaskedModel, asked: list[tuple[str, str]]) -> list[str]:
-    """Masks in the answer's place, filled with the likeliest, the surest first, a reading each."""
+    """Masks at the answer's positions, filled with the most likely tokens, the most confident first, a forward pass each."""
     t = model.tokenizer
     rows = [[t.bos, *t.encode(q), *[t.mask] * len(a), t.eos] for q, a in asked]
     places = [[i for i, x in enumerate(row) if x == t.mask] for row in rows]

@@ -18,8 +18,8 @@ RULES = {
     ("bits", BOTH): "bound: the diffusion bound on bits per byte, 32 draws; the truth is at most this",
     ("pairs", FORWARD): "causal: which of two sentences is likelier",
     ("pairs", BOTH): "pll_word: which of two sentences has the higher pseudo-log-likelihood",
-    ("cloze", FORWARD): "causal: which of ten words makes the whole piece likeliest",
-    ("cloze", BOTH): "which of ten words is likeliest at the mask",
+    ("cloze", FORWARD): "causal: which of ten words makes the whole piece most likely",
+    ("cloze", BOTH): "which of ten words is most likely at the mask",
 }
 TUNED = "accuracy on test, best of the rates by validation; Student interval over seeds"
 TASK, EXAMPLES = "denied", 256

@@ -42,7 +42,7 @@ def by_chunks(model: MaskedModel, prompts: list[list[int]], new: int, steps: int
 
 
 def spans_right(model: Model, text: Text, count: int) -> dict[str, dict[str, float]]:
-    """Reading -> length of the span -> share of its tokens that are filled rightly, by the likeliest tokens."""
+    """Reading -> length of the span -> share of its tokens that are filled rightly, by the most likely tokens."""
     found: dict[str, dict[str, float]] = {}
     t = text.tokenizer
     for n in SPANS:
@@ -132,7 +132,7 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
         for r in runs[0]["spans"]
         for n in map(str, SPANS)
     }
-    rule = {FORWARD: "greedy from the left", BOTH: "likeliest, the surest first, a reading for each token"}
+    rule = {FORWARD: "greedy from the left", BOTH: "most likely, the most confident first, a forward pass for each token"}
     figures += [
         Measurement(f"span of {n}, {a}, {r}", e, f"{rule[r]}; share of tokens right", baseline=real["spans"][n])
         for (a, r, n), e in spans.items()

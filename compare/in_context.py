@@ -1,4 +1,4 @@
-"""What the context changes: four tasks that can only be learnt inside one document, each with its exact best answer."""
+"""What the context changes: four tasks that can only be learned inside one document, each with its exact best answer."""
 
 import itertools
 import random

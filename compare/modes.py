@@ -59,7 +59,7 @@ def kinds(case: int, drawn: list[str]) -> tuple[int, int, int]:
 
 
 def filled(masked: MaskedModel, case: int, T: int, n: int, seed: int) -> list[str]:
-    """n draws of a case's string, read both ways, in T readings, the surest draws kept first."""
+    """n draws of a case's string, read both ways, in T readings, the most confident draws kept first."""
     L = CASES[case][1]
     row = [masked.tokenizer.bos, *masked.tokenizer.encode(document(case, MASK * L)), masked.tokenizer.eos]
     places = [i for i, t in enumerate(row) if t == masked.tokenizer.mask]
@@ -152,7 +152,7 @@ def conclude(
         [
             Table(
                 "ExampleRng by case. blends: of the draws with a letter of some string in each place; other: all else. theory: letters "
-                "drawn independently in the first reading; exact for one reading, while later ones keep the surest draws.",
+                "drawn independently in the first reading; exact for one reading, while later ones keep the most confident draws.",
                 ("strings", "model", "how", "blends", "theory", "valid", "other", "modes met", "commonest"),
                 rows,
             )

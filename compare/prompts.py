@@ -61,8 +61,8 @@ def transferred(lab: ExperimentRunner, arm: str, rates: dict[str, float]) -> dic
             train, _ = named_items(lab, others, SHARED, seed)
             few, test = named_items(lab, [LEFT_OUT], FEW, seed)
             fresh = after.fresh(seed)
-            learnt = before.fit(before.fresh(seed), train, rates[how], seed)
-            body = learnt if how == "prompt" else fresh | {"body": learnt["body"]}
+            learned = before.fit(before.fresh(seed), train, rates[how], seed)
+            body = learned if how == "prompt" else fresh | {"body": learned["body"]}
             with_, without = (
                 float(np.mean(after.right(after.fit(p, few, rates[how], seed), test))) for p in (body, fresh)
             )

@@ -148,7 +148,7 @@ def conclude(found: dict[str, list[dict]], kept: dict[str, list[dict]]) -> Resul
     return Result(
         all_of(verdict(more_symmetric), verdict(less_order)),
         f"Trained both ways, what attention compares is more symmetric than trained forward by {format_difference(more_symmetric)}; "
-        f"when the words of each line are shuffled, the masked model keeps {shares['masked'].value:.0%} of what it had learnt "
+        f"when the words of each line are shuffled, the masked model keeps {shares['masked'].value:.0%} of what it had learned "
         f"beyond word counts, the causal one {shares['causal'].value:.0%} (difference {format_difference(less_order)}).",
         f"{len(kept['causal'])} seeds; a symmetric matrix asks whether two words belong together, whichever comes first. The "
         "claim counts as held only if both differences do. Weights say what could be used, not what is.",

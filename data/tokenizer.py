@@ -1,4 +1,4 @@
-"""Tokenizers behind one small interface, and those that are learnt here: text goes in and comes out unchanged."""
+"""Tokenizers behind one small interface, and those that are learned here: text goes in and comes out unchanged."""
 
 import abc
 import contextlib
@@ -332,6 +332,6 @@ def train(texts: Iterable[str], kind: str, vocab_size: int, share: float = 1.0) 
                 f"no {kind} vocabulary of {vocab_size} pieces can be trained: the text has nothing but line breaks"
             ) from e
         raise InputError(
-            f"no {kind} vocabulary of {vocab_size} pieces can be learnt from this text: {message[:200]}"
+            f"no {kind} vocabulary of {vocab_size} pieces can be learned from this text: {message[:200]}"
         ) from e
     return SentencePieceTokenizer(model.getvalue())

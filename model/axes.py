@@ -80,7 +80,7 @@ def activation_shardings(place: ShardingFn) -> contextlib.AbstractContextManager
 
 
 def traced_for(platform: str) -> contextlib.AbstractContextManager[None]:
-    """While tracing inside, `platform` says this: for a computation that is compiled for devices that are not here."""
+    """While tracing inside, `platform` says this: for a computation that is compiled for a target topology."""
     return _set(_platform, platform)
 
 

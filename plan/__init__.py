@@ -1,1 +1,1 @@
-"""What a recipe would need on chips that are not here: its own programs, compiled ahead of time, and a roofline."""
+"""What a recipe would need on a target topology: its own programs, compiled ahead of time, and a roofline."""

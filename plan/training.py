@@ -1,4 +1,4 @@
-"""The train step: compiled for chips that are not here, and the layouts in which it fits and is fastest."""
+"""The train step: compiled for a target topology, and the layouts in which it fits and is fastest."""
 
 import dataclasses
 import math

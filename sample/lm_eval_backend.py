@@ -33,7 +33,7 @@ RULES = ("causal", "pll", "pll_word", "bound")
 
 @functools.partial(jax.jit, static_argnums=0)
 def logprobs_and_greedy(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """[B, P] log p(target) at `places`, in nats, and whether the target is the likeliest token."""
+    """[B, P] log p(target) at `places`, in nats, and whether the target is the most likely token."""
 
     def run(bound: nn.Module) -> tuple[jax.Array, jax.Array]:
         features = bound(batch["tokens"], segments=batch["segments"])

@@ -89,9 +89,9 @@ def sample_token(
     own = logits
     if method.never >= 0:
         logits = logits.at[..., method.never].set(-jnp.inf)
-    if method.greedy:  # the first of the likeliest; jnp.argmax takes three times as long on a CPU
-        ids, likeliest = jnp.arange(logits.shape[-1]), logits >= jnp.max(logits, axis=-1, keepdims=True)
-        tokens = jnp.min(jnp.where(likeliest, ids, ids[-1]), axis=-1)
+    if method.greedy:  # the first of the most likely; jnp.argmax takes three times as long on a CPU
+        ids, top = jnp.arange(logits.shape[-1]), logits >= jnp.max(logits, axis=-1, keepdims=True)
+        tokens = jnp.min(jnp.where(top, ids, ids[-1]), axis=-1)
     else:
         scaled = logits / method.temperature
         if method.filtered:

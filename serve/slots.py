@@ -92,7 +92,7 @@ def choose_tokens(logits: jax.Array, rows: Slots, never: int = -1) -> tuple[jax.
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key), rows.count)
     plain = SamplingParams(rows.temperature, rows.top_k, rows.top_p, rows.min_p, never=never)
-    likeliest = sample_token(logits, keys, plain.replace(greedy=True))[0]
+    top = sample_token(logits, keys, plain.replace(greedy=True))[0]
 
     def draw() -> jax.Array:
         drawn = sample_token(logits, keys, plain)[0]
@@ -102,8 +102,8 @@ def choose_tokens(logits: jax.Array, rows: Slots, never: int = -1) -> tuple[jax.
 
         return jax.lax.cond(jnp.any(rows.filtered & rows.live), among_filtered, lambda: drawn)
 
-    drawn = jax.lax.cond(jnp.any(~rows.greedy & rows.live), draw, lambda: likeliest)
-    token = jnp.where(rows.greedy, likeliest, drawn)
+    drawn = jax.lax.cond(jnp.any(~rows.greedy & rows.live), draw, lambda: top)
+    token = jnp.where(rows.greedy, top, drawn)
     return token, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0], logprobs
 
 

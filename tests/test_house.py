@@ -1,6 +1,7 @@
 """The house rules of the project, read off its source."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,17 @@ def test_no_file_holds_two_ideas():
 def test_every_module_says_what_it_is_for():
     for path in sources():
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+WORDS = re.compile(r"surest|likeliest|learnt|chips that are not|devices that are not here", re.IGNORECASE)
+"""Of CONTRIBUTING.md's list, the words that are never right in any other sense."""
+
+
+def test_one_word_for_one_thing():
+    written = [*ROOT.glob("*/**/*.py"), *ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("*/README.md")]
+    for path in written:
+        if path != Path(__file__) and not any(part.startswith(".") for part in path.relative_to(ROOT).parts):
+            found = WORDS.search(path.read_text())
+            assert not found, (
+                f"{path.relative_to(ROOT)} writes {found.group()}: CONTRIBUTING.md, Words, has the field's word"
+            )

@@ -56,7 +56,7 @@ def test_a_wheel_claims_one_name_and_holds_every_module(wheel):
 
 
 def test_a_script_named_train_beside_a_model_and_a_data_package(tiny_recipe, one_device, tmp_path):
-    """The likeliest script there is: train.py, with model.py and data/ of its own beside it."""
+    """The most likely script there is: train.py, with model.py and data/ of its own beside it."""
     tiny_recipe.fit(tmp_path / "run")
     (tmp_path / "model.py").write_text("raise ImportError('a module of the user, which bothways must not import')")
     (tmp_path / "data").mkdir()

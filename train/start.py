@@ -50,7 +50,7 @@ def check_start(recipe: Recipe, tokenizer: Tokenizer) -> None:
         found.append(f"the tokenizer is another; set --data.tokenizer {home / kept}")
     if recipe.model.position_embedding == "learned" and recipe.model.context_length > other.model.context_length:
         found.append(
-            f"model.context_length is {recipe.model.context_length}, and {home} has learnt {other.model.context_length} positions"
+            f"model.context_length is {recipe.model.context_length}, and {home} has learned {other.model.context_length} positions"
         )
     if found:
         raise InputError(
@@ -63,7 +63,7 @@ def check_start(recipe: Recipe, tokenizer: Tokenizer) -> None:
 def start_from(home: Path, recipe: Recipe, fresh: Any, place: Callable[[Any], Any]) -> Any:
     """Parameters of another run in the place of fresh ones.
 
-    Of learnt positions the first `context` are taken. Heads that the other run lacks stay fresh; heads that this one
+    Of learned positions the first `context` are taken. Heads that the other run lacks stay fresh; heads that this one
     lacks are left behind. Of a fine-tuned run the body is taken. A gpt's body becomes a bert's, and the other way round:
     the features are the same under the same mask. What is new and what is left behind is said.
 

@@ -12,7 +12,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What a recipe would need on chips that are not here: memory, what travels, and how fast it can be at best."""
+    """What a recipe would need on a target topology: memory, what travels, and how fast it can be at best."""
 
     topology: str
     """Chips, such as v5e:16x16, v4:2x2x4, v5p:4x4x8, v6e:8x8, 7x:4x4x4; or an accelerator type, such as v5e-256."""

@@ -215,8 +215,8 @@ def test_tuning_learns_what_it_is_told(tokenizer, tiny, how):
     tuned = labelled.Tuned(model, how, steps=16, heads=2)
     named = {"a": [("k", 0), ("q", 1)] * 4}
     named |= {"b": [("k", 1), ("q", 0)] * 4} if how == "head" else {}  # two heads want the opposite of each other
-    learnt = tuned.fit(tuned.fresh(0), named, 0.1, 0)
-    assert all(tuned.right(learnt, named))
+    learned = tuned.fit(tuned.fresh(0), named, 0.1, 0)
+    assert all(tuned.right(learned, named))
     assert not all(tuned.right(tuned.fresh(0), named))
 
 

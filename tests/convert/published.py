@@ -1,4 +1,4 @@
-"""Checkpoints, tiny and random, with vocabularies learnt from a made-up language."""
+"""Checkpoints, tiny and random, with vocabularies learned from a made-up language."""
 
 import json
 from pathlib import Path

@@ -123,7 +123,7 @@ def test_training_starts_from_an_import_and_resumes_itself_first(gpt, text_file,
     recipe = continuation_of(home, text_file, cache_dir)
     train(recipe, tmp_path / "on")
     theirs, mine = leaves(load_run(home, quiet).params), leaves(load_run(tmp_path / "on", quiet).params)
-    for path, leaf in mine.items():  # learnt positions are cut to the new context
+    for path, leaf in mine.items():  # learned positions are cut to the new context
         np.testing.assert_allclose(leaf, theirs[path][:16] if "position" in path else theirs[path], atol=1e-6)
     moved = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, init_from=str(tmp_path / "gone")))
     with pytest.raises(InputError, match="gone does not exist"):

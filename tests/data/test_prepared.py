@@ -212,11 +212,11 @@ def test_another_version_another_tokenizer_other_text(there, cfg, tmp_path):
 
 
 def test_a_recipe_with_another_vocabulary_is_refused(cfg, tmp_path):
-    learnt = dataclasses.replace(cfg, tokenizer="bpe", vocab_size=313)
-    preparing.prepare(learnt, str(tmp_path / "text"))
-    assert_same(read(learnt), read(elsewhere(learnt, tmp_path / "text")))
+    learned = dataclasses.replace(cfg, tokenizer="bpe", vocab_size=313)
+    preparing.prepare(learned, str(tmp_path / "text"))
+    assert_same(read(learned), read(elsewhere(learned, tmp_path / "text")))
     with pytest.raises(InputError, match="--data.tokenizer bpe --data.vocab-size 313"):
-        read(elsewhere(dataclasses.replace(learnt, vocab_size=317), tmp_path / "text"))
+        read(elsewhere(dataclasses.replace(learned, vocab_size=317), tmp_path / "text"))
 
 
 @pytest.mark.parametrize(

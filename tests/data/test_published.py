@@ -1,4 +1,4 @@
-"""Published vocabularies behind the same interface as those learnt here."""
+"""Published vocabularies behind the same interface as those learned here."""
 
 import json
 

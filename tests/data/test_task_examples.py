@@ -220,7 +220,7 @@ def info(kind: str, *labels: str) -> TaskInfo:
     return TaskInfo("x", kind, labels, 24, ())
 
 
-def test_the_likeliest_label():
+def test_the_most_likely_label():
     scores = np.log([[0.2, 0.7, 0.1], [0.5, 0.2, 0.3]])
     found = decisions(info("classify", "a", "b", "c"), scores, [{}] * 2, [0, 1], [{}] * 2)
     assert found == [("b", pytest.approx(0.7)), ("a", pytest.approx(0.5))]
@@ -233,7 +233,7 @@ def test_a_number_is_itself():
     ]
 
 
-def test_the_likeliest_choice_of_each_item():
+def test_the_most_likely_choice_of_each_item():
     scores = np.log([[0.25], [0.75], [0.6], [0.4]])
     found = decisions(info("choice"), scores, [{}] * 2, [0, 1], [{}] * 2)
     assert found == [(1, pytest.approx(0.75)), (0, pytest.approx(0.6))]

@@ -165,7 +165,7 @@ def test_offsets_say_where_in_the_text_each_token_is(trained, kind, text):
     assert end == len(text)
 
 
-def test_a_vocabulary_is_learnt_from_the_beginning_only(monkeypatch):
+def test_a_vocabulary_is_learned_from_the_beginning_only(monkeypatch):
     monkeypatch.setattr(tokenizers, "TRAINING_BYTES", 10)
     assert list(tokenizers.lines(["abc\n\ndéf", "gh\nij\nk"])) == ["abc", "déf", "gh"]
 

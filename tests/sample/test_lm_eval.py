@@ -54,7 +54,7 @@ def test_a_continuation_is_told_as_score_tells_it(runs):
         assert logprob == pytest.approx(told[0] - (told[1] if len(told) > 1 else 0), abs=1e-3)
 
 
-def test_greedy_means_that_every_token_is_the_likeliest(runs):
+def test_greedy_means_that_every_token_is_the_most_likely(runs):
     backend = harness.BothwaysLM(str(runs["causal"]))
     ids = backend.tokens.encode("the dog")
     (said,) = continued(backend.model, [[backend.tokens.bos, *ids]], 2, greedy=True)

@@ -26,7 +26,7 @@ TEXTS = ["the castle in", "COW", "birds"]
 
 @pytest.fixture(scope="module")
 def model(tiny) -> MaskedModel:
-    """A BERT with random weights, to which special tokens and entries that are no token look likeliest."""
+    """A BERT with random weights, to which special tokens and entries that are no token look most likely."""
     tokenizer = tokenizers.train([made_up_text(60)], "bpe", 330)
     cfg = dataclasses.replace(tiny, n_layers=1, context_length=CONTEXT, vocab_size=len(tokenizer) + 5)
     recipe = Recipe(name="tiny", family="bert", model=cfg, objective=ObjectiveConfig(kind="masked"))
@@ -199,7 +199,7 @@ def test_masks_filled_one_at_a_time_agree_with_each_other(monkeypatch, tiny):
     assert known.model.fill(["b[MASK][MASK]", "[MASK]b[MASK]"])[0].filled == "bab"
 
 
-def test_the_surest_mask_is_filled_first(monkeypatch, tiny):
+def test_the_most_confident_mask_is_filled_first(monkeypatch, tiny):
     known = Known(monkeypatch, tiny, {"bab": 0.48, "abb": 0.42, "aba": 0.10})
     for steps, filled, readings in ((1, "abb", 1), (2, "abb", 2), (3, "bab", 3), (9, "bab", 3)):
         known.readings = 0

@@ -111,7 +111,7 @@ def test_filtered_draws_follow_what_is_left(settings, tokens):
 @pytest.mark.parametrize(
     "settings", [{"greedy": True}, {"temperature": 0.0}, {"top_k": 1}, {"greedy": True, "top_p": 0.5}]
 )
-def test_greedy_is_the_likeliest_token_whatever_the_key(settings):
+def test_greedy_is_the_most_likely_token_whatever_the_key(settings):
     logits = np.random.default_rng(0).normal(size=(DRAWS, 6)).astype(np.float32)
     tokens, _ = CHOOSE(logits, jax.random.split(jax.random.key(3), DRAWS), SamplingParams.make(**settings))
     np.testing.assert_array_equal(tokens, logits.argmax(axis=1))
@@ -129,9 +129,9 @@ def test_the_logprob_is_that_of_the_unmodified_distribution(settings):
 @pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"greedy": True}])
 def test_a_token_that_is_never_drawn(settings):
     """And the others keep the log-probability that the model gives them."""
-    likeliest = int(P.argmax())
-    tokens, logprobs = draw(np.log(P), never=likeliest, **settings)
-    assert likeliest not in set(tokens.tolist())
+    top = int(P.argmax())
+    tokens, logprobs = draw(np.log(P), never=top, **settings)
+    assert top not in set(tokens.tolist())
     np.testing.assert_allclose(logprobs, np.log(P)[tokens], rtol=1e-5)
 
 

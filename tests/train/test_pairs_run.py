@@ -28,7 +28,7 @@ TASKS = {"copy": lambda text: text, "reversal": lambda text: text[::-1]}
 @pytest.fixture(scope="module")
 def learn(tmp_path_factory, cache_dir):
     """Task -> a run that has seen 2,400 strings of 3 to 6 letters and their copies or reversals."""
-    return functools.cache(lambda task: learnt_run(task, tmp_path_factory.mktemp(task), cache_dir))
+    return functools.cache(lambda task: learned_run(task, tmp_path_factory.mktemp(task), cache_dir))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def reversing(learn):
     return learn("reversal")
 
 
-def learnt_run(task, home, cache_dir):
+def learned_run(task, home, cache_dir):
     rng = random.Random(0)
     strings = {"".join(rng.choice("abcdefgh") for _ in range(rng.randint(3, 6))) for _ in range(3200)}
     table = [f"{text}\t{TASKS[task](text)}" for text in sorted(strings, key=lambda s: s[::-1])[:2800]]
