@@ -56,7 +56,7 @@ def test_only_texts_that_fit_are_filled_after_training(monkeypatch, capfd):
         recipe=bothways.recipe("shakespeare_bert"), context_length=18, tokenizer=tokenizer, fill=fill
     )
     monkeypatch.setattr("bothways.train.loop.train", lambda *_: Result("x", 1, 1.0, None, 1.0, 1.0))
-    monkeypatch.setattr("bothways.load", lambda _: model)
+    monkeypatch.setattr("bothways.load", lambda *_, **__: model)
     monkeypatch.setattr("bothways.sample.evaluate.evaluate", lambda *_, **__: [])
     call(capfd, "train", "shakespeare_bert")
     assert asked == ["the [MASK] of the [MASK]", "I [MASK] you,"]
@@ -92,7 +92,7 @@ def test_a_text_without_tokens_has_no_log_probability(monkeypatch, tmp_path, cap
     model = types.SimpleNamespace(
         task=None, score=lambda texts: [Score.of(t, -2.0 * len(t), 0 if t == "?" else len(t), "causal") for t in texts]
     )
-    monkeypatch.setattr("bothways.load", lambda _: model)
+    monkeypatch.setattr("bothways.load", lambda *_, **__: model)
     (tmp_path / "lines.txt").write_text("abc\n?\n")
     argv = ["score", "run", str(tmp_path / "lines.txt")]
     found = [json.loads(line) for line in call(capfd, *argv, "--json").out.splitlines()]
@@ -107,7 +107,7 @@ def test_scores_are_shown_while_later_lines_wait(monkeypatch, tmp_path, capfd):
         shown.append(capfd.readouterr().out.count("\n"))
         return [Score.of(text, -1.0, 1, "causal") for text in texts]
 
-    monkeypatch.setattr("bothways.load", lambda _: types.SimpleNamespace(task=None, score=score))
+    monkeypatch.setattr("bothways.load", lambda *_, **__: types.SimpleNamespace(task=None, score=score))
     (tmp_path / "lines.txt").write_text("a line\n" * 23)
     assert call(capfd, "score", "run", str(tmp_path / "lines.txt")).out.count("\n") == 23 - 8
     assert shown == [0, 8]
