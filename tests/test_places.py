@@ -15,6 +15,7 @@ import bothways
 from bothways import checkpoints, rundir, sharding
 from bothways.commands.train import continuation_of
 from bothways.config import MeshConfig
+from bothways.data import corpora
 from bothways.data.tokens import obtain_tokenizer
 from bothways.errors import CheckpointUnavailable, InputError
 from bothways.model.stack import unstack_layers
@@ -134,7 +135,7 @@ def test_a_run_directory_on_a_bucket(tiny_recipe, tmp_path, monkeypatch):
     on = continuation_of(home)
     assert on.data.tokenizer == "gs://bucket/runs/x/tokenizer.model"
     on = dataclasses.replace(on, model=dataclasses.replace(on.model, attention="xla"))
-    check_start(on, obtain_tokenizer(on.data, None))
+    check_start(on, obtain_tokenizer(on.data, corpora.load(on.data)))
     params = rundir.load_run(home, print).params
     fresh = jax.tree.map(jnp.zeros_like, params)
     same(start_from(rundir.directory(on.train.init_from), on, fresh, None), params)

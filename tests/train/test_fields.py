@@ -42,7 +42,7 @@ OBJECTIVE = {
     "mask_rate": (0.6, MASKED),
     "block_sizes": ((2,), {"kind": "diffusion"}),
     "weighting": ("flat", {"kind": "diffusion"}),
-    "span_length": (5.0, {"kind": "spans"}),
+    "span_length": (1.0, {"kind": "spans"}),
     "mask_token_prob": (0.1, MASKED),
     "random_token_prob": (0.0, MASKED),
     "whole_words": (True, MASKED),
