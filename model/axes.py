@@ -91,13 +91,8 @@ def activation_sharding(shape: tuple[int, ...], *axes: str | None) -> NamedShard
 
 
 def devices_in_use() -> int:
-    """How many devices share the computation that is being traced, which need not be those of this process."""
-    placed = activation_sharding(())
-    return placed.mesh.size if placed else jax.device_count()
-
-
-def devices_that_share() -> int:
-    """How many devices the activations being traced are spread over; 1 where nothing is."""
+    """How many devices the activations being traced are spread over, which need not be those of this process; 1 where
+    nothing is spread."""
     placed = activation_sharding(())
     return placed.mesh.size if placed else 1
 

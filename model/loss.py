@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from bothways.model.axes import constrain_activation, devices_that_share
+from bothways.model.axes import constrain_activation, devices_in_use
 from bothways.model.heads import logits_of
 
 MAX_LOGITS = 2**27
@@ -40,7 +40,7 @@ def cross_entropy(
       smoothing: share of the target's probability spread over the vocabulary (arXiv 1512.00567, section 7).
     """
     B, T, _ = features.shape
-    limit = max_logits or MAX_LOGITS * devices_that_share()
+    limit = max_logits or MAX_LOGITS * devices_in_use()
     pieces = next(n for n in range(1, T + 1) if T % n == 0 and (n == T or B * (T // n) * table.shape[0] <= limit))
     return TokenLoss(*_cross_entropy(features, table, bias, targets, weights, smoothing, pieces))
 
@@ -54,7 +54,7 @@ def token_logprobs(
 ) -> Float[jax.Array, "B T"]:
     """log softmax(features table^T + bias)[target] of every token, in nats; for scoring, without a gradient."""
     B, T, D = features.shape
-    limit = max_logits or MAX_LOGITS * devices_that_share()
+    limit = max_logits or MAX_LOGITS * devices_in_use()
     pieces = next(
         n for n in range(1, B * T + 1) if B * T % n == 0 and (n == B * T or B * T // n * table.shape[0] <= limit)
     )

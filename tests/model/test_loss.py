@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bothways.model import loss as model_loss
 from bothways.model.loss import cross_entropy
 
 B, T, D, V = 3, 12, 7, 53
@@ -121,3 +122,13 @@ def test_all_logits_never_exist_at_once(with_gradient):
 
     assert largest(None) == B * T * V
     assert largest(B * 4 * V) == B * 4 * V
+
+
+def test_devices_that_share_nothing_add_no_room_for_logits(monkeypatch):
+    """The budget of one device, although the process has eight: nothing is spread here."""
+    assert jax.device_count() == 8
+    monkeypatch.setattr(model_loss, "MAX_LOGITS", B * 4 * V)
+    sizes = array_sizes(
+        jax.make_jaxpr(lambda *x: pieced(*x, smoothing=0.1, max_logits=None))(FEATURES, TABLE, BIAS).jaxpr
+    )
+    assert max(sizes) == B * 4 * V
