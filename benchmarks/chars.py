@@ -4,7 +4,7 @@
 
 Both sides learn from the same part of the file and are asked about the same other part, each character once, in windows
 of their own context. The reference (benchmarks.chars_reference) runs to its end; the loss that it ends at is the mark, and
-what is told is when the recipe first goes below it. The sides take turns, each in a process of its own; clocks stop while
+what is reported is when the recipe first goes below it. The sides take turns, each in a process of its own; clocks stop while
 losses are measured, and run while programs compile. Ours has its memory as `bothways` on the command line has it.
 """
 
@@ -116,13 +116,13 @@ def compare(path: Path, rounds: int) -> dict:
                 }
             )
             print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-    told = {name: round(statistics.median(one[name] for one in found), 4) for name in found[0]}
+    medians = {name: round(statistics.median(one[name] for one in found), 4) for name in found[0]}
     ratio = statistics.median(one["reference_seconds"] / one["seconds"] for one in found)
     without = statistics.median(one["reference_seconds"] / (one["seconds"] - one["of_it_compiling"]) for one in found)
     return {
         "file": path.name,
         "rounds": rounds,
-        **told,
+        **medians,
         "faster": round(ratio, 2),
         "faster_once_compiled": round(without, 2),
     }

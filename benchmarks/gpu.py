@@ -50,7 +50,7 @@ def tell_training(side: str, model: str, device: str, flops: float, rows: int, l
 
 
 def train_ours(name: str, shapes: Iterable[tuple[int, int]], tiny: bool, steps: int = 10) -> None:
-    """Steps of `bothways train`, for every (rows, length); one that does not fit into memory is told as such.
+    """Steps of `bothways train`, for every (rows, length); one that does not fit into memory is reported as such.
 
     Without dropout of attention probabilities, which no kernel knows.
     """
@@ -125,8 +125,8 @@ def generate_ours(tiny: bool) -> None:
 
         seconds = seconds_each(run, 3)
         share = new * size / bandwidth / seconds
-        told = {"tokens_per_second": batch * new / seconds, "bandwidth": bandwidth, "share_of_bandwidth": share}
-        tell(what="GPT-2 XL generation", side="bothways", device=jax.devices()[0].device_kind, batch=batch, **told)
+        found = {"tokens_per_second": batch * new / seconds, "bandwidth": bandwidth, "share_of_bandwidth": share}
+        tell(what="GPT-2 XL generation", side="bothways", device=jax.devices()[0].device_kind, batch=batch, **found)
     assert all(leaf.dtype in (jnp.float32, cfg.compute_dtype) for leaf in jax.tree.leaves(params))
 
 
@@ -143,8 +143,8 @@ def score_ours(tiny: bool) -> None:
         sentences = scoring.sentences(len(run.tokenizer), *((3, 9) if tiny else (64, 30)))
         batched = seconds_each(lambda: run.score_tokens(sentences, "pll"), 3)
         single = seconds_each(lambda: scoring.one_copy_at_a_time(run, sentences), 1)
-    told = {"sentences_per_second": len(sentences) / batched, "times_one_at_a_time": single / batched}
-    tell(what="BERT-base PLL", side="bothways", device=jax.devices()[0].device_kind, **told)
+    found = {"sentences_per_second": len(sentences) / batched, "times_one_at_a_time": single / batched}
+    tell(what="BERT-base PLL", side="bothways", device=jax.devices()[0].device_kind, **found)
 
 
 # ---- PyTorch ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How speed is measured: sides take turns, each in a process of its own; what is told are medians over the rounds."""
+"""How speed is measured: sides take turns, each in a process of its own; what is reported are medians over the rounds."""
 
 import dataclasses
 import datetime
@@ -32,7 +32,7 @@ class Row:
     name: str
     unit: str
     amount: float
-    """How many units one call of a side does; 0: the seconds themselves are told."""
+    """How many units one call of a side does; 0: the seconds themselves are reported."""
     seconds: dict[str, list[float]]
     """By side, round by round."""
     aim: str = ""
@@ -197,8 +197,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for r in records:
         where = f"{r['machine']}; {', '.join(f'{k} {v}' for k, v in r['versions'].items())}; {r['date']}"
         places.setdefault(where, []).append(r["name"])
-    told = [where if len(places) == 1 else f"{where}: {', '.join(names)}" for where, names in places.items()]
-    return "\n".join([*lines, "", *(f"- {text}." for text in [*notes, *told])])
+    devices = [where if len(places) == 1 else f"{where}: {', '.join(names)}" for where, names in places.items()]
+    return "\n".join([*lines, "", *(f"- {text}." for text in [*notes, *devices])])
 
 
 def write_table(page: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -71,8 +71,8 @@ def main() -> None:
             for context in (128, 512, 1024):
                 batch = max(1, args.batch_tokens // context)
                 found = speed(kind, tokens, vocabulary, context, batch, args.seconds)
-                told = {"kind": kind, "context": context, "batch": batch, "tokens_per_second_per_core": round(found)}
-                print(json.dumps(told), flush=True)
+                record = {"kind": kind, "context": context, "batch": batch, "tokens_per_second_per_core": round(found)}
+                print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ def their_side(
     model = torch_model(home, "BertForMaskedLM").eval()
 
     def score(ids: list[int]) -> float:
-        row, places = torch.tensor([bos, *ids, eos]), torch.arange(1, len(ids) + 1)
+        row, positions = torch.tensor([bos, *ids, eos]), torch.arange(1, len(ids) + 1)
         total = 0.0
-        for some in places.split(copies or len(ids)):
+        for some in positions.split(copies or len(ids)):
             hidden = row.repeat(len(some), 1)
             hidden[torch.arange(len(some)), some] = mask
             with torch.inference_mode():

@@ -44,7 +44,7 @@ def seconds_until_loss(command: list[str], environment: dict[str, str]) -> float
             said.append(line)
             if "loss " in line:
                 return time.perf_counter() - began
-        raise RuntimeError(f"{' '.join(command)} told no loss: {''.join(said[-20:])}")
+        raise RuntimeError(f"{' '.join(command)} printed no loss: {''.join(said[-20:])}")
     finally:
         process.kill()
         process.wait()

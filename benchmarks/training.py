@@ -34,14 +34,14 @@ def gpt_batch(recipe: Recipe, rows: int, length: int, seed: int) -> Batch:
 
 
 def bert_batch(recipe: Recipe, rows: int, length: int, seed: int) -> Batch:
-    """The same for masked rows: 15 % of the places are asked for, and hidden."""
+    """The same for masked rows: 15 % of the positions are masked and predicted."""
     ids, rng = random_tokens(recipe, rows, length, seed), np.random.default_rng(seed)
     asked = max(1, round(recipe.objective.mask_rate * length))
-    places = np.sort(np.stack([rng.choice(length, asked, replace=False) for _ in range(rows)])).astype(np.int32)
+    positions = np.sort(np.stack([rng.choice(length, asked, replace=False) for _ in range(rows)])).astype(np.int32)
     tokens = ids.copy()
-    np.put_along_axis(tokens, places, MASK_ID, axis=1)
+    np.put_along_axis(tokens, positions, MASK_ID, axis=1)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    given = {"tokens": tokens, "mask_positions": places, "targets": np.take_along_axis(ids, places, axis=1)}
+    given = {"tokens": tokens, "mask_positions": positions, "targets": np.take_along_axis(ids, positions, axis=1)}
     given |= {"segments": np.ones((rows, length), np.int32), "positions": positions}
     return given | {"weights": np.ones((rows, asked), np.float32)}
 
@@ -79,7 +79,7 @@ def ours(recipe: Recipe, params: Any, batches: list[Batch]) -> tuple[Steps, Call
 
 
 def pytorch(model: Any, batches: list[Batch]) -> tuple[Steps, Callable[[Batch], float]]:
-    """The same of a module of `transformers`; a masked loss is told by labels of -100, as its users do."""
+    """The same of a module of `transformers`; a masked loss is marked by labels of -100, as its users do."""
     import torch
 
     plain = [p for p in model.parameters() if p.ndim < 2]

@@ -101,7 +101,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a store may answer when it is asked again."""
+    """Whether a retry may help."""
 
     def may_heal(e: BaseException) -> bool:
         code = getattr(e, "code", None)

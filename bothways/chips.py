@@ -112,7 +112,7 @@ PEAK_FLOPS = {kind: chip.flops / chip.devices for chip in CHIPS.values() for kin
     "NVIDIA H200": 989e12,
 }
 
-# What tests plan for: this machine's CPU, with as many devices as JAX was told to make. Its numbers are made up.
+# What tests plan for: this machine's CPU, with as many devices as JAX was configured to make. Its numbers are made up.
 CPU = Chip(("cpu",), 1e12, 4 * GIB, 1e11, 1e10, 1e9, 1, 8, 0.0)
 
 

@@ -11,7 +11,7 @@ OBJECTIVES_BY_FAMILY: dict[str, tuple[str, ...]] = {
     "bert": ("masked", "diffusion"),
     "seq2seq": ("pairs", "spans"),
 }
-"""What each family can be asked, by its mask."""
+"""Objectives per family."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ObjectiveConfig:
     whole_words: bool = False
     """Choose whole words rather than tokens."""
     next_sentence: bool = False
-    """Rows are pairs of texts, and whether the second follows the first is asked too."""
+    """Rows are pairs of texts, and next-sentence prediction is part of the loss."""
     label_smoothing: float = 0.0
     """Share of each target's probability spread over the vocabulary."""
 
@@ -238,7 +238,7 @@ class MeshConfig:
     tensor: int = 1
     """Heads, MLP and vocabulary are spread (arXiv 1909.08053)."""
     context: int = 1
-    """The places of each row are spread; attention gathers keys and values (arXiv 2407.21783, section 3.3.2)."""
+    """Sequence (context) parallelism: positions of a row are sharded; attention gathers keys and values (arXiv 2407.21783, 3.3.2)."""
     max_replicated_fraction: float = 0.1
     """Largest share of the parameter bytes that a device may hold beyond its part of fsdp * tensor."""
     vmem_kib: int = 0

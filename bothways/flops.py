@@ -57,8 +57,8 @@ def seq2seq_flops_per_row(cfg: TransformerConfig, target: int) -> float:
 
 def target_length(recipe: Recipe) -> int:
     """Tokens of target in a row of an encoder-decoder; those of hidden spans are fewer than the source's."""
-    asked, context = recipe.objective, recipe.model.context_length
-    return span_lengths(context, asked.mask_rate, asked.span_length)[1] if asked.kind == "spans" else context
+    objective, context = recipe.objective, recipe.model.context_length
+    return span_lengths(context, objective.mask_rate, objective.span_length)[1] if objective.kind == "spans" else context
 
 
 def tokens_per_row(recipe: Recipe) -> int:
@@ -110,7 +110,7 @@ def executed_flops(jaxpr: Any) -> np.ndarray:
 
 
 def kernel_flops(call: Any) -> float:
-    """FLOPs of one call of a Pallas kernel: as it says of itself, or its products as often as its grid turns."""
+    """FLOPs of one call of a Pallas kernel: by its own cost estimate, or its products as often as its grid turns."""
     if estimate := call.params.get("cost_estimate"):
         return float(estimate.flops)
     turns = math.prod(n for n in call.params["grid_mapping"].grid if isinstance(n, int))

@@ -11,7 +11,7 @@ KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def asking_for_large_pages() -> str | None:
-    """GLIBC_TUNABLES for a process that takes its memory in pages of 2 MiB; None where nothing is to be asked.
+    """GLIBC_TUNABLES for a process that takes its memory in pages of 2 MiB; None where they are on or not to be had.
 
     Linux may give such pages only to those that ask, and glibc asks if this variable says so when the process starts. A
     step's scratch memory is handed out anew for each step: in pages of 4 KiB that can take a third of the step.
@@ -35,8 +35,8 @@ def leave_absent_tpu_alone() -> None:
     libtpu would write warnings to standard error. Where JAX_PLATFORMS is set, it stays.
     """
     attached = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    told = [name for name in ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE") if name in os.environ]
-    if attached or told or importlib.util.find_spec("libtpu") is None:
+    named = [name for name in ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE") if name in os.environ]
+    if attached or named or importlib.util.find_spec("libtpu") is None:
         return
     import jax  # a second of start-up, which `bothways --help` can do without
 

@@ -119,7 +119,7 @@ class TaskInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained model, ready to be asked."""
+    """A trained model, ready for inference."""
 
     home: Path
     recipe: Recipe
@@ -246,8 +246,8 @@ def load_run(
     alone = all(len(at.device_set) == 1 for at in jax.tree.leaves(shardings))
     if for_inference and recipe.family != "bert":
         params = jax.jit(functools.partial(unstack_layers, join=alone))(params)
-    asked = recipe
+    used = recipe
     if not alone:
-        # The compiler spreads what it can see into; a kernel of one's own would have to be told how.
-        asked = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention="xla"))
-    return Run(home, recipe, tokenizer, module_of(asked, task), params, found[0], task)
+        # The compiler spreads what it can see into; a custom kernel needs explicit shard_map specs.
+        used = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention="xla"))
+    return Run(home, recipe, tokenizer, module_of(used, task), params, found[0], task)

@@ -167,7 +167,7 @@ def spread_over_data(shardings: Any, shapes: Any) -> Any:
 
 
 def shardings_for_inference(shapes: Any, cfg: MeshConfig) -> Any:
-    """Where a trained model's parameters lie when it is asked, on this host's devices.
+    """Where a trained model's parameters lie for inference, on this host's devices.
 
     With all axes 1 that is the first device, if they take less than half of its memory; else all, each with its part of
     the heads as far as those divide.
@@ -200,8 +200,8 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
     Hosts that share a row (`tensor` or `context` reaches over both) each hold it.
     """
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[place] for place in places]))
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices]))
 
 
 def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ rest at 512; Adam 1e-4, 10,000 warm-up steps, then linear. With both heads 110,1
 
 RoBERTa: no next sentences, full documents, batch 8,000 for 500,000 steps, vocabulary 50,265.
 ModernBERT: rotary positions, GeGLU, pre-norm, no biases, every third layer global and the others local within 64
-places on either side, rotary base 160,000 and 10,000, masking rate 30 %, rows packed without padding.
+positions on either side, rotary base 160,000 and 10,000, masking rate 30 %, rows packed without padding.
 
 The papers' corpora (BooksCorpus, Wikipedia, CC-News, Stories) are only in part public; Wikipedia stands in.
 

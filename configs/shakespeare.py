@@ -7,7 +7,7 @@
     bothways train shakespeare_dial      # blocks of 1 to the whole row in one set of weights: `sample --block 4`
 
 The same 3 blocks of width 128 for all: what differs is `family` and `objective`. What made the difference against a
-plain small transformer is told in the README.
+plain small transformer is in the README.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ recipes = {
     ),
     "shakespeare_bert": Recipe(
         family="bert",
-        # Tied: what is asked of 38 hidden places a row teaches the table more than what is read there.
+        # Tied: the predictions at 38 masked positions a row teach the table more than the inputs do.
         model=TransformerConfig(**SMALL | {"tie_embeddings": True}, segment_types=2, next_sentence=True),
         data=DATA,
         objective=ObjectiveConfig(kind="masked", mask_rate=0.3, next_sentence=True),

@@ -33,7 +33,7 @@ def fixed_tokens(tokenizer: Tokenizer, context: int) -> np.ndarray:
 
 
 def our_logits(recipe: Recipe, params: Any, tokens: np.ndarray, task: TaskInfo | None = None) -> np.ndarray:
-    """[1, T, V] in float32; of a body without a head its features [1, T, D]; of a task's head what it says."""
+    """[1, T, V] in float32; of a body without a head its features [1, T, D]; of a task's head its scores."""
     plain = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="float32", scan_layers=True))
     module = module_of(plain, task)
     with jax.default_matmul_precision("highest"):

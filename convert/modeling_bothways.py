@@ -25,7 +25,7 @@ ACTIVATIONS = {
 }
 CACHE = next(n for n in ("cache", "past_key_values") if hasattr(modeling_outputs.CausalLMOutputWithPast(), n))
 """What this version of transformers calls the cache in what a model gives back."""
-NEVER = -1e30
+NEG_INF = -1e30
 """The score of a row of the token table that stands for no token."""
 
 
@@ -280,7 +280,7 @@ class WithOutputLayer(BothwaysPreTrainedModel):
         logits = F.linear(features, table.weight).float()
         logits = logits if bias is None else logits + bias
         filling = torch.arange(logits.shape[-1], device=logits.device) >= self.config.vocab_size
-        return logits.masked_fill(filling, NEVER) if self.config.vocab_size < logits.shape[-1] else logits
+        return logits.masked_fill(filling, NEG_INF) if self.config.vocab_size < logits.shape[-1] else logits
 
     def loss(self, logits, labels):
         return None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)

@@ -79,7 +79,7 @@ def config_json(recipe: Recipe, task: TaskInfo | None, roles: dict[str, int]) ->
 
 
 def modelling_class(recipe: Recipe, task: TaskInfo | None) -> str:
-    """File and class that compute what the run's module does when it is called; of a gpt its causal reading."""
+    """File and class that compute what the run's module does when it is called; of a gpt the causal direction."""
     kinds = architectures(recipe, task)
     return f"{TASKS if task else BODIES}.Bothways{_class('CausalLM' if 'CausalLM' in kinds else kinds[0])}"
 

@@ -75,7 +75,7 @@ def hide(
     """Masked language modelling (arXiv 1810.04805, section 3.1, task 1).
 
     A share of each row's tokens is chosen, special ones never. Of the chosen, some become [MASK], some another token,
-    and the rest stay as they are; what the loss asks for is the original of all of them.
+    and the rest stay as they are; the targets are the originals of all of them.
 
     Args:
       tokens: [n, T].
@@ -102,10 +102,10 @@ def hide(
     hidden[row, place] = np.where(
         draw < mask_token_prob, vocabulary.mask, np.where(draw < mask_token_prob + random_token_prob, random, original)
     )
-    asked = {name: np.zeros((len(tokens), slots), t) for name, t in ASKED.items()}
+    masked = {name: np.zeros((len(tokens), slots), t) for name, t in ASKED.items()}
     for name, values in (("mask_positions", place), ("targets", original), ("weights", 1)):
-        asked[name][row, slot] = values
-    return hidden, asked
+        masked[name][row, slot] = values
+    return hidden, masked
 
 
 def ranks(among: np.ndarray, draws: ExampleRng) -> np.ndarray:
@@ -120,7 +120,7 @@ def whole_words(
 ) -> np.ndarray:
     """[n, T] bool: whole words in random order until `wanted` [n] tokens are chosen; one that is too long is passed over.
 
-    A word begins at a token that says so, and behind whatever is not `text`.
+    A word begins at a token that is marked so, and behind whatever is not `text`.
     """
     n, length = tokens.shape
     begins = text & vocabulary.starts_word[tokens]
@@ -147,23 +147,23 @@ def masked_row(rows: Example, draws: ExampleRng, vocabulary: Vocabulary, masking
     bos = np.full_like(tokens[:, :1], vocabulary.bos)
     tokens = np.where(opened, tokens, np.concatenate([bos, tokens[:, :-1]], axis=1))
     segments = np.where(opened, segments, np.concatenate([segments[:, :1], segments[:, :-1]], axis=1))
-    hidden, asked = hide(tokens, draws, vocabulary, masking, slots)
-    return {"tokens": hidden, "segments": segments, "positions": segment_positions(segments), **asked}
+    hidden, masked = hide(tokens, draws, vocabulary, masking, slots)
+    return {"tokens": hidden, "segments": segments, "positions": segment_positions(segments), **masked}
 
 
 def hybrid(rows: Example, draws: ExampleRng, vocabulary: Vocabulary, masking: Masking, causal_share: float) -> Example:
-    """Rows to be read forward, or, with `prefix` as long as the row, both ways (arXiv 2410.24159, section 2).
+    """Causal rows, or, with `prefix` as long as the row, bidirectional ones (arXiv 2410.24159, section 2).
 
-    Read both ways, hidden tokens are asked for one place before they stand: what the output at t says of token t + 1
-    is one reading, with the next token hidden or behind the horizon. Their weight is 1 / rate.
+    In bidirectional rows masked tokens are predicted at position t - 1, so that the output at t predicts token t + 1 in
+    both, with that token masked or not attended. Their weight is 1 / rate.
     """
     forward = causal(rows, draws)
     n, length = forward["tokens"].shape
     both = draws.uniform(1) >= causal_share
-    hidden, asked = hide(forward["tokens"][:, 1:], draws, vocabulary, masking, masking.slots(length))
-    row, slot = np.nonzero(asked["weights"])
+    hidden, masked = hide(forward["tokens"][:, 1:], draws, vocabulary, masking, masking.slots(length))
+    row, slot = np.nonzero(masked["weights"])
     weights = np.zeros((n, length), np.float32)
-    weights[row, asked["mask_positions"][row, slot]] = 1 / masking.rate
+    weights[row, masked["mask_positions"][row, slot]] = 1 / masking.rate
     return forward | {
         "tokens": np.where(both, np.concatenate([forward["tokens"][:, :1], hidden], axis=1), forward["tokens"]),
         "weights": np.where(both, weights, forward["weights"]),
@@ -231,7 +231,7 @@ class Pairs:
         return ends & (at < end[:, None])
 
 
-def drawn(flags: np.ndarray, draw: np.ndarray) -> np.ndarray:
+def pick_set_flag(flags: np.ndarray, draw: np.ndarray) -> np.ndarray:
     """[n] the place of one of the flags [n, W] that are set, by a number [n] in [0, 1); 0 where none is."""
     count = np.cumsum(flags, axis=1)
     return (count > np.floor(draw * count[:, -1])[:, None]).argmax(axis=1)
@@ -252,7 +252,7 @@ def sentence_pair(
 
     inside = source.sentences(begin, end, 2 * room)  # no piece is longer
     inside[:, 0] = False
-    cut = np.where(inside.any(axis=1), drawn(inside, where_cut), np.maximum(1, (end - begin) // 2))
+    cut = np.where(inside.any(axis=1), pick_set_flag(inside, where_cut), np.maximum(1, (end - begin) // 2))
     a, b = (begin, begin + cut), (begin + cut, end)
 
     random_b = (coin < 0.5) | (b[0] >= end)
@@ -262,7 +262,7 @@ def sentence_pair(
     elsewhere = source[index + np.where(index >= before, own, 0)]  # any piece but those of this document
     opening = source.sentences(elsewhere["begin"], elsewhere["end"], 2 * room)
     opening[:, 0] = True
-    other = (elsewhere["begin"] + drawn(opening, where_b), elsewhere["end"])
+    other = (elsewhere["begin"] + pick_set_flag(opening, where_b), elsewhere["end"])
     b = tuple(np.where(random_b, x, y) for x, y in zip(other, b, strict=True))
 
     coins = np.unpackbits(draws.bits(2, 1 + room // 32).view(np.uint8), axis=2)
@@ -273,7 +273,7 @@ def sentence_pair(
     tokens = source.ids[np.clip(taken, 0, len(source.ids) - 1)].astype(np.int32)
     tokens = np.where(at == 0, v.bos, np.where((at == first) | (at == last), v.eos, np.where(at < last, tokens, v.pad)))
     tokens = tokens.astype(np.int32)
-    hidden, asked = hide(tokens, draws, v, masking, slots)
+    hidden, masked = hide(tokens, draws, v, masking, slots)
     return {
         "tokens": hidden,
         "segments": (at <= last).astype(np.int32),
@@ -281,12 +281,12 @@ def sentence_pair(
         "positions": np.broadcast_to(at.astype(np.int32), tokens.shape),
         "random_next": random_b.astype(np.int32),
         "pair_weight": np.ones(len(tokens), np.float32),
-        **asked,
+        **masked,
     }
 
 
 def truncated(a: Span, b: Span, room: np.ndarray, coins: np.ndarray) -> tuple[Span, Span]:
-    """Two texts in `room` [n] tokens: the longer one loses a token at a time, at its front or back as a coin says.
+    """Two texts in `room` [n] tokens: the longer one loses a token at a time, at its front or back at random.
 
     Args:
       a, b: where each text begins and ends, [n] each.

@@ -126,7 +126,7 @@ def packed(sources: list[np.ndarray], targets: list[np.ndarray], room: int, targ
 class Spans:
     """Rows of running text in which spans will be hidden (T5, arXiv 1910.10683, section 3.1.4).
 
-    The hidden tokens leave the source, one [MASK] in the place of each span; the target tells them in order, each
+    The hidden tokens leave the source, one [MASK] in the place of each span; the target holds them in order, each
     span behind a [MASK]. So the source is shorter than the text; rows are as long as makes it `length` tokens.
     """
 
@@ -179,7 +179,7 @@ def corrupted(rows: Example, draws: ExampleRng, source: Spans) -> Example:
 def with_spans_hidden(text: np.ndarray, rng: np.random.Generator, source: Spans) -> Example:
     """Text and spans take turns, beginning with text; the lengths are random."""
     v = source.vocabulary
-    if len(text) < 2:  # a last row's single token: nothing to ask
+    if len(text) < 2:  # a last row's single token: nothing to mask
         return packed([text], [np.array([v.bos, v.eos])], source.length, source.target_length, v.pad)
     hidden, spans = hidden_spans(len(text), source.rate, source.mean_span)
     stay, go = parts(len(text) - hidden, spans, rng), parts(hidden, spans, rng)
@@ -187,6 +187,6 @@ def with_spans_hidden(text: np.ndarray, rng: np.random.Generator, source: Spans)
     first = inverse & ~np.concatenate([[False], inverse[:-1]])
     shown = np.where(first, v.mask, text)[~inverse | first]
     ends = np.cumsum(np.stack([stay, go], axis=1).reshape(-1))
-    told = [np.concatenate([[v.mask], text[a:b]]) for a, b in zip(ends[::2], ends[1::2], strict=True)]
-    target = np.concatenate([[v.bos], *told, [v.eos]])
+    spans = [np.concatenate([[v.mask], text[a:b]]) for a, b in zip(ends[::2], ends[1::2], strict=True)]
+    target = np.concatenate([[v.bos], *spans, [v.eos]])
     return packed([np.append(shown, v.eos)], [target], source.length, source.target_length, v.pad)

@@ -114,7 +114,7 @@ def evaluation_batches(
     chosen = np.linspace(0, len(rows) - 1, count).astype(int)
     mine = np.arange(batch_size) if mine is None else mine
     for begin in range(0, count, batch_size):
-        places = begin + mine
-        indices = chosen[np.minimum(places, count - 1)]
+        slots = begin + mine
+        indices = chosen[np.minimum(slots, count - 1)]
         made = example(rows[indices], ExampleRng(seed, indices))
-        yield {name: np.where((places < count).reshape(-1, *[1] * (x.ndim - 1)), x, 0) for name, x in made.items()}
+        yield {name: np.where((slots < count).reshape(-1, *[1] * (x.ndim - 1)), x, 0) for name, x in made.items()}

@@ -27,7 +27,7 @@ def keys(seed: int, numbers: np.ndarray) -> np.ndarray:
 
 
 class ExampleRng:
-    """A stream of random numbers for each of n examples, told apart by their numbers."""
+    """A stream of random numbers for each of n examples, distinguished by their indices."""
 
     def __init__(self, seed: int, numbers: np.ndarray):
         self.keys, self.used = keys(seed, numbers), 0

@@ -24,7 +24,7 @@ T = TypeVar("T")
 TRIES = 6
 """Times a request is made before it counts as failed; the waits between them double from a quarter of a second."""
 CHECKSUMS = ("md5Hash", "crc32c", "sha256", "blob_id", "ETag", "etag", "generation", "LastModified", "mtime", "created")
-"""What stores say of an object's content, the most telling first."""
+"""What stores report of an object's content, the strongest check first."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)

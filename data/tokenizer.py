@@ -52,7 +52,7 @@ def made_up_vocabulary(size: int) -> Vocabulary:
 
 
 class Tokenizer(abc.ABC):
-    """What every verb asks of a tokenizer. `load` reads either kind: sentencepiece (`.model`), or a published
+    """What every command needs of a tokenizer. `load` reads either kind: sentencepiece (`.model`), or a published
     vocabulary (`tokenizer.json`, data/published.py).
 
     One set of special tokens serves both families: `bos` opens a document (BERT's [CLS]) and `eos` closes it

@@ -110,7 +110,7 @@ class Attention(nn.Module):
         self-attention.
 
     Returns:
-      [B, T, D] and the cache with T more places, or None.
+      [B, T, D] and the cache with T more positions, or None.
     """
 
     cfg: TransformerConfig

@@ -75,12 +75,12 @@ def _set(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
 
 
 def activation_shardings(place: ShardingFn) -> contextlib.AbstractContextManager[None]:
-    """While tracing inside, `constrain_activation` and `activation_sharding` ask this. Outside they do nothing."""
+    """While tracing inside, `constrain_activation` and `activation_sharding` use this. Outside they do nothing."""
     return _set(_place, place)
 
 
 def traced_for(platform: str) -> contextlib.AbstractContextManager[None]:
-    """While tracing inside, `platform` says this: for a computation that is compiled for a target topology."""
+    """While tracing inside, `platform` returns this: for a computation that is compiled for a target topology."""
     return _set(_platform, platform)
 
 

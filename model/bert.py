@@ -1,4 +1,4 @@
-"""BERT: an encoder whose features say what stood under the masks, and whether two texts belong together."""
+"""BERT: an encoder that predicts masked tokens, and whether one text follows another."""
 
 import flax.linen as nn
 import jax
@@ -13,8 +13,8 @@ from bothways.model.heads import LMHead, MLMTransform, NextSentence, logits_of, 
 class BERT(nn.Module):
     """The masked language model of BERT (arXiv 1810.04805) and, by its configuration, of RoBERTa and ModernBERT.
 
-    The call returns features, as a GPT's does. `transform` and `unembedding` turn those that are asked about into
-    scores of tokens; the others never meet the vocabulary.
+    The call returns features, as a GPT's does. `transform` and `unembedding` turn those at masked
+    positions into logits; logits are computed only there.
     """
 
     cfg: TransformerConfig
@@ -70,7 +70,7 @@ class BERT(nn.Module):
         return logits_of(self.transform(features), *self.unembedding())
 
     def pooled(self, features: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B D"]:
-        """The pooler's reading of the first token, as [CLS] is used in BERT."""
+        """The pooler's output at the first token, as [CLS] is used in BERT."""
         return self.nsp.pool(features)
 
     def next_sentence(self, features: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B 2"]:

@@ -29,7 +29,7 @@ LEAST, MOST = 128, 512
 
 
 def scores_of(q: Float[jax.Array, "B G ... K"], k: Float[jax.Array, "B G S K"]) -> Float[jax.Array, "B G ... S"]:
-    """Scores in float32 of queries that are scaled already. What else is done to a score by itself (a soft cap, say)
+    """Scores in float32 of queries that are scaled already. What else is done to a score alone (a soft cap, say)
     belongs here: all of XLA's attention calls it, and the backward pass of tiles differentiates it.
     """
     return jnp.einsum("bg...k,bgsk->bg...s", q, k, preferred_element_type=jnp.float32)
@@ -79,7 +79,7 @@ def tile_size(rows: int, T: int, S: int) -> tuple[int, int]:
 
 
 def visible_tiles(mask: Mask, T: int, S: int, n_q: int, n_k: int) -> list[tuple[int, int]]:
-    """Indices (query tile, key tile) of all tiles in which something may be seen, as far as the mask's kind says it."""
+    """Indices (query tile, key tile) of all tiles in which something may be seen, as far as the kind of mask shows it."""
     found = []
     ranged = positions_match_order(mask) and (mask.causal or mask.window)
     for i in range(-(-T // n_q)):

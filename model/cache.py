@@ -10,17 +10,17 @@ from bothways.model.config import TransformerConfig
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values of one layer, by position; kept as attention reads them, heads before places."""
+    """Keys and values of one layer, by position; in attention's layout, heads before positions."""
 
     k: Float[jax.Array, "B G S K"]
     v: Float[jax.Array, "B G S W"]
     cross_kv: "LayerCache | None" = None
-    """Of a decoder under an encoder: the keys and values of what the encoder said."""
+    """Of a decoder under an encoder: the keys and values of the encoder's features."""
 
     def write(
         self, k: Float[jax.Array, "B T G K"], v: Float[jax.Array, "B T G W"], start: Int[jax.Array, " B"]
     ) -> "LayerCache":
-        """T new places per row, each row from its own `start`."""
+        """T new slots per row, each row from its own `start`."""
 
         def put(old: Float[jax.Array, "S K"], new: Float[jax.Array, "T K"], at: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (at, 0))
@@ -35,7 +35,7 @@ class LayerCache:
         return cls(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     def read(self) -> tuple[Float[jax.Array, "B S G K"], Float[jax.Array, "B S G W"]]:
-        """Keys and values of all places."""
+        """Keys and values of all slots."""
         return self.k.swapaxes(1, 2), self.v.swapaxes(1, 2)
 
 

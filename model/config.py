@@ -82,7 +82,7 @@ class TransformerConfig:
     """Which token an output predicts: `next`, the one after it (GPT; arXiv 2508.15487's Dream), or `own`, the one at its
     position (BERT; LLaDA, arXiv 2502.09992). Empty: as the family does."""
     window: int = 0
-    """Reach of local attention: a query sees keys fewer than `window` places away. 0: no local layers."""
+    """Reach of local attention: a query sees keys fewer than `window` positions away. 0: no local layers."""
     layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)
     """Repeated over the layers: GPT-3 alternates ("global", "local")."""
 
@@ -138,7 +138,7 @@ class TransformerConfig:
 
     @property
     def compute_dtype(self) -> "jnp.dtype":
-        import jax  # not with the module: recipes are read, and the command line told, without it
+        import jax  # not with the module: reading recipes and parsing the command line must not wait for it
         import jax.numpy as jnp
 
         if self.dtype == "auto":
@@ -202,7 +202,7 @@ class TransformerConfig:
             self.position_embedding != "sinusoidal" or self.d_model % 2 == 0,
             f"sinusoidal positions pair sine and cosine: model.d_model must be even, not {self.d_model}",
         )
-        want(len(self.layer_pattern) > 0, "model.layer_pattern is empty; say at least 'global'")
+        want(len(self.layer_pattern) > 0, "model.layer_pattern is empty; give at least 'global'")
         want(
             ("local" in self.layer_pattern) == (self.window > 0),
             f"model.window={self.window} and model.layer_pattern={self.layer_pattern} disagree: "

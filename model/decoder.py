@@ -1,4 +1,4 @@
-"""The causal reading of the stack: a token sees what came before it, in this call or in the cache."""
+"""The decoder, causal self-attention: a token sees what came before it, in this call or in the cache."""
 
 import jax
 import jax.numpy as jnp

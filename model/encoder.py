@@ -1,4 +1,4 @@
-"""The bidirectional reading of the stack: every token sees every token of its segment."""
+"""The encoder, bidirectional self-attention: every token sees every token of its segment."""
 
 import jax
 from jaxtyping import Float, Int

@@ -100,14 +100,14 @@ class GPT(nn.Module):
 
 
 class MaskedNextToken(GPT):
-    """A GPT behind BERT's call, so that both can be asked alike; the parameters are the GPT's.
+    """A GPT with the interface of a masked model; the parameters are the GPT's.
 
     Where a GPT predicts the next token, it does so after the hybrid objective too (arXiv 2410.24159, section 2): its
     features are shifted right by one, and nothing predicts token 0.
     """
 
     both_ways: bool = True
-    """False: as a plain GPT, what is said of token t knows only those before it."""
+    """False: as a plain GPT, the prediction of token t sees only those before it."""
 
     def __call__(
         self,

@@ -1,9 +1,9 @@
-"""Attention kernels that never hold the scores: which masks and shapes each knows, and how it is told.
+"""Attention kernels that never hold the scores: which masks and shapes each knows, and how the mask is passed.
 
 splash   TPU, Pallas: causality, windows, blocks and segments, by tile; what is hidden is not computed
 cudnn    GPU, cuDNN's flash attention: causality and windows before it by structure, all else as a drawn mask
 
-Both read causality and windows off the places in the row, so a mask must be `positions_are_sequential` (model/mask.py).
+Both derive causality and windows from the index in the row, so a mask must be `positions_are_sequential` (model/mask.py).
 """
 
 import functools
@@ -18,7 +18,7 @@ from bothways.model.axes import activation_sharding, platform
 from bothways.model.mask import Mask
 
 LANES = 128
-"""Splash cuts rows into blocks of a multiple of so many places."""
+"""Splash cuts rows into blocks of a multiple of this many positions."""
 
 Q_AXES, K_AXES = ("batch", "length", "heads", "head"), ("batch", "keys", "kv_heads", "head")
 
@@ -32,7 +32,7 @@ def choose(wanted: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) ->
 
 
 def positions_match_order(mask: Mask) -> bool:
-    """Whether row index equals position for all that the mask says; blocks are not said by index."""
+    """Whether row index equals position for all parts of the mask; blocks go by position."""
     return (
         mask.prefix is None and mask.block is None and (mask.positions_are_sequential or not (mask.causal or mask.window))
     )

@@ -45,7 +45,7 @@ class Norm(nn.Module):
 
     cfg: TransformerConfig
     rms: bool | None = None
-    """None: as the configuration says."""
+    """None: as in the configuration."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

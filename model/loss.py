@@ -109,7 +109,7 @@ def _forward(features, table, bias, targets, weights, smoothing, pieces, with_gr
     if pieces == 1:
         (sums, d_table, d_bias), dx = piece(carry, inputs)
     else:
-        # Piece n takes places n, n + pieces, ...: where the places are spread, each device cuts its own.
+        # Piece n takes positions n, n + pieces, ...: where positions are sharded, each device cuts its own.
         cut = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(B, T // pieces, pieces, *a.shape[2:]), 2, 0), inputs)
         (sums, d_table, d_bias), dx = jax.lax.scan(piece, carry, cut)
         if with_gradient:

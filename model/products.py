@@ -1,7 +1,7 @@
 """Matrix products as each backend runs them fastest: the one place, beside kernels.py, that knows the device.
 
 cpu  One plain product of two matrices: XLA copies and transposes where it sees more axes. Of few rows a product takes as
-     long as reading the matrix, and XLA reads it faster in a batch of parts. In bfloat16 it is asked for float32 sums.
+     long as reading the matrix, and XLA reads it faster in a batch of parts. In bfloat16 its sums are float32.
 tpu  Heads as wide as the matrix unit are written and read in the order [B, H, T, K] that kernels want: a product that
      goes by [B, T, H K] is copied into it and out of it. Norms take one pass over x.
 """

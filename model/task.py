@@ -49,7 +49,7 @@ class TaskModel(nn.Module):
     outputs: int
     dropout: float = 0.1
     both_ways: bool = False
-    """A GPT that was trained in both readings: every token sees the whole text."""
+    """A GPT that was trained in both directions: every token sees the whole text."""
     pool: Pool = "token"
 
     def setup(self):

@@ -1,6 +1,6 @@
 """Ways to lay a recipe out on so many chips, and a guess from the shapes at what each would need.
 
-The guesses only rank; what is told to a person comes from the compiler (plan/training.py).
+The guesses only rank; what is reported comes from the compiler (plan/training.py).
 """
 
 import dataclasses
@@ -174,7 +174,7 @@ def with_ramp(recipe: Recipe, least: int) -> Recipe:
 
 def flags(before: Recipe, after: Recipe) -> str:
     """What to add to the command line to get from one recipe to the other."""
-    said = []
+    chosen = []
     for section in ("model", "optimizer", "train", "mesh"):
         old, new = getattr(before, section), getattr(after, section)
         for field in dataclasses.fields(new):
@@ -182,5 +182,5 @@ def flags(before: Recipe, after: Recipe) -> str:
             name = field.name.replace("_", "-")
             if value != getattr(old, field.name):
                 switch = f"--{section}.{'' if value else 'no-'}{name}"
-                said.append(switch if isinstance(value, bool) else f"--{section}.{name} {value}")
-    return " ".join(said)
+                chosen.append(switch if isinstance(value, bool) else f"--{section}.{name} {value}")
+    return " ".join(chosen)

@@ -34,18 +34,18 @@ from bothways.sample.text import callbacks
 
 ROWS = 16
 MASKS = 16
-"""Places asked for in a masked model's row: a chunk, as `sample` fills it."""
+"""Masked positions of a row: a chunk, as `sample` fills it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodePlan:
-    """Bytes and seconds are of one step: a token more for every row; of masked models, a reading of every row."""
+    """Bytes and seconds are of one step: a token more for every row; of masked models, a forward pass."""
 
     step: str
     """decode, denoise (a forward pass of the open block of every row) or read."""
     rows: int
     context_length: int
-    """Places of the cache: the prompt takes half of them, what is said the rest. Of masked models, of a row."""
+    """Slots of the cache: the prompt takes half of them, the output the rest. Of masked models, of a row."""
     chips: int
     """As few as hold it."""
     mesh: dict[str, int]
@@ -164,8 +164,8 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
         traced, before, cache, notes = (
             _reading(recipe, params, rows) if _reads_rows(recipe) else _decoding(recipe, params, rows, block)
         )
-        compiled, used, said = compile_quietly(traced.lower()) if traced else (None, before, [])
-    notes += said
+        compiled, used, messages = compile_quietly(traced.lower()) if traced else (None, before, [])
+    notes += messages
     text = text_of(compiled)[0] if compiled else ""
     once, twice = [hlo.read(text, count, turns) if text else None for turns in (1, 2)]
     used = max(before, _bytes(compiled) if compiled else used)
@@ -211,15 +211,15 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
 
 
 def _reading(recipe: Recipe, params: Any, rows: int) -> tuple[Any, float, float, list[str]]:
-    """A masked model's reading of full rows, traced; nothing comes before it, and it keeps no cache."""
+    """A masked model's forward pass of full rows, traced; nothing comes before it, and it keeps no cache."""
     shape = rows, recipe.model.context_length
-    tokens, places = _integers(*shape), _integers(rows, MASKS)
+    tokens, positions = _integers(*shape), _integers(rows, MASKS)
     module = make_module("bert", recipe.model) if recipe.family == "bert" else MaskedNextToken(recipe.model)
-    return hidden_logits.trace(module, params, tokens, tokens, places), 0.0, 0.0, []
+    return hidden_logits.trace(module, params, tokens, tokens, positions), 0.0, 0.0, []
 
 
 def _decoding(recipe: Recipe, params: Any, rows: int, block: int) -> tuple[Any, float, float, list[str]]:
-    """The decoding or denoising loop, traced, after prompts of half the context; what the reading of those needs, in bytes
+    """The decoding or denoising loop, traced, after prompts of half the context; what their prefill needs, in bytes
     of a device; and the bytes of the cache. The loop is None where already the prompts do not fit."""
     cfg, module = recipe.model, make_module(recipe.family, recipe.model)
     source = (_integers(rows, cfg.context_length),) * 2 if recipe.family == "seq2seq" else None

@@ -184,8 +184,8 @@ def read(text: str, devices: int, unknown: int = 1) -> Traffic:
             if name not in inner:
                 memory += times[name] * memory_of(i, instructions, program)
                 if is_kernel(i):
-                    said = re.search(r'op_name="([^"]*)"', i.rest)
-                    kernels.append((said[1] if said else i.rest, times[name]))
+                    scope = re.search(r'op_name="([^"]*)"', i.rest)
+                    kernels.append((scope[1] if scope else i.rest, times[name]))
                 if estimate := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
                     cycles += times[name] * int(estimate[1])
     return Traffic(tuple(collectives.values()), memory, cycles, endless, tuple(kernels))

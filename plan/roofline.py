@@ -73,9 +73,9 @@ def collective_seconds(collective: hlo.Collective, topology: Topology, devices: 
     slices = len({getattr(d, "slice_index", 0) or 0 for d in group})
     within = len(group) // slices
     rate = 0.0
-    places = np.array([list(getattr(d, "coords", (d.id,))) for d in group])
-    for axis in range(min(places.shape[1], len(topology.shape))):
-        along = np.unique(places[:, axis])
+    coords = np.array([list(getattr(d, "coords", (d.id,))) for d in group])
+    for axis in range(min(coords.shape[1], len(topology.shape))):
+        along = np.unique(coords[:, axis])
         if len(along) > 1:
             stride = int(np.min(np.diff(along)))  # others share the links between
             ring = topology.wraps(axis) and len(along) * stride == topology.shape[axis]
@@ -93,8 +93,8 @@ def collective_seconds(collective: hlo.Collective, topology: Topology, devices: 
 
 def _mesh_axes(mesh: Mesh, group: tuple[int, ...]) -> str:
     """The axes of the mesh along which a group lies, such as data+fsdp."""
-    places = np.array(np.unravel_index(np.array(group) % mesh.size, mesh.devices.shape))
-    return "+".join(name for name, along in zip(mesh.axis_names, places, strict=True) if len(np.unique(along)) > 1)
+    coords = np.array(np.unravel_index(np.array(group) % mesh.size, mesh.devices.shape))
+    return "+".join(name for name, along in zip(mesh.axis_names, coords, strict=True) if len(np.unique(along)) > 1)
 
 
 def summed_collectives(traffic: hlo.Traffic, topology: Topology, mesh: Mesh) -> tuple[dict[str, Any], ...]:

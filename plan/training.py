@@ -40,7 +40,7 @@ from bothways.train.step import TrainState, init_state, make_train_step, state_s
 
 DAY = 86_400.0
 LARGEST = 12
-"""Operations that a plan tells of."""
+"""Operations that a plan lists."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +113,13 @@ def plan(recipe: Recipe, topology: Topology, before: Recipe | None = None) -> Pl
         "optimizer": bytes_per_device(state.opt_state, placed.opt_state),
     }
     compiled, used, notes = compile_quietly(traced.lower())
-    text, said = text_of(compiled) if compiled else ("", [])
+    text, messages = text_of(compiled) if compiled else ("", [])
     traffic, found = hlo.read(text, mesh.size) if text else None, []
     if traffic is not None:
-        said += endless_loops(traffic)
+        messages += endless_loops(traffic)
         kernels, as_if = device_flops(traffic.kernels, known)
         found = operations(text, 1, lambda scope: _cycles(named(scope, known), topology))
-    notes += said
+    notes += messages
     if compiled:
         stats = compiled.memory_analysis()
         parts["batch"] = max(0.0, stats.argument_size_in_bytes - sum(parts.values()))
@@ -171,7 +171,7 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> tuple[Any, TrainState, dict[str
 
 
 def with_vocabulary(recipe: Recipe) -> Recipe:
-    """A model that follows its tokenizer takes the size that the tokenizer is asked to have."""
+    """A model that follows its tokenizer takes the size that the tokenizer will have."""
     size = recipe.model.vocab_size or recipe.data.vocab_size
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=size))
 
@@ -352,7 +352,7 @@ def one_line(p: Plan) -> str:
 
 def too_small(recipe: Recipe, topology: Topology, memory: float) -> str:
     """That a recipe does not fit, and the smallest slice of the same chip that should hold it, by a guess."""
-    said = (
+    refusal = (
         f"{recipe.name} does not fit on {topology.name}: the least it was found to need is {memory / GIB:.1f} GiB per chip, "
         f"and there are {topology.chip.memory / GIB:.1f}"
     )
@@ -366,5 +366,5 @@ def too_small(recipe: Recipe, topology: Topology, memory: float) -> str:
         larger = dataclasses.replace(topology, shape=shape)
         ranked = candidates(free, larger)
         if ranked and ranked[0].memory < 0.9 * topology.chip.memory:
-            return f"{said}; plan --topology {larger.name} with {flags(recipe, ranked[0].recipe)} should"
-    return f"{said}; take a chip with more memory, such as v5p, or a smaller model"
+            return f"{refusal}; plan --topology {larger.name} with {flags(recipe, ranked[0].recipe)} should"
+    return f"{refusal}; take a chip with more memory, such as v5p, or a smaller model"

@@ -27,7 +27,7 @@ from bothways.sample.denoise import Canvas, Denoising, fold, keep_confident, pro
 from bothways.sample.sampling_params import SamplingParams, sample_token
 
 USUAL_BLOCK = 16
-"""Tokens that are written together where nobody says how many."""
+"""Tokens that are written together by default."""
 BlockForward = Callable[[Any, jax.Array, Cache, int], tuple[jax.Array, Cache]]
 """(params, tokens [B, T], cache, block size) -> (features [B, T, D], cache)."""
 
@@ -94,19 +94,21 @@ class BlockDecoder(Decoder):
         self.context_length, self.eos, self.block, self.how = context // block * block, eos, block, Denoising.make()
         b, ahead = block, predicts == "next"
 
-        def keys_at(keys: jax.Array, state: BlockState, said: jax.Array) -> jax.Array:
+        def keys_at(keys: jax.Array, state: BlockState, offset: jax.Array) -> jax.Array:
             """[B, b] a key for every token of the open block, which its index in the text decides."""
-            first = state.cache.length - state.origin + said
+            first = state.cache.length - state.origin + offset
             return fold(keys, jnp.maximum(first[:, None] + jnp.arange(b), 0))
 
-        def opened(state: BlockState, scores: jax.Array, keys: jax.Array, said: jax.Array, how: SamplingParams) -> Canvas:
+        def opened(
+            state: BlockState, scores: jax.Array, keys: jax.Array, offset: jax.Array, how: SamplingParams
+        ) -> Canvas:
             """The block at the cache's length, all of it hidden; or its first token drawn from `scores` [B, V]."""
             hidden = jnp.ones(state.canvas.hidden.shape, bool)
             zeros = jnp.zeros_like(state.canvas.logprobs)
             canvas = Canvas(jnp.full_like(state.canvas.tokens, mask), zeros, hidden, hidden, jnp.zeros_like(state.count))
             if not ahead:
                 return canvas
-            token, logprob = sample_token(scores, keys_at(keys, state, said)[:, 0], how)
+            token, logprob = sample_token(scores, keys_at(keys, state, offset)[:, 0], how)
             first = jnp.arange(b) == 0
             return canvas.replace(
                 tokens=jnp.where(first, token[:, None], canvas.tokens),
@@ -139,7 +141,7 @@ class BlockDecoder(Decoder):
             lengths: jax.Array,
             limit: jax.Array,
             keys: jax.Array,
-            said: jax.Array,
+            offset: jax.Array,
             method: SamplingParams,
             size: int,
         ) -> BlockState:
@@ -159,7 +161,7 @@ class BlockDecoder(Decoder):
             if ahead:  # a prompt that ends with its block
                 last = jnp.maximum(begins - 1, 0)[:, None, None]
                 scores = logits(params, jnp.take_along_axis(features, last, axis=1))[:, 0]
-                new = state.replace(canvas=opened(state, scores, keys, said, method))
+                new = state.replace(canvas=opened(state, scores, keys, offset, method))
                 state = new.keep(begins == lengths, state)
             return settled(state)
 
@@ -168,7 +170,7 @@ class BlockDecoder(Decoder):
             params: Any,
             state: BlockState,
             keys: jax.Array,
-            said: jax.Array,
+            offset: jax.Array,
             method: SamplingParams,
             most: jax.Array,
             how: Denoising,
@@ -186,13 +188,13 @@ class BlockDecoder(Decoder):
                 scores = logits(params, features)
                 # Rows whose block is written: it is in the cache now, and the next one opens.
                 after = state.replace(cache=cache.replace(length=state.cache.length + b), passes=state.passes + 1)
-                after = after.replace(canvas=opened(after, scores[:, -1], keys, said, method))
+                after = after.replace(canvas=opened(after, scores[:, -1], keys, offset, method))
                 stopped = state.replace(cache=cache.replace(length=state.cache.length))
                 if ahead and b == 1:
                     return settled(after.keep(live, stopped))
                 # The others take a denoising step.
                 own = jnp.roll(scores, 1, axis=1) if ahead else scores
-                numbers = fold(keys_at(keys, state, said), jnp.broadcast_to(canvas.step[:, None], canvas.tokens.shape))
+                numbers = fold(keys_at(keys, state, offset), jnp.broadcast_to(canvas.step[:, None], canvas.tokens.shape))
                 step = keep_confident(canvas, *propose(own, numbers, method), how, numbers)
                 same = stopped.replace(canvas=step, passes=state.passes + 1)
                 return settled(after.keep(~jnp.any(canvas.hidden, axis=1), same).keep(live, stopped))
@@ -216,15 +218,15 @@ class BlockDecoder(Decoder):
         fill = len(tokens) - len(rows)
         size = max(tokens.shape[1], min(close_bucket(tokens.shape[1] + max(limits)), self.context_length))
         size = -(-size // self.block) * self.block
-        keys, said = self.keys_of(rows, fill)
+        keys, offset = self.keys_of(rows, fill)
         limit = np.array([*limits] + [0] * fill)
-        args = tokens, np.array(lengths + [1] * fill), limit, keys, said, method
-        return self.block_prefill(params, *args, size=size), keys, said
+        args = tokens, np.array(lengths + [1] * fill), limit, keys, offset, method
+        return self.block_prefill(params, *args, size=size), keys, offset
 
     def go_on(
-        self, params: Any, state: BlockState, keys: jax.Array, said: jax.Array, method: SamplingParams, most: int
+        self, params: Any, state: BlockState, keys: jax.Array, offset: jax.Array, method: SamplingParams, most: int
     ) -> BlockState:
-        return self.block_run(params, state, keys, said, method, jnp.int32(most), self.how)
+        return self.block_run(params, state, keys, offset, method, jnp.int32(most), self.how)
 
 
 def usual_block(sizes: Sequence[int], context: int) -> int:

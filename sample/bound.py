@@ -48,15 +48,15 @@ def _copies(
         rng = np.random.default_rng(zlib.crc32(np.array(ids, np.int32).tobytes()))
         for begin, end, scored in windows(len(ids), context):
             clean, positions = np.array(ids[begin:end], np.int32), np.arange(end - begin)[None]
-            asked = positions + begin >= max(scored, begins)
-            if not asked.any():
+            scored_here = positions + begin >= max(scored, begins)
+            if not scored_here.any():
                 continue
             size = block or end - begin
             n = 1 if size == 1 else draws
             rows = lambda x, n=n: np.repeat(x, n, axis=0)  # noqa: E731
             level = (np.arange(n) + rng.random(n)) / n
             noise, sizes = rng.random((n, end - begin)), np.full(n, size)
-            hidden, weights = hide_in_blocks(rows(positions), rows(asked), sizes, level, noise, predicts)
+            hidden, weights = hide_in_blocks(rows(positions), rows(scored_here), sizes, level, noise, predicts)
             for h, w in zip(hidden, weights, strict=True):
                 yield i, np.where(h, mask, clean), clean, w / n
 
@@ -73,7 +73,7 @@ def bound_logprobs(
 ) -> np.ndarray:
     """[sequences] a lower bound, in expectation, on log p(tokens `first` .. | those before them), in nats.
 
-    Of the L tokens of a block that are asked for k are hidden and weigh L / k, k stratified over draws and blocks (arXiv
+    Of the L tokens of a block that are scored_here for k are hidden and weigh L / k, k stratified over draws and blocks (arXiv
     2503.09573, equation 8); tokens before `first` are context, and never hidden. The draws depend on the tokens alone.
     At blocks of 1 there is nothing to draw, and it is the log-likelihood.
 

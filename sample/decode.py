@@ -1,8 +1,8 @@
 """Continuing text: prefill in one pass, then one jitted loop over the batch.
 
-The model is a callback (params, tokens [B, T], cache) -> (features of all T places, cache); the `Decoder` below
+The model is a callback (params, tokens [B, T], cache) -> (features of all T positions, cache); the `Decoder` below
 drives it without knowing its family. What an encoder makes of a row's source is in the cache from the start. Each
-row has its own length, its own random key and its own stop, so what a row says does not depend on its neighbours.
+row has its own length, its own random key and its own stop, so what a row generates does not depend on its neighbours.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class State:
     limit: Int[jax.Array, " B"]
     """Tokens each row may get."""
     ended: Bool[jax.Array, " B"]
-    """Rows that said `eos`."""
+    """Rows that generated `eos`."""
 
     @property
     def passes(self) -> Int[jax.Array, " B"]:
@@ -112,9 +112,9 @@ class Decoder:
 
         @functools.partial(jax.jit, donate_argnums=1)
         def run(
-            params: Any, state: State, keys: jax.Array, said: jax.Array, method: SamplingParams, most: jax.Array
+            params: Any, state: State, keys: jax.Array, offset: jax.Array, method: SamplingParams, most: jax.Array
         ) -> State:
-            """At most `most` tokens for every row that has not ended. `said` [B] counts each row's earlier tokens."""
+            """At most `most` tokens for every row that has not ended. `offset` [B] counts each row's earlier tokens."""
 
             def going(carry: tuple[State, jax.Array]) -> jax.Array:
                 state, n = carry
@@ -124,7 +124,7 @@ class Decoder:
                 state, n = carry
                 live = ~state.ended & (state.count < state.limit)
                 token, logprob = sample_token(
-                    state.logits, jax.vmap(jax.random.fold_in)(keys, said + state.count), method
+                    state.logits, jax.vmap(jax.random.fold_in)(keys, offset + state.count), method
                 )
                 at = (jnp.arange(token.shape[0]), state.count)
                 features, cache = forward(params, token[:, None], state.cache)
@@ -163,9 +163,9 @@ class Decoder:
         """A state to go on from, and what `go_on` takes with it: keys, and counts of earlier tokens."""
         return self.start(params, rows, limits)
 
-    def go_on(self, params: Any, state: Any, keys: jax.Array, said: Any, method: SamplingParams, most: int) -> Any:
+    def go_on(self, params: Any, state: Any, keys: jax.Array, offset: Any, method: SamplingParams, most: int) -> Any:
         """The state with about `most` tokens more in every row that has not ended."""
-        return self.run(params, state, keys, said, method, jnp.int32(most))
+        return self.run(params, state, keys, offset, method, jnp.int32(most))
 
     def generate(
         self,
@@ -191,10 +191,10 @@ class Decoder:
                 if len(row.context) >= self.context_length:
                     row.context = row.context[-(self.context_length // 2) :]
             limits = [min(most[id(row)] - len(row.tokens), self.context_length - len(row.context)) for row in going]
-            state, keys, said = self.begin(params, going, limits, method)
+            state, keys, offset = self.begin(params, going, limits, method)
             had = [len(row.tokens) for row in going]
             while True:
-                state = self.go_on(params, state, keys, said, method, chunk or max(limits))
+                state = self.go_on(params, state, keys, offset, method, chunk or max(limits))
                 count, tokens, logprobs = jax.device_get((state.count, state.tokens, state.logprobs))
                 for i, row in enumerate(going):
                     if row.stop:

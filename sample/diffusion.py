@@ -17,7 +17,7 @@ from bothways.sample.bound import DRAWS, bound_logprobs
 from bothways.sample.denoise import Denoising
 from bothways.sample.masked import Filled, MaskedModel
 from bothways.sample.sampling_params import SamplingParams
-from bothways.sample.text import Sample, Score, TextModel, check_asked
+from bothways.sample.text import Sample, Score, TextModel, check_limits
 
 
 class DiffusionModel(TextModel):
@@ -82,7 +82,7 @@ class DiffusionModel(TextModel):
         Raises:
           InputError: numbers out of range, a block that the run was not trained on, or a prompt longer than the context.
         """
-        check_asked(max_tokens, num, stop)
+        check_limits(max_tokens, num, stop)
         block = usual_block(self.block_sizes, self.recipe.model.context_length) if block is None else block
         how = Denoising.make(steps or 0, threshold, remask, any_order)
         method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy)

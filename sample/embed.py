@@ -44,7 +44,7 @@ def vectors(run: Run, texts: Sequence[str], rows: Sequence[list[int]], pool: str
 
 
 class Embedder:
-    """A bidirectional run that can be asked: `embed`. Made by `bothways.load`, of a body without a masked-token head."""
+    """A bidirectional run ready for inference: `embed`. Made by `bothways.load`, of a body without a masked-token head."""
 
     def __init__(self, run: Run):
         self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer

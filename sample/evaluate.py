@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 SUITES = ("validation", "test")
 MOST_PAIRS = 4096
-"""Pairs of a split that are translated, where nobody says how many."""
+"""Pairs of a split that are translated, by default."""
 BOUND_ROWS = 64
 """Rows whose bound is estimated: each takes many forward passes."""
 UNIGRAM_TOKENS = 2**24
@@ -182,9 +182,9 @@ def pair_figures(model: TextModel, suite: str, log: Callable[[str], None], limit
     ratios.add("loss", nats, count)
     ratios.add("bits_per_byte", nats / np.log(2), size)
     figures = ratios.metrics(suite)
-    said = [sample.text for sample in model.sample(sources, beams=4, length_penalty=0.6)]
+    translations = [sample.text for sample in model.sample(sources, beams=4, length_penalty=0.6)]
     for metric, scorer in (("bleu", BLEU()), ("chrf", CHRF())):
-        for name, texts in ((metric, said), (f"copy_{metric}", sources)):
+        for name, texts in ((metric, translations), (f"copy_{metric}", sources)):
             score = scorer.corpus_score(texts, [targets], n_bootstrap=1000)
             interval = (score._mean - score._ci, score._mean + score._ci)
             figures.append(Metric(suite, name, score.score, interval, len(targets), "pairs"))

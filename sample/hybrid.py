@@ -1,4 +1,4 @@
-"""Asking a model that was trained in both readings: `sample` and `embed` forward, `fill` both ways, `score` in either."""
+"""Inference with a model that was trained in both directions: `sample` and `embed` forward, `fill` both ways, `score` in either."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from bothways.sample.text import Score, TextModel
 
 
 class HybridModel(TextModel):
-    """A hybrid run that can be asked; `both_ways` is the same parameters as a masked model. Made by `bothways.load`."""
+    """A hybrid run ready for inference; `both_ways` is the same parameters as a masked model. Made by `bothways.load`."""
 
     def __init__(self, run: Run):
         super().__init__(run)

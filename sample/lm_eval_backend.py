@@ -33,7 +33,7 @@ RULES = ("causal", "pll", "pll_word", "bound")
 
 @functools.partial(jax.jit, static_argnums=0)
 def logprobs_and_greedy(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """[B, P] log p(target) at `places`, in nats, and whether the target is the most likely token."""
+    """[B, P] log p(target) at `mask_positions`, in nats, and whether the target is the most likely token."""
 
     def run(bound: nn.Module) -> tuple[jax.Array, jax.Array]:
         features = bound(batch["tokens"], segments=batch["segments"])
@@ -46,7 +46,7 @@ def logprobs_and_greedy(module: nn.Module, params: Any, batch: dict[str, jax.Arr
 
 @register_model("bothways")
 class BothwaysLM(TemplateLM):
-    """A run as lm-eval asks it.
+    """A run as a model of lm-eval.
 
     Args:
       run: a run directory, or a loaded model.
@@ -54,7 +54,7 @@ class BothwaysLM(TemplateLM):
         tokens hidden in turn, all of the context and of the rest of the continuation in sight. A pseudo-log-likelihood is
         no probability: it ranks choices, and perplexities of it mean little; rolling likelihoods use rule bound instead.
         bound (the default of runs trained by diffusion): a lower bound on the continuation's log-likelihood, with the
-        context never hidden; whether the continuation is the most likely one it does not say, and answers no.
+        context never hidden; whether the continuation is the most likely one is not known, and is answered by no.
       add_bos: put [CLS] before every context, as our runs were trained. False for weights that knew no such token.
 
     Raises:
@@ -69,15 +69,17 @@ class BothwaysLM(TemplateLM):
         known, in_blocks = directions(self.model), isinstance(self.model, DiffusionModel)
         fits = [r for r in RULES if (FORWARD if r == "causal" else BOTH) in known or (in_blocks and r == "bound")]
         if not fits:
-            raise InputError(f"lm-eval asks a gpt or a bert; {self.model.run.home} is a {self.model.recipe.family} run")
+            raise InputError(
+                f"lm-eval needs a gpt or a bert run; {self.model.run.home} is a {self.model.recipe.family} run"
+            )
         diffuses = self.model.recipe.objective.kind == "diffusion"
         self.rule = rule or ("bound" if diffuses else "causal" if FORWARD in known else "pll_word")
         if self.rule not in fits:
             raise InputError(f"rule {self.rule!r} is not for this run; it scores by: {', '.join(fits)}")
-        self.reading: MaskedModel | DiffusionModel = (
+        self.scorer: MaskedModel | DiffusionModel = (
             self.model if in_blocks and self.rule == "bound" else known[FORWARD if self.rule == "causal" else BOTH]
         )
-        self.closing = 0 if self.reading is self.model and in_blocks else len(self.reading.closing)
+        self.closing = 0 if self.scorer is self.model and in_blocks else len(self.scorer.closing)
 
     @property
     def eot_token_id(self) -> int:
@@ -102,7 +104,7 @@ class BothwaysLM(TemplateLM):
         """The tokens as they are read, cut from the left where they are too many; and where the continuation begins."""
         start = [self.tokens.bos] if self.add_bos or list(context) == [self.tokens.bos] else []
         before = [t for t in context if t != self.tokens.bos]
-        # Read forward, the last token is asked for and not read; both ways, [SEP] stands behind it.
+        # Read forward, the last token is predicted and is no input; both ways, [SEP] stands behind it.
         room = self.max_length + (1 if self.rule == "causal" else -self.closing) - len(start) - len(continuation)
         if room < 0:
             raise InputError(
@@ -112,15 +114,15 @@ class BothwaysLM(TemplateLM):
         return [*row, *continuation], len(row)
 
     def _copies(self, row: list[int], begin: int) -> list[tuple[list[int], list[int], list[int]]]:
-        """(row, places, targets) to be asked: one that is read forward, or one for each token hidden."""
+        """(row, positions, targets) to score: one for a causal model, one for each masked token else."""
         if self.rule == "causal":
             return [(row, list(range(begin, len(row))), row[begin:])]
-        return list(self.reading.pll_copies([*row, *self.reading.closing], self.rule, begin))
+        return list(self.scorer.pll_copies([*row, *self.scorer.closing], self.rule, begin))
 
     def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         if self.rule == "bound":
             rows, begins = zip(*(self._row(context, continuation) for _, context, continuation in requests), strict=True)
-            return [(float(nats), False) for nats in self.reading.bound_rows(rows, begins)]
+            return [(float(nats), False) for nats in self.scorer.bound_rows(rows, begins)]
         copies = (
             (i, *copy)
             for i, (_, context, continuation) in enumerate(requests)
@@ -129,19 +131,19 @@ class BothwaysLM(TemplateLM):
         nats, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
         key = lambda copy: (len(copy[1]), len(copy[2]))  # noqa: E731
         for some in batched(copies, key, rows_that_fit(self.model.recipe.model, logits=True)):
-            _, rows, places, targets = zip(*some, strict=True)
-            batch = hidden_batch(rows, places, targets, self.max_length + 1, self.tokens.pad)
-            logprobs, best = map(np.asarray, logprobs_and_greedy(self.reading.run.module, self.reading.run.params, batch))
-            for k, (i, _, places, _) in enumerate(some):
-                nats[i] += logprobs[k, : len(places)].sum()
-                greedy[i] &= best[k, : len(places)].all()
+            _, rows, positions, targets = zip(*some, strict=True)
+            batch = hidden_batch(rows, positions, targets, self.max_length + 1, self.tokens.pad)
+            logprobs, best = map(np.asarray, logprobs_and_greedy(self.scorer.run.module, self.scorer.run.params, batch))
+            for k, (i, _, positions, _) in enumerate(some):
+                nats[i] += logprobs[k, : len(positions)].sum()
+                greedy[i] &= best[k, : len(positions)].all()
         return [(float(n), bool(g)) for n, g in zip(nats, greedy, strict=True)]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts: of a model read forward in windows that overlap by half; of others, rule bound."""
         rule = "causal" if self.rule == "causal" else "bound"
-        asked = self.model if rule == "causal" else self.reading
-        return [score.logprob or 0.0 for score in asked.score([request.args[0] for request in requests], rule)]
+        model = self.model if rule == "causal" else self.scorer
+        return [score.logprob or 0.0 for score in model.score([request.args[0] for request in requests], rule)]
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """What each context is continued by, until a stop string; greedily unless the task says `do_sample`.
@@ -164,7 +166,7 @@ class BothwaysLM(TemplateLM):
         return found
 
     def _written(self, contexts: list[str], options: dict[str, Any]) -> list[Sample]:
-        writer = self.model if self.rule == "causal" else self.reading
+        writer = self.model if self.rule == "causal" else self.scorer
         start = [self.tokens.bos] * self.add_bos
         room = max(self.max_length - options["max_tokens"], self.max_length // 2) - len(start)
         if isinstance(writer, MaskedModel | DiffusionModel):  # they put [CLS] there themselves

@@ -1,4 +1,4 @@
-"""Asking a masked language model: fill, score, generate a chunk at a time, embed."""
+"""Inference with a masked language model: fill, score, generate a chunk at a time, embed."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from bothways.sample.decode import bucket, padded
 from bothways.sample.denoise import Denoising, HiddenLogits, fill
 from bothways.sample.embed import Embedder
 from bothways.sample.sampling_params import SamplingParams
-from bothways.sample.text import Sample, Score, check_asked, cut_at_stop, draw_keys, shown_so_far, to_sample
+from bothways.sample.text import Sample, Score, check_limits, cut_at_stop, draw_keys, shown_so_far, to_sample
 
 Batch = dict[str, np.ndarray]
 BATCH = 64
@@ -37,19 +37,19 @@ class Filled:
 
 @functools.partial(jax.jit, static_argnums=0)
 def hidden_logprobs(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """[B, P] log p(target) at `places`, in nats, of a batch {tokens, segments, positions?, types?, places, targets}."""
+    """[B, P] log p(target) at mask_positions, in nats, of a batch {tokens, segments, positions?, types?, mask_positions, targets}."""
 
     def run(bound: nn.Module) -> jax.Array:
         features = bound(batch["tokens"], batch.get("positions"), batch["segments"], batch.get("types"))
-        asked = jnp.take_along_axis(features, batch["mask_positions"][..., None], axis=1)
-        return token_logprobs(bound.transform(asked), *bound.unembedding(), batch["targets"])
+        masked = jnp.take_along_axis(features, batch["mask_positions"][..., None], axis=1)
+        return token_logprobs(bound.transform(masked), *bound.unembedding(), batch["targets"])
 
     return module.apply({"params": params}, method=run)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def next_sentence_right(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """[B] whether the next-sentence head tells a batch of pairs rightly."""
+    """[B] whether the next-sentence head classifies a batch of pairs correctly."""
 
     def run(bound: nn.Module) -> jax.Array:
         features = bound(batch["tokens"], batch["positions"], batch["segments"], batch["types"])
@@ -67,12 +67,12 @@ def columns(lists: Sequence[Sequence[int]], rows: int, least: int = 1) -> np.nda
 
 
 def hidden_batch(
-    rows: Sequence[list[int]], places: Sequence[list[int]], targets: Sequence[list[int]], longest: int, pad: int
+    rows: Sequence[list[int]], positions: Sequence[list[int]], targets: Sequence[list[int]], longest: int, pad: int
 ) -> Batch:
-    """Rows of tokens, and for each what is asked of it: tokens, segments [B, T]; places, targets [B, P]."""
+    """Rows of tokens, and for each its masked positions and targets: tokens, segments [B, T]; mask_positions, targets [B, P]."""
     tokens, segments = padded(rows, longest, pad)
-    asked = {"mask_positions": columns(places, len(tokens)), "targets": columns(targets, len(tokens))}
-    return {"tokens": tokens, "segments": segments, **asked}
+    masked = {"mask_positions": columns(positions, len(tokens)), "targets": columns(targets, len(tokens))}
+    return {"tokens": tokens, "segments": segments, **masked}
 
 
 def tail(ids: list[int], count: int) -> list[int]:
@@ -80,7 +80,7 @@ def tail(ids: list[int], count: int) -> list[int]:
 
 
 class MaskedModel(Embedder):
-    """A masked run that can be asked: `fill`, `score`, `sample`, `embed`. Made by `bothways.load`."""
+    """A masked run ready for inference: `fill`, `score`, `sample`, `embed`. Made by `bothways.load`."""
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -227,7 +227,7 @@ class MaskedModel(Embedder):
         Raises:
           InputError: numbers out of range, or a prompt longer than the context.
         """
-        check_asked(max_tokens, num, stop)
+        check_limits(max_tokens, num, stop)
         for name, value in (("block", block), ("steps", steps)):
             if value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
@@ -246,29 +246,30 @@ class MaskedModel(Embedder):
                 )
         keys = draw_keys(prompts, num, seed)
         past = [list(encoded[i // num]) for i in range(len(keys))]
-        said: list[list[int]] = [[] for _ in keys]
+        generated: list[list[int]] = [[] for _ in keys]
         logprobs: list[list[float]] = [[] for _ in keys]
         stops, shown = [""] * len(keys), [""] * len(keys)
         while going := [i for i, s in enumerate(stops) if not s]:
-            sizes = [min(block, max_tokens - len(said[i])) for i in going]
+            sizes = [min(block, max_tokens - len(generated[i])) for i in going]
             room = self.context_length - len(self._wrap([]))
-            kept = [tail(past[i] + said[i], room - n) for i, n in zip(going, sizes, strict=True)]
+            kept = [tail(past[i] + generated[i], room - n) for i, n in zip(going, sizes, strict=True)]
             rows = [self._wrap([*k, *[self.tokenizer.mask] * n]) for k, n in zip(kept, sizes, strict=True)]
             masks = [list(range(len(k) + 1, len(k) + 1 + n)) for k, n in zip(kept, sizes, strict=True)]
-            here = [jax.random.fold_in(keys[i], len(said[i])) for i in going]
+            here = [jax.random.fold_in(keys[i], len(generated[i])) for i in going]
             how = {"threshold": threshold, "remask": remask, "any_order": any_order, "sweeps": sweeps}
             found = self.fill_rows(rows, masks, steps, method=method, keys=here, **how)
             for j, i in enumerate(going):
-                said[i] += [rows[j][p] for p in masks[j]]
+                generated[i] += [rows[j][p] for p in masks[j]]
                 logprobs[i] += found[j][0].tolist()
-                text, stopped = cut_at_stop(self.tokenizer.decode(said[i]), stop)
-                stops[i] = "stop" if stopped else "max_tokens" if len(said[i]) >= max_tokens else ""
+                text, stopped = cut_at_stop(self.tokenizer.decode(generated[i]), stop)
+                stops[i] = "stop" if stopped else "max_tokens" if len(generated[i]) >= max_tokens else ""
                 ready = text if stops[i] else shown_so_far(text, stop)
                 if stream and len(ready) > len(shown[i]):
                     stream(i, ready[len(shown[i]) :])
                     shown[i] = ready
         return [
-            to_sample(self.tokenizer, prompts[i // num], said[i], logprobs[i], stops[i], stop) for i in range(len(keys))
+            to_sample(self.tokenizer, prompts[i // num], generated[i], logprobs[i], stops[i], stop)
+            for i in range(len(keys))
         ]
 
     # ---- score ----------------------------------------------------------------------------------------------------
@@ -318,17 +319,17 @@ class MaskedModel(Embedder):
         totals = np.zeros(count)
         key = lambda copy: (len(copy[1]), len(copy[2]))  # noqa: E731
         for batch in batched(copies, key, rows_that_fit(self.recipe.model)):
-            texts, rows, places, targets, weights = zip(*batch, strict=True)
-            asked = hidden_batch(rows, places, targets, self.context_length, self.tokenizer.pad)
-            logprobs = np.asarray(hidden_logprobs(self.run.module, self.run.params, asked))
+            texts, rows, positions, targets, weights = zip(*batch, strict=True)
+            masked = hidden_batch(rows, positions, targets, self.context_length, self.tokenizer.pad)
+            logprobs = np.asarray(hidden_logprobs(self.run.module, self.run.params, masked))
             for k, i in enumerate(texts):
-                totals[i] += weights[k] * logprobs[k, : len(places[k])].sum()
+                totals[i] += weights[k] * logprobs[k, : len(positions[k])].sum()
         return totals
 
     def _copies(
         self, sequences: Sequence[list[int]], rule: str, draws: int
     ) -> Iterator[tuple[int, list[int], list[int], list[int], float]]:
-        """(text, row, masked positions, targets, weight) of every copy that a rule asks for."""
+        """(text, row, masked positions, targets, weight) of every copy that a rule needs."""
         room = self.context_length - len(self._wrap([]))
         for i, ids in enumerate(sequences):
             seed = zlib.crc32(np.array(ids, np.int32).tobytes())

@@ -1,4 +1,4 @@
-"""Asking a fine-tuned run: labels, numbers, tags, spans, choices."""
+"""Inference with a fine-tuned run: labels, numbers, tags, spans, choices."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Prediction:
 
 
 class TaskPredictor:
-    """A fine-tuned run that can be asked: `predict`. Made by `bothways.load`."""
+    """A fine-tuned run ready for inference: `predict`. Made by `bothways.load`."""
 
     def __init__(self, run: Run):
         if run.task is None:

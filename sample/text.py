@@ -46,7 +46,7 @@ class Sample:
 class Score:
     text: str
     logprob: float | None
-    """Nats; None of a text without tokens, of which nothing can be said."""
+    """Nats; None of a text without tokens, which has no likelihood."""
     tokens: int
     """How many the sum is over."""
     rule: str
@@ -79,7 +79,7 @@ def shown_so_far(text: str, stop: Sequence[str]) -> str:
     return text[: len(text) - keep] if keep else text
 
 
-def check_asked(max_tokens: int | None, num: int, stop: Sequence[str]) -> None:
+def check_limits(max_tokens: int | None, num: int, stop: Sequence[str]) -> None:
     """Raises InputError for what no `sample` can do."""
     for name, value in (("max-tokens", max_tokens), ("num", num)):
         if value is not None and value < 1:
@@ -113,7 +113,7 @@ def never_drawn(tokenizer: Tokenizer) -> int:
 def to_sample(
     tokenizer: Tokenizer, prompt: str, ids: list[int], logprobs: list[float], ended: str, stop: Sequence[str]
 ) -> Sample:
-    """What was said as text, up to the first stop string, and the fewest tokens that hold it."""
+    """The generated text, up to the first stop string, and the fewest tokens that hold it."""
     text, stopped = cut_at_stop(tokenizer.decode(ids), stop)
     count = len(logprobs)
     if stopped:
@@ -122,7 +122,7 @@ def to_sample(
 
 
 def callbacks(module: nn.Module, recipe: Recipe, known: int) -> tuple[Forward, Logits, Begin]:
-    """What a `Decoder` asks of a recipe's module. Rows of the token table from `known` on stand for no token."""
+    """What a `Decoder` needs of a recipe's module. Rows of the token table from `known` on stand for no token."""
     cfg, reads = recipe.model, "decode" if recipe.family == "seq2seq" else None
 
     def forward(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -141,7 +141,7 @@ def callbacks(module: nn.Module, recipe: Recipe, known: int) -> tuple[Forward, L
 
 
 class TextModel:
-    """A run that can be asked: `sample`, `score`. Made by `bothways.load`."""
+    """A run ready for inference: `sample`, `score`. Made by `bothways.load`."""
 
     def __init__(self, run: Run):
         self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer
@@ -207,7 +207,7 @@ class TextModel:
         Raises:
           InputError: numbers out of range, or a prompt longer than the context.
         """
-        check_asked(max_tokens, num, stop)
+        check_limits(max_tokens, num, stop)
         check_seed(seed)
         encoded = encoded or [self.encode_prompt(p) for p in prompts]
         if beams < 0:
@@ -297,7 +297,7 @@ class TextModel:
             state, _, _ = self.decoder.start(self.run.params, batch, limits)
             how = {"beams": beams, "alpha": alpha, "size": bucket(max(limits))}
             found = self._beams(self.run.params, state.cache, state.logits, state.limit, **how)
-            done, length, logprob = jax.device_get((found.done, found.done_length, found.done_logprob))
+            done, length, logprob = jax.device_get((found.finished, found.finished_length, found.finished_logprob))
             for i, row in enumerate(batch):
                 hypotheses = [done[i, k, : length[i, k]].tolist() for k in range(num)]
                 made = zip(hypotheses, logprob[i].tolist(), strict=False)

@@ -85,16 +85,16 @@ def test_our_own_side_runs(tiny, measure):
 def test_a_start_is_timed_until_the_first_loss(tmp_path):
     say = "import sys; print('compiling', file=sys.stderr); print({!r}, file=sys.stderr, flush=True)"
     assert start.seconds_until_loss([sys.executable, "-c", say.format("step 1: loss 3.0")], {}) > 0
-    with pytest.raises(RuntimeError, match="told no loss: compiling"):
+    with pytest.raises(RuntimeError, match="printed no loss: compiling"):
         start.seconds_until_loss([sys.executable, "-c", say.format("done")], {})
 
 
 def test_a_gpu_row_tells_figures_as_json(capsys):
     gpu.train_ours("gpt2", [(2, 16)], tiny=True, steps=1)
-    told = json.loads(capsys.readouterr().out)
-    assert told["what"] == "gpt2 training"
-    assert told["tokens_per_second"] > 0
-    assert told["mfu"] is None  # the peak of a CPU is not known
+    output = json.loads(capsys.readouterr().out)
+    assert output["what"] == "gpt2 training"
+    assert output["tokens_per_second"] > 0
+    assert output["mfu"] is None  # the peak of a CPU is not known
     gpu.tell_training("a side", "gpt2", "NVIDIA H200", 989e6, 4, 250, 2.0)
     assert json.loads(capsys.readouterr().out)["mfu"] == pytest.approx(0.0005)
 
@@ -107,6 +107,6 @@ def test_a_side_that_fails_is_told_with_its_code(tmp_path):
         ["bash", script, out], env=os.environ | {"PYTHON": str(tmp_path / "python")}, capture_output=True
     )
     assert done.returncode == 1
-    told = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(told) == 5
-    assert {side["failed"] for side in told} == {3}
+    output = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(output) == 5
+    assert {side["failed"] for side in output} == {3}

@@ -44,7 +44,7 @@ def test_train_prints_one_json_object(run_home, tiny_args, capfd):
     result = json.loads(out)
     assert set(result) == {"run", "steps", "loss", "bits_per_byte", "seconds", "tokens_per_second"}
     assert result["steps"] == 4
-    assert "what it says" in err
+    assert "a sample without a prompt" in err
 
 
 def test_only_texts_that_fit_are_filled_after_training(monkeypatch, capfd):

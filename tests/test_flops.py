@@ -1,4 +1,4 @@
-"""FLOPs: counted in a trace, and told by shapes."""
+"""FLOPs: counted in a trace, and computed from shapes."""
 
 import jax
 import jax.numpy as jnp

@@ -66,7 +66,7 @@ def test_a_mesh_that_does_not_divide_names_the_parameter(tiny, eight_devices):
 
 
 def test_copies_beyond_the_limit_are_refused_with_the_worst_by_name(bert_shapes, eight_devices):
-    """`tensor` leaves embeddings of places and BERT's dense layer whole; `fsdp` spreads them."""
+    """`tensor` leaves position embeddings and BERT's dense layer whole; `fsdp` spreads them."""
     spread, copied = (sharding.make_mesh(MeshConfig(1, *sizes), eight_devices) for sizes in ((8, 1), (1, 8)))
     with pytest.raises(InputError, match=r"copies of 7\.\d% .*5.0%(.|\n)* most:\n  - mlm/dense/kernel \(32, 32\): 2"):
         sharding.parameter_shardings(copied, bert_shapes, max_replicated_fraction=0.05)

@@ -55,12 +55,12 @@ def start(cfg: HostsConfig) -> None:
     address = cfg.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = cfg.count or int(os.environ.get("JAX_NUM_PROCESSES", 0)) or None
     index = cfg.index if cfg.index >= 0 else int(os.environ.get("JAX_PROCESS_ID", -1))
-    told = {"coordinator_address": address or None, "num_processes": count, "process_id": index if index >= 0 else None}
-    explicit = any(value is not None for value in told.values())
+    given = {"coordinator_address": address or None, "num_processes": count, "process_id": index if index >= 0 else None}
+    explicit = any(value is not None for value in given.values())
     try:
-        with warnings.catch_warnings(action="ignore"):  # a pod without the package that would tell of its neighbours
+        with warnings.catch_warnings(action="ignore"):  # a pod without the package that finds its neighbours
             jax.distributed.initialize(
-                **told, heartbeat_timeout_seconds=cfg.heartbeat, shutdown_timeout_seconds=cfg.heartbeat
+                **given, heartbeat_timeout_seconds=cfg.heartbeat, shutdown_timeout_seconds=cfg.heartbeat
             )
     except (ValueError, RuntimeError) as e:
         if explicit:
@@ -135,9 +135,9 @@ def assert_equal_across_hosts(values: dict[str, str]) -> None:
 
 
 def time_to_save(minutes: int, every: int) -> Callable[[int], bool]:
-    """A function (step) -> whether `minutes` have gone by since it last said so, or since now; 0: never.
+    """A function (step) -> whether `minutes` have gone by since it last returned True, or since now; 0: never.
 
-    Of several processes the clock of process 0 counts, so that all save at the same step; they ask it every `every` steps
+    Of several processes the clock of process 0 counts, so that all save at the same step; they call it every `every` steps
     only, since each time is a small collective.
     """
     last = time.monotonic()

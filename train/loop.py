@@ -57,7 +57,7 @@ def resolve(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
 def train(recipe: Recipe, workdir: str | Path, profile: int = 0) -> Result:
     """Train a recipe into a run directory, or resume the run that is there.
 
-    Where weights come from is said, and decided, under "weights" below.
+    Where weights come from is decided, and logged, under "weights" below.
 
     Args:
       profile: steps of which a trace is written to RUN/profile, once everything is compiled; see train/profile.py.
@@ -74,7 +74,7 @@ def train(recipe: Recipe, workdir: str | Path, profile: int = 0) -> Result:
 
 def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, profile: int) -> Result:
     home, cfg, writes = rundir.directory(workdir), recipe.train, jax.process_index() == 0
-    tell = log if writes else lambda _: None
+    report = log if writes else lambda _: None
     began = time.monotonic()
     recipe.check(jax.device_count())
     check_tracker(cfg.tracker)
@@ -98,7 +98,7 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
                 )
             tokenizer = Tokenizer.load(home)
         else:
-            tell(f"reading {recipe.data.corpus}, preparing its tokenizer and token rows in {recipe.data.cache}")
+            report(f"reading {recipe.data.corpus}, preparing its tokenizer and token rows in {recipe.data.cache}")
             tokenizer = tokens.obtain_tokenizer(recipe.data, corpus)
         text, held_text = (tokens.prepare(corpus, s, tokenizer, recipe.data.cache) for s in ("train", "validation"))
     recipe = resolve(recipe, tokenizer)
@@ -110,7 +110,7 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
     if existing is not None and existing.train.steps != cfg.steps:
         if cfg.steps < (done := rundir.newest_step(home)):
             raise InputError(f"train.steps={cfg.steps}, and {home} has made {done} steps already; set that or more")
-        tell(f"train.steps: {existing.train.steps} -> {cfg.steps}; {longer(recipe.optimizer)}")
+        report(f"train.steps: {existing.train.steps} -> {cfg.steps}; {longer(recipe.optimizer)}")
     if existing is not None and (changed := existing.differences(recipe)):
         raise InputError(
             f"{home} holds a run of another recipe; its recipe -> yours:\n"
@@ -168,13 +168,13 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
         return pipeline.training_batches(rows, example, batch_size=size, seed=cfg.seed, position=row, mine=mine)
 
     def announce(start: int) -> None:
-        tell(
+        report(
             f"{count:,} parameters, {len(text.ids):,} tokens of text, rows of {recipe.model.context_length}, "
             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
             + (f", resumed at step {start}" if start else "")
         )
         if note := getattr(sources[recipe.model.context_length][0], "note", ""):
-            tell(note)
+            report(note)
 
     meter = Throughput(recipe_flops_per_token(recipe))
     job = Job(

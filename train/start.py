@@ -65,7 +65,7 @@ def start_from(home: Path, recipe: Recipe, fresh: Any, place: Callable[[Any], An
 
     Of learned positions the first `context` are taken. Heads that the other run lacks stay fresh; heads that this one
     lacks are left behind. Of a fine-tuned run the body is taken. A gpt's body becomes a bert's, and the other way round:
-    the features are the same under the same mask. What is new and what is left behind is said.
+    the features are the same under the same mask. What is new and what is left behind is logged.
 
     Args:
       recipe: this run's.
@@ -87,14 +87,14 @@ def start_from(home: Path, recipe: Recipe, fresh: Any, place: Callable[[Any], An
     def listed(paths: Iterable[str]) -> str:
         return ", ".join(sorted({path.rsplit("/", 1)[0] for path in paths}))
 
-    said = [f"weights from {home}"]
+    notes = [f"weights from {home}"]
     if new := listed(mine.keys() - theirs.keys()):
-        said.append(f"new and random: {new}")
+        notes.append(f"new and random: {new}")
     if run.task is None and (left := listed(theirs.keys() - mine.keys())):
-        said.append(f"left behind: {left}")
+        notes.append(f"left behind: {left}")
     was, now = predicts(other.family, other.model), predicts(recipe.family, recipe.model)
     if was != now:
         words = {"next": "the next token", "own": "their own token"}
-        said.append(f"outputs predicted {words[was]} there, and are trained to predict {words[now]} here")
-    log("; ".join(said))
+        notes.append(f"outputs predicted {words[was]} there, and are trained to predict {words[now]} here")
+    log("; ".join(notes))
     return unflatten_dict(mine, sep="/")

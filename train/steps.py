@@ -38,7 +38,7 @@ class Job:
     begin: Callable[[], TrainState]
     """The state before the first step; called only where there is no checkpoint."""
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
-    """This host's rows from a step on; asked again where the shape of batches changes."""
+    """This host's rows from a step on; called again where the shape of batches changes."""
     step: Callable[[TrainState, dict[str, jax.Array], int], tuple[TrainState, Metrics]]
     evaluate: Callable[[Any], dict[str, float]]
     """Parameters -> held-out numbers, `loss` among them. The checkpoint with the lowest `selection`, or else the lowest
@@ -119,7 +119,7 @@ def run_steps(job: Job) -> dict[str, float]:
                 last = done == cfg.steps
                 held, stopping = None, stop_at(done)
                 evaluating = (done % cfg.eval_every == 0 or last) and not stopping  # a notice gives 30 s: save first
-                if evaluating or stopping or step == start:  # the first is told when it is done
+                if evaluating or stopping or step == start:  # step 1 is logged synchronously
                     _report(reporter, meter, *pending, cfg)
                     pending = None
                 if evaluating:

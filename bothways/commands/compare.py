@@ -24,7 +24,7 @@ def compare(
         size: smoke, tiny (minutes), small (within an hour on two cores); or full, with recipes of your own.
         causal: A recipe read forward (shakespeare_gpt).
         masked: A recipe read both ways; by default the hybrid one with no row read forward, and shakespeare_bert.
-        hybrid: A recipe trained in both readings (shakespeare_hybrid).
+        hybrid: A recipe trained in both directions (shakespeare_hybrid).
         workdir: Where runs, measurements and report are kept, on a disk (runs/compare-SIZE).
         json: One JSON object per experiment.
     """
@@ -44,5 +44,10 @@ def compare(
     given = {"size": size, "causal": causal, "masked": masked, "hybrid": hybrid, "workdir": workdir}
     options = "".join(f" --{k} {v}" for k, v in given.items() if v)
     for experiment, result in run_comparison(experiments, size, arms, home, options):
-        told = {"experiment": experiment.name, "verdict": result.verdict, "finding": result.finding, "sure": result.sure}
-        emit(told, json, f"{experiment.title}\n  {result.verdict}: {result.finding}\n")
+        record = {
+            "experiment": experiment.name,
+            "verdict": result.verdict,
+            "finding": result.finding,
+            "sure": result.sure,
+        }
+        emit(record, json, f"{experiment.title}\n  {result.verdict}: {result.finding}\n")

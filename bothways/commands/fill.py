@@ -22,7 +22,7 @@ def fill(
     Args:
         run: A run directory of a masked model.
         texts: Texts with [MASK] in them.
-        top: Candidates told per mask.
+        top: Candidates per mask.
         steps: 1 fills all masks at once; T a few at a time, the most confident first.
         step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
         json: One JSON object per text.
@@ -30,7 +30,7 @@ def fill(
     if not texts:
         raise InputError('fill wants at least one text after the run: bothways fill RUN "To be, or [MASK] to be"')
     checked_text(texts, "the text")
-    why = "was not asked to restore single tokens; where it learned to restore spans, `sample` tells them"
+    why = "was not trained to restore single tokens; if trained on spans, `sample` writes them"
     model = bothways.load(run, step=which(step))
     if model.recipe.family == "gpt":
         why = "reads forward only, so what follows a mask could not help"

@@ -14,7 +14,7 @@ def import_(source: Positional[str], run: Positional[str], corpus: str = "shakes
     Args:
         source: A Hugging Face directory with safetensors, a .gguf file of the Llama family, or a name on the hub.
         run: The run directory to write, on a disk.
-        corpus: The text that `evaluate` and `train` take for this run unless told otherwise.
+        corpus: The text that `evaluate` and `train` take for this run unless another is given.
         json: Print the result as one JSON object.
     """
     from bothways.convert.run import import_run

@@ -24,7 +24,7 @@ class PlanOptions:
     """Print where the compiler's cycles go: by part of the model, and the largest operations with what made them. --json
     has both in any case."""
     decode: bool = True
-    """Plan sampling too: the decoding step, or the reading of a masked model, on as few of these chips as hold it."""
+    """Plan sampling too: the decoding step, or a masked model's forward pass, on as few of these chips as hold it."""
     rows: int = 16
     """Rows that are decoded together, each as long as the context."""
     block: int = 0
@@ -34,7 +34,7 @@ class PlanOptions:
 
 
 def plan(argv: list[str]) -> None:
-    """Compile a recipe's train step and its decoding step for a topology, and tell what they would need."""
+    """Compile a recipe's train step and its decoding step for a topology, and print what they would need."""
     recipe, options = parse_recipe("plan", argv, PlanOptions, "bothways plan gpt2_xl --topology v5e:16x16 [--search]")
     from bothways.chips import Topology
     from bothways.config import MeshConfig
@@ -106,8 +106,8 @@ def show_training(p: Any) -> str:
     lines.append(f"  model FLOPs       {p.flops_per_step:.3e} a step; executed {p.executed_flops:.3e}")
     for name in ("compute", "memory", "network"):
         seconds = getattr(p, f"{name}_seconds")
-        told = f"{seconds:9.4f} s" if seconds is not None else "  not known"
-        lines.append(f"  {name:8s} {told}" + ("   <- holds it back" if name == p.bound_by else ""))
+        shown = f"{seconds:9.4f} s" if seconds is not None else "  not known"
+        lines.append(f"  {name:8s} {shown}" + ("   <- holds it back" if name == p.bound_by else ""))
     for row in p.collectives[:8]:
         lines.append(
             f"    {row['kind']:18s} over {row['axes'] or 'pairs':12s} {row['bytes'] / 1e9:9.2f} GB in {row['times']:5d} "
@@ -127,7 +127,7 @@ def show_training(p: Any) -> str:
 def show_decoding(d: Any) -> str:
     """The plan of a step that samples, for people."""
     mesh = " x ".join(f"{name} {size}" for name, size in d.mesh.items() if size > 1)
-    what = {"decode": "decoding step", "denoise": "denoising step", "read": "reading"}[d.step]
+    what = {"decode": "decoding step", "denoise": "denoising step", "read": "forward pass"}[d.step]
     lines = [
         f"{what} of {d.rows} rows of {d.context_length}: {d.chips} chip{'s' if d.chips > 1 else ''}{f', {mesh}' if mesh else ''}",
         f"  memory per chip   {d.memory_per_chip / GIB:7.2f} GiB of {d.memory_limit / GIB:.2f}: "
@@ -136,7 +136,7 @@ def show_decoding(d: Any) -> str:
     lines += [f"    {size / GIB:21.2f} GiB {name}" for name, size in d.memory.items() if size > 0.005 * GIB]
     for name in ("weights", "compute", "memory", "network"):
         seconds = getattr(d, f"{name}_seconds")
-        told = f"{1e3 * seconds:9.3f} ms" if seconds is not None else "  not known"
-        lines.append(f"  {name:8s} {told}" + ("   <- holds it back" if name == d.bound_by else ""))
+        shown = f"{1e3 * seconds:9.3f} ms" if seconds is not None else "  not known"
+        lines.append(f"  {name:8s} {shown}" + ("   <- holds it back" if name == d.bound_by else ""))
     lines.append(f"  at most           {d.tokens_per_second:,.0f} tokens/s, {d.tokens_per_second / d.rows:,.0f} a row")
     return "\n".join([*lines, *(f"  note: {note}" for note in d.notes)])

@@ -56,7 +56,7 @@ def sample(
         min_p: Leave out tokens less likely than this share of the most likely; 0 is off.
         greedy: Always the most likely token.
         beams: Width of a beam search instead of sampling (causal models; encoder-decoders search with 4 unless
-            another method is asked for).
+            another method is given).
         length_penalty: What a beam search's log-probabilities are divided by grows with length to this power (0.6).
         num: Continuations of each prompt.
         seed: The same seed gives the same text.
@@ -116,7 +116,7 @@ def sample(
         options["stream"] = lambda _, piece: print(piece, end="", flush=True)
     options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "greedy": greedy}
     count = len(prompts) * num
-    for begin in range(0, len(prompts), PROMPTS):  # what row i says does not depend on its neighbours
+    for begin in range(0, len(prompts), PROMPTS):  # what row i generates does not depend on its neighbours
         results = model.sample(prompts[begin : begin + PROMPTS], num=num, seed=seed, stop=stop, **options)
         if stream:
             print()

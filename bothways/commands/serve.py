@@ -38,13 +38,13 @@ def serve(
         host: Address to listen on; 0.0.0.0 lets other machines in.
         port: Port to listen on; 0 takes a free one.
         api_key_file: A file that holds the key which requests must bring; or set BOTHWAYS_API_KEY.
-        cors: An origin whose pages may ask; may be given several times.
+        cors: An origin whose pages may send requests; may be given several times.
         slots: Texts that a run writes at a time, token by token; others wait.
         context: Most tokens of a prompt and what is written for it, where the run's own context is longer.
         memory: GiB for parameters and slots; beyond, the runs unused for longest are unloaded. 0: no limit.
         queue: Requests that may wait; more get status 429.
         timeout: Seconds that a request may take; also those that running ones have after SIGTERM.
-        max_tokens: Most tokens that a request may ask for, all its choices together.
+        max_tokens: Most tokens of a request, all its choices together.
         max_body: Most bytes of a request's body.
         warm: Load and compile everything before the port opens.
         mesh: Devices to spread the parameters over.
@@ -71,7 +71,7 @@ def serve(
     loaded = served_runs.Runs(served_runs.named(runs), limits, mesh)
     warming.tell_memory(loaded)
     if host not in ("127.0.0.1", "localhost", "::1") and not settings.api_key:
-        log(f"anybody who reaches {host}:{port} may ask: no key is set (--api-key-file, or {KEY})")
+        log(f"anybody who reaches {host}:{port} may use it: no key is set (--api-key-file, or {KEY})")
     application = app.make_app(engine.Engine(loaded, queue), settings)
     config = uvicorn.Config(
         application,

@@ -42,7 +42,7 @@ def jsonable(value: Any, name: str = "", undefined: Sequence[str] = ()) -> Any:
 
     Args:
       name: the field that is looked at.
-      undefined: fields in which a number that is not finite only says that there is none: null.
+      undefined: fields in which a number that is not finite means that there is none: null.
 
     Raises:
       InputError: any other number that is not finite.
@@ -97,7 +97,7 @@ def capability(model: Any, verb: str, why: str) -> Callable[..., Any]:
     """The method of that name, or the reason why this run has none."""
     if getattr(model, "task", None) is not None:
         raise InputError(
-            f"{model.run.home} is fine-tuned for {model.task.name}, and can `predict`; ask the run it came from"
+            f"{model.run.home} is fine-tuned for {model.task.name}, and can `predict`; use the run it came from"
         )
     if not hasattr(model, verb) and not model.recipe.model.masked_head:
         raise InputError(

@@ -82,10 +82,10 @@ def train(argv: list[str]) -> None:
             log(f"held-out {figure.metric} {figure.value:.2f} [{figure.interval[0]:.2f}, {figure.interval[1]:.2f}]")
         for source, target in held_out_pairs(model, "validation", limit=3):
             made = model.sample([source], beams=4)[0].text
-            log(f"--- {source}\n    said:   {made}" + (f"\n    wanted: {target}" if target else ""))
+            log(f"--- {source}\n    output: {made}" + (f"\n    wanted: {target}" if target else ""))
     else:
         speech = model.sample([""], max_tokens=250, temperature=0.8, top_p=0.95)[0]
-        log(f"--- what it says, unprompted:\n{speech.text.strip()}\n---")
+        log(f"--- a sample without a prompt:\n{speech.text.strip()}\n---")
     emit(result, given.json, shown)
 
 

@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 
 from bothways.data import corpora
 from bothways.errors import InputError
-from tests.data.reading import everything, load
+from tests.data.helpers import everything, load
 
 
 @pytest.fixture

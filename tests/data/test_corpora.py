@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bothways.data import corpora, files, plays
 from bothways.errors import InputError
-from tests.data.reading import STORY, everything, in_all, load
+from tests.data.helpers import STORY, everything, in_all, load
 
 HYPOTHESIS = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 

@@ -1,4 +1,4 @@
-"""Rows of the hybrid objective: some read forward, the others with tokens hidden and asked for one place before."""
+"""Rows of the hybrid objective: some causal, the others with masked tokens that are predicted one position earlier."""
 
 import dataclasses
 
@@ -57,9 +57,9 @@ def test_rows_read_both_ways_ask_one_place_before_each_hidden_token():
 
 def test_hidden_places_are_spread_evenly():
     count = (many(range(2000), 0.0)["weights"] > 0).sum(axis=0)
-    asked = count[count > 0] / 2000
-    assert len(asked) == LENGTH - 1 - 2
-    assert abs(asked - 0.3).max() < 5 * (0.3 * 0.7 / 2000) ** 0.5 + 0.02  # round(0.3 * 38) / 38 is 0.289
+    masked = count[count > 0] / 2000
+    assert len(masked) == LENGTH - 1 - 2
+    assert abs(masked - 0.3).max() < 5 * (0.3 * 0.7 / 2000) ** 0.5 + 0.02  # round(0.3 * 38) / 38 is 0.289
 
 
 def test_the_share_is_a_probability_per_row():

@@ -9,7 +9,7 @@ from bothways.data.examples import Masking, hide, masked_row, segment_positions
 from bothways.data.pipeline import Stacked, training_batches
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
-from tests.data.reading import singly
+from tests.data.helpers import singly
 
 ROWS, LENGTH, SIGMAS = 1000, 61, 4
 VOCABULARY = made_up_vocabulary(211)
@@ -27,7 +27,7 @@ def row_of(n: int) -> np.ndarray:
 
 @functools.cache
 def examples_of(masking: Masking, slots: int = LENGTH, seed: int = 0) -> list:
-    """(original, hidden, chosen places, what is asked) of every row."""
+    """(original, masked, chosen positions, targets) of every row."""
     tokens = np.stack([row_of(n) for n in range(ROWS)])
     before = tokens.copy()
     hidden, asked = hide(tokens, ExampleRng(seed, np.arange(ROWS)), VOCABULARY, masking, slots)
@@ -228,6 +228,6 @@ def test_what_is_hidden_in_a_row_is_asked_for_where_it_stands():
         rows, ExampleRng(0, np.arange(50)), VOCABULARY, Masking(mask_token_prob=1.0, random_token_prob=0.0), 9
     )
     for plain, made in zip(untouched, singly(masked), strict=True):
-        places = made["mask_positions"][made["weights"] > 0]
-        np.testing.assert_array_equal(np.flatnonzero((made["tokens"] == 4) & (plain != 4)), places)
-        np.testing.assert_array_equal(made["targets"][made["weights"] > 0], plain[places])
+        at_positions = made["mask_positions"][made["weights"] > 0]
+        np.testing.assert_array_equal(np.flatnonzero((made["tokens"] == 4) & (plain != 4)), at_positions)
+        np.testing.assert_array_equal(made["targets"][made["weights"] > 0], plain[at_positions])

@@ -11,7 +11,7 @@ import zstandard
 
 from bothways.data import corpora, files, tokenizer
 from bothways.errors import InputError
-from tests.data.reading import STORY, everything, in_all, load
+from tests.data.helpers import STORY, everything, in_all, load
 
 PACK = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 TEXTS = [f"document {i} of caf\u00e9 {'long ' * i}" for i in range(43)]

@@ -12,7 +12,7 @@ from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
 from bothways.data.tokens import Tokens
 from bothways.errors import InputError
-from tests.data.reading import singly
+from tests.data.helpers import singly
 
 HYPOTHESIS = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 VOCABULARY = made_up_vocabulary(101)
@@ -111,13 +111,13 @@ def test_spans_put_back_give_the_text(rate, mean_span):
         (example,) = singly(corrupted(row, ExampleRng(0, np.array([i])), source))
         text = row["tokens"][0]
         shown = example["source"][example["source_segments"] > 0].tolist()
-        told = example["targets"][example["segments"] > 0].tolist()
+        output = example["targets"][example["segments"] > 0].tolist()
         assert len(example["source"]) == 64
         assert len(shown) == 64  # no padding: rows are as long as fills the source
-        assert shown.pop() == told.pop() == EOS
-        assert told[0] == MASK
-        begins = [i for i, token in enumerate(told) if token == MASK]
-        spans = [told[a + 1 : b] for a, b in zip(begins, [*begins[1:], len(told)], strict=True)]
+        assert shown.pop() == output.pop() == EOS
+        assert output[0] == MASK
+        begins = [i for i, token in enumerate(output) if token == MASK]
+        spans = [output[a + 1 : b] for a, b in zip(begins, [*begins[1:], len(output)], strict=True)]
         assert len(spans) == shown.count(MASK) == hidden_spans(len(text), rate, mean_span)[1]
         restored = []
         for token in shown:
@@ -126,7 +126,7 @@ def test_spans_put_back_give_the_text(rate, mean_span):
         hidden_share.append(1 - (len(shown) - shown.count(MASK)) / len(text))
         positions += np.flatnonzero(np.array(shown) == MASK).tolist()
     assert abs(np.mean(hidden_share) - rate) < 0.02
-    assert len(set(positions)) > 10  # not always the same places
+    assert len(set(positions)) > 10  # not always the same
 
 
 def test_a_last_short_row_is_still_a_row():

@@ -117,8 +117,8 @@ def test_what_is_drawn_first_does_not_depend_on_what_is_drawn_later_or_for_other
 
 
 def test_draws_are_even_and_independent():
-    """Over neighbouring seeds, numbers and places: each bit as often 0 as 1, alone and against its neighbours."""
-    drawn = np.stack([ExampleRng(seed, np.arange(64)).bits(64) for seed in range(16)])  # [seeds, numbers, places]
+    """Over neighbouring seeds, numbers and positions: each bit as often 0 as 1, alone and against its neighbours."""
+    drawn = np.stack([ExampleRng(seed, np.arange(64)).bits(64) for seed in range(16)])  # [seeds, numbers, positions]
     for mixture in (drawn, *(drawn ^ np.roll(drawn, 1, axis) for axis in range(3))):
         ones = np.array([((mixture >> np.uint64(bit)) & np.uint64(1)).sum() for bit in range(64)])
         assert abs(ones - drawn.size / 2).max() < 5 * np.sqrt(drawn.size) / 2

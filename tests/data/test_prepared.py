@@ -141,9 +141,9 @@ def test_what_the_store_says_tells_texts_apart(cfg):
     store = fsspec.filesystem("memory")
     found = []
     for content in (jsonl(texts(50)), jsonl(texts(50)), jsonl(texts(51))):
-        store.pipe_file("/told/a.jsonl", content)
-        store.store["/told/a.jsonl"].created = f"a checksum of {len(content)}"
-        found.append(corpora.load(dataclasses.replace(cfg, corpus="memory://told/a.jsonl"), copied=False).fingerprint)
+        store.pipe_file("/output/a.jsonl", content)
+        store.store["/output/a.jsonl"].created = f"a checksum of {len(content)}"
+        found.append(corpora.load(dataclasses.replace(cfg, corpus="memory://output/a.jsonl"), copied=False).fingerprint)
     assert found[0] == found[1] != found[2]
 
 

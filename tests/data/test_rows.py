@@ -15,7 +15,7 @@ from bothways.data.examples import causal, segment_positions
 from bothways.data.rng import ExampleRng
 from bothways.data.tokens import Rows, Tokens
 from bothways.errors import InputError
-from tests.data.reading import singly
+from tests.data.helpers import singly
 
 HYPOTHESIS = settings(max_examples=150, deadline=None, database=None, derandomize=True)
 PAD, BOS, EOS = 0, 2, 3
@@ -144,7 +144,7 @@ def test_a_row_drawn_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("segments", "places"),
+    ("segments", "at_positions"),
     [
         ([1], [0]),
         ([1, 1, 1], [0, 1, 2]),
@@ -153,8 +153,8 @@ def test_a_row_drawn_by_hand():
         ([3, 3, 4, 4], [0, 1, 0, 1]),
     ],
 )
-def test_places_within_count_from_the_start_of_each_segment(segments, places):
-    assert segment_positions(np.array(segments)).tolist() == places
+def test_places_within_count_from_the_start_of_each_segment(segments, at_positions):
+    assert segment_positions(np.array(segments)).tolist() == at_positions
 
 
 def test_too_little_text_for_one_row_is_refused():

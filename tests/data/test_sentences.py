@@ -11,7 +11,7 @@ from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
 from bothways.data.tokens import Tokens
 from bothways.errors import InputError
-from tests.data.reading import singly
+from tests.data.helpers import singly
 
 ROOM = 21
 PAIR = ROOM + 3
@@ -164,10 +164,10 @@ def test_tokens_of_a_pair_are_hidden_as_those_of_a_row():
     for plain, pair in zip(
         shown, pairs_of(source, 300, Masking(mask_token_prob=1.0, random_token_prob=0.0)), strict=True
     ):
-        places = pair["mask_positions"][pair["weights"] > 0]
-        assert len(places) == min(4, max(1, round(0.15 * int((plain["tokens"] > 4).sum()))))
-        np.testing.assert_array_equal(np.flatnonzero(pair["tokens"] == VOCABULARY.mask), places)
-        np.testing.assert_array_equal(pair["targets"][: len(places)], plain["tokens"][places])
+        at_positions = pair["mask_positions"][pair["weights"] > 0]
+        assert len(at_positions) == min(4, max(1, round(0.15 * int((plain["tokens"] > 4).sum()))))
+        np.testing.assert_array_equal(np.flatnonzero(pair["tokens"] == VOCABULARY.mask), at_positions)
+        np.testing.assert_array_equal(pair["targets"][: len(at_positions)], plain["tokens"][at_positions])
         assert pair["random_next"] == plain["random_next"]
 
 

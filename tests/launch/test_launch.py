@@ -168,11 +168,11 @@ def test_the_code_that_travels_is_this_tree():
 
 def test_the_recipe_that_travels_is_the_recipe(recipe, tmp_path):
     job, launch = prepare(recipe, "gke", "v5e-16", bucket=GCP["bucket"])
-    told = start("gke", job, launch, tmp_path / "x", dry_run=True)
-    assert not told.started
+    output = start("gke", job, launch, tmp_path / "x", dry_run=True)
+    assert not output.started
     assert not (tmp_path / "x").exists()
     path = tmp_path / "recipe.json"
-    path.write_text(told.files["recipe.json"])
+    path.write_text(output.files["recipe.json"])
     assert find(str(path)) == recipe
 
 
@@ -272,9 +272,9 @@ def test_gpus_are_nodes_times_gpus():
 def test_the_command_line_prints_what_it_would_do(capfd):
     argv = ["launch", "gpt2_small", "--on", "slurm", "--topology", "h100:2x8", "--bucket", "/shared", "--dry-run"]
     assert bothways.main([*argv, "--json", "--mesh.fsdp", "8"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert (told["started"], told["workdir"]) == (False, "/shared/gpt2-small/run")
-    assert json.loads(told["files"]["recipe.json"])["mesh"]["fsdp"] == 8
+    output = json.loads(capfd.readouterr().out)
+    assert (output["started"], output["workdir"]) == (False, "/shared/gpt2-small/run")
+    assert json.loads(output["files"]["recipe.json"])["mesh"]["fsdp"] == 8
     assert bothways.main([*argv, "--train.stepz", "3"]) == 2
     capfd.readouterr()
     assert bothways.main(argv) == 0

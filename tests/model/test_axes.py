@@ -57,11 +57,11 @@ def test_every_parameter_with_all_options_on_has_axes(tiny_with, family, norm_po
 
 def test_every_parameter_of_a_stack_with_cross_attention_has_axes(tiny_with):
     cfg = tiny_with(n_heads=10, n_kv_heads=5, qk_norm=True)
-    x, places = jnp.zeros((1, 2, 22)), jnp.zeros((1, 2), jnp.int32)
-    inputs = {"memory": x, "memory_mask": Mask.cross(places, places)}
+    x, positions = jnp.zeros((1, 2, 22)), jnp.zeros((1, 2), jnp.int32)
+    inputs = {"memory": x, "memory_mask": Mask.cross(positions, positions)}
     stack = Stack(cfg, cross=True)
-    mask = Mask.self_attention(places, causal=True)
-    shapes = jax.eval_shape(lambda: stack.init(jax.random.key(0), x, mask, places, **inputs)["params"])
+    mask = Mask.self_attention(positions, causal=True)
+    shapes = jax.eval_shape(lambda: stack.init(jax.random.key(0), x, mask, positions, **inputs)["params"])
     assert "cross" in shapes["blocks"]
     check(cfg, shapes)
 

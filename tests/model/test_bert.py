@@ -88,14 +88,14 @@ def batch_of(length: int, make=None, next_sentence: bool = True) -> dict:
     """Three pairs of texts; every row asks for another number of tokens, and the last slots of each are empty."""
     rng = np.random.default_rng(0)
     shape = (ROWS, length)
-    places = np.stack([np.sort(rng.permutation(np.arange(1, 9))[:ASKED]) for _ in range(ROWS)])
+    at_positions = np.stack([np.sort(rng.permutation(np.arange(1, 9))[:ASKED]) for _ in range(ROWS)])
     weights = (np.arange(ASKED) < np.array([[4], [2], [3]])).astype(np.float32)
     batch = {
         "tokens": rng.integers(5, 37, shape).astype(np.int32),
         "segments": np.ones(shape, np.int32),
         "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
-        "mask_positions": np.where(weights > 0, places, 0).astype(np.int32),
-        "targets": np.where(weights > 0, rng.integers(5, 37, places.shape), 0).astype(np.int32),
+        "mask_positions": np.where(weights > 0, at_positions, 0).astype(np.int32),
+        "targets": np.where(weights > 0, rng.integers(5, 37, at_positions.shape), 0).astype(np.int32),
         "weights": weights,
     }
     if next_sentence:
@@ -169,12 +169,12 @@ def test_the_loss_pulls_only_on_the_places_that_are_asked(bert, objective):
 
     value, gradient = jax.jit(jax.value_and_grad(nats))(features)
     assert float(value) == pytest.approx(float(sums["mlm"].nats), rel=1e-6)
-    asked = np.zeros((ROWS, LENGTH), bool)
-    for row, (places, weights) in enumerate(zip(batch["mask_positions"], batch["weights"], strict=True)):
-        asked[row, places[weights > 0]] = True
-    assert asked.sum() == 9
-    np.testing.assert_array_equal((np.asarray(gradient) != 0).any(axis=-1), asked)
-    assert (np.abs(np.asarray(gradient)).max(axis=-1)[asked] > 1e-4).all()
+    wanted = np.zeros((ROWS, LENGTH), bool)
+    for row, (at_positions, weights) in enumerate(zip(batch["mask_positions"], batch["weights"], strict=True)):
+        wanted[row, at_positions[weights > 0]] = True
+    assert wanted.sum() == 9
+    np.testing.assert_array_equal((np.asarray(gradient) != 0).any(axis=-1), wanted)
+    assert (np.abs(np.asarray(gradient)).max(axis=-1)[wanted] > 1e-4).all()
 
 
 def test_sums_are_those_of_a_plain_softmax(bert):

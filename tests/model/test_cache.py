@@ -11,7 +11,7 @@ from bothways.model.cache import Cache
 from bothways.model.decoder import Decoder
 from bothways.model.stack import unstack_layers
 
-LENGTHS = np.array([3, 8, 5])  # of the prompts, right-padded to 8 places in one batch
+LENGTHS = np.array([3, 8, 5])  # of the prompts, right-padded to 8 slots in one batch
 STEPS = 4
 CASES = {
     "learned_prefix": {"layer_pattern": ("local", "global"), "window": 3, "norm_position": "post"},

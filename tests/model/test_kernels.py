@@ -76,20 +76,20 @@ def test_blocks_of_queries_equal_the_reference(name):
     same(outcome(attend, mask, 24), outcome(attend_whole, mask, 24))
 
 
-@pytest.mark.parametrize("places", [128, 131, 250, 255])
+@pytest.mark.parametrize("at_positions", [128, 131, 250, 255])
 @pytest.mark.parametrize(("causal", "window"), [(True, 0), (True, 50), (True, 1), (False, 50), (False, 200)])
-def test_blocks_leave_out_what_is_hidden_and_nothing_else(causal, window, places):
+def test_blocks_leave_out_what_is_hidden_and_nothing_else(causal, window, at_positions):
     """Also where the last block is shorter. Scores of all queries and all keys stand nowhere."""
-    mask = Mask.self_attention(PLACES[:, :places], causal=causal).windowed(window)
-    q, k, v, _ = (x[:, :places] for x in inputs(CAUSAL))
+    mask = Mask.self_attention(PLACES[:, :at_positions], causal=causal).windowed(window)
+    q, k, v, _ = (x[:, :at_positions] for x in inputs(CAUSAL))
     same(attend(q, k, v, mask), attend_whole(q, k, v, mask))
     seen = mask.materialize()[0]
-    for begin in range(0, places, 17):
-        queries = slice(begin, min(begin + 17, places))
+    for begin in range(0, at_positions, 17):
+        queries = slice(begin, min(begin + 17, at_positions))
         keys = mask.visible_key_range(queries)
         assert np.flatnonzero(seen[queries].any(0)).tolist() == list(range(keys.start, keys.stop))
     program = str(jax.make_jaxpr(lambda q, k, v: attend(q, k, v, mask))(q, k, v))
-    assert f"{places},{places}]" not in program
+    assert f"{at_positions},{at_positions}]" not in program
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -102,7 +102,7 @@ def test_splash_equals_the_reference(name):
 
 @pytest.mark.parametrize("name", ["packed causal window", "bidirectional"])
 def test_splash_on_a_mesh_equals_the_reference(name, eight_devices):
-    """Rows, heads and places are all spread."""
+    """Rows, heads and positions are all sharded."""
     mesh = sharding.make_mesh(MeshConfig(2, 1, 2, 2), eight_devices)
     wanted = outcome(attend_whole, MASKS[name])
     with activation_shardings(sharding.activation_sharding_fn(mesh)):

@@ -73,7 +73,7 @@ def test_mlp_is_the_formula_of_its_activation(tiny_with, activation, filled):
 
 @pytest.mark.parametrize(("norm", "bias"), [("layer", True), ("layer", False), ("rms", True)])
 def test_norm_is_its_formula(tiny_with, norm, bias, filled):
-    """The mean is far from 0 and eps large, so that each of their places in the formula shows."""
+    """The mean is far from 0 and eps large, so that where each stands in the formula shows."""
     module = Norm(tiny_with(norm=norm, bias=bias, norm_eps=0.3))
     x = normal(2, 3, 22, std=0.7) + 5
     params = filled(module, x)
@@ -198,7 +198,7 @@ def test_rotary_turns_pair_k_by_position_over_base_to_the_2k_over_width():
 
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
 def test_rotary_scaling_stretches_slow_pairs_and_leaves_fast_ones(kind):
-    """Pairs that turn 10, 3.2, 1 ... times in 64 places; all by 3, or those that turn less than once."""
+    """Pairs that turn 10, 3.2, 1 ... times in 64 positions; all by 3, or those that turn less than once."""
     plain, one = rotary_frequencies(12, 1000.0, RotaryScaling())
     scaled, attention_factor = rotary_frequencies(12, 1000.0, RotaryScaling(kind, 3.0, 64, low=1.0, high=8.0))
     stretch = plain / scaled
@@ -208,9 +208,9 @@ def test_rotary_scaling_stretches_slow_pairs_and_leaves_fast_ones(kind):
     assert ((stretch > 1.01) & (stretch < 2.99)).any() == (kind != "linear")
     np.testing.assert_allclose((one, attention_factor), (1.0, 1 + 0.1 * np.log(3.0) if kind == "yarn" else 1.0))
     x = normal(1, 5, 3, 12)
-    places = np.arange(5)[None]
-    turned = rotate(x, places, 1000.0, RotaryScaling(kind, 3.0, 64, low=1.0, high=8.0))
-    turns = places[..., None, None] * scaled
+    at_positions = np.arange(5)[None]
+    turned = rotate(x, at_positions, 1000.0, RotaryScaling(kind, 3.0, 64, low=1.0, high=8.0))
+    turns = at_positions[..., None, None] * scaled
     wanted = attention_factor * (x[..., :6] + 1j * x[..., 6:]) * np.exp(1j * turns)
     np.testing.assert_allclose(turned, np.concatenate([wanted.real, wanted.imag], axis=-1), atol=1e-5)
 

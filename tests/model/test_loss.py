@@ -39,7 +39,7 @@ def gradients(*arguments, **options):
 
 @pytest.mark.parametrize(
     ("max_logits", "smoothing", "bias"),
-    [  # 12 places in 1, 2, 6 and 12 pieces; the last limit is less than one place has
+    [  # 12 positions in 1, 2, 6 and 12 pieces; the last limit is less than one position has
         (None, 0.0, BIAS),
         (B * 6 * V, 0.2, None),
         (B * 3 * V - 1, 0.2, BIAS),

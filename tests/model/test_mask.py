@@ -134,8 +134,8 @@ def test_cross_sees_all_of_its_own_segment():
 
 
 def test_key_segments_alone_hide_padding_only():
-    places = jnp.zeros((1, 2), jnp.int32)
-    assert drawn(Mask(places, row(0, 0, 0, 0), k_segments=row(1, 2, 0, 1))) == ["x x . x"] * 2
+    at_positions = jnp.zeros((1, 2), jnp.int32)
+    assert drawn(Mask(at_positions, row(0, 0, 0, 0), k_segments=row(1, 2, 0, 1))) == ["x x . x"] * 2
 
 
 def test_cached_is_the_rows_of_the_full_mask():

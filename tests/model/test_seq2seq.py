@@ -13,7 +13,7 @@ from bothways.model.config import TransformerConfig
 from bothways.registry import make_module
 from bothways.rundir import param_shapes
 
-SOURCES = np.array([5, 2, 7])  # of a batch right-padded to 7 places
+SOURCES = np.array([5, 2, 7])  # of a batch right-padded to 7 positions
 LENGTHS = np.array([3, 5, 1])  # of the targets' beginnings, right-padded to 5
 STEPS = 3
 CASES = {
@@ -72,7 +72,7 @@ def test_a_target_sees_its_past_and_all_of_its_source(setting):
     table = np.asarray(setting.params["embed"]["token"]["embedding"])
 
     def at_three(token_vectors, source_vectors):
-        # Every place gets a row of the table of its own, so that the gradient tells places apart.
+        # Every position gets a row of the table of its own, so that the gradient distinguishes positions.
         vectors = jnp.concatenate([token_vectors, source_vectors, table[15:]])
         params = setting.params | {"embed": {"token": {"embedding": vectors}}}
         tokens, source = jnp.arange(8)[None], 8 + jnp.arange(7)[None]

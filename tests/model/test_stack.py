@@ -30,7 +30,7 @@ def influence(module, params, **inputs) -> np.ndarray:
     return np.abs(gradient[:, tokens[0]]).max(axis=-1)
 
 
-# Through 2 layers that reach two places each, a token reaches 4 places.
+# Through 2 layers that reach two positions each, a token reaches 4 positions.
 @pytest.mark.parametrize(
     ("kind", "fields", "inputs", "reaches"),
     [

@@ -1,4 +1,4 @@
-"""Planning of the step that samples: the real programs compile, and what is told of them is counted by hand."""
+"""Planning of the step that samples: the real programs compile, and what it prints is counted by hand."""
 
 import dataclasses
 import json
@@ -88,10 +88,10 @@ def test_the_command_line_plans_every_family(family, capfd, eight_devices):
     argv = ["plan", name, "--topology", "cpu:8", "--model.n-layers", "1", "--model.context-length", "16", "--rows", "2"]
     argv += ["--data.vocab-size", "320", "--model.d-model", "16", "--optimizer.name", "adamw", "--json"]
     assert bothways.main(argv) == 0
-    told = json.loads(capfd.readouterr().out)["decode"]
-    assert told["step"] == ("read" if family == "bert" else "decode")
-    assert told["fits"]
-    assert told["memory_limit"] == 4 * GIB
-    assert ("cache" in told["memory"]) == (family == "seq2seq")
+    output = json.loads(capfd.readouterr().out)["decode"]
+    assert output["step"] == ("read" if family == "bert" else "decode")
+    assert output["fits"]
+    assert output["memory_limit"] == 4 * GIB
+    assert ("cache" in output["memory"]) == (family == "seq2seq")
     assert bothways.main([*argv, "--rows", "0"]) == 2
     assert "--rows is 0" in capfd.readouterr().err

@@ -341,10 +341,10 @@ def test_a_search_that_finds_nothing_says_why(planned, eight_devices, monkeypatc
     topology = Topology.parse("v5e:2x2" if "libtpu" in said else "cpu:8")
     monkeypatch.setattr("bothways.plan.training.plan", fails)
     monkeypatch.setattr("bothways.chips.importlib.util.find_spec", lambda _: None)
-    told = []
+    output = []
     with pytest.raises(InputError, match=said):
-        search(recipe, topology, told.append)
-    assert bool(told) == ("torus" in said)
+        search(recipe, topology, output.append)
+    assert bool(output) == ("torus" in said)
 
 
 def test_padded_rows_stand_for_no_token(tiny_with):
@@ -376,9 +376,9 @@ def test_the_command_line_plans(tmp_path, capfd, eight_devices):
     argv = ["plan", "shakespeare_gpt", "--topology", "cpu:8", "--model.n-layers", "1", "--model.context-length", "16"]
     argv += ["--data.vocab-size", "320", "--model.d-model", "16", "--optimizer.name", "adamw"]
     assert bothways.main([*argv, "--no-decode", "--json"]) == 0
-    told = json.loads(capfd.readouterr().out)
+    output = json.loads(capfd.readouterr().out)
     wanted = "recipe topology mesh chips fits memory_per_chip memory_limit flops_per_step step_seconds mfu_bound "
-    assert set((wanted + "tokens_per_second collectives").split()) <= set(told)
+    assert set((wanted + "tokens_per_second collectives").split()) <= set(output)
     assert bothways.main(["plan", "shakespeare_gpt", "--topology", "v5e:5x5"]) == 2
     assert "even" in capfd.readouterr().err
 

@@ -33,10 +33,14 @@ class Searcher:
         found = self.compiled(
             self.model.params, state.cache, state.logits, state.limit, beams=beams, alpha=alpha, size=SIZE
         )
-        texts, lengths = np.asarray(found.done), np.asarray(found.done_length)
+        texts, lengths = np.asarray(found.finished), np.asarray(found.finished_length)
         return [
             [
-                (texts[i, k, : lengths[i, k]].tolist(), float(found.done_score[i, k]), float(found.done_logprob[i, k]))
+                (
+                    texts[i, k, : lengths[i, k]].tolist(),
+                    float(found.finished_score[i, k]),
+                    float(found.finished_logprob[i, k]),
+                )
                 for k in range(beams)
                 if lengths[i, k]
             ]
@@ -53,7 +57,7 @@ class Searcher:
         return sorted(scored, key=lambda hypothesis: -hypothesis[1])
 
     def narrow(self, prompt: list[int], limit: int, beams: int, alpha: float):
-        """Beam search by hand, on lists: the finished keep their places."""
+        """Beam search by hand, on lists: the finished keep their slots."""
         live, done = [([], 0.0)], []
         for length in range(1, limit + 1):
             longer = [

@@ -1,4 +1,4 @@
-"""One set of weights in both readings: the model behind BERT's call, the objective's sums, and a run with every verb."""
+"""One set of weights in both directions: the model with BERT's interface, the objective's sums, and a run with every command."""
 
 import dataclasses
 import json
@@ -47,8 +47,8 @@ def test_read_both_ways_every_output_depends_on_every_token(body):
     for module in (MaskedNextToken(cfg), TaskModel(cfg, "gpt", "tag", 3, both_ways=True)):
         held = params if isinstance(module, GPT) else {"body": params, "task_head": head(cfg.d_model)}
         extra = () if isinstance(module, GPT) else (jnp.ones_like(rows), jnp.zeros_like(rows))
-        told = jax.jit(module.apply)({"params": held}, rows, *extra)
-        assert (jnp.abs(told[1:] - told[0]).max(axis=2) > 1e-7).all()
+        output = jax.jit(module.apply)({"params": held}, rows, *extra)
+        assert (jnp.abs(output[1:] - output[0]).max(axis=2) > 1e-7).all()
 
 
 def head(width: int) -> dict:
@@ -129,7 +129,7 @@ def test_a_hybrid_run_is_evaluated_in_both_readings(run):
 
 def test_what_cannot_be_is_refused_before_anything_is_read(tiny_recipe):
     for family, kind, share in (("bert", "hybrid", 0.5), ("gpt", "masked", 0.5), ("gpt", "hybrid", 1.5)):
-        asked = ObjectiveConfig(kind=kind, causal_share=share)
-        recipe = dataclasses.replace(tiny_recipe, family=family, objective=asked)
+        wanted = ObjectiveConfig(kind=kind, causal_share=share)
+        recipe = dataclasses.replace(tiny_recipe, family=family, objective=wanted)
         with pytest.raises(InputError, match=r"is not for a|causal_share"):
             recipe.check(8)

@@ -50,8 +50,8 @@ def test_a_continuation_is_told_as_score_tells_it(runs):
         before, whole = (model.tokenizer.encode(t) for t in (context, context + continuation))
         rows = [[model.tokenizer.bos, *ids] for ids in (whole, before)]
         both = [r for r in rows if len(r) > 1]
-        told = causal_logprobs(model.run.module, model.run.params, both, model.recipe.model.context_length)
-        assert logprob == pytest.approx(told[0] - (told[1] if len(told) > 1 else 0), abs=1e-3)
+        output = causal_logprobs(model.run.module, model.run.params, both, model.recipe.model.context_length)
+        assert logprob == pytest.approx(output[0] - (output[1] if len(output) > 1 else 0), abs=1e-3)
 
 
 def test_greedy_means_that_every_token_is_the_most_likely(runs):
@@ -102,7 +102,7 @@ def test_rolling_and_generation(runs):
 
 
 def test_contexts_are_continued_as_they_are_scored_and_together(runs, monkeypatch):
-    """Behind [CLS], without their beginning where they are too long; what is asked for in the same way in one call."""
+    """Behind [CLS], without their beginning where they are too long; and requests of one kind share a call."""
     backend = harness.BothwaysLM(str(runs["causal"]))
     contexts = ["the dog", "", "the dog sees the cat in the castle. " * 9, "QUEEN:"]
     rows, sample = [], backend.model.sample
@@ -146,7 +146,7 @@ def test_a_task_of_ones_own_through_the_command_line(runs, tiny_recipe, tmp_path
     task |= {"training_split": "train", "test_split": "test", "doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}"}
     task |= {"doc_to_target": "label", "metric_list": [{"metric": "acc"}]}
     (tmp_path / "own_choice.yaml").write_text(json.dumps(task))
-    recipe = runs["causal"] / "recipe.json"  # the run's own text is not asked for
+    recipe = runs["causal"] / "recipe.json"  # the run's own text is not needed
     recipe.write_text(recipe.read_text().replace(tiny_recipe.data.corpus, "gone.txt"))
     arguments = [
         "evaluate",

@@ -1,4 +1,4 @@
-"""Asking a masked model: against plain loops over the model, and against distributions that are known exactly."""
+"""Inference with a masked model: against plain loops over the model, and against distributions that are known exactly."""
 
 import dataclasses
 import itertools
@@ -118,11 +118,11 @@ def test_what_cannot_be_scored_is_refused(model):
         model.score(["fine"], "causal")
 
 
-# ---- three places and three letters: every probability is known ------------------------------------------------------
+# ---- three positions and three letters: every probability is known ---------------------------------------------------
 
 
 class Known:
-    """A masked model of the letters a, b, c at three places that knows their joint distribution exactly.
+    """A masked model of the letters a, b, c at three positions that knows their joint distribution exactly.
 
     Or not quite: with another `power` it is too sure or too unsure, and a blind one sees no other letter.
     """
@@ -133,7 +133,7 @@ class Known:
         letters = tokenizer.encode("abc")
         self.code = np.full(size, 3)  # 3: hidden
         self.code[letters] = 0, 1, 2
-        self.table = np.full((4, 4, 4, 3, size), -np.inf)  # what is seen at each place, place asked, token
+        self.table = np.full((4, 4, 4, 3, size), -np.inf)  # what is seen at each position, position predicted, token
         for seen in np.ndindex(4, 4, 4):
             for string, p in joint.items():
                 codes = ["abc".index(c) for c in string]
@@ -150,18 +150,18 @@ class Known:
         recipe = Recipe(family="bert", model=dataclasses.replace(tiny, vocab_size=size))
         self.model = MaskedModel(rundir.Run(None, recipe, tokenizer, None, None, 0))
         self.model.reader = self.read_jitted
-        self.readings = 0
+        self.passes = 0
 
-    def read_jitted(self, params, tokens, segments, places):
-        shape = jax.ShapeDtypeStruct((*places.shape, self.table.shape[-1]), jnp.float32)
+    def read_jitted(self, params, tokens, segments, positions):
+        shape = jax.ShapeDtypeStruct((*positions.shape, self.table.shape[-1]), jnp.float32)
         read = lambda *args: self.hidden_logits(None, None, *args).astype(np.float32)  # noqa: E731
-        return jax.pure_callback(read, shape, tokens, segments, places)
+        return jax.pure_callback(read, shape, tokens, segments, positions)
 
-    def hidden_logits(self, module, params, tokens, segments, places):
-        tokens, places = np.asarray(tokens), np.asarray(places)
-        self.readings += 1
+    def hidden_logits(self, module, params, tokens, segments, positions):
+        tokens, positions = np.asarray(tokens), np.asarray(positions)
+        self.passes += 1
         first, second, third = (self.code[tokens[:, i, None]] for i in (1, 2, 3))
-        return self.table[first, second, third, np.maximum(places - 1, 0)]
+        return self.table[first, second, third, np.maximum(positions - 1, 0)]
 
     def hidden_logprobs(self, module, params, batch):
         logits = self.hidden_logits(module, params, batch["tokens"], batch["segments"], batch["mask_positions"])
@@ -191,21 +191,21 @@ def test_the_bound_is_below_the_likelihood_where_they_are_not(monkeypatch, tiny,
 def test_masks_filled_one_at_a_time_agree_with_each_other(monkeypatch, tiny):
     known = Known(monkeypatch, tiny, {"aba": 0.5, "bab": 0.5})
     (at_once,) = known.model.fill(["[MASK][MASK][MASK]"], steps=1)
-    assert (at_once.filled, known.readings) == ("aaa", 1)  # each alone is as likely a as b
+    assert (at_once.filled, known.passes) == ("aaa", 1)  # each alone is as likely a as b
     assert [[c["p"] for c in mask[:2]] for mask in at_once.masks] == [[0.5, 0.5]] * 3
     (in_turn,) = known.model.fill(["[MASK][MASK][MASK]"], steps=3)
-    assert (in_turn.filled, known.readings) == ("aba", 4)
+    assert (in_turn.filled, known.passes) == ("aba", 4)
     assert [mask[0]["p"] for mask in in_turn.masks] == [0.5, 1.0, 1.0]
     assert known.model.fill(["b[MASK][MASK]", "[MASK]b[MASK]"])[0].filled == "bab"
 
 
 def test_the_most_confident_mask_is_filled_first(monkeypatch, tiny):
     known = Known(monkeypatch, tiny, {"bab": 0.48, "abb": 0.42, "aba": 0.10})
-    for steps, filled, readings in ((1, "abb", 1), (2, "abb", 2), (3, "bab", 3), (9, "bab", 3)):
-        known.readings = 0
+    for steps, filled, passes in ((1, "abb", 1), (2, "abb", 2), (3, "bab", 3), (9, "bab", 3)):
+        known.passes = 0
         (found,) = known.model.fill(["[MASK][MASK][MASK]"], steps=steps)
         assert found.masks[2][0] == {"token": "b", "p": 0.9}
-        assert (found.filled, known.readings) == (filled, readings)
+        assert (found.filled, known.passes) == (filled, passes)
 
 
 def test_a_text_drawn_token_by_token_has_its_probability(monkeypatch, tiny):
@@ -246,12 +246,12 @@ def test_candidates_are_ordinary_tokens_best_first(model, read):
     row = model.encode_masked(text)
     _, logprobs = read([row])
     ordinary = model.vocabulary.ordinary
-    for place, told in zip(np.flatnonzero(np.array(row) == model.tokenizer.mask), found.masks, strict=True):
+    for place, output in zip(np.flatnonzero(np.array(row) == model.tokenizer.mask), found.masks, strict=True):
         scores = np.exp(logprobs[0, place, ordinary].astype(np.float64))
         best = np.argsort(-scores)[:7]
-        assert [c["token"] for c in told] == [model.tokenizer.piece(t) for t in ordinary[best]]
-        assert [c["p"] for c in told] == pytest.approx((scores / scores.sum())[best], abs=2e-4)
-        assert sum(c["p"] for c in told) <= 1 + 7 * 5e-5
+        assert [c["token"] for c in output] == [model.tokenizer.piece(t) for t in ordinary[best]]
+        assert [c["p"] for c in output] == pytest.approx((scores / scores.sum())[best], abs=2e-4)
+        assert sum(c["p"] for c in output) <= 1 + 7 * 5e-5
         row[place] = int(ordinary[best[0]])
     assert found.filled == model.tokenizer.decode(row[1:-1])
     assert json.loads(json.dumps(dataclasses.asdict(found))) == dataclasses.asdict(found)

@@ -1,4 +1,4 @@
-"""A run directory that can be asked: written here without training, read as every verb reads it."""
+"""A run directory ready for inference: written here without training, read as every command reads it."""
 
 import dataclasses
 from pathlib import Path

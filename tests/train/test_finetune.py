@@ -307,7 +307,7 @@ def test_a_tuned_run_only_predicts(tuned, labelled, tmp_path, capfd):
     (tmp_path / "lines.txt").write_text("the king\n")
     for argv in (["sample", "the king"], ["fill", "the [MASK]"], ["score", str(tmp_path / "lines.txt")], ["evaluate"]):
         assert bothways.main([argv[0], str(tuned[1]), *argv[1:]]) == 2
-        assert "is fine-tuned for dogs, and can `predict`; ask the run it came from" in capfd.readouterr().err
+        assert "is fine-tuned for dogs, and can `predict`; use the run it came from" in capfd.readouterr().err
     assert bothways.main(["finetune", str(tuned[1]), labelled, "--workdir", str(tmp_path / "again")]) == 2
     assert "is fine-tuned already, for dogs; start from the run it came from" in capfd.readouterr().err
     assert not (tmp_path / "again").exists()

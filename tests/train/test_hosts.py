@@ -10,12 +10,12 @@ from bothways.train import hosts
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What jax.distributed.initialize is told; it does nothing else."""
-    told = {}
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: told.update(kwargs))
+    """What jax.distributed.initialize is called with; it does nothing else."""
+    output = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: output.update(kwargs))
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
-    return told
+    return output
 
 
 def test_flags_and_environment_say_the_same(joined, monkeypatch):

@@ -1,4 +1,4 @@
-"""Encoder-decoders learn to copy and to reverse, and their runs can be asked."""
+"""Encoder-decoders learn to copy and to reverse, and their runs are ready for inference."""
 
 import dataclasses
 import functools
@@ -79,13 +79,13 @@ def test_all_held_out_strings_are_copied_or_reversed(learn, task):
 
 def test_figures_of_translations(reversing):
     model = reversing
-    told = []
-    figures = {f.metric: f for f in evaluate(model, ["validation"], told.append)}
+    output = []
+    figures = {f.metric: f for f in evaluate(model, ["validation"], output.append)}
     assert figures["chrf"].value == pytest.approx(100)
     assert figures["copy_chrf"].value < 60
     assert figures["loss"].value < 0.05
     assert figures["bleu"].n > 100
-    assert any("tok:13a" in line for line in told)
+    assert any("tok:13a" in line for line in output)
 
 
 def test_beams_say_the_same_for_any_batch_and_one_beam_is_greedy(reversing):

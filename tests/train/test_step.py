@@ -45,7 +45,7 @@ def masked_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.nd
 
 
 def pairs_batch(vocab: int, seed: int = 0, rows: int = ROWS) -> dict[str, np.ndarray]:
-    """Two pairs in a row, and padding in most, of source and target at different places."""
+    """Two pairs in a row, and padding in most, of source and target at different positions."""
     rng = np.random.default_rng(seed)
 
     def texts(*lengths: int) -> list[np.ndarray]:

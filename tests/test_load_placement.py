@@ -1,4 +1,4 @@
-"""A run opens wherever it is asked: on one device or many, whatever it was trained on; from a disk or from a bucket."""
+"""A run opens wherever it is loaded: on one device or many, whatever it was trained on; from a disk or from a bucket."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def test_one_device_to_four_and_back(family, tiny, tmp_path):
     assert shards(tuner.run.params) == {8}
     tuner.fresh.lower(jax.random.key(0), 1e-2, tuner.run.params)  # refuses arrays that lie apart from the mesh
     same(four.run.params, asked)
-    # Only what the compiler can see into can it spread; a kernel would have to be told how.
+    # Only what the compiler can see into can it spread; a kernel needs explicit shard_map specs.
     assert (one.run.module.cfg.attention, four.run.module.cfg.attention) == ("auto", "xla")
 
     spread = rundir.load_run(tmp_path / "one", print, lambda shapes: sharding.shardings_for_inference(shapes, MESH))
