@@ -32,14 +32,14 @@ def attend(
 ) -> Float[jax.Array, "B T H W"]:
     """Scaled dot-product attention (arXiv 1706.03762, section 3.2.1); query heads share G key-value heads.
 
-    The kernel is chosen by device, mask and shape (model/kernels.py); none of them knows dropout of probabilities.
+    The kernel is chosen by device, mask and shape (model/kernels.py); dropout of probabilities is known to that of short rows only.
     For XLA, rows whose scores are many are cut into tiles of which one is held at a time (model/blockwise.py). The
     queries of shorter ones are cut into blocks, and keys that are hidden from a whole block are left out: of causal
     scores three eighths.
     """
-    chosen = choose(kernel, q, k, v, mask) if dropout is None else "xla"
+    chosen = choose(kernel, q, k, v, mask, dropout)
     if chosen != "xla":
-        return KERNELS[chosen](q, k, v, mask)
+        return KERNELS[chosen](q, k, v, mask, *([] if dropout is None else [dropout]))
     B, T, H, _ = q.shape
     if T >= LONG and B * H * T * k.shape[1] > SCORES * devices_in_use():
         return attend_blockwise(q, k, v, mask, dropout)

@@ -118,8 +118,8 @@ class TransformerConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations. auto: bfloat16 on GPU and TPU, float32 on CPU. Parameters are always float32."""
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-    """The kernel for masks and shapes that it knows; XLA computes the rest. auto: splash on TPU, cudnn on GPU."""
+    attention: Literal["auto", "xla", "short", "splash", "cudnn"] = "auto"
+    """The kernel for masks and shapes that it knows; XLA computes the rest. auto: short, else splash on TPU, cudnn on GPU."""
     scan_layers: bool = False
     """Compile one block and loop over it, instead of L blocks. Same parameters, same result."""
     remat: Literal["none", "dots", "full"] = "none"

@@ -1,5 +1,6 @@
 """Attention kernels that never hold the scores: which masks and shapes each knows, and how the mask is passed.
 
+short    TPU, Pallas, of ours (model/short_rows.py): rows of up to 1,024, causality, segments, and dropout; narrow heads at full width
 splash   TPU, Pallas: causality, windows, blocks and segments, by tile; what is hidden is not computed
 cudnn    GPU, cuDNN's flash attention: causality and windows before it by structure, all else as a drawn mask
 
@@ -15,7 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from bothways.model.axes import activation_sharding, platform
+from bothways.model.dropout import ScoreDropout
 from bothways.model.mask import Mask
+from bothways.model.short_rows import LONGEST, Rows, attend_short
 
 LANES = 128
 """Splash cuts rows into blocks of a multiple of this many positions."""
@@ -23,12 +26,15 @@ LANES = 128
 Q_AXES, K_AXES = ("batch", "length", "heads", "head"), ("batch", "keys", "kv_heads", "head")
 
 
-def choose(wanted: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> str:
-    """The kernel for these arguments: `wanted`, or with auto that of the device, if it knows them; else xla."""
-    if wanted == "auto":
-        wanted = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "xla")
-    knows = {"splash": _splash_knows, "cudnn": _cudnn_knows}.get(wanted)
-    return wanted if knows and knows(q, k, v, mask) else "xla"
+def choose(wanted: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: ScoreDropout | None = None) -> str:
+    """The kernel for these arguments: `wanted`, or with auto the first of the device's that knows them; else xla."""
+    by_device = {"tpu": ("short", "splash"), "gpu": ("cudnn",)}
+    candidates = by_device.get(platform(), ()) if wanted == "auto" else (wanted,)
+    knows = {"short": _short_knows, "splash": _splash_knows, "cudnn": _cudnn_knows}
+    for name in candidates:
+        if name in knows and (dropout is None or name == "short") and knows[name](q, k, v, mask):
+            return name
+    return "xla"
 
 
 def positions_match_order(mask: Mask) -> bool:
@@ -42,6 +48,54 @@ def is_sequence_sharded(q: jax.Array) -> bool:
     """Whether several devices share the queries [B, T, H, K] of a row."""
     shards = activation_sharding(q.shape, *Q_AXES)
     return shards is not None and shards.shard_shape(q.shape)[1] < q.shape[1]
+
+
+# ---- short rows -------------------------------------------------------------------------------------------------
+
+
+def _short_knows(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> bool:
+    (T, H, K), S = q.shape[1:], k.shape[1]
+    whole = positions_match_order(mask) and not mask.window and not is_sequence_sharded(q)
+    rows = T % LANES == 0 and S % LANES == 0 and max(T, S) <= LONGEST
+    return whole and rows and k.shape[2] == H and v.shape[3] == K and K >= 8 and LANES % K == 0
+
+
+def short(
+    q: Float[jax.Array, "B T H K"],
+    k: Float[jax.Array, "B S H K"],
+    v: Float[jax.Array, "B S H K"],
+    mask: Mask,
+    dropout: ScoreDropout | None = None,
+) -> Float[jax.Array, "B T H K"]:
+    """The kernel of model/short_rows.py; on no TPU it is interpreted, slowly. On a mesh each device has its rows and heads,
+    and draws the dropout that one device would."""
+    B, T, H, K = q.shape
+    q_segments, k_segments = _segments(mask, B, T, k.shape[1])
+    seed = jnp.zeros(2, jnp.uint32) if dropout is None else dropout.seed
+    first = jnp.arange(B * H, dtype=jnp.int32).reshape(B, H)
+    rows = Rows(K, H, mask.causal, 0.0 if dropout is None else dropout.rate, platform() != "tpu")
+
+    def part(q, k, v, q_segments, k_segments, first, seed):
+        flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+        numbers = jnp.concatenate([seed.astype(jnp.int32), first[:1, 0]])
+        return attend_short(rows, *flat, q_segments, k_segments, numbers).reshape(q.shape)
+
+    if q_at := activation_sharding(q.shape, *Q_AXES):
+        k_at = activation_sharding(k.shape, *K_AXES)
+        row, head = PartitionSpec(q_at.spec[0]), PartitionSpec(q_at.spec[0], q_at.spec[2])
+        specs = (q_at.spec, k_at.spec, k_at.spec, row, row, head, PartitionSpec())
+        part = jax.shard_map(part, mesh=q_at.mesh, in_specs=specs, out_specs=q_at.spec, check_vma=False)
+    return part(q * K**-0.5, k, v, q_segments, k_segments, first, seed)
+
+
+def _segments(mask: Mask, B: int, T: int, S: int) -> tuple[jax.Array, jax.Array]:
+    """Segments [B, T] of queries and [B, S] of keys so that a query sees the keys of its own."""
+    q_segments, k_segments = mask.q_segments, mask.k_segments
+    if k_segments is None:
+        k_segments = jnp.ones((B, S), jnp.int32)
+    if q_segments is None:
+        q_segments, k_segments = jnp.ones((B, T), jnp.int32), (k_segments > 0).astype(jnp.int32)
+    return q_segments, k_segments
 
 
 # ---- splash -----------------------------------------------------------------------------------------------------
@@ -131,11 +185,7 @@ def splash(
     """Pallas' splash attention; on no TPU it is interpreted, slowly. On a mesh each device has its rows, heads, queries."""
     B, T, H, K = q.shape
     S = k.shape[1]
-    q_segments, k_segments = mask.q_segments, mask.k_segments
-    if k_segments is None:
-        k_segments = jnp.ones((B, S), jnp.int32)
-    if q_segments is None:
-        q_segments, k_segments = jnp.ones((B, T), jnp.int32), (k_segments > 0).astype(jnp.int32)
+    q_segments, k_segments = _segments(mask, B, T, S)
     q_at, k_at = activation_sharding(q.shape, *Q_AXES), activation_sharding(k.shape, *K_AXES)
     t, h = q_at.shard_shape(q.shape)[1:3] if q_at else (T, H)
     banded = mask.causal or mask.window  # else every device's queries see alike, and the kernel is that of its own
@@ -191,4 +241,4 @@ def _sees_all(mask: Mask) -> bool:
     return not (mask.causal or mask.window) and mask.k_segments is None and mask.block is None
 
 
-KERNELS = {"splash": splash, "cudnn": cudnn}
+KERNELS = {"short": short, "splash": splash, "cudnn": cudnn}

@@ -12,6 +12,7 @@ from bothways.chips import Topology
 from bothways.config import MeshConfig
 from bothways.flops import layer_multiplies, recipe_flops_per_token, tokens_per_row
 from bothways.model.axes import logical_axes, path_names
+from bothways.model.short_rows import LANES, LONGEST
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
 from bothways.sharding import PARAMETERS
@@ -90,7 +91,8 @@ def guess(recipe: Recipe, topology: Topology, sizes: dict[str, int], mine: float
     tokens = rows * tokens_per_row(recipe)
     state = mine * (4 + (4 if recipe.optimizer.name in ("lion", "adafactor") else 8) + (8 if pieces > 1 else 4))
     wide = (2 * cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head + cfg.d_ff * (3 if cfg.gated else 2)
-    kernel = chip.dimensions > 1 and not cfg.dropout_attention and cfg.context_length % 128 == 0  # splash holds no scores
+    dropout = cfg.dropout_attention and (cfg.context_length > LONGEST or LANES % cfg.d_head)
+    kernel = chip.dimensions > 1 and not dropout and cfg.context_length % LANES == 0  # model/kernels.py holds no scores
     scores = 0.0 if kernel else rows * cfg.n_heads / tensor * cfg.context_length**2
     kept = {"full": 2 * cfg.d_model, "dots": 6 * cfg.d_model + 2 * wide / tensor}
     kept["none"] = kept["dots"] + 45 * cfg.d_model + 2 * wide / tensor + 6 * scores / tokens
