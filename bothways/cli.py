@@ -21,6 +21,7 @@ COMMANDS = {
     "prepare": "text to shards of tokens, once, in parallel",
     "train": "train a recipe, or resume a run",
     "sample": "continue text",
+    "chat": "a conversation at the terminal",
     "fill": "fill the masks of a text",
     "score": "log-probability of each line of a file",
     "embed": "a vector for each line of a file",
@@ -36,7 +37,7 @@ COMMANDS = {
 }
 """Each command is the function of its name in commands/, in the module of its name."""
 
-ANSWERING = ("sample", "fill", "score", "embed", "predict", "evaluate", "plan")
+ANSWERING = ("sample", "chat", "fill", "score", "embed", "predict", "evaluate", "plan")
 """Commands whose result is what they print, and nothing else."""
 
 RECIPE_FIRST = ("prepare", "train", "plan", "launch")

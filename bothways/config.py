@@ -7,7 +7,7 @@ from typing import Literal
 from bothways.errors import InputError
 
 OBJECTIVES_BY_FAMILY: dict[str, tuple[str, ...]] = {
-    "gpt": ("causal", "hybrid", "diffusion"),
+    "gpt": ("causal", "chat", "hybrid", "diffusion"),
     "bert": ("masked", "diffusion"),
     "seq2seq": ("pairs", "spans"),
 }
@@ -16,8 +16,9 @@ OBJECTIVES_BY_FAMILY: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    kind: Literal["causal", "masked", "hybrid", "diffusion", "pairs", "spans"] = "causal"
-    """causal: predict the next token. masked: predict hidden tokens from both sides. hybrid: both, by one decoder.
+    kind: Literal["causal", "chat", "masked", "hybrid", "diffusion", "pairs", "spans"] = "causal"
+    """causal: predict the next token. chat: predict the answers in conversations (data.messages_field). masked: predict
+    hidden tokens from both sides. hybrid: both, by one decoder.
     diffusion: hide a random share of every block of tokens, given all blocks before it (arXiv 2503.09573). Of
     encoder-decoders, pairs: predict a target after its source; spans: restore hidden spans of plain text."""
     causal_share: float = 0.5

@@ -70,7 +70,7 @@ def recipe_flops_per_token(recipe: Recipe) -> float:
     """training_flops_per_token of a recipe, at its full context; of an encoder-decoder, source and target together."""
     if recipe.family == "seq2seq":
         return seq2seq_flops_per_row(recipe.model, target_length(recipe)) / tokens_per_row(recipe)
-    causal = recipe.objective.kind == "causal"
+    causal = recipe.objective.kind in ("causal", "chat")
     if recipe.objective.kind == "diffusion" and set(recipe.objective.block_sizes) != {0}:
         # Hidden and clean tokens; each of the two sees half of the row, and its own block, which is not counted.
         clean = 6 * recipe.model.n_layers * layer_multiplies(recipe.model)

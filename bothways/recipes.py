@@ -114,6 +114,13 @@ class Recipe:
                     f"objective.kind={kind} and data.source_field={self.data.source_field!r} disagree: pairs, and only "
                     "pairs, need data.source_field and data.target_field"
                 )
+            if kind == "chat" and not self.data.messages_field:
+                found.append("objective.kind=chat trains on conversations: set --data.messages-field messages")
+            if self.data.messages_field and kind not in ("chat", "diffusion"):
+                found.append(
+                    f"data.messages_field={self.data.messages_field!r}: conversations are for objective.kind=chat or "
+                    f"diffusion, not {kind}"
+                )
             if self.model.predicts and self.family != "gpt":
                 found.append(
                     f"model.predicts={self.model.predicts} is for a gpt; a {self.family} predicts as it does: leave it out"

@@ -193,7 +193,7 @@ def export_run(home: Path, destination: Path, log: Log, license_: str = "") -> C
 def _published(run: rundir.Run, home: Path, log: Log) -> Family | None:
     """The published family that a run leaves as; None where it leaves as one of its own."""
     recipe, origin = run.recipe, home / ORIGIN
-    if run.task is not None or recipe.objective.kind not in ("causal", "masked"):
+    if run.task is not None or recipe.objective.kind not in ("causal", "chat", "masked"):
         return None
     preferred = json.loads(origin.read_text())["family"] if origin.exists() else ""
     try:

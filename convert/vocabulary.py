@@ -39,5 +39,7 @@ def save_vocabulary(tokenizer: Tokenizer, home: Path, ours: str) -> None:
         "model_input_names": ["input_ids", *(["token_type_ids"] if ours == "bert" else []), "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
+    if tokenizer.chat_template:
+        settings["chat_template"] = tokenizer.chat_template
     fast.save(str(home / "tokenizer.json"))
     (home / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))

@@ -17,6 +17,11 @@ class DataConfig:
     target_field: str = ""
     """Of pairs (an encoder-decoder's source and target): columns or keys in JSONL, CSV, TSV and TFDS, such as `en` and
     `de`; versions of the corpus `bibles`, `kjv` and `web`. Empty: the corpus is plain text."""
+    messages_field: str = ""
+    """Of conversations: the key that holds their messages in JSONL or parquet, `messages`; a record may have `prompt` and
+    `completion` instead. The corpus `shakespeare` makes conversations of the plays. Empty: the corpus is plain text."""
+    chat_template: str = ""
+    """A file with the jinja2 template that conversations are written by. Empty: the tokenizer's own, or a plain one."""
     tokenizer: str = "unigram"
     """`unigram`, `bpe` or `char`, trained on the corpus; or a file: sentencepiece's .model, or a tokenizer.json."""
     vocab_size: int = 8192
@@ -38,6 +43,15 @@ class DataConfig:
             found.append(
                 f"data.source_field={self.source_field!r} and data.target_field={self.target_field!r}: pairs need both"
             )
+        if self.messages_field and self.source_field:
+            found.append(
+                f"data.messages_field={self.messages_field!r} and data.source_field={self.source_field!r}: a corpus is "
+                "conversations or pairs; leave one out"
+            )
+        if self.messages_field and not self.separate_documents:
+            found.append("data.separate_documents is false: conversations in one row never see each other; leave it out")
+        if self.chat_template and not self.messages_field:
+            found.append("data.chat_template is for conversations: set data.messages_field, or leave it out")
         if self.cache_gb < 0:
             found.append(f"data.cache_gb is {self.cache_gb}; it must be 0 or more")
         if self.vocab_size < 8:

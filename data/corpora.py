@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bothways.data import bibles, files, plays
+from bothways.data import bibles, conversations, files, plays
 from bothways.data import prepared as prepared_text
 from bothways.data.config import DataConfig
 from bothways.errors import InputError
@@ -37,6 +37,8 @@ class Corpus:
     """Fingerprints that the same text had in runs of older versions."""
     paired: bool = False
     """Document 2i is a source, 2i + 1 its target."""
+    conversations: bool = False
+    """Documents are conversations (data/conversations.py)."""
     store: "Prepared | None" = None
     """Where its tokens are, of text that is prepared (data/prepared.py)."""
     paths: tuple[files.AnyPath, ...] = ()
@@ -124,7 +126,7 @@ def held_out_in(number: int, paired: bool) -> str:
     return {18: "validation", 19: "test"}.get((number // 2 if paired else number) % 20, "train")
 
 
-def hold_out(documents: Iterable[tuple[str, str]], paired: bool = False) -> dict[str, Documents]:
+def hold_out(documents: Iterable[tuple[str, str]], paired: bool = False, whole: bool = False) -> dict[str, Documents]:
     """Splits of a corpus that has none: every 20th document or pair for validation and for test, or the end of the text.
 
     With few documents the last tenth of each is held out, half for validation and half for test, cut at a line
@@ -132,9 +134,10 @@ def hold_out(documents: Iterable[tuple[str, str]], paired: bool = False) -> dict
 
     Args:
       documents: gone through once for each split.
+      whole: documents are not cut, however few.
     """
     few = list(itertools.islice(documents, FEW_DOCUMENTS))
-    if paired or len(few) >= FEW_DOCUMENTS:
+    if paired or whole or len(few) >= FEW_DOCUMENTS:
 
         def part(split: str) -> Documents:
             return (document for i, document in enumerate(documents) if held_out_in(i, paired) == split)
@@ -163,7 +166,9 @@ def load(cfg: DataConfig, *, copied: bool = True) -> Corpus:
       InputError: no such corpus, unreadable or empty files, a dataset that cannot be had here (and why).
     """
     cache = Path(cfg.cache).expanduser()
-    if cfg.corpus == "shakespeare":
+    if cfg.messages_field:
+        corpus = from_conversations(cfg, cache, copied)
+    elif cfg.corpus == "shakespeare":
         found = list(plays.plays())
         key = hashlib.sha256("\0".join(text for _, _, text in found).encode()).hexdigest()[:16]
 
@@ -193,7 +198,25 @@ def load(cfg: DataConfig, *, copied: bool = True) -> Corpus:
                 if cfg.corpus == "bibles"
                 else "the corpus 'shakespeare' is plain text and has no pairs; leave out data.source_field and target_field"
             )
-    return dataclasses.replace(corpus, paired=bool(cfg.source_field))
+    return dataclasses.replace(corpus, paired=bool(cfg.source_field), conversations=bool(cfg.messages_field))
+
+
+def from_conversations(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
+    """Conversations of files, or those made from the plays. Raises InputError for any other corpus."""
+    if cfg.corpus != "shakespeare":
+        if cfg.corpus.startswith("hf:") or not files.looks_like_files(cfg.corpus):
+            raise InputError(
+                f"data.messages_field: conversations come from .jsonl or .parquet files or the corpus shakespeare; "
+                f"data.corpus is {cfg.corpus!r}"
+            )
+        return from_files(cfg, cache, copied)
+    found = list(conversations.of_plays())
+    key = hashlib.sha256("\0".join(text for *_, text in found).encode()).hexdigest()[:16]
+
+    def splits() -> dict[str, Documents]:
+        return {split: iter([(name, text) for s, name, text in found if s == split]) for split in Corpus.splits}
+
+    return prepared("shakespeare-conversations", key, splits, cache)
 
 
 def from_bibles(cfg: DataConfig, cache: Path) -> Corpus:
@@ -230,7 +253,7 @@ def from_files(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
             raise InputError(f"data.validation {cfg.validation!r} is empty: {len(held)} file(s), no text")
         if held:
             return {"train": iter(found), "validation": iter(validation), "test": iter(validation)}
-        return hold_out(found, paired=bool(cfg.source_field))
+        return hold_out(found, paired=bool(cfg.source_field), whole=bool(cfg.messages_field))
 
     if copied:
         return dataclasses.replace(prepared("files", key, splits, cache), earlier=(before,))
@@ -239,6 +262,8 @@ def from_files(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
 
 def read(paths: Sequence[files.AnyPath], cfg: DataConfig) -> Documents:
     """(name, text) of the documents in files, those without text left out."""
+    if cfg.messages_field:
+        return conversations.read(paths, cfg.messages_field)
     if cfg.source_field:
         return files.pairs(paths, cfg.source_field, cfg.target_field)
     return ((name, text) for name, text in files.documents(paths, cfg.text_field) if text.strip())
@@ -283,7 +308,9 @@ def from_hugging_face(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
 
 
 def fields(cfg: DataConfig) -> tuple[str, ...]:
-    """The fields that are read: one of plain text, two of pairs."""
+    """The fields that are read: one of plain text or of conversations, two of pairs."""
+    if cfg.messages_field:
+        return ("conversations", cfg.messages_field)
     return (cfg.source_field, cfg.target_field) if cfg.source_field else (cfg.text_field,)
 
 

@@ -72,6 +72,8 @@ def diffused(
     sizes = np.array([size or T for size in block_sizes])
     block = sizes[(draws.uniform(1)[:, 0] * len(sizes)).astype(int)]
     scored = (positions > 0) & (segments > 0)
+    if "scored" in rows:  # of conversations only answers are hidden, and what was asked never
+        scored &= rows["scored"] > 0
     hidden, weights = hide_in_blocks(positions, scored, block, draws.stratified(), draws.uniform(T), predicts, flat)
     return {
         "tokens": np.where(hidden, vocabulary.mask, targets).astype(np.int32),

@@ -1,6 +1,7 @@
 """Rows for an encoder-decoder: pairs packed into rows of sources and targets, and text with spans to be restored."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -15,15 +16,16 @@ OPEN_ROWS = 64
 
 
 def pack(lengths: np.ndarray, room: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """First-fit packing of pairs, in random order, into rows with `room` tokens for sources and as many for targets.
+    """First-fit packing of pairs, in random order, into rows with `room` tokens for sources and as many for targets; or of
+    texts of one side.
 
     Args:
-      lengths: [pairs, 2] tokens of each source and target, none above room.
+      lengths: [pairs, 2] tokens of each source and target, or [texts, 1], none above room.
 
     Returns:
       [pairs] the pairs in the order of the rows, and [rows + 1] where each row begins in it.
     """
-    left = np.full((OPEN_ROWS, 2), room)
+    left = np.full((OPEN_ROWS, lengths.shape[1]), room)
     held: list[list[int]] = [[] for _ in range(OPEN_ROWS)]
     rows: list[list[int]] = []
     for pair in np.random.default_rng(seed).permutation(len(lengths)):
@@ -37,6 +39,20 @@ def pack(lengths: np.ndarray, room: int, seed: int = 0) -> tuple[np.ndarray, np.
     rows += [row for row in held if row]
     order = np.array([pair for row in rows for pair in row], np.int64)
     return order, np.cumsum([0, *map(len, rows)])
+
+
+def packing(home: Path | None, lengths: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """`pack`, done once for a set of token files, and kept beside them in `home` if they have one."""
+    kept = home and home / f"packed-{room}.npz"
+    if kept and kept.exists():
+        found = np.load(kept)
+        return found["order"], found["first"]
+    order, first = pack(lengths, room)
+    if kept:
+        partial = kept.with_suffix(f".{os.getpid()}.partial.npz")
+        np.savez(partial, order=order, first=first)
+        partial.replace(kept)
+    return order, first
 
 
 class PackedPairs:
@@ -59,23 +75,10 @@ class PackedPairs:
                 f"each of the {len(lengths)} pairs has a side of more than model.context_length={length} tokens; "
                 f"the shortest needs --model.context-length {lengths.max(axis=1).min()}"
             )
-        self.order, self.first = self._plan(lengths[fitting], length)
+        self.order, self.first = packing(tokens.home, lengths[fitting], length)
         self.order = fitting[self.order]
         self.left_out = len(lengths) - len(fitting)
         self.padding = 1 - lengths[fitting].sum() / (2 * length * len(self))
-
-    def _plan(self, lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """`pack`, done once for a set of token files and kept beside them."""
-        kept = self.tokens.home and self.tokens.home / f"packed-{length}.npz"
-        if kept and kept.exists():
-            found = np.load(kept)
-            return found["order"], found["first"]
-        order, first = pack(lengths, length)
-        if kept:
-            partial = kept.with_suffix(f".{os.getpid()}.partial.npz")
-            np.savez(partial, order=order, first=first)
-            partial.replace(kept)
-        return order, first
 
     @property
     def note(self) -> str:

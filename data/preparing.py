@@ -76,6 +76,8 @@ def prepare(
       InputError: text that cannot be read, a directory that holds something else, no Apache Beam.
     """
     began, folder = time.monotonic(), Folder(to)
+    if cfg.messages_field:
+        raise InputError("conversations need no preparing: train on them with --data.messages-field; leave it out here")
     if workers > 1 or beam:
         check_beam()
     found, names = None, folder.sizes()

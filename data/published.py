@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from bothways.data.tokenizer import MASK, Tokenizer
+from bothways.data.tokenizer import MASK, Tokenizer, template_in
 from bothways.data.vocabulary_files import add_tokens, from_files, token_in, without_rows_beyond
 from bothways.errors import InputError
 
@@ -74,6 +74,14 @@ class PublishedTokenizer(Tokenizer):
         self._size = 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
         self._bytes = self._token_bytes({i: token.content for i, token in added.items()})
         self.plain = self._without_control_tokens(model)
+
+    @property
+    def chat_template(self) -> str:
+        return template_in(self.settings)
+
+    @chat_template.setter
+    def chat_template(self, template: str) -> None:
+        self.settings = self.settings | {"chat_template": template}
 
     def _without_control_tokens(self, model: str) -> tokenizers.Tokenizer:
         """The same vocabulary, but a text's own "[SEP]" or "<|endoftext|>" is characters; the mask stays a token."""

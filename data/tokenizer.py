@@ -5,10 +5,12 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece as spm
@@ -17,6 +19,8 @@ from bothways.data.rng import splitmix64
 from bothways.errors import InputError
 
 PAD, UNK, BOS, EOS, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+CONFIG = "tokenizer_config.json"
+"""What stands beside a vocabulary: in a published one its special tokens, and of either kind the chat template."""
 SPACE = "\u2581"
 """How sentencepiece writes a space."""
 LONGEST_LINE = 4096
@@ -24,6 +28,14 @@ LONGEST_LINE = 4096
 and the likelihoods of lines of some 100,000 characters underflow."""
 TRAINING_BYTES = 50_000_000
 """A vocabulary is trained on at most so much text; of a larger corpus, on a sample of its lines."""
+
+
+def template_in(settings: dict[str, Any]) -> str:
+    """The chat template in a tokenizer_config.json; of several named ones the default."""
+    found = settings.get("chat_template") or ""
+    if isinstance(found, list):
+        found = next((each.get("template", "") for each in found if each.get("name") == "default"), "")
+    return found if isinstance(found, str) else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +81,8 @@ class Tokenizer(abc.ABC):
     special: list[int]
     """Ids that stand for no text: never masked, never drawn as random replacements."""
     fingerprint: str
+    chat_template: str = ""
+    """How a conversation is written (data/chat.py), in jinja2; empty where the vocabulary says none."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -232,12 +246,18 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save_in(self, home: Path) -> None:
         self.save(home / "tokenizer.model")
+        if self.chat_template:
+            (home / CONFIG).write_text(json.dumps({"chat_template": self.chat_template}, ensure_ascii=False), "utf-8")
 
     @classmethod
     def read(cls, path: Path) -> "SentencePieceTokenizer":
         """Raises InputError if there is no such file, it is no sentencepiece model, or it lacks the specials."""
         try:
             tokenizer = cls(path.read_bytes())
+            if (path.parent / CONFIG).exists():
+                tokenizer.chat_template = template_in(json.loads((path.parent / CONFIG).read_text("utf-8")))
+        except json.JSONDecodeError as e:
+            raise InputError(f"{path.parent / CONFIG} is not JSON: {e}") from e
         except OSError as e:
             raise InputError(f"cannot read the tokenizer {path}: {e.strerror}") from e
         except RuntimeError as e:

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from bothways.data import chat
 from bothways.data import tokenizer as tokenizers
 from bothways.data.config import DataConfig
 from bothways.data.corpora import Corpus
+from bothways.data.files import read_utf8
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 
@@ -40,6 +42,8 @@ class Tokens:
     """UTF-8 bytes of the text."""
     home: Path | None = None
     """Where the files are, and where what is made from them may be kept."""
+    scored: np.ndarray | None = None
+    """Of conversations, [tokens] bool: parts of answers, which the loss is on; None of plain text, all of which it is on."""
     block: int = 0
     """Tokens of a block, where `ids` are read by blocks; else 0."""
 
@@ -51,6 +55,15 @@ class Tokens:
 
 def obtain_tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
     """The tokenizer that a configuration names: read from its file, or trained once and kept in the cache."""
+    tokenizer = _tokenizer(cfg, corpus)
+    if cfg.chat_template:
+        tokenizer.chat_template = read_utf8(Path(cfg.chat_template).expanduser())
+    elif cfg.messages_field:
+        tokenizer.chat_template = chat.template_of(tokenizer)
+    return tokenizer
+
+
+def _tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
     if corpus.store:
         return corpus.store.tokenizer(cfg)
     if cfg.tokenizer.endswith((".model", ".json")):
@@ -59,9 +72,10 @@ def obtain_tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
     key = hashlib.sha256(version.encode()).hexdigest()[:16]
     path = Path(cfg.cache).expanduser() / "tokenizers" / f"{key}.model"
     if not path.exists():
-        size = sum(len(text.encode()) for _, text in corpus.documents("train"))
+        said = chat.plain_text if corpus.conversations else str
+        size = sum(len(said(text).encode()) for _, text in corpus.documents("train"))
         share = min(1.0, tokenizers.TRAINING_BYTES / max(1, size))
-        texts = (text for _, text in corpus.documents("train"))
+        texts = (said(text) for _, text in corpus.documents("train"))
         trained = tokenizers.train(texts, cfg.tokenizer, cfg.vocab_size, share)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         trained.save(partial)
@@ -79,9 +93,10 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
         corpus.store.check_tokenizer(tokenizer)
         if corpus.store.is_large(split):
             return corpus.store.open(split, Path(cache).expanduser())
-    key = hashlib.sha256(
-        f"{1 + corpus.paired} {corpus.fingerprint} {tokenizer.fingerprint} {split}".encode()
-    ).hexdigest()[:16]
+    version = f"{1 + corpus.paired} {corpus.fingerprint} {tokenizer.fingerprint} {split}"
+    if corpus.conversations:
+        version += f" {chat.template_fingerprint(tokenizer)} {tokenizer.special}"
+    key = hashlib.sha256(version.encode()).hexdigest()[:16]
     home = Path(cache).expanduser() / "tokens" / f"{corpus.name.replace('/', '-')}-{split}-{key}"
     if not (home / "meta.json").exists():
         home.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +114,8 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
     if meta["bytes"] == 0:
         raise InputError(f"the {split} split of {corpus.name} is empty; give more text, or --data.validation FILE")
     ids = np.memmap(home / "ids.bin", dtype=meta["dtype"], mode="r")
-    return Tokens(ids, np.load(home / "starts.npy", mmap_mode="r"), meta["bytes"], home)
+    scored = np.memmap(home / "scored.bin", dtype=bool, mode="r") if corpus.conversations else None
+    return Tokens(ids, np.load(home / "starts.npy", mmap_mode="r"), meta["bytes"], home, scored)
 
 
 def umask() -> int:
@@ -110,8 +126,16 @@ def umask() -> int:
 
 
 def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None:
-    """ids.bin, starts.npy and meta.json of a split: encoded here, or as they were prepared."""
+    """ids.bin, starts.npy and meta.json of a split: encoded here, or as they were prepared; of conversations scored.bin."""
     starts, position, size, dtype = [np.zeros(0, np.int64)], 0, 0, dtype_for(tokenizer)
+    if corpus.conversations:
+        with (home / "ids.bin").open("wb") as out, (home / "scored.bin").open("wb") as answers:
+            for ids, scored, count in chat.encoded(corpus.documents(split), tokenizer):
+                out.write(np.array(ids, dtype).tobytes())
+                answers.write(scored.tobytes())
+                starts.append(np.array([position]))
+                position, size = position + len(ids), size + count
+        return _finish(home, starts, dtype, position, size)
     with (home / "ids.bin").open("wb") as out:
         texts = (text for _, text in corpus.documents(split))
         made = corpus.store.pieces(split) if corpus.store else encoded(texts, tokenizer, corpus.paired)
@@ -120,6 +144,10 @@ def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None
             starts.append(position + begins)
             position += len(ids)
             size += count
+    return _finish(home, starts, dtype, position, size)
+
+
+def _finish(home: Path, starts: list[np.ndarray], dtype: np.dtype, position: int, size: int) -> None:
     np.save(home / "starts.npy", np.concatenate(starts))
     (home / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": position, "bytes": size}))
 

@@ -164,7 +164,8 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> tuple[Any, TrainState, dict[str
     step = make_train_step(module, objective, optimizer, mesh, placed, **how)
     length, rows = model.context_length, recipe.train.batch_size
     document = length // 2 if recipe.objective.kind == "pairs" else 2 * length
-    source, example = objective.source(made_up_tokens(document, model.vocab_size), length, False)
+    text = made_up_tokens(document, model.vocab_size, bool(recipe.data.messages_field))
+    source, example = objective.source(text, length, False)
     one = example(source[np.arange(1)], ExampleRng(0, np.arange(1)))
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in one.items()}
     return step, state, batch, placed
@@ -182,11 +183,12 @@ def planned_model(model: TransformerConfig, platform: str) -> TransformerConfig:
     return dataclasses.replace(model.resolved(), dtype=dtype)
 
 
-def made_up_tokens(length: int, vocab_size: int) -> Tokens:
-    """Four documents of `length` made-up tokens."""
+def made_up_tokens(length: int, vocab_size: int, conversations: bool = False) -> Tokens:
+    """Four documents of `length` made-up tokens, or conversations that are all answers."""
     documents, size = 4, length + 2
     ids = 5 + np.arange(documents * size) % (vocab_size - 5)
-    return Tokens(ids.astype(np.int32), np.arange(0, len(ids), size), len(ids))
+    scored = np.ones(len(ids), bool) if conversations else None
+    return Tokens(ids.astype(np.int32), np.arange(0, len(ids), size), len(ids), scored=scored)
 
 
 def _roofline(

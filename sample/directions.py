@@ -22,7 +22,7 @@ def directions(model: TextModel | MaskedModel | HybridModel | DiffusionModel) ->
     found = {}
     in_blocks = isinstance(model, DiffusionModel)
     mixed = objective.kind == "hybrid" and objective.causal_share > 0
-    if objective.kind == "causal" or mixed or (in_blocks and model.forward):
+    if objective.kind in ("causal", "chat") or mixed or (in_blocks and model.forward):
         found[FORWARD] = MaskedModel(dataclasses.replace(model.run, module=MaskedNextToken(cfg, both_ways=False)))
     if (in_blocks and 0 in model.block_sizes) or (isinstance(model, HybridModel) and objective.causal_share < 1):
         found[BOTH] = model.both_ways

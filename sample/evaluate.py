@@ -72,6 +72,7 @@ def evaluate(
     unigram, what knowing only how often each token occurs in training gives there; nsp_accuracy; and
     bits_per_byte by the diffusion bound, which shares its scale with a causal run's (see MaskedModel.score).
     Of a decoder trained by diffusion: bits_per_byte by the bound, for each of its block sizes; exact at 1.
+    Of a run trained on conversations: loss and bits_per_byte of the answers alone (of diffusion, the bound).
     Of a hybrid run: both, the bidirectional ones with `both_ways_` before their names.
 
     Of an encoder-decoder: loss and bits_per_byte of targets given their sources; of pairs also bleu and chrf of its
@@ -99,7 +100,9 @@ def evaluate(
             continue
         held = tokens.prepare(corpus, suite, model.tokenizer, cfg.cache)
         figures += (
-            masked_figures(model, suite, held, train(), limit)
+            conversation_figures(model, suite, held, limit)
+            if held.scored is not None
+            else masked_figures(model, suite, held, train(), limit)
             if isinstance(model, MaskedModel)
             else diffusion_figures(model, suite, held, limit)
             if isinstance(model, DiffusionModel)
@@ -219,6 +222,36 @@ def causal_figures(model: TextModel, suite: str, held: Tokens, limit: int) -> li
         nats = -np.array(scoring.causal_logprobs(model.run.module, model.run.params, pieces, context + 1))
         ratios.add("loss", nats, np.array([len(p) - 1 for p in pieces]))
         ratios.add("bits_per_byte", nats / np.log(2), np.array([lengths[p[1:]].sum() for p in pieces]))
+    return ratios.metrics(suite)
+
+
+def conversation_figures(model: TextModel, suite: str, held: Tokens, limit: int) -> list[Metric]:
+    """Of answers, given all that is said before them; resampled by conversation."""
+    context, lengths, ratios = model.recipe.model.context_length, model.tokenizer.byte_lengths(), Ratios("conversations")
+    starts = np.append(held.starts, len(held.ids))
+    count = min(limit or len(held.starts), len(held.starts))
+    rows, first, sizes, of = [], [], [], []
+    for number, one in enumerate(np.linspace(0, len(held.starts) - 1, count).astype(int)):
+        ids, scored = (x[starts[one] : starts[one + 1]][:context] for x in (held.ids, held.scored))
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], scored, [0]])))
+        for begin, end in zip(np.maximum(edges[::2], 1).tolist(), edges[1::2].tolist(), strict=True):
+            rows.append(ids[:end].tolist())
+            first.append(begin)
+            sizes.append((end - begin, lengths[ids[begin:end]].sum()))
+            of.append(number)
+    if not rows:
+        raise InputError(f"no answer of the {suite} split begins within model.context_length={context} tokens")
+    if isinstance(model, DiffusionModel):
+        found = {f"_block_{b or 'row'}": model.bound_rows(rows, first, 16, b) for b in sorted(set(model.block_sizes))}
+        found = found if len(found) > 1 else {"": next(iter(found.values()))}
+    else:
+        found = {"": scoring.causal_logprobs(model.run.module, model.run.params, rows, context, first=first)}
+    number = np.unique(of, return_inverse=True)[1]
+    tokens_of, bytes_of = (np.bincount(number, side) for side in zip(*sizes, strict=True))
+    for block, logprobs in found.items():
+        nats = -np.bincount(number, np.asarray(logprobs))
+        ratios.add(f"loss{block}", nats, tokens_of)
+        ratios.add(f"bits_per_byte{block}", nats / np.log(2), bytes_of)
     return ratios.metrics(suite)
 
 

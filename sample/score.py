@@ -45,11 +45,17 @@ def next_token_logprobs(module: nn.Module, params: Any, batch: dict[str, jax.Arr
 
 
 def causal_logprobs(
-    module: nn.Module, params: Any, sequences: Sequence[list[int]], context: int, memory: int = BATCH_BYTES
+    module: nn.Module,
+    params: Any,
+    sequences: Sequence[list[int]],
+    context: int,
+    memory: int = BATCH_BYTES,
+    first: Sequence[int] | None = None,
 ) -> list[float]:
-    """log p(tokens 1.. | token 0) of every sequence, in nats, each token given all before it in its window.
+    """log p(tokens `first`.. | those before) of every sequence, in nats, each token given all before it in its window.
 
     Args:
+      first: first token scored of every sequence; None: 1.
       memory: bytes that a batch may take; see batching.rows_that_fit.
     """
     pieces = ((i, *w) for i, s in enumerate(sequences) for w in windows(len(s), context))
@@ -62,7 +68,8 @@ def causal_logprobs(
             ids = sequences[i][start:end]
             arrays["tokens"][row, : len(ids)] = ids
             arrays["targets"][row, : len(ids) - 1] = ids[1:]
-            arrays["weights"][row, scored - start - 1 : len(ids) - 1] = 1
+            begin = max(scored, first[i] if first else 1) - start - 1
+            arrays["weights"][row, begin : len(ids) - 1] = 1
         logprobs = np.asarray(next_token_logprobs(module, params, arrays))
         for row, (i, *_) in enumerate(batch):
             totals[i] += logprobs[row]

@@ -12,11 +12,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from bothways.data import chat
 from bothways.errors import InputError
 from bothways.log import log
 from bothways.sample.text import draw_keys
 from bothways.serve import shapes
-from bothways.serve.chat import encode_chat, render
 from bothways.serve.http import Server, answer, error_of, read, server_of, status_of, while_connected
 from bothways.serve.runs import IN_SLOTS, Served
 from bothways.serve.writing import Piece, Wanted, Written, infilling, method_of, seed_of, wanted
@@ -216,9 +216,9 @@ async def chat_completions(request: Request) -> Response:
     server = server_of(request)
     run = server.run(given.model, "chat")
     messages = [{"role": m.role, "content": m.text} for m in given.messages]
-    prompt = render(run.template, messages, run.tokenizer)
+    prompt = chat.render(run.tokenizer, messages)
     prompts = [
-        wanted(run, prompt, given.max_completion_tokens or given.max_tokens, None, encode_chat(run.tokenizer, prompt))
+        wanted(run, prompt, given.max_completion_tokens or given.max_tokens, None, chat.encode(run.tokenizer, prompt))
     ]
     check_total(server, run, given, prompts)
     check_logprobs(run, given.logprobs)

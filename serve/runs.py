@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -56,8 +55,6 @@ class Served:
     tokenizer: Tokenizer
     task: TaskInfo | None
     created: int
-    template: str
-    """Of chats, in jinja2; empty where the run has none."""
 
     @classmethod
     def read(cls, name: str, home: Path) -> "Served":
@@ -66,7 +63,7 @@ class Served:
         if not (home / "checkpoints").is_dir() or not any(p.name.isdigit() for p in (home / "checkpoints").iterdir()):
             raise InputError(f"{home} has no checkpoint yet; train it first")
         created = int(time.time())
-        return cls(name, home, recipe, Tokenizer.load(home), task, created, read_template(home))
+        return cls(name, home, recipe, Tokenizer.load(home), task, created)
 
     @property
     def kind(self) -> str:
@@ -93,7 +90,7 @@ class Served:
             return f"{self.name} was trained forward only"
         if what in ("infill", "fill") and kind == "diffusion" and 0 not in objective.block_sizes:
             return f"{self.name} was not trained on whole rows, and never saw what follows a block"
-        if what == "chat" and not self.template:
+        if what == "chat" and not self.tokenizer.chat_template:
             return f"{self.name} has no chat template: its tokenizer_config.json holds no chat_template"
         if what == "rerank" and self.task is not None and self.task.kind not in ("regress", "classify"):
             return f"{self.name} is fine-tuned for {self.task.kind}, which gives a pair of texts no score"
@@ -114,13 +111,6 @@ class Served:
         cfg = self.recipe.model.resolved()
         per_token = cfg.n_layers * cfg.n_kv_heads * (cfg.d_head + cfg.d_value) * jnp.dtype(cfg.compute_dtype).itemsize
         return slots * size * per_token * (2 if self.kind == "seq2seq" else 1) if self.kind in IN_SLOTS else 0
-
-
-def read_template(home: Path) -> str:
-    """The chat template in a run directory's tokenizer_config.json, or empty."""
-    path = home / "tokenizer_config.json"
-    found = json.loads(path.read_text()).get("chat_template", "") if path.exists() else ""
-    return found if isinstance(found, str) else ""
 
 
 def named(homes: Sequence[str]) -> dict[str, Served]:

@@ -1,5 +1,6 @@
 """`bothways sample`: continues text."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def sample(
     any_order: bool = False,
     sweeps: int | None = None,
     stream: bool = False,
+    chat: bool = False,
+    system: str = "",
     mesh: MeshConfig = ONE,
     step: str = "newest",
     json: bool = False,
@@ -70,6 +73,8 @@ def sample(
         any_order: Keep tokens in a random order instead of the most confident first (masked, diffusion models).
         sweeps: Times each token of a block is drawn again afterwards (masked models; 0).
         stream: Show the text while it is made.
+        chat: Each prompt is a user's turn, and what is written the answer, by the run's chat template.
+        system: With --chat, what the conversation begins with.
         mesh: Devices to spread the parameters over.
         step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
         json: One JSON object per result.
@@ -111,18 +116,28 @@ def sample(
     if wrong:
         why = "writes blocks of masks and not token by token" if blocks else "goes left to right and has no masks"
         raise InputError(f"--{min(wrong).replace('_', '-')} is not for a {family} run, which {why}")
+    if system and not chat:
+        raise InputError("--system begins a conversation: add --chat, or leave it out")
+    if chat:
+        checked_text([system], "the system message")
+        from bothways.sample.chat import answer_prompts
+
+        answer = functools.partial(answer_prompts, model, system=system)
+    else:
+        answer = model.sample
+    alone = family == "seq2seq" or chat
     if stream:
-        print("" if family == "seq2seq" else prompts[0], end="", flush=True)
+        print("" if alone else prompts[0], end="", flush=True)
         options["stream"] = lambda _, piece: print(piece, end="", flush=True)
     options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "greedy": greedy}
     count = len(prompts) * num
     for begin in range(0, len(prompts), PROMPTS):  # what row i generates does not depend on its neighbours
-        results = model.sample(prompts[begin : begin + PROMPTS], num=num, seed=seed, stop=stop, **options)
+        results = answer(prompts[begin : begin + PROMPTS], num=num, seed=seed, stop=stop, **options)
         if stream:
             print()
             return
         for i, result in enumerate(results, begin * num + 1):
             head = f"--- {i} of {count}\n" if count > 1 and source is None else ""
-            emit(result, json, result.text if family == "seq2seq" else f"{head}{result.prompt}{result.text}")
+            emit(result, json, f"{head}{result.text}" if alone else f"{head}{result.prompt}{result.text}")
         if len(prompts) > PROMPTS:
             log(f"{min(begin + PROMPTS, len(prompts)):,} of {len(prompts):,} done")

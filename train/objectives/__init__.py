@@ -1,6 +1,7 @@
 """Objectives: what an example is, and what the loss asks for. GPT and BERT part here and in model/mask.py.
 
 causal   every token asks for the next one      the decoder's mask hides what comes after
+chat     as causal, of the answers in conversations alone
 masked   hidden tokens ask for themselves       the encoder's mask hides nothing
 hybrid   some rows as causal; in the others a hidden token is asked for one place before it, and nothing is out of sight
 diffusion  hidden tokens of a block are the targets, given all blocks before it: causal at blocks of 1, masked at the row
@@ -17,6 +18,7 @@ from bothways.recipes import Recipe
 from bothways.registry import predicts
 from bothways.train.objectives.after_source import after_source
 from bothways.train.objectives.causal import causal
+from bothways.train.objectives.chat import chat
 from bothways.train.objectives.core import Batch, Objective, Setting, Sums, class_loss
 from bothways.train.objectives.diffusion import diffusion
 from bothways.train.objectives.hybrid import hybrid
@@ -26,6 +28,7 @@ __all__ = ["OBJECTIVES", "Batch", "Objective", "Setting", "Sums", "class_loss", 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveConfig, Setting], Objective]] = {
     "causal": causal,
+    "chat": chat,
     "masked": masked,
     "hybrid": hybrid,
     "diffusion": diffusion,

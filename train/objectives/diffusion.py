@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bothways.config import ObjectiveConfig
+from bothways.data.conversation_rows import conversation_rows
 from bothways.data.diffusion import diffused
 from bothways.data.pipeline import ExampleFn, RowSource
 from bothways.data.tokens import Rows, Tokens
@@ -26,7 +27,8 @@ def diffusion(cfg: ObjectiveConfig, setting: Setting) -> Objective:
     only_hidden, only_clean = sizes == {0}, sizes == {1} and predicts == "next"
 
     def source(tokens: Tokens, length: int, padded: bool) -> tuple[RowSource, ExampleFn]:
-        rows = Rows(tokens, length - 1, setting.vocabulary.pad, setting.separate, padded)
+        rows: RowSource | None = conversation_rows(tokens, length, setting.vocabulary)
+        rows = rows or Rows(tokens, length - 1, setting.vocabulary.pad, setting.separate, padded)
         flat = cfg.weighting == "flat" and not padded  # held out, it is the bound
         ask = {"vocabulary": setting.vocabulary, "block_sizes": cfg.block_sizes, "predicts": predicts, "flat": flat}
         return rows, functools.partial(diffused, **ask)
