@@ -4,6 +4,7 @@
     bothways train shakespeare_bert      # 2 CPU cores: about 5 minutes
     bothways train shakespeare_chars --data.corpus FILE    # characters of any text
     bothways train shakespeare_hybrid    # 2 CPU cores: about 5 minutes; continues, fills and scores in both directions
+    bothways train shakespeare_chat      # conversations made from the plays: `bothways chat runs/shakespeare_chat`
     bothways train shakespeare_dial      # blocks of 1 to the whole row in one set of weights: `sample --block 4`
 
 The same 3 blocks of width 128 for all: what differs is `family` and `objective`. What made the difference against a
@@ -42,6 +43,14 @@ recipes = {
         objective=ObjectiveConfig(kind="causal"),
         optimizer=OPTIMIZER,
         train=TrainConfig(steps=2000, batch_size=8, eval_every=1000, save_every=500, log_every=20),
+    ),
+    "shakespeare_chat": Recipe(
+        family="gpt",
+        model=TransformerConfig(**SMALL | {"context_length": 256}),
+        data=dataclasses.replace(DATA, messages_field="messages"),
+        objective=ObjectiveConfig(kind="chat"),
+        optimizer=OPTIMIZER,
+        train=TrainConfig(steps=2000, batch_size=4, eval_every=1000, save_every=500, log_every=20),
     ),
     "shakespeare_chars": Recipe(
         family="gpt",
