@@ -244,9 +244,9 @@ def _build(cls: type, values: Any, where: str) -> Any:
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             return _build(hint, value, f"{where}.{name}")
-        types, said = IN_JSON[get_origin(hint) or hint]
+        types, expected = IN_JSON[get_origin(hint) or hint]
         if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
-            raise InputError(f"{where}.{name} is {json.dumps(value)[:60]}; it must be {said}")
+            raise InputError(f"{where}.{name} is {json.dumps(value)[:60]}; it must be {expected}")
         if types is list:
             element, wanted = IN_JSON[get_origin(get_args(hint)[0]) or get_args(hint)[0]]
             if not all(isinstance(v, element) and (element is bool or not isinstance(v, bool)) for v in value):

@@ -99,3 +99,15 @@ def test_one_word_for_one_thing():
             assert not found, (
                 f"{path.relative_to(ROOT)} writes {found.group()}: CONTRIBUTING.md, Words, has the field's word"
             )
+
+
+def test_the_docs_name_what_is_there():
+    """`folder/file.py: name, other` in a page means that the file has those names, and a path that it exists."""
+    for page in [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md"]:
+        text = page.read_text()
+        for path in re.findall(r"`((?:[a-z_]+/)+\w+\.py)\b", text):
+            assert (ROOT / path).exists(), f"{page.name} names {path}"
+        for path, names in re.findall(r"`((?:[a-z_]+/)+\w+\.py): ([\w., ]+)`", text):
+            source = (ROOT / path).read_text()
+            for name in re.split(r"[., ]+", names):
+                assert re.search(rf"\b{name}\b", source), f"{page.name} names {name} of {path}"

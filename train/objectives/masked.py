@@ -27,11 +27,11 @@ def masked(cfg: ObjectiveConfig, setting: Setting) -> Objective:
 
     def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
         features = module(batch["tokens"], batch["positions"], batch["segments"], batch.get("types"), deterministic)
-        asked = jnp.take_along_axis(
+        masked_features = jnp.take_along_axis(
             features, batch["mask_positions"][..., None], axis=1
         )  # only these meet the vocabulary
         smoothing = 0.0 if deterministic else cfg.label_smoothing
-        hidden = module.transform(asked)
+        hidden = module.transform(masked_features)
         sums = {"mlm": cross_entropy(hidden, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
         if cfg.next_sentence:
             sums["nsp"] = class_loss(module.next_sentence(features), batch["random_next"], batch["pair_weight"])
