@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bothways import rundir
-from bothways.compare import core, dial, stats
+from bothways.compare import core, dial, dial_result, stats
 from bothways.compare.core import Size
 from bothways.compare.text import text_of
 from bothways.registry import make_module
@@ -23,22 +23,27 @@ def found(bound: float, chunk: float) -> tuple:
     judge = {"1 a pass": 5.0, "2 a pass": 5.0 + chunk / 2, "all at once": 5.0 + chunk, "above 0.5": 4.5}
 
     def writes() -> dict:
-        more = {"per_pass": 1.5, "distinct": 0.9, "entropy": 5.0}
-        return {way: {"judge": (value + rng.normal(0, 0.05, 12)).tolist(), **more} for way, value in judge.items()}
+        more = {"distinct": 0.9, "entropy": 5.0, "self_bleu": 0.2}
+        passes = {"1 a pass": 1.0, "2 a pass": 2.0, "all at once": 4.0, "above 0.5": 1.5}
+        return {
+            way: {"judge": (value + rng.normal(0, 0.05, 12)).tolist(), "per_pass": passes[way], **more}
+            for way, value in judge.items()
+        }
 
     def one(blocks) -> dict:
         nats = {b: ((bits[b] + rng.normal(0, 0.02, 12)) * 100 * np.log(2)).tolist() for b in blocks}
         return {"nats": nats, "writes": {b: writes() for b in blocks}}
 
     runs = {b: [one([b]) for _ in range(3)] for b in BLOCKS} | {"all": [one(BLOCKS) for _ in range(3)]}
-    real = {"judge": [5.0] * 12, "distinct": 0.95, "entropy": 6.0, "bytes": [100] * 12}
-    return runs, real, {b: {"1 a pass": {"1": 10.0, "16": 100.0}} for b in BLOCKS}
+    real = {"judge": [5.0] * 12, "distinct": 0.95, "entropy": 6.0, "self_bleu": 0.1, "bytes": [100] * 12}
+    return runs, real, {b: {"1 a pass": {"1": 10.0, "16": 100.0}, "all at once": {"1": 30.0, "16": 90.0}} for b in BLOCKS}
 
 
 @pytest.mark.parametrize(
     ("bound", "chunk", "verdict"), [(0.5, 1.0, stats.HOLDS), (-0.5, 1.0, stats.FAILS), (0.5, 0, None)]
 )
-def test_the_claim_holds_where_chunks_cost(bound, chunk, verdict):
+def test_the_claim_holds_where_chunks_cost(bound, chunk, verdict, monkeypatch):
+    monkeypatch.setattr(dial_result.pictures, "curves", lambda *args, **how: "")
     result = dial.conclude(*found(bound, chunk))
     if verdict:
         assert result.verdict == verdict
@@ -46,14 +51,30 @@ def test_the_claim_holds_where_chunks_cost(bound, chunk, verdict):
     assert named["bits per byte, blocks of row, a model for each"].holds(2 + bound)
     assert named["judge, blocks of 4, all at once"].holds(chunk)
     assert f"whole rows is {bound:+.1f}"[:-1] in result.finding
-    assert len(result.pictures) == 3
+    assert len(result.pictures) == 1 + 2 * 3  # bits; two orders, each by pass and by second at 1 and 16 rows
+    best = [row for row in result.tables[2].rows if row[0] == "a second, 1 row"]
+    assert best[-1][2:4] == ["all at once", "30"]  # the fastest, whatever the judge says
+
+
+def test_the_frontier_has_what_nothing_else_beats():
+    def point(way: str, value: float, per_pass: float) -> dial_result.Point:
+        return dial_result.Point("4", way, stats.Estimate(value, value, value, 1), per_pass, {"1": 8 / per_pass})
+
+    slow, quick, dull, beaten = (
+        point("1 a pass", 0.1, 1),
+        point("all at once", 2.0, 4),
+        point("above 0.5", -0.7, 2),
+        point("2 a pass", 0.8, 2),
+    )
+    points = [beaten, quick, slow, dull]
+    assert dial_result.frontier(points, "pass") == [slow, dull, quick]  # below real text counts as far as above it
+    assert dial_result.frontier(points, "1") == [slow]
 
 
 def test_it_measures_what_it_says(tiny_recipe, tmp_path, monkeypatch):
     """From end to end, with random weights in place of trained ones."""
-    monkeypatch.setattr(dial, "BLOCKS", (1, 4, 0))
+    monkeypatch.setattr(dial, "FEW", (1, 4, 0))
     monkeypatch.setattr(dial, "WAYS", {k: dial.WAYS[k] for k in ("1 a pass", "all at once", "above 0.5")})
-    monkeypatch.setattr(dial, "speeds", lambda lab: {})
     model = dataclasses.replace(tiny_recipe.model, n_layers=1, scan_layers=False, dropout_residual=0.0)
     base = dataclasses.replace(tiny_recipe, model=model)
     made = []
@@ -77,5 +98,8 @@ def test_it_measures_what_it_says(tiny_recipe, tmp_path, monkeypatch):
     passes = {f.name: f.value.value for f in result.figures if f.name.startswith("tokens per pass")}
     assert passes["tokens per pass, blocks of row, all at once"] == pytest.approx(7, abs=1)
     assert passes["tokens per pass, blocks of 4, all at once"] > passes["tokens per pass, blocks of 4, 1 a pass"]
-    again = dial.run(lab)  # nothing is measured twice
+    (tmp_path / "x" / "parts" / "dial-nats-4-0.json").unlink()
+    made.clear()
+    again = dial.run(lab)  # only what is gone is measured again
+    assert set(made) == {("-dial-4", 0)}
     assert again.finding == result.finding
