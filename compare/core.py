@@ -39,16 +39,18 @@ class Size:
     """Test items, or draws, per cell of a table."""
     tune_steps: int
     """Steps of every fine-tuning."""
+    tunings: int
+    """Fine-tunings at the best rate, each with examples and a head of its own; the pretrained models take turns."""
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     toy_width: int = 64
     """Made-up data gets two layers so wide; 0: as the recipe says."""
 
 
 SIZES = {
-    "smoke": Size("smoke", 2, 4, 4, 8, 2, (3e-3,)),
-    "tiny": Size("tiny", 3, 40, 150, 100, 20, (1e-2,)),
-    "small": Size("small", 3, 400, 500, 400, 40),
-    "full": Size("full", 3, 0, 10_000, 2000, 2000, (2e-5, 3e-5, 5e-5), 0),
+    "smoke": Size("smoke", 2, 4, 4, 8, 2, 2, (3e-3,)),
+    "tiny": Size("tiny", 3, 40, 150, 100, 20, 6, (1e-2,)),
+    "small": Size("small", 3, 400, 500, 400, 40, 6),
+    "full": Size("full", 3, 0, 10_000, 2000, 2000, 3, (2e-5, 3e-5, 5e-5), 0),
 }
 
 
@@ -81,12 +83,26 @@ class Result:
     tables: list[Table]
     pictures: list[tuple[str, str]]
     """(SVG, what it shows)"""
+    effect: str = ""
+    """How large what the verdict is about is, with its interval."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Result":
         figures = [Measurement(**f | {"value": Estimate(**f["value"])}) for f in values["figures"]]
         tables = [Table(t["title"], tuple(t["columns"]), t["rows"]) for t in values["tables"]]
         return cls(**values | {"figures": figures, "tables": tables, "pictures": [tuple(p) for p in values["pictures"]]})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pilot:
+    """How much a difference varied from seed to seed (a standard deviation) in an earlier comparison of size `size`."""
+
+    spread: float
+    of: str
+    """The difference and its unit."""
+    size: str = "small"
+    tuned: bool = False
+    """Whether its seeds are those of fine-tunings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +115,19 @@ class Experiment:
     method: str
     known: str
     run: Callable[["ExperimentRunner"], Result]
-    pilot: tuple[float, str] | None = None
-    """How much its main difference varied from seed to seed in a pilot of size tiny (a standard deviation), and its unit."""
+    pilots: tuple[Pilot, ...] = ()
 
-    def detects(self, seeds: int) -> str:
-        """Which difference so many seeds can find, known before anything is run; empty without a pilot, or with one seed."""
-        if self.pilot is None or seeds < 2:
-            return ""
-        spread, unit = self.pilot
-        return (
-            f"{seeds} seeds find a difference of {detectable(spread, seeds):.3g} {unit} four times out of five, "
-            f"if seeds vary as in a pilot of size tiny ({spread:.3g})"
-        )
+    def detects(self, seeds: int, tunings: int) -> str:
+        """Which differences so many seeds can find, known before anything is run; empty without a pilot, or with one seed."""
+        found = []
+        for p in self.pilots:
+            n, what = (tunings, "fine-tunings") if p.tuned else (seeds, "seeds")
+            if n > 1:
+                found.append(
+                    f"{n} {what} find a difference of {detectable(p.spread, n):.3g} {p.of} four times out of five, "
+                    f"if they vary as in an earlier comparison of size {p.size} (standard deviation {p.spread:.3g})"
+                )
+        return "; ".join(found)
 
 
 class ExperimentRunner:

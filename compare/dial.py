@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bothways.compare.core import Experiment, ExperimentRunner, Result
+from bothways.compare.core import Experiment, ExperimentRunner, Pilot, Result
 from bothways.compare.dial_result import ROWS, WAYS, conclude
 from bothways.compare.text import text_of
 from bothways.compare.writing import distinct, entropy, self_bleu
@@ -191,5 +191,5 @@ EXPERIMENT = Experiment(
     "Block diffusion on LM1B and OpenWebText (arXiv 2503.09573): the smaller the block, the smaller the gap in perplexity to "
     "autoregressive models. Masked diffusion on LM1B (arXiv 2406.07524): a bound of 23 against 20.9.",
     run,
-    pilot=(0.022, "bits per byte between whole rows and single tokens"),
+    pilots=(Pilot(0.022, "bits per byte between whole rows and single tokens", "tiny"),),
 )

@@ -192,4 +192,6 @@ def conclude(found: dict[str, list[dict]], real: dict[str, Any], speeds: dict[st
             ),
             *frontiers(points),
         ],
+        f"whole rows against single tokens {format_difference(cost, ' bits per byte')}; {wide} at once against one at a time "
+        f"{format_difference(chunked, ' bits per token')}",
     )

@@ -5,9 +5,19 @@ from typing import Any
 import numpy as np
 
 from bothways.compare import pictures
-from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, asked
+from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Pilot, Result, Table, asked
 from bothways.compare.labelled import splits, tuned_accuracy
-from bothways.compare.stats import Estimate, all_of, difference, format_difference, mean, mean_share, ranked, verdict
+from bothways.compare.stats import (
+    Estimate,
+    all_of,
+    difference,
+    format_difference,
+    mean,
+    mean_share,
+    ranked,
+    share_difference,
+    verdict,
+)
 from bothways.compare.text import Text, bound_nats, forward_nats, minimal_pairs, text_of
 from bothways.data.metrics import naive_bayes
 from bothways.sample.directions import BOTH, FORWARD, directions
@@ -21,7 +31,7 @@ RULES = {
     ("cloze", FORWARD): "causal: which of ten words makes the whole piece most likely",
     ("cloze", BOTH): "which of ten words is most likely at the mask",
 }
-TUNED = "accuracy on test, best of the rates by validation; Student interval over seeds"
+TUNED = "accuracy on test, best of the rates by validation; interval over fine-tunings and items"
 TASK, EXAMPLES = "denied", 256
 CHOICES, PIECE = 10, 30
 
@@ -66,6 +76,7 @@ def pairs_right(model: MaskedModel, reading: str, pairs: list[tuple[str, str, st
 
 
 def measured(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, dict[str, Any]]:
+    """By reading, for every item: bits of a piece; whether a pair, or a cloze, is right."""
     """Of every reading that the model was trained in: bits per byte, pairs by phenomenon, cloze."""
     text, model, found = text_of(lab), lab.text(arm, seed), {}
     pairs, blanks = minimal_pairs(max(4, lab.size.items // 6)), cloze(text, max(4, lab.size.items // 2))
@@ -73,16 +84,16 @@ def measured(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, dict[str, 
         pieces = text.pieces(max(4, lab.size.items // 12), model.recipe.model.context_length - 2)
         nats = (forward_nats if reading == FORWARD else bound_nats)(asks, pieces)
         right = pairs_right(asks, reading, pairs)
-        by_kind = {
-            k: float(np.mean([r for (kind, *_), r in zip(pairs, right, strict=True) if kind == k])) for k, *_ in pairs
-        }
-        found[reading] = {"bits": text.bits(nats.sum(), pieces), "pairs": float(np.mean(right)), "by_kind": by_kind}
-        found[reading]["cloze"] = float(np.mean(cloze_right(asks, reading, blanks)))
+        by_kind: dict[str, list[int]] = {}
+        for (kind, *_), r in zip(pairs, right, strict=True):
+            by_kind.setdefault(kind, []).append(int(r))
+        found[reading] = {"bits": (nats / np.log(2)).tolist(), "pairs": list(map(int, right)), "by_kind": by_kind}
+        found[reading]["cloze"] = list(map(int, cloze_right(asks, reading, blanks)))
     return found
 
 
-def baselines(lab: ExperimentRunner) -> dict[str, float]:
-    """What counting gives on the same items."""
+def baselines(lab: ExperimentRunner) -> dict[str, Any]:
+    """What counting gives on the same items, and the bytes of the pieces."""
     text = text_of(lab)
     pairs, blanks = minimal_pairs(max(4, lab.size.items // 6)), cloze(text, max(4, lab.size.items // 2))
     counted = [[text.unigram[text.tokenizer.encode(s)].sum() for s in both] for _, *both in pairs]
@@ -91,6 +102,7 @@ def baselines(lab: ExperimentRunner) -> dict[str, float]:
     guesses = naive_bayes([t for t, _ in train], [str(y) for _, y in train], [t for t, _ in test])
     return {
         "bits": text.bits(-sum(text.unigram[p].sum() for p in pieces), pieces),
+        "bytes": [int(text.tokenizer.byte_lengths()[p].sum()) for p in pieces],
         "pairs": float(np.mean([right > wrong for right, wrong in counted])),
         "cloze": float(np.mean([text.unigram[c[0]] > max(text.unigram[c[1:]]) for *_, c in blanks])),
         "tuned": float(np.mean([g == str(y) for g, (_, y) in zip(guesses, test, strict=True)])),
@@ -104,24 +116,26 @@ def run(lab: ExperimentRunner) -> Result:
     tuned = {arm: tuned_accuracy(lab, arm, "head", TASK, EXAMPLES) for arm in lab.arms()}
     rate = lab.recipes["masked"].objective.mask_rate
 
-    def short(seed: int) -> float:
+    def short(seed: int) -> list[float]:
         text, model = text_of(lab), lab.text("causal", seed, share=rate, tag="-short")
         pieces = text.pieces(max(4, lab.size.items // 12), model.recipe.model.context_length - 2)
-        return text.bits(forward_nats(directions(model)[FORWARD], pieces).sum(), pieces)
+        return (forward_nats(directions(model)[FORWARD], pieces) / np.log(2)).tolist()
 
     fewer = [lab.part(f"directions-short-{s}", lambda s=s: short(s)) for s in lab.seeds]
     return conclude(found, tuned, fewer, lab.part("directions-baselines", lambda: baselines(lab)), rate)
 
 
-def conclude(found: dict, tuned: dict, fewer: list[float], baseline: dict[str, float], rate: float) -> Result:
-    by: dict[tuple[str, str, str], list[float]] = {}
+def conclude(found: dict, tuned: dict, fewer: list[list[float]], baseline: dict[str, Any], rate: float) -> Result:
+    """All values are [seeds][items]; bits are of pieces of so many `bytes` (baseline)."""
+    by: dict[tuple[str, str, str], list[list[float]]] = {}
+    size = baseline["bytes"]
     for arm, runs in found.items():
         for reading in runs[0]:
             for what in ("bits", "pairs", "cloze"):
                 by[what, arm, reading] = [run[reading][what] for run in runs]
 
-    def estimate(what: str, values: list[float]) -> Estimate:
-        return mean(values) if what == "bits" else mean_share(values)
+    def estimate(what: str, values: list[list[float]]) -> Estimate:
+        return mean(values, size) if what == "bits" else mean_share(values)
 
     figures = [
         Measurement(f"{w}, {a}, {r}", estimate(w, v), RULES[w, r], baseline=baseline[w]) for (w, a, r), v in by.items()
@@ -134,7 +148,7 @@ def conclude(found: dict, tuned: dict, fewer: list[float], baseline: dict[str, f
         for r in runs[0]
         for k in runs[0][r]["by_kind"]
     ]
-    short = mean(fewer)
+    short = mean(fewer, size)
     figures.append(
         Measurement(
             f"bits, causal at {rate:.0%} of the tokens, forward", short, RULES["bits", FORWARD], None, baseline["bits"]
@@ -147,12 +161,14 @@ def conclude(found: dict, tuned: dict, fewer: list[float], baseline: dict[str, f
 
     def against(what: str, arm: str, other: str, mine: str = BOTH, theirs: str = FORWARD) -> Estimate:
         if what == "tuned":
-            return difference(tuned[arm]["test"], tuned[other]["test"])
-        return difference(by[what, arm, mine], by[what, other, theirs])
+            return share_difference(tuned[arm]["test"], tuned[other]["test"])
+        if what == "bits":
+            return difference(by[what, arm, mine], by[what, other, theirs], size)
+        return share_difference(by[what, arm, mine], by[what, other, theirs])
 
     costs = against("bits", "masked", "causal")
     better = {what: against(what, "masked", "causal") for what in ("pairs", "cloze", "tuned")}
-    equal_asked = difference(by["bits", "masked", BOTH], fewer)
+    equal_asked = difference(by["bits", "masked", BOTH], fewer, size)
     names = {"pairs": "minimal pairs", "cloze": "cloze", "tuned": "fine-tuning"}
     rows = [["likelihood: bits per byte more", format_difference(costs), verdict(costs)]]
     rows.append(
@@ -196,16 +212,18 @@ def conclude(found: dict, tuned: dict, fewer: list[float], baseline: dict[str, f
     return Result(
         all_of(verdict(costs), *map(verdict, better.values())),
         finding,
-        f"{len(fewer)} seeds, each with its own model, pairs of models sharing the order of the data. The bound is not the "
-        "likelihood: part of its distance is slack.",
+        f"{len(fewer)} seeds, each with its own model, pairs of models sharing the order of the data; "
+        f"{len(tuned['causal']['test'])} fine-tunings, for which those models take turns. Intervals are of seeds and items "
+        "together. The bound is not the likelihood: part of its distance is slack.",
         figures,
         tables,
         [
             (
                 pictures.bars(groups, "accuracy", chance_of_pairs=0.5),
-                "Accuracy by model and reading; 95 % intervals over seeds.",
+                "Accuracy by model and reading; 95 % intervals over seeds and items.",
             )
         ],
+        f"masked against causal: {format_difference(costs, ' bits per byte')}, {format_difference(better['tuned'])} of accuracy after fine-tuning",
     )
 
 
@@ -220,4 +238,10 @@ EXPERIMENT = Experiment(
     "GPT-BERT (arXiv 2410.24159), from causal-only to masked-only, BLiMP scored both ways: 74.6 78.8 80.8 82.4 83.9 84.0 84.8 "
     "84.4 84.3. BERT (arXiv 1810.04805, table 5): MNLI 83.9 with both directions, 82.1 left to right.",
     run,
+    pilots=(
+        Pilot(0.031, "bits per byte between masked and causal"),
+        Pilot(0.04, "in the share of minimal pairs"),
+        Pilot(0.051, "in the share of clozes"),
+        Pilot(0.57, "of accuracy after fine-tuning", tuned=True),
+    ),
 )

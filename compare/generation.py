@@ -11,6 +11,7 @@ from bothways.compare.core import (
     ExperimentRunner,
     Measurement,
     Model,
+    Pilot,
     Result,
     Table,
     continued,
@@ -18,7 +19,17 @@ from bothways.compare.core import (
 )
 from bothways.compare.directions import EXAMPLES, TASK, TUNED
 from bothways.compare.labelled import tuned_accuracy
-from bothways.compare.stats import Estimate, all_of, difference, format_difference, mean, mean_share, ranked, verdict
+from bothways.compare.stats import (
+    Estimate,
+    all_of,
+    difference,
+    format_difference,
+    mean,
+    mean_share,
+    ranked,
+    share_difference,
+    verdict,
+)
 from bothways.compare.text import Text, text_of
 from bothways.compare.writing import Judge, distinct, entropy, self_bleu
 from bothways.sample.directions import BOTH, FORWARD, directions
@@ -41,9 +52,9 @@ def by_chunks(model: MaskedModel, prompts: list[list[int]], new: int, steps: int
     return [s[:new] for s in said]
 
 
-def spans_right(model: Model, text: Text, count: int) -> dict[str, dict[str, float]]:
-    """Reading -> length of the span -> share of its tokens that are filled rightly, by the most likely tokens."""
-    found: dict[str, dict[str, float]] = {}
+def spans_right(model: Model, text: Text, count: int) -> dict[str, dict[str, list[float]]]:
+    """Reading -> length of the span -> of every piece, the share of tokens that are filled rightly, by the most likely."""
+    found: dict[str, dict[str, list[float]]] = {}
     t = text.tokenizer
     for n in SPANS:
         pieces, at = text.pieces(count, 48), 16
@@ -55,8 +66,8 @@ def spans_right(model: Model, text: Text, count: int) -> dict[str, dict[str, flo
                 rows = [[t.bos, *p[:at], *[t.mask] * n, *p[at + n :], t.eos] for p in pieces]
                 asks.fill_rows(rows, [list(range(at + 1, at + 1 + n))] * len(rows), n)
                 said = [r[at + 1 : at + 1 + n] for r in rows]
-            right = [a == b for g, s in zip(gold, said, strict=True) for a, b in zip(g, s, strict=False)]
-            found.setdefault(reading, {})[str(n)] = sum(right) / (n * len(gold))
+            right = [sum(a == b for a, b in zip(g, s, strict=False)) / n for g, s in zip(gold, said, strict=True)]
+            found.setdefault(reading, {})[str(n)] = right
     return found
 
 
@@ -83,9 +94,10 @@ def measured(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, Any]:
     return {"writes": found, "spans": spans_right(model, text, max(8, lab.size.items // 4))}
 
 
-def described(judge: Judge, texts: list[list[int]]) -> dict[str, float]:
+def described(judge: Judge, texts: list[list[int]]) -> dict[str, Any]:
+    """The judge's bits of every text, and what all of them are like."""
     new = [t[PROMPT:] for t in texts]
-    bits = float(np.mean([judge.bits(t[PROMPT - 2 :]) for t in texts]))
+    bits = [float(judge.bits(t[PROMPT - 2 :])) for t in texts]
     return {"judge": bits, "distinct": distinct(new), "entropy": entropy(new), "self_bleu": self_bleu(new)}
 
 
@@ -116,16 +128,16 @@ RULES = {
 }
 
 
-def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: dict[str, Any]) -> Result:
+def conclude(found: dict[str, list[dict]], tuned: dict[str, list[list[float]]], real: dict[str, Any]) -> Result:
+    """The judge's bits, spans and `tuned` are [seeds][items]."""
     figures, rows = [], []
+    of_real = real["writes"] | {"judge": float(np.mean(real["writes"]["judge"]))}
     for arm, runs in found.items():
         for way in runs[0]["writes"]:
             each = {k: mean([r["writes"][way][k] for r in runs]) for k in RULES}
             rows.append([arm, way, *map(str, each.values())])
-            figures += [
-                Measurement(f"{k}, {arm}, {way}", e, RULES[k], baseline=real["writes"].get(k)) for k, e in each.items()
-            ]
-    rows.append(["real text", "", *(f"{real['writes'][k]:.3f}" for k in RULES if k in real["writes"]), ""])
+            figures += [Measurement(f"{k}, {arm}, {way}", e, RULES[k], baseline=of_real.get(k)) for k, e in each.items()]
+    rows.append(["real text", "", *(f"{of_real[k]:.3f}" for k in RULES if k in of_real), ""])
     spans = {
         (a, r, n): mean_share([run["spans"][r][n] for run in runs])
         for a, runs in found.items()
@@ -142,9 +154,11 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
     for (arm, reading, n), e in spans.items():
         series.setdefault(f"{arm}, {reading}", []).append((int(n), e))
 
-    def off(arm: str, way: str) -> list[float]:
-        """Bits per token that what is written is away from real text, in the judge's eyes, by seed."""
-        return [abs(r["writes"][way]["judge"] - real["writes"]["judge"]) for r in found[arm]]
+    def off(arm: str, way: str) -> np.ndarray:
+        """[seeds, texts] bits per token that what is written is away from real text, in the judge's eyes: above it, or
+        below it, as the mean of all is."""
+        over = np.array([r["writes"][way]["judge"] for r in found[arm]]) - np.array(real["writes"]["judge"])
+        return over * np.sign(over.mean())
 
     def distinct(arm: str, way: str) -> str:
         return f"{np.mean([r['writes'][way]['distinct'] for r in found[arm]]):.0%}"
@@ -152,13 +166,13 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
     patient, hasty = "chunks of 16, 16 readings", "chunks of 16 at once"
     writes = difference(off("masked", patient), off("causal", "left to right"))
     blends = difference(off("masked", hasty), off("masked", patient))
-    fills = difference(
+    fills = share_difference(
         *(
-            [np.mean([r["spans"][reading][str(n)] for n in SPANS]) for r in found[a]]
+            [np.mean([r["spans"][reading][str(n)] for n in SPANS], axis=0) for r in found[a]]
             for a, reading in (("masked", BOTH), ("causal", FORWARD))
         )
     )
-    understands = difference(tuned["masked"], tuned["causal"])
+    understands = share_difference(tuned["masked"], tuned["causal"])
     return Result(
         all_of(verdict(writes), verdict(fills), verdict(understands)),
         f"What the masked model writes is, to a judge that counts words, {format_difference(writes, ' bits per token')} further from real "
@@ -167,7 +181,8 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
         f"of real text's {real['writes']['distinct']:.0%}; "
         f"drawn 16 tokens at once, {format_difference(blends, ' bits')} further still. Understanding: the masked model is "
         f"{ranked({'filling spans': fills, 'a tuned task': understands})}, than the causal one.",
-        f"{len(tuned['causal'])} seeds. The judge only counts words; it cannot tell sense, nor dullness: read it "
+        f"{len(found['causal'])} seeds, {len(tuned['causal'])} fine-tunings; intervals are of seeds and items "
+        "together. The judge only counts words; it cannot tell sense, nor dullness: read it "
         "beside distinct-2 and self-BLEU. The claim counts as held only if all "
         "three differences are significant: writing, filling, fine-tuning.",
         figures,
@@ -190,6 +205,8 @@ def conclude(found: dict[str, list[dict]], tuned: dict[str, list[float]], real: 
                 "Filling a span in held-out text.",
             )
         ],
+        f"masked against causal: {format_difference(writes, ' bits per token')} further from real text, spans filled "
+        f"{format_difference(fills)}, fine-tuned {format_difference(understands)}",
     )
 
 
@@ -203,4 +220,9 @@ EXPERIMENT = Experiment(
     "Masked diffusion on C4 (arXiv 2406.07524): perplexity 22 left to right, at most 78 for BERT, at most 35 for BERT tuned as a "
     "diffusion model.",
     run,
+    pilots=(
+        Pilot(0.19, "bits per token from real text"),
+        Pilot(0.02, "in the share of a span"),
+        Pilot(0.57, "of accuracy after fine-tuning", tuned=True),
+    ),
 )

@@ -3,11 +3,12 @@
 import itertools
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from bothways.compare import pictures
-from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table, asked
+from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Pilot, Result, Table, asked
 from bothways.compare.stats import Estimate, difference, format_difference, mean, verdict
 from bothways.sample.directions import FORWARD, directions
 from bothways.sample.masked import MaskedModel
@@ -119,10 +120,10 @@ def nats(model: MaskedModel, reading: str, items: list[Asked]) -> np.ndarray:
 def run(lab: ExperimentRunner) -> Result:
     n = max(8, lab.size.items // 4)
 
-    def measured(arm: str, seed: int) -> dict[str, list[float]]:
+    def measured(arm: str, seed: int) -> dict[str, list[list[float]]]:
         model = lab.toy("in-context", arm, seed, texts, row=4 * ROW, mask_rate=0.5, batch_size=8, longer=2)
         (reading, asks), *_ = directions(model).items()
-        return {task: nats(asks, reading, documents(task, n)).mean(axis=0).tolist() for task in TASKS}
+        return {task: nats(asks, reading, documents(task, n)).tolist() for task in TASKS}
 
     arms = lab.arms("causal", "masked")
     found = {a: [lab.part(f"in-context-{a}-{s}", lambda a=a, s=s: measured(a, s)) for s in lab.seeds] for a in arms}
@@ -130,28 +131,30 @@ def run(lab: ExperimentRunner) -> Result:
     return conclude(found, best)
 
 
-def parts(curve: list[float]) -> tuple[float, float]:
-    """(early, late): the mean over the first and the last third of the places."""
-    third = max(1, len(curve) // 3)
-    return float(np.mean(curve[:third])), float(np.mean(curve[-third:]))
+def parts(curves: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(early, late): the mean over the first and the last third of the answers, the last axis."""
+    curves = np.asarray(curves, float)
+    third = max(1, curves.shape[-1] // 3)
+    return curves[..., :third].mean(axis=-1), curves[..., -third:].mean(axis=-1)
 
 
-def conclude(found: dict[str, list[dict[str, list[float]]]], best: dict[str, list[float]]) -> Result:
+def conclude(found: dict[str, list[dict[str, Any]]], best: dict[str, list[float]]) -> Result:
+    """`found` has nats [documents][answers] of each seed's model, by task; `best` the mean over documents of the best reader."""
     figures, rows, gains = [], [], {}
     rule = "nats per answer in the first third of a document minus the last third; what stands behind is not shown"
     for task, (_, guess) in TASKS.items():
         early, late = parts(best[task])
         for arm, runs in found.items():
-            gain = [parts(r[task])[0] - parts(r[task])[1] for r in runs]
-            gains[arm, task] = gain
-            last = mean([parts(r[task])[1] for r in runs])
+            begins, ends = parts([r[task] for r in runs])
+            gain = gains[arm, task] = begins - ends
+            last = mean(ends)
             figures.append(
                 Measurement(f"{task}, {arm}: early minus late", mean(gain), rule, expected=early - late, baseline=0.0)
             )
             figures.append(
                 Measurement(f"{task}, {arm}: late", last, "nats per answer", expected=late, baseline=-np.log(guess))
             )
-            first = mean([parts(r[task])[0] for r in runs])
+            first = mean(begins)
             rows.append(
                 [
                     task,
@@ -164,14 +167,12 @@ def conclude(found: dict[str, list[dict[str, list[float]]]], best: dict[str, lis
                     f"{-np.log(guess):.3f}",
                 ]
             )
-    used = {
-        arm: mean([float(np.mean([gains[arm, t][s] for t in TASKS])) for s in range(len(runs))])
-        for arm, runs in found.items()
-    }
+    used = {arm: mean(np.mean([gains[arm, t] for t in TASKS], axis=0)) for arm in found}
     pictured = []
     for task in ("few-shot labels", "regression"):
         series = {
-            a: [(i + 1, mean([r[task][i] for r in runs])) for i in range(len(best[task]))] for a, runs in found.items()
+            a: [(i + 1, mean([[d[i] for d in r[task]] for r in runs])) for i in range(len(best[task]))]
+            for a, runs in found.items()
         }
         series["best possible"] = [(i + 1, Estimate(v, v, v, 1)) for i, v in enumerate(best[task])]
         guess = float(-np.log(TASKS[task][1]))
@@ -181,14 +182,15 @@ def conclude(found: dict[str, list[dict[str, list[float]]]], best: dict[str, lis
     share = used["causal"].value / np.mean([np.subtract(*parts(best[t])) for t in TASKS])
     finding += f", {share:.0%} of what the best possible reader does)"
     if "masked" in found:
-        late_of = {a: [float(np.mean([parts(r[t])[1] for t in TASKS])) for r in found[a]] for a in ("causal", "masked")}
+        late_of = {a: np.mean([parts([r[t] for r in found[a]])[1] for t in TASKS], axis=0) for a in ("causal", "masked")}
         at, other = (str(mean(late_of[a])) for a in ("causal", "masked"))
         finding += f"; late in a document its answers cost {at} nats, those of the masked model, shown the same, {other} "
         finding += f"(difference {format_difference(difference(late_of['masked'], late_of['causal']))})"
     return Result(
         verdict(used["causal"]),
         finding + ".",
-        f"{len(found['causal'])} seeds, the same documents for all; the weights cannot know the answers, which are drawn anew for "
+        f"{len(found['causal'])} seeds, the same documents for all, and intervals of both together; "
+        "the weights cannot know the answers, which are drawn anew for "
         "each document. The best possible reader knows the rules and counts exactly.",
         figures,
         [
@@ -199,6 +201,7 @@ def conclude(found: dict[str, list[dict[str, list[float]]]], best: dict[str, lis
             )
         ],
         pictured,
+        f"{format_difference(used['causal'], ' nats')} gained along a document",
     )
 
 
@@ -213,4 +216,8 @@ EXPERIMENT = Experiment(
     "Induction heads form early in training and carry in-context learning (Olsson et al. 2022); transformers learn linear "
     "functions in context as well as least squares (arXiv 2208.01066).",
     run,
+    pilots=(
+        Pilot(0.007, "nats gained along a document"),
+        Pilot(0.028, "nats late in a document between masked and causal"),
+    ),
 )

@@ -224,32 +224,36 @@ def splits(lab: ExperimentRunner, task: str, count: int, seed: int) -> tuple[lis
     return train, items(task, max(8, lab.size.items // 2), 1000 + seed, [*test, *train]), test
 
 
-def best_rate(lab: ExperimentRunner, measure: Callable[[float, int], tuple[float, float]]) -> dict[str, Any]:
-    """Every rate with every seed: the rate that is best on validation, and its accuracy on test by seed.
+def best_rate(lab: ExperimentRunner, measure: Callable[[float, int], tuple[list[bool], list[bool]]]) -> dict[str, Any]:
+    """Every rate with every seed: the rate that is best on validation; and with it every fine-tuning, [tunings][items] right
+    on test.
 
     Args:
-      measure: (rate, seed) -> accuracy on validation and on test.
+      measure: (rate, tuning) -> which items of validation and of test are right.
     """
     tried = {rate: [measure(rate, seed) for seed in lab.seeds] for rate in lab.size.rates}
-    best = max(tried, key=lambda rate: np.mean([v for v, _ in tried[rate]]))
+    best = max(tried, key=lambda rate: np.mean([np.mean(v) for v, _ in tried[rate]]))
+    more = [measure(best, tuning) for tuning in range(len(lab.seeds), lab.size.tunings)]
     return {
         "rate": best,
-        "test": [t for _, t in tried[best]],
-        "validation": {str(r): [v for v, _ in f] for r, f in tried.items()},
+        "test": [list(map(int, t)) for _, t in (tried[best] + more)[: lab.size.tunings]],
+        "validation": {str(r): [float(np.mean(v)) for v, _ in f] for r, f in tried.items()},
     }
 
 
 def tuned_accuracy(lab: ExperimentRunner, arm: str, how: str, task: str, count: int) -> dict[str, Any]:
-    """`best_rate` of one arm tuned on `count` examples; every seed has its own pretrained model, examples and head."""
+    """`best_rate` of one arm tuned on `count` examples; every fine-tuning has examples and a head of its own, and the
+    pretrained models take turns."""
 
-    def measure(rate: float, seed: int) -> tuple[float, float]:
-        model = lab.text(arm, seed)
+    def measure(rate: float, seed: int) -> tuple[list[bool], list[bool]]:
+        model = lab.text(arm, lab.seeds[seed % len(lab.seeds)])
         if (arm, how) not in lab.programs:
             lab.programs[arm, how] = Tuned(model, how, lab.size.tune_steps)
         tuned = lab.programs[arm, how]
         tuned.model = model
         train, validation, test = splits(lab, task, count, seed)
         params = tuned.fit(tuned.fresh(seed), {task: train}, rate, seed)
-        return tuple(float(np.mean(tuned.right(params, {task: part}))) for part in (validation, test))
+        right = tuned.right(params, {task: [*validation, *test]})
+        return right[: len(validation)], right[len(validation) :]
 
     return lab.part(f"tuned-{task}-{count}-{arm}-{how}", lambda: best_rate(lab, measure))

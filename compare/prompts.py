@@ -6,9 +6,19 @@ from typing import Any
 import numpy as np
 
 from bothways.compare import pictures
-from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Result, Table
+from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Pilot, Result, Table
 from bothways.compare.labelled import TASKS, Item, Tuned, splits, tuned_accuracy
-from bothways.compare.stats import OPEN, all_of, difference, format_difference, mean, mean_share, ranked, verdict
+from bothways.compare.stats import (
+    OPEN,
+    all_of,
+    format_difference,
+    mean,
+    mean_share,
+    ranked,
+    share_difference,
+    verdict,
+    within,
+)
 
 TASK = "denied"
 COUNTS = (16, 64, 256)
@@ -19,12 +29,12 @@ RULES = {
 }
 
 
-def shared(lab: ExperimentRunner, arm: str, rates: dict[str, float]) -> dict[str, list[float]]:
-    """Mean accuracy over all tasks, by seed, of one model with prompts, one body with many heads, and a model for each task.
+def shared(lab: ExperimentRunner, arm: str, rates: dict[str, float]) -> dict[str, list[list[int]]]:
+    """[seeds][items of all tasks] right, of one model with prompts, one body with many heads, and a model for each task.
 
     All see the same items for the same number of steps: each of the separate models has its share of the steps.
     """
-    found: dict[str, list[float]] = {
+    found: dict[str, list[list[int]]] = {
         "one model, named tasks": [],
         "one body, many heads": [],
         "a model for each task": [],
@@ -41,16 +51,17 @@ def shared(lab: ExperimentRunner, arm: str, rates: dict[str, float]) -> dict[str
         fresh, rate = tuned.fresh(seed), rates[tuned.how]
         if name == "a model for each task":
             right = [tuned.right(tuned.fit(fresh, {t: train[t]}, rate, seed), {t: test[t]}) for t in TASKS]
-            found[name].append(float(np.mean([r for part in right for r in part])))
+            found[name].append([int(r) for part in right for r in part])
         else:
-            found[name].append(float(np.mean(tuned.right(tuned.fit(fresh, train, rate, seed), test))))
+            found[name].append(list(map(int, tuned.right(tuned.fit(fresh, train, rate, seed), test))))
     return found
 
 
-def transferred(lab: ExperimentRunner, arm: str, rates: dict[str, float]) -> dict[str, list[float]]:
-    """Accuracy on the task left out, tuned on few examples: gained by having been tuned on the other tasks before."""
+def transferred(lab: ExperimentRunner, arm: str, rates: dict[str, float]) -> dict[str, list[list[int]]]:
+    """[seeds][items] of the task left out, tuned on few examples: 1 where it is right only after having been tuned on the
+    other tasks before, -1 where only without."""
     others = [t for t in TASKS if t != LEFT_OUT]
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[list[int]]] = {}
     for how in ("prompt", "head"):
         model = lab.text(arm, 0)
         before = Tuned(model, how, lab.size.tune_steps * 2, heads=len(others) if how == "head" else 1)
@@ -63,10 +74,8 @@ def transferred(lab: ExperimentRunner, arm: str, rates: dict[str, float]) -> dic
             fresh = after.fresh(seed)
             learned = before.fit(before.fresh(seed), train, rates[how], seed)
             body = learned if how == "prompt" else fresh | {"body": learned["body"]}
-            with_, without = (
-                float(np.mean(after.right(after.fit(p, few, rates[how], seed), test))) for p in (body, fresh)
-            )
-            found[how].append(with_ - without)
+            with_, without = (after.right(after.fit(p, few, rates[how], seed), test) for p in (body, fresh))
+            found[how].append([a - b for a, b in zip(with_, without, strict=True)])
     return found
 
 
@@ -106,7 +115,7 @@ def run(lab: ExperimentRunner) -> Result:
     return conclude({k: v["test"] for k, v in curves.items()}, many, moved)
 
 
-def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, Any], moved: dict[str, Any]) -> Result:
+def conclude(curves: dict[tuple[str, str, int], list[list[int]]], many: dict[str, Any], moved: dict[str, Any]) -> Result:
     shown = {key: mean_share(values) for key, values in curves.items()}
     figures = [
         Measurement(f"{TASK}, {a}, {h}, {n} examples", e, RULES[h], baseline=0.5) for (a, h, n), e in shown.items()
@@ -118,12 +127,7 @@ def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, An
         rows.append([arm, how, *map(str, line)])
     for arm in many:
         prompt, head = ([shown[arm, how, n].value for n in COUNTS] for how in ("prompt", "head"))
-        gain = difference(
-            *(
-                [np.mean([curves[arm, h, n][s] for n in COUNTS]) for s in range(len(curves[arm, h, 16]))]
-                for h in ("prompt", "head")
-            )
-        )
+        gain = share_difference(*(np.mean([curves[arm, h, n] for n in COUNTS], axis=0) for h in ("prompt", "head")))
         gains.append(gain)
         w = worth(prompt, head, COUNTS)
         worth_it = "not clear" if verdict(gain) == OPEN else f"{w:.0f}" if np.isfinite(w) else "head never as good"
@@ -139,14 +143,14 @@ def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, An
     shared_rows, sharing = [], []
     for arm, ways in many.items():
         named, heads, _ = ways.values()
-        apart = difference(named, heads)
+        apart = share_difference(named, heads)
         sharing.append(apart)
         figures += [
             Measurement(f"{name}, {arm}", mean_share(v), "mean accuracy over four tasks", baseline=0.5)
             for name, v in ways.items()
         ]
         shared_rows.append([arm, *(str(mean_share(v)) for v in ways.values()), format_difference(apart)])
-    moves = {arm: {how: mean(v) for how, v in ways.items()} for arm, ways in moved.items()}
+    moves = {arm: {how: within(mean(v), -1.0, 1.0) for how, v in ways.items()} for arm, ways in moved.items()}
     for arm, ways in moves.items():
         for how, e in ways.items():
             figures.append(
@@ -154,13 +158,14 @@ def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, An
                     f"transfer to {LEFT_OUT}, {arm}, {how}", e, f"accuracy gained on {FEW} examples", baseline=0.0
                 )
             )
-    further = [difference(w["prompt"], w["head"]) for w in moved.values()]
+    further = [share_difference(w["prompt"], w["head"]) for w in moved.values()]
     return Result(
         all_of(*map(verdict, [*gains, *sharing, *further])),
         f"Against a head, a prompt is {ranked(dict(zip((f'one task ({a})' for a in many), gains, strict=True)))}; "
         f"{ranked(dict(zip((f'four tasks in one model ({a})' for a in many), sharing, strict=True)))}; "
         f"{ranked(dict(zip((f'passing on to a new task ({a})' for a in moved), further, strict=True)))}.",
-        f"{len(next(iter(curves.values())))} seeds, each with its own model, examples and head; each cell's rate is the best on "
+        f"{len(next(iter(curves.values())))} fine-tunings on one task, {len(next(iter(moved.values()))['head'])} on several, each with "
+        "its own examples and head; intervals are of them and of items together; each cell's rate is the best on "
         "validation. The claim counts as held only if prompts win in data, in sharing and in transfer, for both models.",
         figures,
         [
@@ -186,6 +191,8 @@ def conclude(curves: dict[tuple[str, str, int], list[float]], many: dict[str, An
                 "Tuning on growing numbers of examples.",
             )
         ],
+        "a prompt against a head: "
+        + ", ".join(f"{format_difference(g)} ({a})" for a, g in zip(many, gains, strict=True)),
     )
 
 
@@ -200,4 +207,9 @@ EXPERIMENT = Experiment(
     "a task that was left out is tuned on few examples after the others.",
     "Le Scao and Rush (arXiv 2103.08493): a prompt is worth 3506 examples of MNLI, 752 of BoolQ, 282 of RTE, and -424 of WiC.",
     run,
+    pilots=(
+        Pilot(0.18, "of accuracy between a prompt and a head on one task", tuned=True),
+        Pilot(0.089, "of accuracy between prompts and heads on four tasks"),
+        Pilot(0.19, "of accuracy between what prompts and heads pass on"),
+    ),
 )

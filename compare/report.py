@@ -48,6 +48,10 @@ def _badge(verdict: str) -> str:
     return f'<span class="badge {LOOK[verdict]}">{html.escape(verdict)}</span>'
 
 
+def _effect(result: Result) -> str:
+    return f"<b>{html.escape(result.effect)}.</b> " if result.effect else ""
+
+
 def _table(table: Table) -> str:
     head = "".join(f"<th>{html.escape(c)}</th>" for c in table.columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in table.rows)
@@ -68,16 +72,15 @@ def _figures(figures: list[Measurement]) -> str:
     )
 
 
-def _section(experiment: Experiment, result: Result, command: str, seeds: int) -> str:
+def _section(experiment: Experiment, result: Result, command: str, power: str) -> str:
     e = experiment
-    power = e.detects(seeds)
     before = f'<p class="soft"><b>Before it ran:</b> {html.escape(power)}.</p>' if power else ""
     pictures = "".join(
         f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" for svg, caption in result.pictures
     )
     return f"""<section id="{e.name}">
 <h2>{html.escape(e.title)}</h2>
-<p>{_badge(result.verdict)} {html.escape(result.finding)}</p>
+<p>{_badge(result.verdict)} {_effect(result)}{html.escape(result.finding)}</p>
 <p class="soft"><b>How sure:</b> {html.escape(result.sure)}</p>
 {before}<p><b>The essay's claim.</b></p><blockquote>{html.escape(e.claim)}</blockquote>
 <p><b>The experiment.</b> {html.escape(e.method)}</p>
@@ -91,16 +94,18 @@ def write(home: Path, found: list[tuple[Experiment, Result]], about: dict[str, A
     """`report.html` and `report.json` in a directory.
 
     Args:
-      about: size, arms (name -> what it is), seeds, options, scale, made (what measured).
+      about: size, arms (name -> what it is), seeds, tunings, options, scale, made (what measured).
     """
     commands = [f"bothways compare {e.name}{about['options']}" for e, _ in found]
     claims = "".join(
-        f'<li>{_badge(r.verdict)} <a href="#{e.name}">{html.escape(e.title)}</a><p>{html.escape(r.finding)}</p></li>'
+        f'<li>{_badge(r.verdict)} <a href="#{e.name}">{html.escape(e.title)}</a><p>{_effect(r)}{html.escape(r.finding)}</p></li>'
         for e, r in found
     )
     count = {v: sum(r.verdict == v for _, r in found) for v in (HOLDS, FAILS, OPEN)}
     models = "; ".join(f"{arm}: {what}" for arm, what in about["arms"].items())
-    sections = "".join(_section(e, r, c, about["seeds"]) for (e, r), c in zip(found, commands, strict=True))
+    sections = "".join(
+        _section(e, r, c, e.detects(about["seeds"], about["tunings"])) for (e, r), c in zip(found, commands, strict=True)
+    )
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>GPT against BERT, under control</title><style>{STYLE}</style></head><body>
@@ -121,7 +126,7 @@ made for there being several claims. The models: {html.escape(models)}.</p>
 """
     (home / "report.html").write_text(page)
     values = [
-        dataclasses.asdict(e, dict_factory=lambda pairs: {k: v for k, v in pairs if k not in ("run", "pilot")})
+        dataclasses.asdict(e, dict_factory=lambda pairs: {k: v for k, v in pairs if k not in ("run", "pilots")})
         | {k: v for k, v in dataclasses.asdict(r).items() if k != "pictures"}
         | {"command": c}
         for (e, r), c in zip(found, commands, strict=True)

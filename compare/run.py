@@ -83,7 +83,7 @@ def compare(
         began = time.monotonic()
         chosen = experiment(name)
         new = not kept[name].exists()
-        if new and (power := chosen.detects(lab.size.seeds)):
+        if new and (power := chosen.detects(lab.size.seeds, lab.size.tunings)):
             log(f"=== {name}: {power}")
         Result.from_json(lab.part(f"result-{name}", lambda e=chosen: dataclasses.asdict(e.run(lab))))
         lab.part(f"made-{name}", made_with)
@@ -93,6 +93,7 @@ def compare(
             "size": size,
             "options": options,
             "seeds": s.seeds,
+            "tunings": s.tunings,
             "scale": f"{s.seeds} seeds, {steps} steps on running text, {s.toy_steps} on made-up data.",
             "made": sorted({lab.part(f"made-{e.name}", made_with) for e, _ in found}),
             "arms": {arm: described(r) for arm, r in lab.recipes.items()},

@@ -27,15 +27,25 @@ class Estimate:
         return self.low <= number <= self.high
 
 
-def mean(values: Sequence[float]) -> Estimate:
-    """The mean, with Student's interval."""
+Values = Sequence[float] | Sequence[Sequence[float]] | np.ndarray
+"""[seeds], or [seeds][items] with the same items for every seed."""
+
+
+def mean(values: Values, below: Sequence[float] | None = None) -> Estimate:
+    """The mean, with Student's interval over seeds; with items, `two_way`, each counting as `below` says."""
+    if np.ndim(values) == 2:
+        return two_way(values, below)
     return Estimate(*mean_interval(values), len(values))
 
 
-def mean_share(shares: Sequence[float]) -> Estimate:
-    """The mean of shares, with Student's interval as far as it lies between 0 and 1."""
-    e = mean(shares)
-    return dataclasses.replace(e, low=max(0.0, e.low), high=min(1.0, e.high))
+def within(e: Estimate, low: float, high: float) -> Estimate:
+    """The interval as far as it lies where the value can be."""
+    return dataclasses.replace(e, low=max(low, e.low), high=min(high, e.high))
+
+
+def mean_share(shares: Values) -> Estimate:
+    """As `mean`, of shares, or of items that are right (1) or wrong (0): between 0 and 1."""
+    return within(mean(shares), 0.0, 1.0)
 
 
 def share(right: int, n: int) -> Estimate:
@@ -48,9 +58,24 @@ def share(right: int, n: int) -> Estimate:
     return Estimate(p, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale), n)
 
 
-def difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
-    """Mean of a - b, over pairs that share a seed or an item."""
-    return mean(np.subtract(a, b).tolist())
+def pooled_share(right: Sequence[int], n: Sequence[int]) -> Estimate:
+    """A share of draws that no two seeds have in common: the wider of Wilson's interval of all draws and Student's over
+    seeds, [seeds] right of [seeds] n."""
+    e = share(sum(right), sum(n))
+    if min(n) == 0 or len(n) < 2:
+        return e
+    by_seed = mean_share([r / k for r, k in zip(right, n, strict=True)])
+    return dataclasses.replace(e, low=min(e.low, by_seed.low), high=max(e.high, by_seed.high))
+
+
+def difference(a: Values, b: Values, below: Sequence[float] | None = None) -> Estimate:
+    """`mean` of a - b, over pairs that share a seed, and an item where there are items."""
+    return mean(np.subtract(a, b).tolist(), below)
+
+
+def share_difference(a: Values, b: Values) -> Estimate:
+    """As `difference`, of shares: between -1 and 1."""
+    return within(difference(a, b), -1.0, 1.0)
 
 
 def apart(a: Estimate, b: Estimate) -> Estimate:

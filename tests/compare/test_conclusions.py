@@ -14,8 +14,10 @@ def near(value: float, seed: int, of: str = "") -> float:
 
 
 def scores(bits: float, share: float, seed: int, arm: str) -> dict:
-    values = {"bits": near(bits, seed, arm), "pairs": near(share, seed, arm), "cloze": near(share, seed, arm)}
-    return values | {"by_kind": {"agreement": near(share, seed, arm)}}
+    """Of two items each, the pieces of 10 and 30 bytes."""
+    shares = [near(share, seed, arm)] * 2
+    pieces = [10 * near(bits, seed, arm), 30 * near(bits, seed, arm)]
+    return {"bits": pieces, "pairs": shares, "cloze": shares, "by_kind": {"agreement": shares}}
 
 
 def directions_found(share_both: float, bits_both: float) -> tuple:
@@ -29,8 +31,8 @@ def directions_found(share_both: float, bits_both: float) -> tuple:
         for arm, v in (("causal", 0.6), ("masked", share_both), ("hybrid", 0.6))
     }
     tuned["masked"]["test"] = [v + 0.001 * s for s, v in enumerate(tuned["masked"]["test"])]
-    baseline = {"bits": 3.0, "pairs": 0.5, "cloze": 0.1, "tuned": 0.5}
-    return found, tuned, [2.2, 2.201, 2.199], baseline, 0.3
+    baseline = {"bits": 3.0, "bytes": [10, 30], "pairs": 0.5, "cloze": 0.1, "tuned": 0.5}
+    return found, tuned, [[22.0, 66.0], [22.01, 66.03], [21.99, 65.97]], baseline, 0.3
 
 
 @pytest.mark.parametrize(

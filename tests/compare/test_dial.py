@@ -89,7 +89,7 @@ def test_it_measures_what_it_says(tiny_recipe, tmp_path, monkeypatch):
         return open_model(rundir.Run(tmp_path, recipe, tokenizer, make_module("gpt", recipe.model), params, 0))
 
     monkeypatch.setattr(core.ExperimentRunner, "text", untrained)
-    lab = core.ExperimentRunner(tmp_path / "x", Size("least", 1, 2, 2, 8, 2, (1e-3,)), {"causal": base})
+    lab = core.ExperimentRunner(tmp_path / "x", Size("least", 1, 2, 2, 8, 2, 1, (1e-3,)), {"causal": base})
     result = dial.run(lab)
     assert {tag for tag, _ in made} == {f"-dial-{name}" for name in ("1", "4", "row", "all")} | {"-judge"}
     bits = {f.name: f.value.value for f in result.figures if f.name.startswith("bits")}

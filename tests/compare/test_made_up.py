@@ -102,9 +102,9 @@ def test_a_model_that_copies_is_right_at_any_length_and_one_that_guesses_is_not(
         return {row[place - length - 1]: 1.0}
 
     asked = algorithms.questions(12)["copy, longer"]
-    assert algorithms.right(asked, algorithms.said_both_ways(told_by(tokenizer, tell), asked)) == 1
+    assert algorithms.right(asked, algorithms.said_both_ways(told_by(tokenizer, tell), asked)) == [1] * 12
     always_a = told_by(tokenizer, lambda row, place: {tokenizer.encode("a")[0]: 1.0})
-    assert algorithms.right(asked, algorithms.said_both_ways(always_a, asked)) == 0
+    assert algorithms.right(asked, algorithms.said_both_ways(always_a, asked)) == [0] * 12
 
 
 def test_the_baselines_know_what_they_saw():
@@ -118,12 +118,14 @@ def test_verdicts_of_algorithms_follow_the_figures():
     def runs(long: float, back: float) -> list[dict[str, float]]:
         cells = algorithms.questions(1)
         return [
-            {c: (long if "longer" in c else back if "never" in c else 1.0) + 0.001 * s for c in cells} for s in range(3)
+            {c: [(long if "longer" in c else back if "never" in c else 1.0) + 0.001 * s] * 20 for c in cells}
+            for s in range(3)
         ]
 
     base = {"5-gram": dict.fromkeys(algorithms.questions(1), 0.0)}
     worse = [
-        dict(r, **{c: r[c] - 0.01 * s for c in r if "longer" in c or "never" in c}) for s, r in enumerate(runs(0.1, 0.2))
+        dict(r, **{c: [x - 0.01 * s for x in r[c]] for c in r if "longer" in c or "never" in c})
+        for s, r in enumerate(runs(0.1, 0.2))
     ]
     assert algorithms.conclude({"causal": worse}, base).verdict == stats.HOLDS
     assert algorithms.conclude({"causal": runs(1.0, 1.0)}, base).verdict == stats.OPEN
@@ -162,11 +164,11 @@ def test_who_answers_as_the_best_reader_gains_what_it_gains():
         t: (-np.log([[p[0] for p in ps] for *_, ps in in_context.documents(t, 50)])).mean(axis=0).tolist()
         for t in in_context.TASKS
     }
-    perfect = [{t: [v + 0.001 * s for v in c] for t, c in best.items()} for s in range(3)]
+    perfect = [{t: [[v + 0.001 * s for v in c]] * 2 for t, c in best.items()} for s in range(3)]
     result = in_context.conclude({"causal": perfect}, best)
     assert result.verdict == stats.HOLDS
     for figure in result.figures:
         if "early minus late" in figure.name:
             assert figure.value.value == pytest.approx(figure.expected)
-    flat = [{t: [1.0] * len(c) for t, c in best.items()} for _ in range(3)]
+    flat = [{t: [[1.0] * len(c)] * 2 for t, c in best.items()} for _ in range(3)]
     assert in_context.conclude({"causal": flat}, best).verdict == stats.OPEN

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bothways.compare import core, modes, pictures, report, run, stats
-from bothways.compare.core import Experiment, Measurement, Result, Size, Table
+from bothways.compare.core import Experiment, Measurement, Pilot, Result, Size, Table
 from bothways.config import ObjectiveConfig
 from bothways.errors import InputError
 
@@ -24,7 +24,7 @@ def arms(tiny_recipe):
 
 @pytest.fixture
 def smallest(monkeypatch):
-    size = Size("least", 1, 3, 3, 4, 2, (1e-3,), toy_width=0)
+    size = Size("least", 1, 3, 3, 4, 2, 1, (1e-3,), toy_width=0)
     monkeypatch.setitem(core.SIZES, "least", size)
     monkeypatch.setattr(modes, "CASES", ((2, 2), (2, 4)))
 
@@ -118,13 +118,19 @@ def test_the_page_stands_by_itself(tmp_path):
     found = [
         (
             Experiment(
-                n, f"title {n}", "claim", "method", "known", lambda lab: None, (0.1, "bits") if n == "a" else None
+                n,
+                f"title {n}",
+                "claim",
+                "method",
+                "known",
+                lambda lab: None,
+                (Pilot(0.1, "bits"), Pilot(0.1, "points", tuned=True)) if n == "a" else (),
             ),
-            Result(v, "found", "sure", figures, tables, [(picture, "one"), (bars, "two")]),
+            Result(v, "found", "sure", figures, tables, [(picture, "one"), (bars, "two")], "+0.5 more"),
         )
         for n, v in (("a", stats.HOLDS), ("b", stats.FAILS), ("c", stats.OPEN))
     ]
-    about = {"size": "s", "options": " --size s", "seeds": 2, "scale": "little.", "made": ["commit abc"]}
+    about = {"size": "s", "options": " --size s", "seeds": 2, "tunings": 8, "scale": "little.", "made": ["commit abc"]}
     about |= {"arms": {"causal": "a GPT"}}
     path, _ = report.write(tmp_path, found, about)
     page = Page(path.read_text())
@@ -136,6 +142,8 @@ def test_the_page_stands_by_itself(tmp_path):
     assert "Measured with commit abc." in page.text
     # t(0.975, 1) = 12.71 and t(0.8, 1) = 1.376, times 0.1 / sqrt(2)
     assert page.text.count("Before it ran: 2 seeds find a difference of 0.996 bits four times out of five") == 1
+    assert page.text.count("8 fine-tunings find a difference of 0.115 points") == 1  # (2.365 + 0.896) 0.1 / sqrt(8)
+    assert page.text.count("+0.5 more. found") == 6  # in the summary and in the section
     assert "rate <x>" in page.text
     assert "a rule" in page.text
     assert pictures.INK not in path.read_text()

@@ -86,6 +86,24 @@ def test_seeds_and_items_both_widen_an_interval_that_holds_the_truth():
     assert halves.value == pytest.approx(alike.value / 2)
 
 
+def test_a_share_stays_a_share_and_a_difference_of_shares_one():
+    """The accuracies of three fine-tunings on two items: Student's interval alone would leave the scale."""
+    a, b = [[1, 1], [0, 0], [1, 1]], [[0, 0], [1, 1], [0, 1]]
+    assert stats.mean(a).high > 1
+    assert (stats.mean_share(a).low, stats.mean_share(a).high) == (0.0, 1.0)
+    assert stats.difference(a, b).high > 1
+    got = stats.share_difference(a, b)
+    assert (got.value, got.low, got.high) == (pytest.approx(1 / 6), -1.0, 1.0)
+
+
+def test_draws_of_few_models_are_not_draws_of_one():
+    alike, apart = (stats.pooled_share(right, [100] * 3) for right in ([50, 50, 50], [20, 50, 80]))
+    assert (alike.low, alike.high) == (stats.share(150, 300).low, stats.share(150, 300).high)
+    assert alike.value == apart.value
+    assert apart.high - apart.low > 4 * (alike.high - alike.low)
+    assert stats.pooled_share([0, 0, 0], [100] * 3).high == stats.share(0, 300).high
+
+
 def test_a_difference_that_can_be_detected_is_found_four_times_in_five():
     rng, found = np.random.default_rng(2), 0
     size = stats.detectable(0.5, 4)
