@@ -9,7 +9,7 @@ import numpy as np
 
 from bothways.compare.core import Experiment, ExperimentRunner, Pilot, Result
 from bothways.compare.dial_result import ROWS, WAYS, conclude
-from bothways.compare.text import text_of
+from bothways.compare.text import text_of, vocabulary_of
 from bothways.compare.writing import distinct, entropy, self_bleu
 from bothways.config import ObjectiveConfig
 from bothways.data import corpora
@@ -34,18 +34,13 @@ def named(block: int) -> str:
 def half_of_the_plays(lab: ExperimentRunner, which: int) -> DataConfig:
     """Every other document of the training text, with the vocabulary of all arms."""
     cfg = lab.recipes["causal"].data
-    home = lab.home / "data" / "vocabulary"
-    if not home.is_dir():
-        home.mkdir(parents=True)
-        text_of(lab).tokenizer.save_in(home)
-    kept = next(p for p in ("tokenizer.json", "tokenizer.model") if (home / p).exists())
 
     def texts() -> tuple[list[str], list[str]]:
         corpus = corpora.load(cfg)
         train, held = ([text for _, text in corpus.documents(split)] for split in ("train", "validation"))
         return (train[which::2] if len(train) > 1 else train), held
 
-    return lab.documents(f"half-{which}", texts, str(home / kept))
+    return lab.documents(f"half-{which}", texts, vocabulary_of(lab))
 
 
 def model_of(lab: ExperimentRunner, sizes: tuple[int, ...], seed: int) -> DiffusionModel:

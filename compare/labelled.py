@@ -13,7 +13,7 @@ import optax
 from bothways import sharding
 from bothways.compare.core import ExperimentRunner, Model
 from bothways.compare.text import WORDS
-from bothways.config import MeshConfig, ObjectiveConfig
+from bothways.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from bothways.data import pipeline
 from bothways.data.examples import as_is
 from bothways.data.pipeline import Example
@@ -24,6 +24,7 @@ from bothways.rundir import TaskInfo, module_of
 from bothways.sample.denoise import hidden_logits
 from bothways.sample.directions import directions
 from bothways.train.objectives import Batch, Objective, Sums, class_loss, make_objective
+from bothways.train.optimizer import clip_by_global_norm, schedule
 from bothways.train.step import TrainState, make_train_step, state_shardings
 
 LENGTH, BATCH = 32, 64
@@ -156,16 +157,11 @@ class Tuned:
             reading = list(directions(self.model).values())[-1]  # both ways, of a model that can
             self.module = reading.run.module
             objective = make_objective(ObjectiveConfig(kind="masked"), self.tokenizer.vocabulary())
-        warm = max(1, self.steps // 10)
+        falling = OptimizerConfig(schedule="linear", warmup_steps=max(1, self.steps // 10), final_lr_ratio=0.0)
         self.optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0),
+            clip_by_global_norm(1.0),
             optax.scale_by_adam(b2=0.98),
-            optax.scale_by_schedule(
-                optax.join_schedules(
-                    [optax.linear_schedule(1 / warm, 1, warm), optax.linear_schedule(1, 0, max(1, self.steps - warm))],
-                    [warm],
-                )
-            ),
+            optax.scale_by_schedule(schedule(falling, self.steps, 1.0)),
             optax.inject_hyperparams(optax.scale)(step_size=-1.0),
         )
         shardings = state_shardings(self.mesh, jax.eval_shape(self.state, self.fresh(0), 1.0))
@@ -205,15 +201,14 @@ class Tuned:
         labels = [label for part in named.values() for _, label in part]
         found: list[int] = []
         examples = self.examples(named)
-        for begin in range(0, len(examples), BATCH):
-            some = examples[begin : begin + BATCH]
-            rows = {k: np.stack([e[k] for e in [*some, *[some[0]] * (BATCH - len(some))]]) for k in some[0]}
+        for rows in pipeline.evaluation_batches(pipeline.Stacked(examples), as_is, batch_size=BATCH, seed=0):
             if self.how == "head":
                 scores = np.asarray(self._scores(params, rows))
             else:
                 told = hidden_logits(self.module, params, rows["tokens"], rows["segments"], rows["mask_positions"])
                 scores = np.asarray(told)[:, 0, answer_ids(self.tokenizer)]
-            found += scores.argmax(axis=1)[: len(some)].tolist()
+            found += scores.argmax(axis=1).tolist()
+        found = found[: len(labels)]  # the last batch is filled with nothing
         return [a == b for a, b in zip(found, labels, strict=True)]
 
 

@@ -41,6 +41,10 @@ code, pre { font: .86rem ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre { background: var(--code); padding: .6rem .8rem; border-radius: .4rem; overflow-x: auto; }
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--soft); }
 """
+INTERVALS = (
+    "Every interval is a 95 % one for another draw of seeds and of test items together (a bootstrap over items and Student's t "
+    "over seeds, added in squares); for other seeds alone where a figure has no items, as symmetry, or how varied texts are."
+)
 LOOK = {HOLDS: "yes", FAILS: "no", OPEN: "open"}
 
 
@@ -118,7 +122,7 @@ size, same optimizer, same number of tokens.</p>
 beside each claim stands what others found there.</p>
 <ul class="claims">{claims}</ul>
 <p class="soft">A claim counts as held, or not, only where a 95 % interval leaves out the other answer; no correction is
-made for there being several claims. The models: {html.escape(models)}.</p>
+made for there being several claims. {html.escape(INTERVALS)} The models: {html.escape(models)}.</p>
 {sections}
 <p class="soft">Made by <code>bothways compare{html.escape(about["options"])}</code>. The same figures, for machines:
 <code>report.json</code>. Measured with {html.escape("; ".join(about["made"]))}.</p>
@@ -131,5 +135,5 @@ made for there being several claims. The models: {html.escape(models)}.</p>
         | {"command": c}
         for (e, r), c in zip(found, commands, strict=True)
     ]
-    (home / "report.json").write_text(json.dumps({**about, "experiments": values}, indent=1))
+    (home / "report.json").write_text(json.dumps({**about, "intervals": INTERVALS, "experiments": values}, indent=1))
     return home / "report.html", home / "report.json"

@@ -50,6 +50,15 @@ def text_of(lab: ExperimentRunner) -> Text:
     return Text(tokenizer, *(part[~special[part]] for part in ids))
 
 
+def vocabulary_of(lab: ExperimentRunner) -> str:
+    """A file of the tokenizer that all arms share, for other texts of theirs."""
+    home = lab.home / "data" / "vocabulary"
+    if not home.is_dir():
+        home.mkdir(parents=True)
+        text_of(lab).tokenizer.save_in(home)
+    return str(next(home / name for name in ("tokenizer.json", "tokenizer.model") if (home / name).exists()))
+
+
 def forward_nats(model: MaskedModel, pieces: Sequence[list[int]]) -> np.ndarray:
     """[pieces] -log p(piece | [CLS]) of a model read forward: rule causal."""
     rows = [[model.tokenizer.bos, *p] for p in pieces]

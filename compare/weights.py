@@ -11,7 +11,7 @@ import numpy as np
 from bothways.compare import pictures
 from bothways.compare.core import Experiment, ExperimentRunner, Measurement, Pilot, Result, Table
 from bothways.compare.stats import Estimate, all_of, difference, format_difference, mean, verdict
-from bothways.compare.text import hidden_nats, text_of
+from bothways.compare.text import hidden_nats, text_of, vocabulary_of
 from bothways.data import corpora
 from bothways.data.config import DataConfig
 from bothways.recipes import Recipe
@@ -64,23 +64,14 @@ def shuffled(text: str, rng: random.Random) -> str:
 
 def without_order(lab: ExperimentRunner) -> DataConfig:
     """The text of all arms, with the words of each line shuffled, and the same tokenizer."""
-    base = lab.recipes["causal"].data
-    home = lab.home / "data"
-    paths = {split: home / f"shuffled-{split}.jsonl" for split in ("train", "validation")}
-    if not all(p.exists() for p in paths.values()):
-        home.mkdir(exist_ok=True)
-        corpus, rng = corpora.load(base), random.Random(0)
-        for split, path in paths.items():
-            partial = path.with_suffix(".partial")
-            with partial.open("w") as out:
-                for _, text in corpus.documents(split):
-                    out.write(json.dumps({"text": shuffled(text, rng)}) + "\n")
-            partial.replace(path)
-    text_of(lab).tokenizer.save_in(home)
-    tokenizer = next(path for name in ("tokenizer.json", "tokenizer.model") if (path := home / name).exists())
-    return DataConfig(
-        str(paths["train"]), str(paths["validation"]), tokenizer=str(tokenizer), cache=str(lab.home / "cache")
-    )
+    cfg = lab.recipes["causal"].data
+
+    def texts() -> tuple[list[str], list[str]]:
+        corpus, rng = corpora.load(cfg), random.Random(0)
+        train, held = ([shuffled(text, rng) for _, text in corpus.documents(s)] for s in ("train", "validation"))
+        return train, held
+
+    return lab.documents("shuffled", texts, vocabulary_of(lab))
 
 
 def run(lab: ExperimentRunner) -> Result:

@@ -171,11 +171,10 @@ class MaskedModel(Embedder):
         method = method or SamplingParams.make(greedy=True)
         keys = keys if keys is not None else [jax.random.key(0)] * len(rows)
         how = Denoising.make(steps, threshold, remask, any_order)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         found: list[Any] = [None] * len(rows)
         most = bucket(max(map(len, masks)), 1) * len(self._barred)
         size = max(1, min(BATCH, MAX_LOGITS // most))
-        for some in (order[i : i + size] for i in range(0, len(order), size)):
+        for some in batched(range(len(rows)), lambda i: (len(rows[i]),), lambda _: size):
             tokens, segments = padded([rows[i] for i in some], self.context_length, self.tokenizer.pad)
             positions = columns([masks[i] for i in some], len(tokens))
             open_ = np.zeros(positions.shape, bool)

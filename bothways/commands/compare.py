@@ -47,7 +47,9 @@ def compare(
         record = {
             "experiment": experiment.name,
             "verdict": result.verdict,
+            "effect": result.effect,
             "finding": result.finding,
             "sure": result.sure,
         }
-        emit(record, json, f"{experiment.title}\n  {result.verdict}: {result.finding}\n")
+        text = f"{experiment.title}\n  {result.verdict}: {result.effect}\n  {result.finding}\n  {result.sure}\n"
+        emit(record, json, text)

@@ -143,6 +143,7 @@ def test_the_page_stands_by_itself(tmp_path):
     # t(0.975, 1) = 12.71 and t(0.8, 1) = 1.376, times 0.1 / sqrt(2)
     assert page.text.count("Before it ran: 2 seeds find a difference of 0.996 bits four times out of five") == 1
     assert page.text.count("8 fine-tunings find a difference of 0.115 points") == 1  # (2.365 + 0.896) 0.1 / sqrt(8)
+    assert "another draw of seeds and of test items together" in page.text
     assert page.text.count("+0.5 more. found") == 6  # in the summary and in the section
     assert "rate <x>" in page.text
     assert "a rule" in page.text

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import math
 import random
-import types
 from pathlib import Path
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 from bothways.compare import directions, generation, labelled, prompts, stats, text, weights, writing
-from bothways.compare.core import asked
+from bothways.compare.core import SIZES, ExperimentRunner, asked
 from bothways.config import ObjectiveConfig
 from bothways.data.config import DataConfig
 from bothways.data.tokenizer import Tokenizer
@@ -132,12 +131,11 @@ def test_shuffling_keeps_the_words_of_every_line():
     assert [sorted(a.split()) for a in mixed.split("\n")] == [sorted(a.split()) for a in lines.split("\n")]
 
 
-def test_text_without_order_keeps_a_published_tokenizer(text_file, cache_dir, tmp_path):
+def test_text_without_order_keeps_a_published_tokenizer(tiny_recipe, text_file, cache_dir, tmp_path):
     save_tokenizer("gpt2", tmp_path / "gpt2")
     data = DataConfig(str(text_file), tokenizer=str(tmp_path / "gpt2" / "tokenizer.json"), cache=str(cache_dir))
-    (tmp_path / "lab").mkdir()
-    lab = types.SimpleNamespace(home=tmp_path / "lab", recipes={"causal": types.SimpleNamespace(data=data)})
-    mixed = weights.without_order(lab)
+    recipe = dataclasses.replace(tiny_recipe, data=data)
+    mixed = weights.without_order(ExperimentRunner(tmp_path / "lab", SIZES["smoke"], {"causal": recipe}))
     assert mixed.problems() == []
     kept, given = (Tokenizer.load(Path(cfg.tokenizer)) for cfg in (mixed, data))
     assert kept.fingerprint == given.fingerprint
