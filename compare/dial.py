@@ -160,16 +160,18 @@ def speeds(lab: ExperimentRunner, block: int) -> dict[str, dict[str, float]]:
 def run(lab: ExperimentRunner) -> Result:
     """One seed of all models after another, a part for each: stopped anywhere, it goes on there."""
     sizes = sizes_of(lab)
-    models = {named(b): (b,) for b in sizes} | {"all": sizes}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    ends_first = sorted(sizes, key=lambda block: block > 1)
+    models = {"all": sizes} | {named(b): (b,) for b in ends_first}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*map(named, sizes), "all")}
     of_real = lab.part("dial-real", lambda: real(lab))
     for seed in lab.seeds:
         for name, m in models.items():
             told = lab.part(f"dial-nats-{name}-{seed}", lambda m=m, s=seed: nats(lab, m, s))
-            found[name].append({"nats": told, "writes": {}})
-        for b in sizes:
-            said = lab.part(f"dial-writes-{named(b)}-{seed}", lambda b=b, s=seed: writes(lab, b, s))
-            found["all"][-1]["writes"][named(b)] = said
+            said = {
+                named(b): lab.part(f"dial-writes-{named(b)}-{seed}", lambda b=b, s=seed: writes(lab, b, s))
+                for b in (sizes if name == "all" else ())
+            }
+            found[name].append({"nats": told, "writes": said})
     fast = {named(b): lab.part(f"dial-speeds-{named(b)}", lambda b=b: speeds(lab, b)) for b in sizes}
     return conclude(found, of_real, fast)
 

@@ -7,12 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bothways import sharding
+from bothways.config import MeshConfig, OptimizerConfig
 from bothways.data import examples
 from bothways.data.diffusion import diffused, hide_in_blocks
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
-from bothways.model.gpt import GPT
+from bothways.model.gpt import GPT, MaskedNextToken
+from bothways.registry import tiny_inputs
 from bothways.train.objectives import ObjectiveConfig, make_objective
+from bothways.train.optimizer import make_optimizer
+from bothways.train.step import init_state, make_train_step, state_shardings
 
 VOCABULARY = made_up_vocabulary(37)
 T = 14
@@ -153,3 +158,44 @@ def test_one_block_needs_no_clean_stream(predicts, gpts):
     one = features(modules[predicts], params, batch["tokens"], None, *args)
     scored = batch["scored"] > 0
     np.testing.assert_allclose(both[scored], one[scored], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("predicts", ["next", "own"])
+def test_a_block_of_the_whole_row_is_the_masked_objective(predicts, gpts):
+    """Loss and gradient, with the same tokens hidden and the same weights, of the same weights read both ways."""
+    modules, params = gpts
+    batch = example((0,), predicts)
+    diffusion = make_objective(ObjectiveConfig(kind="diffusion"), VOCABULARY)
+    found = loss_and_gradient(modules[predicts], params, diffusion, batch)
+    hidden = batch["tokens"] == VOCABULARY.mask
+    at = np.argsort(~hidden, axis=1, kind="stable")[:, : hidden.sum(axis=1).max()]
+    part = {k: np.take_along_axis(batch[k], at, axis=1) for k in ("targets", "weights")}
+    part["weights"] = part["weights"] * np.take_along_axis(hidden, at, axis=1)
+    asked = {k: batch[k] for k in ("tokens", "positions", "segments")} | {"mask_positions": at} | part
+    both_ways = MaskedNextToken(modules[predicts].cfg)
+    masked = make_objective(ObjectiveConfig(kind="masked", next_sentence=False), VOCABULARY)
+    scale = part["weights"].sum() / batch["scored"].sum()  # each objective divides by its own weights
+    wanted = jax.tree.map(lambda x: x * scale, loss_and_gradient(both_ways, params, masked, asked))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, wanted)
+
+
+@pytest.mark.parametrize("predicts", ["next", "own"])
+def test_a_step_in_blocks_is_the_same_however_it_is_spread(predicts, tiny, eight_devices):
+    """Both streams, block sizes that differ by row, packed documents and padding."""
+    cfg = dataclasses.replace(
+        tiny, vocab_size=40, d_model=16, n_heads=4, n_kv_heads=4, d_head=6, d_ff=24, predicts=predicts
+    )
+    module, optimizer = GPT(cfg), make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-3, warmup_steps=0), 10)
+    objective = make_objective(ObjectiveConfig(kind="diffusion", block_sizes=(1, 3, 0)), VOCABULARY, predicts=predicts)
+    parts = [example((1, 3, 0), predicts, (3 * i, 3 * i + 1, 3 * i + 2)) for i in range(4)]
+    batch = {k: np.concatenate([p[k] for p in parts])[:8] for k in parts[0]}
+    assert len(set(batch["block"])) == 3
+    begun = jax.device_get(jax.jit(lambda: init_state(module, tiny_inputs("gpt"), optimizer, 3))())
+    found = []
+    for devices, mesh_cfg in ((eight_devices[:1], MeshConfig()), (eight_devices, MeshConfig(2, 2, 2))):
+        mesh = sharding.make_mesh(mesh_cfg, devices)
+        shardings = state_shardings(mesh, jax.eval_shape(lambda: begun))
+        step = make_train_step(module, objective, optimizer, mesh, shardings)
+        state, metrics = step(jax.device_put(jax.tree.map(np.copy, begun), shardings), sharding.to_global(mesh, batch), 3)
+        found.append(jax.device_get((state.params, state.opt_state, metrics)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), *found)
