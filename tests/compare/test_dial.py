@@ -96,7 +96,7 @@ def test_it_measures_what_it_says(tiny_recipe, tmp_path, monkeypatch):
     assert len(bits) == 6
     assert len(set(bits.values())) == 3  # the same weights for each and for all
     passes = {f.name: f.value.value for f in result.figures if f.name.startswith("tokens per pass")}
-    assert passes["tokens per pass, blocks of row, all at once"] == pytest.approx(7, abs=1)
+    assert passes["tokens per pass, whole row, all at once"] == pytest.approx(7, abs=1)
     assert passes["tokens per pass, blocks of 4, all at once"] > passes["tokens per pass, blocks of 4, 1 a pass"]
     (tmp_path / "x" / "parts" / "dial-nats-4-0.json").unlink()
     made.clear()
