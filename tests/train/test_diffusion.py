@@ -160,34 +160,30 @@ def test_one_block_needs_no_clean_stream(predicts, gpts):
     np.testing.assert_allclose(both[scored], one[scored], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("predicts", ["next", "own"])
-def test_a_block_of_the_whole_row_is_the_masked_objective(predicts, gpts):
+def test_a_block_of_the_whole_row_is_the_masked_objective(gpts):
     """Loss and gradient, with the same tokens hidden and the same weights, of the same weights read both ways."""
     modules, params = gpts
-    batch = example((0,), predicts)
+    batch = example((0,), "next")
     diffusion = make_objective(ObjectiveConfig(kind="diffusion"), VOCABULARY)
-    found = loss_and_gradient(modules[predicts], params, diffusion, batch)
+    found = loss_and_gradient(modules["next"], params, diffusion, batch)
     hidden = batch["tokens"] == VOCABULARY.mask
     at = np.argsort(~hidden, axis=1, kind="stable")[:, : hidden.sum(axis=1).max()]
     part = {k: np.take_along_axis(batch[k], at, axis=1) for k in ("targets", "weights")}
     part["weights"] = part["weights"] * np.take_along_axis(hidden, at, axis=1)
     asked = {k: batch[k] for k in ("tokens", "positions", "segments")} | {"mask_positions": at} | part
-    both_ways = MaskedNextToken(modules[predicts].cfg)
+    both_ways = MaskedNextToken(modules["next"].cfg)
     masked = make_objective(ObjectiveConfig(kind="masked", next_sentence=False), VOCABULARY)
     scale = part["weights"].sum() / batch["scored"].sum()  # each objective divides by its own weights
     wanted = jax.tree.map(lambda x: x * scale, loss_and_gradient(both_ways, params, masked, asked))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, wanted)
 
 
-@pytest.mark.parametrize("predicts", ["next", "own"])
-def test_a_step_in_blocks_is_the_same_however_it_is_spread(predicts, tiny, eight_devices):
+def test_a_step_in_blocks_is_the_same_however_it_is_spread(tiny, eight_devices):
     """Both streams, block sizes that differ by row, packed documents and padding."""
-    cfg = dataclasses.replace(
-        tiny, vocab_size=40, d_model=16, n_heads=4, n_kv_heads=4, d_head=6, d_ff=24, predicts=predicts
-    )
+    cfg = dataclasses.replace(tiny, vocab_size=40, d_model=16, n_heads=4, n_kv_heads=4, d_head=6, d_ff=24, n_layers=1)
     module, optimizer = GPT(cfg), make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-3, warmup_steps=0), 10)
-    objective = make_objective(ObjectiveConfig(kind="diffusion", block_sizes=(1, 3, 0)), VOCABULARY, predicts=predicts)
-    parts = [example((1, 3, 0), predicts, (3 * i, 3 * i + 1, 3 * i + 2)) for i in range(4)]
+    objective = make_objective(ObjectiveConfig(kind="diffusion", block_sizes=(1, 3, 0)), VOCABULARY)
+    parts = [example((1, 3, 0), "next", (3 * i, 3 * i + 1, 3 * i + 2)) for i in range(4)]
     batch = {k: np.concatenate([p[k] for p in parts])[:8] for k in parts[0]}
     assert len(set(batch["block"])) == 3
     begun = jax.device_get(jax.jit(lambda: init_state(module, tiny_inputs("gpt"), optimizer, 3))())
