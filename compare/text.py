@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import random
 from collections.abc import Sequence
 
@@ -72,10 +71,10 @@ def bound_nats(model: MaskedModel, pieces: Sequence[list[int]], draws: int = 32)
 
 def hidden_nats(
     model: MaskedModel, text: Text, pieces: Sequence[list[int]], rate: float, seed: int = 0
-) -> tuple[float, float]:
-    """(nats of the model, nats of the unigram) per token at places hidden at this rate: the same for every model.
+) -> tuple[np.ndarray, np.ndarray]:
+    """(nats of the model, nats of the unigram) [pieces] per token at positions masked at this rate: the same for every model.
 
-    A model read forward is asked at the same places, and sees all that stands before each.
+    A model read forward is scored at the same positions, and sees all that stands before each.
     """
     rng, rows, places, targets = np.random.default_rng(seed), [], [], []
     for piece in pieces:
@@ -86,8 +85,8 @@ def hidden_nats(
         if getattr(model.run.module, "both_ways", True):
             row = [model.tokenizer.mask if i in set(chosen) else t for i, t in enumerate(row)]
         rows.append(row)
-    told = np.concatenate(asked(model, rows, places, targets))
-    return float(-told.mean()), float(-text.unigram[list(itertools.chain(*targets))].mean())
+    told = np.array([x.mean() for x in asked(model, rows, places, targets)])
+    return -told, -np.array([text.unigram[t].mean() for t in targets])
 
 
 PAIRS: dict[str, list[tuple[str, str]]] = {

@@ -76,13 +76,13 @@ def without_order(lab: ExperimentRunner) -> DataConfig:
 
 def run(lab: ExperimentRunner) -> Result:
     found: dict[str, list[dict]] = {arm: [] for arm in lab.arms()}
-    kept: dict[str, list[float]] = {}
+    saved: dict[str, list[dict]] = {}
     for arm in found:
         for seed in lab.seeds:
             found[arm].append(lab.part(f"weights-{arm}-{seed}", lambda a=arm, s=seed: matrices(lab, a, s)))
     for arm in lab.arms("causal", "masked"):
-        kept[arm] = [lab.part(f"order-{arm}-{s}", lambda a=arm, s=s: order(lab, a, s)) for s in lab.seeds]
-    return conclude(found, kept)
+        saved[arm] = [lab.part(f"order-{arm}-{s}", lambda a=arm, s=s: order(lab, a, s)) for s in lab.seeds]
+    return conclude(found, saved)
 
 
 def matrices(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, list[float]]:
@@ -90,8 +90,8 @@ def matrices(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, list[float
     return {"symmetry": [symmetry(x) for x in m], "direction": [direction(x) for x in m]}
 
 
-def order(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, float]:
-    """Nats per token saved against the unigram, with the order of words and without it."""
+def order(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, list[float]]:
+    """[pieces] nats per token saved against the unigram, with the order of words and without it."""
     saved = {}
     for name, tag, data in (("with", "", None), ("without", "-shuffled", without_order(lab))):
         reading = next(iter(directions(lab.text(arm, seed, tag=tag, data=data)).values()))
@@ -100,8 +100,8 @@ def order(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, float]:
         text = type(text)(text.tokenizer, text.train, held)
         pieces = text.pieces(max(4, lab.size.items // 4), reading.context_length - 2)
         nats, unigram = hidden_nats(reading, text, pieces, 0.15)
-        saved[name] = unigram - nats
-    return saved | {"kept": saved["without"] / saved["with"]}
+        saved[name] = (unigram - nats).tolist()
+    return saved
 
 
 def encoded(path: Path, text) -> np.ndarray:
@@ -109,7 +109,8 @@ def encoded(path: Path, text) -> np.ndarray:
     return np.concatenate([np.asarray(ids) for ids in text.tokenizer.encode_many(texts)])
 
 
-def conclude(found: dict[str, list[dict]], kept: dict[str, list[dict]]) -> Result:
+def conclude(found: dict[str, list[dict]], saved: dict[str, list[dict]]) -> Result:
+    """`found` has symmetry and direction by layer, of each seed; `saved` is of each seed and piece."""
     figures, series, rows = [], {}, []
     rules = {"symmetry": "(|S|^2 - |N|^2) / |M|^2 of W_q W_k^T; a random matrix has 0"}
     rules["direction"] = "(C - R) / (C + R) of the norms of outlying columns and rows of W_q W_k^T"
@@ -128,13 +129,15 @@ def conclude(found: dict[str, list[dict]], kept: dict[str, list[dict]]) -> Resul
             rows.append([arm, what, str(whole), *(f"{e.value:+.3f}" for e in layers)])
     shares: dict[str, Estimate] = {}
     saved_rows = []
-    for arm, runs in kept.items():
-        shares[arm] = mean([r["kept"] for r in runs])
+    # Of every piece, over what the order of words saves on average: the mean is the share that is kept.
+    kept = {arm: [np.divide(r["without"], np.mean(r["with"])) for r in runs] for arm, runs in saved.items()}
+    for arm, runs in saved.items():
+        shares[arm] = mean(kept[arm])
         rule = "nats per token saved against the unigram without word order, over those saved with it; the same hidden places"
         figures.append(Measurement(f"kept without word order, {arm}", shares[arm], rule))
         saved_rows.append([arm, *(str(mean([r[k] for r in runs])) for k in ("with", "without")), str(shares[arm])])
     more_symmetric = difference(means["masked", "symmetry"], means["causal", "symmetry"])
-    less_order = difference([r["kept"] for r in kept["masked"]], [r["kept"] for r in kept["causal"]])
+    less_order = difference(kept["masked"], kept["causal"])
     layers = [p[0] for p in series["causal"]]
     return Result(
         all_of(verdict(more_symmetric), verdict(less_order)),
