@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from bothways.model.axes import constrain_activation, devices_in_use, platform
-from bothways.model.blockwise import HIDDEN, attend_blockwise, scores_of
+from bothways.model.blockwise import HIDDEN, attend_blockwise, attend_cached, reads_cache_in_tiles, scores_of
 from bothways.model.cache import LayerCache
 from bothways.model.config import TransformerConfig
 from bothways.model.dropout import ScoreDropout, seed_words
@@ -35,11 +35,13 @@ def attend(
     The kernel is chosen by device, mask and shape (model/kernels.py); dropout of probabilities is known to that of short rows only.
     For XLA, rows whose scores are many are cut into tiles of which one is held at a time (model/blockwise.py). The
     queries of shorter ones are cut into blocks, and keys that are hidden from a whole block are left out: of causal
-    scores three eighths.
+    scores three eighths. On a CPU a long cache is read as far as it is filled.
     """
     chosen = choose(kernel, q, k, v, mask, dropout)
     if chosen != "xla":
         return KERNELS[chosen](q, k, v, mask, *([] if dropout is None else [dropout]))
+    if dropout is None and reads_cache_in_tiles(k, mask):
+        return attend_cached(q, k, v, mask)
     B, T, H, _ = q.shape
     if T >= LONG and B * H * T * k.shape[1] > SCORES * devices_in_use():
         return attend_blockwise(q, k, v, mask, dropout)

@@ -24,6 +24,8 @@ from bothways.model.mask import Mask
 HIDDEN = -1e30
 TILE, TILE_ON_CPU = 2**24, 2**20
 """Scores of a tile, on one device, over all rows and heads. A CPU's tile, 4 MiB, stays in its cache."""
+CACHE_TILE = 128
+"""Keys of a tile of a cache. Batched products of few queries are slow on a CPU, and most of a cache may be empty."""
 LEAST, MOST = 128, 512
 """Queries of a tile; keys are twice as many."""
 
@@ -68,6 +70,45 @@ def attend_blockwise(
     out = _attend(*args, mask.map_tokens(_longer(more_q), _longer(more_k)), dropout, tiling)  # [N, B, G, R, n_q, W]
     out = jnp.moveaxis(jnp.moveaxis(out, -2, 2), 0, 1).reshape(B, T + more_q, H, W)
     return out[:, :T].astype(v.dtype)
+
+
+def reads_cache_in_tiles(k: jax.Array, mask: Mask) -> bool:
+    """Whether `attend_cached` is for these keys [B, S, G, K]: a long cache, of which each row has filled its first part."""
+    plain = mask.q_segments is None and mask.prefix is None and mask.block is None and not mask.positions_are_sequential
+    long = k.shape[1] >= 2 * CACHE_TILE and k.shape[1] % CACHE_TILE == 0
+    return mask.causal and plain and long and platform() == "cpu" and devices_in_use() == 1
+
+
+def attend_cached(
+    q: Float[jax.Array, "B T H K"], k: Float[jax.Array, "B S G K"], v: Float[jax.Array, "B S G W"], mask: Mask
+) -> Float[jax.Array, "B T H W"]:
+    """New tokens on a causal cache, of which only the tiles up to the longest row's last token are read.
+
+    A tile beyond a row's own last token changes no bit of its result: its probabilities are exactly 0, and what was summed
+    before is multiplied by exactly 1. So a row does not depend on how long its neighbours are.
+    """
+    B, T, H, K = q.shape
+    G, W = k.shape[2], v.shape[3]
+    q = (q * K**-0.5).transpose(0, 2, 1, 3).reshape(B, G, H // G * T, K)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as a cache keeps them
+    rows = (B, G, H // G, T)
+
+    def turn(j: jax.Array, carry: tuple) -> tuple:
+        out, top, total = carry
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, j * CACHE_TILE, CACHE_TILE, axis=2) for x in (k, v))
+        seen = mask.map_tokens(lambda x: x, _cut(j, CACHE_TILE)).materialize()
+        scores = jnp.where(seen[:, None, None], scores_of(q, keys).reshape(*rows, CACHE_TILE), HIDDEN)
+        new_top = jnp.maximum(top, scores.max(-1))
+        p, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+        p_folded = p.astype(v.dtype).reshape(B, G, -1, CACHE_TILE)
+        more = jnp.einsum("bgns,bgsw->bgnw", p_folded, values, preferred_element_type=jnp.float32).reshape(*rows, W)
+        return out * shrink[..., None] + more, new_top, total * shrink + p.sum(-1)
+
+    first = jnp.maximum(jnp.min(mask.q_positions) - mask.window + 1, 0) // CACHE_TILE if mask.window else 0
+    last = jnp.max(mask.q_positions) // CACHE_TILE + 1
+    empty = jnp.zeros((*rows, W)), jnp.full(rows, HIDDEN), jnp.zeros(rows)
+    out, _, total = jax.lax.fori_loop(first, jnp.minimum(last, k.shape[2] // CACHE_TILE), turn, empty)
+    return (out / total[..., None]).astype(v.dtype).reshape(B, H, T, W).transpose(0, 2, 1, 3)
 
 
 def tile_size(rows: int, T: int, S: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bothways.model.config import RotaryScaling, TransformerConfig
-from bothways.model.products import project, standardized
+from bothways.model.products import project, project_transposed, standardized
 
 UNSCALED = RotaryScaling()
 
@@ -33,8 +33,11 @@ class Projection(nn.Module):
             std *= (2 * cfg.n_layers) ** -0.5
         zero = self.residual and cfg.init_residual == "zero"
         init = nn.initializers.zeros if zero else nn.initializers.normal(std)
-        kernel = self.param("kernel", init, (*inputs, *features), jnp.float32).astype(dtype)
-        y = project(x, kernel, self.n_in)
+        if self.has_variable("params", "kernel_t"):  # of parameters that `transpose_kernels` made
+            y = project_transposed(x, self.get_variable("params", "kernel_t"), self.n_in, features)
+        else:
+            kernel = self.param("kernel", init, (*inputs, *features), jnp.float32).astype(dtype)
+            y = project(x, kernel, self.n_in)
         if cfg.bias:
             y = y + self.param("bias", nn.initializers.zeros, features, jnp.float32).astype(dtype)
         return y

@@ -7,6 +7,7 @@ tpu  Heads as wide as the matrix unit are written and read in the order [B, H, T
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,41 @@ def project(x: Float[jax.Array, "..."], kernel: Float[jax.Array, "..."], n_in: i
     outer, width = x.shape[: x.ndim - n_in], math.prod(kernel.shape[:n_in])
     y = product(x.reshape(-1, width), kernel.reshape(width, -1))
     return y.reshape(*outer, *kernel.shape[n_in:])
+
+
+def transpose_kernels(params: dict) -> dict:
+    """Parameters that `unstack_layers` joined, for batches of few rows on one CPU: the float32 matrices of its layers as
+    `kernel_t` [F, D], of which a product of 8 rows takes half as long as of [D, F]. Everything else stays as it is."""
+
+    def layer(name: str, inner: Any) -> Any:
+        if not isinstance(inner, dict):
+            return inner
+        kernel = inner.get("kernel")
+        if name not in ("qkv", "out", "up", "gate", "down") or kernel is None or kernel.dtype != jnp.float32:
+            return {name: layer(name, one) for name, one in inner.items()}
+        flat = kernel.reshape(-1, kernel.shape[-1])  # `out` has two axes of inputs, the others one of each
+        return {"kernel_t": flat.T} | {name: x for name, x in inner.items() if name != "kernel"}
+
+    def ready(name: str, inner: Any) -> Any:
+        if name == "blocks" and isinstance(inner, tuple):
+            return tuple(layer("", one) for one in inner)
+        return {name: ready(name, one) for name, one in inner.items()} if isinstance(inner, dict) else inner
+
+    return ready("", params)
+
+
+def project_transposed(
+    x: Float[jax.Array, "..."], kernel_t: Float[jax.Array, "F D"], n_in: int, features: tuple[int, ...]
+) -> Float[jax.Array, "..."]:
+    """As `project`, with the matrix as `transpose_kernels` made it."""
+    outer, (F, D) = x.shape[: x.ndim - n_in], kernel_t.shape
+    rows = x.reshape(-1, D)
+    if F % CPU_SPLITS or not _is_memory_bound(rows, 32):
+        y = jnp.einsum("nd,fd->nf", rows, kernel_t)
+    else:
+        each = jnp.broadcast_to(rows, (CPU_SPLITS, *rows.shape))
+        y = jnp.einsum("pnd,pfd->npf", each, kernel_t.reshape(CPU_SPLITS, -1, D))
+    return y.reshape(*outer, *features)
 
 
 def table_product(x: Float[jax.Array, "... D"], table: Float[jax.Array, "V D"]) -> Float[jax.Array, "... V"]:

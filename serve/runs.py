@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,11 @@ from bothways.config import MeshConfig
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 from bothways.log import log
+from bothways.model.axes import platform
+from bothways.model.products import transpose_kernels
 from bothways.recipes import Recipe
 from bothways.rundir import TaskInfo, compute_dtype_shapes, directory, param_shapes, read_recipe, read_task
-from bothways.sample.open import OpenModel, open_run
+from bothways.sample.open import OpenModel, open_model, open_run
 from bothways.sample.text import TextModel, callbacks, never_drawn
 from bothways.serve.prefix import PrefixCache
 from bothways.serve.slots import Pool
@@ -113,6 +116,11 @@ class Served:
         return slots * size * per_token * (2 if self.kind == "seq2seq" else 1) if self.kind in IN_SLOTS else 0
 
 
+def reads_transposed(params: Any, slots: int) -> bool:
+    """Whether matrices are turned over: where several slots share one CPU."""
+    return slots > 1 and platform() == "cpu" and len(jax.tree.leaves(params)[0].sharding.device_set) == 1
+
+
 def named(homes: Sequence[str]) -> dict[str, Served]:
     """Runs by name: the last part of a directory, or NAME of NAME=DIRECTORY.
 
@@ -182,7 +190,12 @@ class Runs:
         run = self.served[name]
         self._make_room(run.bytes, run)
         model = open_run(run.home, self.mesh)
-        pool = self._pool(run, model) if isinstance(model, TextModel) and run.kind in IN_SLOTS else None
+        pool = None
+        if isinstance(model, TextModel) and run.kind in IN_SLOTS:
+            if reads_transposed(model.run.params, self.limits.slots):
+                params = jax.jit(transpose_kernels, donate_argnums=0)(model.run.params)
+                model = open_model(dataclasses.replace(model.run, params=params))
+            pool = self._pool(run, model)
         size = run.bytes + (pool.bytes if pool else 0)
         self._make_room(size, run)
         self.loaded[name] = Loaded(model, pool, size)

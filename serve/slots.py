@@ -44,6 +44,7 @@ class Slots:
     """What each of the B slots wants, as arrays that the host sends with every step."""
 
     key: Any  # [B, n] uint32, key data
+    held: Any  # [B] whether there is a row, whose prompt may be read in part
     live: Any  # [B]
     count: Any  # [B] tokens generated so far
     limit: Any  # [B]
@@ -178,6 +179,9 @@ class Pool:
         def step(params: Any, state: State, rows: Slots, n: jax.Array) -> tuple[State, tuple[jax.Array, ...]]:
             """At most n <= CHUNK tokens for every live slot: tokens, log-probabilities [B, n], the most likely tokens and
             theirs [B, n, TOP]; how many tokens each slot has now [B]."""
+            # How much of the cache is read goes by the longest row; one that has ended counts no more.
+            length = jnp.where(rows.held, state.cache.length, 0)
+            state = state.replace(cache=state.cache.replace(length=length))
             zeros = jnp.zeros((slots, CHUNK), jnp.int32)
             alternatives = jnp.zeros((slots, CHUNK, top), jnp.int32)
             out = (zeros, zeros.astype(jnp.float32), alternatives, alternatives.astype(jnp.float32))
@@ -224,7 +228,9 @@ class Pool:
                 )
                 for layer, (k, v) in zip(state.cache.layers, kept, strict=True)
             )
-            return state.replace(cache=state.cache.replace(layers=layers))
+            # Until the rest is read, steps of other slots write behind it, as the length says, and not over it.
+            length = state.cache.length.at[slot].set(start + piece)
+            return state.replace(cache=state.cache.replace(layers=layers, length=length))
 
         self._enter, self._prefill, self._step, self._take, self._put = enter, prefill, step, take, put
         self.state: State | None = None
@@ -335,6 +341,7 @@ class Pool:
         live = [r is not None and r.read == len(r.ids) for r in rows]
         wishes = Slots(
             key=np.zeros((B, self._key_words), np.uint32),
+            held=np.array([r is not None for r in rows]),
             live=np.array(live),
             count=np.zeros(B, np.int32),
             limit=np.zeros(B, np.int32),

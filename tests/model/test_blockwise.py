@@ -12,7 +12,7 @@ from bothways.config import MeshConfig
 from bothways.model import attention, blockwise
 from bothways.model.attention import attend, attend_whole
 from bothways.model.axes import activation_shardings, constrain_activation
-from bothways.model.blockwise import attend_blockwise, tile_size, visible_tiles
+from bothways.model.blockwise import CACHE_TILE, attend_blockwise, attend_cached, tile_size, visible_tiles
 from bothways.model.dropout import ScoreDropout
 from bothways.model.kernels import K_AXES, Q_AXES
 from bothways.model.mask import Mask
@@ -153,3 +153,18 @@ def test_tiles_on_a_mesh_equal_the_whole(mesh, name, eight_devices):
     wanted = run(attend_whole)
     with activation_shardings(sharding.activation_sharding_fn(sharding.make_mesh(mesh, eight_devices))):
         same(run(functools.partial(attend_blockwise, tile=(8, 16))), wanted)
+
+
+@pytest.mark.parametrize("window", [0, 9, 200])
+def test_a_long_cache_is_read_as_far_as_it_is_filled_and_a_row_does_not_see_how_far_others_are(window):
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (3, size, heads, 8))
+        for i, (size, heads) in enumerate(((2, H), (3 * CACHE_TILE, G), (3 * CACHE_TILE, G)))
+    )
+    kernel = jax.jit(lambda at, k: attend_cached(q, k, v, Mask.cached(at[:, None] + jnp.arange(2), k.shape[1]).windowed(window)))
+    at = jnp.array([3, CACHE_TILE - 1, CACHE_TILE + 70])
+    mask = Mask.cached(at[:, None] + jnp.arange(2), k.shape[1]).windowed(window)
+    same(kernel(at, k), attend_whole(q, k, v, mask))
+    np.testing.assert_array_equal(kernel(at.at[2].set(5), k)[:2], kernel(at, k)[:2])
+    filled = kernel(at, k.at[:, 2 * CACHE_TILE :].set(jnp.nan))  # a tile that nobody has reached is not read
+    assert jnp.isfinite(filled).all()
