@@ -161,7 +161,9 @@ def test_a_long_cache_is_read_as_far_as_it_is_filled_and_a_row_does_not_see_how_
         jax.random.normal(jax.random.key(i), (3, size, heads, 8))
         for i, (size, heads) in enumerate(((2, H), (3 * CACHE_TILE, G), (3 * CACHE_TILE, G)))
     )
-    kernel = jax.jit(lambda at, k: attend_cached(q, k, v, Mask.cached(at[:, None] + jnp.arange(2), k.shape[1]).windowed(window)))
+    kernel = jax.jit(
+        lambda at, k: attend_cached(q, k, v, Mask.cached(at[:, None] + jnp.arange(2), k.shape[1]).windowed(window))
+    )
     at = jnp.array([3, CACHE_TILE - 1, CACHE_TILE + 70])
     mask = Mask.cached(at[:, None] + jnp.arange(2), k.shape[1]).windowed(window)
     same(kernel(at, k), attend_whole(q, k, v, mask))

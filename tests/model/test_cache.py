@@ -9,6 +9,7 @@ import pytest
 
 from bothways.model.cache import Cache
 from bothways.model.decoder import Decoder
+from bothways.model.products import transpose_kernels
 from bothways.model.stack import unstack_layers
 
 LENGTHS = np.array([3, 8, 5])  # of the prompts, right-padded to 8 slots in one batch
@@ -51,9 +52,10 @@ def setting(request, tiny, filled) -> Setting:
     prefix = jnp.array([3, 2, 0]) if "prefix" in request.param else None
     full, none = jax.jit(lambda t: module.apply({"params": params}, t, prefix=prefix))(tokens)
     assert none is None
-    ready = unstack_layers(
-        params, join="rotary" in request.param
-    )  # one case as a single device reads them, one as several
+    # One case as several devices read them; one as a single CPU that decodes several rows at once.
+    joined = "rotary" in request.param
+    ready = unstack_layers(params, join=joined)
+    ready = transpose_kernels(ready) if joined else ready
     cached = jax.jit(lambda t, cache: module.apply({"params": ready}, t, prefix=prefix, cache=cache))
     return Setting(cfg, tokens, prefix, np.asarray(full), cached)
 

@@ -1,0 +1,62 @@
+"""Slots by themselves, without a server: what others do at the same time leaves no trace in a row."""
+
+import jax
+import numpy as np
+import pytest
+
+from bothways.sample.sampling_params import SamplingParams
+from bothways.serve.runs import Limits, Runs, named
+from bothways.serve.slots import Generation
+
+KEPT = [7, 11, 5, 17, 3, 29, 2, 23, 13, 19, 31, 37, 41, 43, 47, 53, 59, 61]
+GREEDY = jax.tree.map(np.asarray, SamplingParams.make(temperature=0))
+
+
+def generation(pool, ids: list[int], most: int) -> Generation:
+    """A text that is not ended by eos, whose tokens come into `.said`."""
+    one = Generation(ids, np.zeros(pool._key_words, np.uint32), GREEDY, most, emit=lambda *_: False)
+    one.said = []
+    one.emit = lambda new, *_: one.said.extend(new)
+    return one
+
+
+@pytest.fixture(scope="module")
+def pool(homes):
+    pool = Runs(named([str(homes["causal"])]), Limits(slots=2, piece=16)).get("causal").pool
+    pool.eos = -1
+    return pool
+
+
+def run(pool, until) -> None:
+    while not until():
+        pool.prefill(1)
+        pool.step()
+
+
+def test_steps_of_others_write_nothing_into_a_prompt_that_is_read_in_part(pool):
+    """A prompt whose beginning was kept waits in a slot, where a shorter row stood before, while another row goes on."""
+    alone = generation(pool, KEPT, 8)
+    pool.add(alone)
+    run(pool, lambda: not pool.busy)
+    expected = np.asarray(pool.state.logits[0])
+    other, short, waits = generation(pool, [3], 40), generation(pool, [9], 4), generation(pool, KEPT, 8)
+    pool.add(other)
+    pool.add(short)
+    run(pool, lambda: len(short.said) == 4)
+    pool.add(waits)
+    assert waits.cached == 16
+    pool.step()
+    run(pool, lambda: len(waits.said) == 8)
+    assert waits.said == alone.said
+    np.testing.assert_allclose(pool.state.logits[1], expected, atol=1e-5)
+    run(pool, lambda: not pool.busy)
+
+
+def test_a_row_that_has_ended_does_not_say_how_much_of_the_cache_is_read(pool):
+    long, short = generation(pool, [3], 4), generation(pool, [9] * 15, 4)
+    pool.add(long)
+    pool.add(short)
+    run(pool, lambda: not pool.busy)
+    pool.add(generation(pool, [3], 4))
+    run(pool, lambda: not pool.busy)
+    assert pool.state.cache.length.tolist() == [5, 0]
