@@ -63,7 +63,7 @@ def ours(recipe, checks: int = CHECKS) -> dict:
     state, _ = jax.block_until_ready(step(state, first, cfg.seed))
     compiled = time.perf_counter() - began
 
-    evaluate = Evaluator(recipe, objective, module, tokenizer, held_out, mesh, shardings.params)
+    evaluate = Evaluator(recipe, objective, module, tokenizer, {"": held_out}, mesh, shardings.params)
     curve, away, tokens_seen = [], 0.0, first["tokens"].size
     for done in range(2, cfg.steps + 1):
         batch = sharding.to_global(mesh, next(batches))

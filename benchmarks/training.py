@@ -37,11 +37,11 @@ def bert_batch(recipe: Recipe, rows: int, length: int, seed: int) -> Batch:
     """The same for masked rows: 15 % of the positions are masked and predicted."""
     ids, rng = random_tokens(recipe, rows, length, seed), np.random.default_rng(seed)
     asked = max(1, round(recipe.objective.mask_rate * length))
-    positions = np.sort(np.stack([rng.choice(length, asked, replace=False) for _ in range(rows)])).astype(np.int32)
+    masked = np.sort(np.stack([rng.choice(length, asked, replace=False) for _ in range(rows)])).astype(np.int32)
     tokens = ids.copy()
-    np.put_along_axis(tokens, positions, MASK_ID, axis=1)
+    np.put_along_axis(tokens, masked, MASK_ID, axis=1)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    given = {"tokens": tokens, "mask_positions": positions, "targets": np.take_along_axis(ids, positions, axis=1)}
+    given = {"tokens": tokens, "mask_positions": masked, "targets": np.take_along_axis(ids, masked, axis=1)}
     given |= {"segments": np.ones((rows, length), np.int32), "positions": positions}
     return given | {"weights": np.ones((rows, asked), np.float32)}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from bothways.config import OBJECTIVES_BY_FAMILY, MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from bothways.data.config import DataConfig
+from bothways.data.mixture_config import weights_alone
 from bothways.errors import InputError
 from bothways.formats import FORMAT, upgrade_recipe
 from bothways.model.config import TransformerConfig
@@ -201,6 +202,7 @@ class Recipe:
         mine, theirs = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))
         for flat in (mine, theirs):
             flat["train.init_from"] = flat["train.init_from"].rstrip("/")
+            flat["data.mixture"] = weights_alone(flat["data.mixture"])  # what the texts are, their fingerprint says
         return [
             f"{k}: {mine[k]} -> {theirs[k]}"
             for k in mine

@@ -12,7 +12,9 @@ What was chosen where the paper is silent or contradicts itself:
   - The ramp lasts "4-12 billion tokens, depending on the model size": 4B up to 760M parameters, 8B up to 6.7B,
     12B above.
   - Batches are given in round numbers of tokens; here they are rows of 2048: 256, 512, 1024, 1600.
-  - Common Crawl, WebText2, Books and Wikipedia in the paper's mixture are not public; C4 stands in.
+  - The mixture is that of table 2.2, by the shares of the training mix: they are rounded, and sum to 1.01. Its texts are
+    not public; MIXTURE says which sets of TFDS stand in. They have other sizes than the paper's, so these shares make other
+    epochs of them; the first lines of a run say how many.
 
     bothways plan gpt3_13b --topology v5p:4x4x8
     bothways train gpt3_small
@@ -36,6 +38,13 @@ SIZES = {  # name: layers, width, heads, head width, batch in rows, learning rat
     "13b": (40, 5120, 40, 128, 1024, 1.0e-4, 12),
     "175b": (96, 12288, 96, 128, 1600, 0.6e-4, 12),
 }
+
+MIXTURE = (
+    "c4/en=0.60",  # for Common Crawl, filtered: 410B tokens, 60 %, 0.44 epochs in 300B tokens
+    "c4/webtextlike=0.22",  # for WebText2: 19B, 22 %, 2.9 epochs; pages of OpenWebText's links
+    "pg19=0.16,book_text",  # for Books1: 12B, 8 %, 1.9 epochs, and Books2: 55B, 8 %, 0.43; books of Project Gutenberg
+    "wikipedia/20230601.en=0.03",  # for Wikipedia: 3B, 3 %, 3.4 epochs
+)
 
 
 def gpt3(layers: int, width: int, heads: int, head: int, batch: int, rate: float, ramp: int) -> Recipe:
@@ -66,7 +75,7 @@ def gpt3(layers: int, width: int, heads: int, head: int, batch: int, rate: float
             scan_layers=True,
             remat="dots",
         ),
-        data=DataConfig(corpus="c4/en", tokenizer="bpe", vocab_size=50_257, separate_documents=False),
+        data=DataConfig(corpus="", mixture=MIXTURE, tokenizer="bpe", vocab_size=50_257, separate_documents=False),
         optimizer=OptimizerConfig(
             learning_rate=rate, warmup_steps=steps(375e6), decay_steps=steps(260e9), final_lr_ratio=0.1, b2=0.95
         ),

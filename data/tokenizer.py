@@ -272,13 +272,14 @@ class SentencePieceTokenizer(Tokenizer):
         return tokenizer
 
 
-def lines(texts: Iterable[str], share: float = 1.0) -> Iterator[str]:
-    """What a vocabulary is trained on: the lines of the texts, long ones in parts, up to TRAINING_BYTES.
+def lines(texts: Iterable[str], share: float = 1.0, most: int | None = None) -> Iterator[str]:
+    """What a vocabulary is trained on: the lines of the texts, long ones in parts.
 
     Args:
       share: of the lines that are taken, drawn evenly over all texts and always the same ones.
+      most: bytes of them; by default TRAINING_BYTES.
     """
-    budget, number = TRAINING_BYTES, 0
+    budget, number = TRAINING_BYTES if most is None else most, 0
     for text in texts:
         for line in filter(None, re.split(f"[\n{SPACE}]", text)):
             for part in parts_of(line):
@@ -302,6 +303,11 @@ def parts_of(line: str) -> Iterator[str]:
 
 
 def train(texts: Iterable[str], kind: str, vocab_size: int, share: float = 1.0) -> SentencePieceTokenizer:
+    """`train_on` a share of the lines of texts."""
+    return train_on(lines(texts, share), kind, vocab_size)
+
+
+def train_on(sentences: Iterator[str], kind: str, vocab_size: int) -> SentencePieceTokenizer:
     """Learn a sentencepiece vocabulary, byte for byte the same each time.
 
     Raises:
@@ -310,7 +316,7 @@ def train(texts: Iterable[str], kind: str, vocab_size: int, share: float = 1.0) 
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=lines(texts, share),
+            sentence_iterator=sentences,
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,

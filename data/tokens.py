@@ -2,12 +2,11 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,15 @@ from bothways.data import chat
 from bothways.data import tokenizer as tokenizers
 from bothways.data.config import DataConfig
 from bothways.data.corpora import Corpus
+from bothways.data.documents import continues
 from bothways.data.files import read_utf8
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 
 BATCH = 256
-"""Documents tokenised at once; even, so that no pair is torn."""
+"""Documents tokenized at once, at most; even, so that no pair is torn."""
+BATCH_CHARACTERS = 2**22
+"""From this many characters on, no more documents are tokenized at once."""
 
 
 Piece = tuple[np.ndarray, np.ndarray, int]
@@ -55,7 +57,11 @@ class Tokens:
 
 def obtain_tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
     """The tokenizer that a configuration names: read from its file, or trained once and kept in the cache."""
-    tokenizer = _tokenizer(cfg, corpus)
+    return with_template(cfg, _tokenizer(cfg, corpus))
+
+
+def with_template(cfg: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """With the chat template that a configuration names; of conversations with one in any case."""
     if cfg.chat_template:
         tokenizer.chat_template = read_utf8(Path(cfg.chat_template).expanduser())
     elif cfg.messages_field:
@@ -68,17 +74,37 @@ def _tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
         return corpus.store.tokenizer(cfg)
     if cfg.tokenizer.endswith((".model", ".json")):
         return Tokenizer.load(epath.Path(cfg.tokenizer).expanduser())  # on a bucket too
-    version = f"{corpus.fingerprint} {cfg.tokenizer} {cfg.vocab_size} {tokenizers.TRAINING_BYTES}"
+
+    def train() -> Tokenizer:
+        share = min(1.0, tokenizers.TRAINING_BYTES / max(1, training_bytes(corpus)))
+        return tokenizers.train(training_texts(corpus), cfg.tokenizer, cfg.vocab_size, share)
+
+    return kept_tokenizer(cfg, corpus.fingerprint, train)
+
+
+def training_bytes(corpus: Corpus) -> int:
+    """UTF-8 bytes of the text to train on; it is gone through for that."""
+    return sum(len(text.encode()) for text in training_texts(corpus))
+
+
+def training_texts(corpus: Corpus) -> Iterator[str]:
+    """What a vocabulary is trained on; of conversations what is said in them."""
+    said = chat.plain_text if corpus.conversations else str
+    return (said(text) for _, text in corpus.documents("train"))
+
+
+def kept_tokenizer(cfg: DataConfig, of: str, train: Callable[[], Tokenizer]) -> Tokenizer:
+    """A vocabulary that is trained once and kept in the cache.
+
+    Args:
+      of: what it is trained on, as a fingerprint.
+    """
+    version = f"{of} {cfg.tokenizer} {cfg.vocab_size} {tokenizers.TRAINING_BYTES}"
     key = hashlib.sha256(version.encode()).hexdigest()[:16]
     path = Path(cfg.cache).expanduser() / "tokenizers" / f"{key}.model"
     if not path.exists():
-        said = chat.plain_text if corpus.conversations else str
-        size = sum(len(said(text).encode()) for _, text in corpus.documents("train"))
-        share = min(1.0, tokenizers.TRAINING_BYTES / max(1, size))
-        texts = (said(text) for _, text in corpus.documents("train"))
-        trained = tokenizers.train(texts, cfg.tokenizer, cfg.vocab_size, share)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        trained.save(partial)
+        train().save(partial)
         partial.replace(path)
     return Tokenizer.load(path)
 
@@ -137,7 +163,7 @@ def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None
                 position, size = position + len(ids), size + count
         return _finish(home, starts, dtype, position, size)
     with (home / "ids.bin").open("wb") as out:
-        texts = (text for _, text in corpus.documents(split))
+        texts = corpus.documents(split)
         made = corpus.store.pieces(split) if corpus.store else encoded(texts, tokenizer, corpus.paired)
         for ids, begins, count in made:
             out.write(ids.tobytes())
@@ -157,15 +183,62 @@ def dtype_for(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
 
 
-def encoded(texts: Iterable[str], tokenizer: Tokenizer, paired: bool) -> Iterator[Piece]:
-    """Documents as bos, their tokens, eos, some at a time. One without tokens falls out, and the other of its pair too."""
-    dtype, texts = dtype_for(tokenizer), iter(texts)
-    while batch := list(itertools.islice(texts, BATCH)):
-        ids = tokenizer.encode_many(batch)
-        kept = [i for i in range(len(batch)) if ids[i] and (not paired or ids[i ^ 1])]
-        flat = [x for i in kept for x in (tokenizer.bos, *ids[i], tokenizer.eos)]
-        begins = np.cumsum([0, *(len(ids[i]) + 2 for i in kept)], dtype=np.int64)[:-1]
-        yield np.array(flat, dtype), begins, sum(len(batch[i].encode()) for i in kept)
+class Encoder:
+    """Documents as bos, their tokens, eos, from batches of (name, text) that may end within a document.
+
+    One without tokens falls out, and the other of its pair too.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, paired: bool):
+        self.tokenizer, self.paired, self.dtype = tokenizer, paired, dtype_for(tokenizer)
+        self.waiting: list[tuple[str, str]] = []
+        self.size = 0
+        """Characters of them."""
+        self.inside = False
+        """Whether a document has begun whose eos is not there yet."""
+
+    def add(self, name: str, text: str) -> Piece | None:
+        """What is encoded by now, where enough documents have come."""
+        full = len(self.waiting) >= BATCH or self.size >= BATCH_CHARACTERS
+        made = self.flush(continues(name)) if full and not (self.paired and len(self.waiting) % 2) else None
+        self.waiting.append((name, text))
+        self.size += len(text)
+        return made
+
+    def flush(self, goes_on: bool = False) -> Piece:
+        """Ids, where documents begin among them, and bytes of what has come.
+
+        Args:
+          goes_on: what comes next is of the same document as what came last.
+        """
+        batch, self.waiting, self.size = self.waiting, [], 0
+        ids = self.tokenizer.encode_many([text for _, text in batch])
+        flat, begins, size, eos = [], [], 0, self.tokenizer.eos
+        for i, (name, text) in enumerate(batch):
+            if self.inside and not continues(name):
+                flat.append(eos)
+                self.inside = False
+            if not ids[i] or (self.paired and not ids[i ^ 1]):
+                continue
+            if not self.inside:
+                begins.append(len(flat))
+                flat.append(self.tokenizer.bos)
+                self.inside = True
+            flat += ids[i]
+            size += len(text.encode())
+        if self.inside and not goes_on:
+            flat.append(eos)
+            self.inside = False
+        return np.array(flat, self.dtype), np.array(begins, np.int64), size
+
+
+def encoded(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, paired: bool) -> Iterator[Piece]:
+    """Documents as bos, their tokens, eos, some at a time."""
+    encoder = Encoder(tokenizer, paired)
+    for name, text in documents:
+        if made := encoder.add(name, text):
+            yield made
+    yield encoder.flush()
 
 
 class Rows:

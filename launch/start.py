@@ -6,8 +6,10 @@ import subprocess
 from pathlib import Path
 
 from bothways.chips import Topology
+from bothways.data import prepared
 from bothways.data.config import DataConfig
 from bothways.data.files import looks_like_files, matching
+from bothways.data.mixture_config import config_of, folders, moved, parts_of
 from bothways.data.stores import is_remote
 from bothways.errors import InputError
 from bothways.launch.engines import ENGINES, Launch
@@ -69,28 +71,50 @@ def prepare(
 
 
 def text_to_send(cfg: DataConfig) -> DataConfig | None:
-    """The configuration of text in files of this machine; None of any other.
+    """The configuration of text that is, or some of whose corpora are, in files of this machine; None of any other.
 
     Raises:
-      InputError: no such files, or so large that they are to be prepared into a bucket.
+      InputError: no such files, or so large that they are to be prepared into a bucket; a mixture whose vocabulary would have
+        to be trained on text that is not here too.
     """
-    here = not is_remote(cfg.corpus) and looks_like_files(cfg.corpus)
-    if not here or (Path(cfg.corpus).expanduser() / "manifest.json").exists():
+    here = [part.corpus for part in parts_of(cfg) if is_sent(part.corpus)]
+    if not here:
         return None
-    size = sum(path.stat().st_size for path in matching(cfg.corpus))
+    size = sum(path.stat().st_size for corpus in here for path in matching(corpus))
     if size > MOST_SENT:
         raise InputError(
-            f"data.corpus={cfg.corpus} has {size / 1e9:.1f} GB, too much to be prepared while you wait: run "
-            "`bothways prepare RECIPE --to gs://BUCKET/text --workers N` first, and launch with --data.corpus gs://BUCKET/text"
+            f"{', '.join(here)} has {size / 1e9:.1f} GB, too much to be prepared while you wait: run `bothways prepare RECIPE "
+            "--to gs://BUCKET/text --workers N` first, and launch with what it says, --data.corpus gs://BUCKET/text"
+        )
+    elsewhere = sorted({part.corpus for part in parts_of(cfg)} - set(here_or_prepared(cfg)))
+    if elsewhere and not cfg.tokenizer.endswith((".model", ".json")):
+        raise InputError(
+            f"data.mixture has files of this machine beside {', '.join(elsewhere)}, whose text is elsewhere: one vocabulary of "
+            "all cannot be trained here. Give --data.tokenizer FILE, or run `bothways prepare RECIPE --to gs://BUCKET/text` first"
         )
     return cfg
 
 
-def sent_along(text: DataConfig, to: str) -> DataConfig:
+def here_or_prepared(cfg: DataConfig) -> list[str]:
+    """Corpora in files of this machine, and those that are prepared already and say which vocabulary there is."""
+    return [p.corpus for p in parts_of(cfg) if is_sent(p.corpus) or prepared.at(config_of(p, cfg))]
+
+
+def sent_along(cfg: DataConfig, to: str) -> DataConfig:
     """What the recipe names there: the prepared text, and its tokenizer where that is a file."""
-    own = text.tokenizer.endswith((".model", ".json"))
-    tokenizer = f"{to}/tokenizer{Path(text.tokenizer).suffix}" if own else text.tokenizer
-    return dataclasses.replace(text, corpus=to, validation="", tokenizer=tokenizer)
+    there = {corpus: folder for corpus, folder in folders(cfg, to).items() if is_sent(corpus)}
+    tokenizer = cfg.tokenizer
+    if tokenizer.endswith((".model", ".json")):
+        tokenizer = f"{next(iter(there.values()))}/tokenizer{Path(tokenizer).suffix}"
+    if cfg.mixture:
+        return dataclasses.replace(cfg, mixture=moved(cfg.mixture, there), tokenizer=tokenizer)
+    return dataclasses.replace(cfg, corpus=to, validation="", tokenizer=tokenizer)
+
+
+def is_sent(corpus: str) -> bool:
+    """Whether a corpus is text in files of this machine, not prepared."""
+    here = not is_remote(corpus) and looks_like_files(corpus)
+    return here and not (Path(corpus).expanduser() / "manifest.json").exists()
 
 
 def files_left_here(recipe: Recipe, *, shared: bool) -> list[str]:
@@ -100,15 +124,17 @@ def files_left_here(recipe: Recipe, *, shared: bool) -> list[str]:
       shared: the machines have a disk in common with this one; an absolute path may be there.
     """
     data, start = recipe.data, recipe.train.init_from
+    corpora = [part.corpus for part in parts_of(data)]
     found = {
-        "data.corpus": data.corpus if looks_like_files(data.corpus) else "",
-        "data.validation": data.validation,
-        "data.tokenizer": data.tokenizer if data.tokenizer.endswith((".model", ".json")) else "",
-        "train.init_from": start,
+        "data.mixture" if data.mixture else "data.corpus": [corpus for corpus in corpora if looks_like_files(corpus)],
+        "data.validation": [data.validation],
+        "data.tokenizer": [data.tokenizer] if data.tokenizer.endswith((".model", ".json")) else [],
+        "train.init_from": [start],
     }
     return [
         f"{k}={v}"
-        for k, v in found.items()
+        for k, values in found.items()
+        for v in values
         if v and not is_remote(v) and not (shared and Path(v).expanduser().is_absolute())
     ]
 
@@ -130,9 +156,9 @@ def start(on: str, job: Job, launch: Launch, folder: Path, *, dry_run: bool) -> 
                 raise InputError(f"--on {on} calls {program}, which is not here: {WHERE[program]}; or see --dry-run")
         folder.mkdir(parents=True, exist_ok=True)
         if job.text:
-            from bothways.data.preparing import prepare
+            from bothways.data.preparing import prepare_all
 
-            prepare(job.text, str(folder / "text"), log=log)
+            prepare_all(job.text, str(folder / "text"), only=here_or_prepared(job.text), log=log)
         (folder / job.code_name).write_bytes(job.code)
         (folder / "recipe.json").write_text(job.recipe.to_json())
         for name, text in launch.files.items():

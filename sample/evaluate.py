@@ -8,7 +8,8 @@ from typing import TypeVar
 import numpy as np
 
 from bothways import rundir
-from bothways.data import corpora, examples, pairs, pipeline, tokens
+from bothways.data import examples, mixture, pairs, pipeline, tokens
+from bothways.data.corpora import Corpus
 from bothways.data.metrics import Ratio
 from bothways.data.tokens import Tokens
 from bothways.errors import InputError
@@ -78,6 +79,8 @@ def evaluate(
     Of an encoder-decoder: loss and bits_per_byte of targets given their sources; of pairs also bleu and chrf of its
     translations (beam 4, length penalty 0.6), beside copy_bleu and copy_chrf, those of the sources themselves.
 
+    Of a mixture, every figure of each corpus, of the suite SUITE/NAME, and their mean by the shares of the last phase.
+
     Args:
       log: gets what else a reader of the figures should know, such as sacrebleu's signatures.
       limit: at most so many rows or pairs of a split, spread evenly; 0: all rows, and at most MOST_PAIRS pairs.
@@ -89,31 +92,66 @@ def evaluate(
         if suite not in SUITES:
             raise InputError(f"no suite {suite!r}; there are {', '.join(SUITES)}")
     cfg = model.recipe.data
-    corpus = corpora.load(cfg)
-    if not rundir.trained_on(model.run.home, corpus.fingerprint, *corpus.earlier):
-        log(f"{cfg.corpus} is no longer the text that {model.run.home} was trained on: it may have seen what is held out")
-    train = functools.partial(tokens.prepare, corpus, "train", model.tokenizer, cfg.cache)  # for masked runs alone
+    text = mixture.load(cfg)
+    if not rundir.trained_on(model.run.home, text.fingerprint, *text.earlier):
+        log(f"{cfg.named} is no longer the text that {model.run.home} was trained on: it may have seen what is held out")
     figures = []
     for suite in suites:
-        if model.recipe.objective.kind == "pairs":
-            figures += pair_figures(model, suite, log, limit)
-            continue
-        held = tokens.prepare(corpus, suite, model.tokenizer, cfg.cache)
-        figures += (
-            conversation_figures(model, suite, held, limit)
-            if held.scored is not None
-            else masked_figures(model, suite, held, train(), limit)
-            if isinstance(model, MaskedModel)
-            else diffusion_figures(model, suite, held, limit)
-            if isinstance(model, DiffusionModel)
-            else span_figures(model, suite, held, limit)
-            if model.recipe.objective.kind == "spans"
-            else causal_figures(model, suite, held, limit)
-        )
-        if isinstance(model, HybridModel):
-            both = masked_figures(model.both_ways, suite, held, train(), limit)
-            figures += [dataclasses.replace(f, metric=f"both_ways_{f.metric}") for f in both]
+        of = [figures_of(model, suite, corpus, log, limit) for corpus in text.corpora]
+        figures += of[0] if len(of) == 1 else weighted(of, shares_of(model, text))
+        if len(of) > 1:
+            named = zip(text.names, of, strict=True)
+            figures += [dataclasses.replace(f, suite=f"{suite}/{name}") for name, each in named for f in each]
     return figures
+
+
+def figures_of(
+    model: TextModel | MaskedModel, suite: str, corpus: Corpus, log: Callable[[str], None], limit: int
+) -> list[Metric]:
+    """The figures of a split of one corpus, as `evaluate` has them."""
+    if model.recipe.objective.kind == "pairs":
+        return pair_figures(model, suite, corpus, log, limit)
+    cache = model.recipe.data.cache
+    train = functools.partial(tokens.prepare, corpus, "train", model.tokenizer, cache)  # for masked runs alone
+    held = tokens.prepare(corpus, suite, model.tokenizer, cache)
+    if held.scored is not None:
+        return conversation_figures(model, suite, held, limit)
+    if isinstance(model, MaskedModel):
+        return masked_figures(model, suite, held, train(), limit)
+    if isinstance(model, DiffusionModel):
+        return diffusion_figures(model, suite, held, limit)
+    if model.recipe.objective.kind == "spans":
+        return span_figures(model, suite, held, limit)
+    figures = causal_figures(model, suite, held, limit)
+    if isinstance(model, HybridModel):
+        both = masked_figures(model.both_ways, suite, held, train(), limit)
+        figures += [dataclasses.replace(f, metric=f"both_ways_{f.metric}") for f in both]
+    return figures
+
+
+def shares_of(model: TextModel | MaskedModel, text: mixture.Text) -> list[float]:
+    """The shares of the corpora in the last phase of training."""
+    sizes = [1] * len(text.corpora)
+    if any(part.in_epochs for part in text.parts):
+        sizes = [len(t.ids) for t in text.prepare("train", model.tokenizer, model.recipe.data.cache)]
+    return text.shares(sizes, last=True)
+
+
+def weighted(of: Sequence[Sequence[Metric]], shares: Sequence[float]) -> list[Metric]:
+    """The mean over corpora of each figure but those of translations, by shares. Its interval is of independent corpora:
+    shares of half-widths add up in squares (Zou and Donner 2008, "Construction of confidence limits", section 2)."""
+    found = []
+    for same in zip(*of, strict=True):
+        if same[0].resampled == "pairs" and same[0].metric not in ("loss", "bits_per_byte"):
+            continue
+        value = sum(share * f.value for share, f in zip(shares, same, strict=True))
+        low, high = (
+            sum((share * (f.interval[side] - f.value)) ** 2 for share, f in zip(shares, same, strict=True)) ** 0.5
+            for side in (0, 1)
+        )
+        n = sum(f.n for f in same)
+        found.append(dataclasses.replace(same[0], value=value, interval=(value - low, value + high), n=n))
+    return found
 
 
 def spread(items: Iterable[T], limit: int) -> list[T]:
@@ -137,10 +175,18 @@ def rows_of(model: TextModel | MaskedModel) -> int:
 
 
 def held_out_pairs(
-    model: TextModel, suite: str, log: Callable[[str], None] = lambda _: None, limit: int = 0
+    model: TextModel,
+    suite: str,
+    log: Callable[[str], None] = lambda _: None,
+    limit: int = 0,
+    corpus: Corpus | None = None,
 ) -> list[tuple[str, str]]:
     """(source, target) of the pairs of a split that fit into the context, at most `limit` (0: MOST_PAIRS), evenly spread;
-    of a run that restores spans, of a few sources with masks in them."""
+    of a run that restores spans, of a few sources with masks in them.
+
+    Args:
+      corpus: one of the run's; by default all of them, one after the other.
+    """
     if model.recipe.objective.kind == "spans":
         texts = [
             "To be, or [MASK] to be",
@@ -151,7 +197,7 @@ def held_out_pairs(
             "",
         ]
     else:
-        texts = (text for _, text in corpora.load(model.recipe.data).documents(suite))
+        texts = (text for _, text in (corpus or mixture.load(model.recipe.data)).documents(suite))
     texts, context, limit, count = iter(texts), model.recipe.model.context_length, limit or MOST_PAIRS, [0, 0]
 
     def fitting() -> Iterator[tuple[str, str]]:
@@ -169,10 +215,10 @@ def held_out_pairs(
     return found
 
 
-def pair_figures(model: TextModel, suite: str, log: Callable[[str], None], limit: int) -> list[Metric]:
+def pair_figures(model: TextModel, suite: str, corpus: Corpus, log: Callable[[str], None], limit: int) -> list[Metric]:
     from sacrebleu.metrics import BLEU, CHRF
 
-    fitting = held_out_pairs(model, suite, log, limit)
+    fitting = held_out_pairs(model, suite, log, limit, corpus)
     if not fitting:
         raise InputError(
             f"no pair of the {suite} split fits into model.context_length={model.recipe.model.context_length} tokens"

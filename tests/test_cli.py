@@ -10,6 +10,8 @@ import pytest
 
 import bothways
 from bothways.cli import COMMANDS
+from bothways.commands.plan import PlanOptions
+from bothways.commands.shared import parse_recipe
 from bothways.data import tokens
 from bothways.sample.text import Score
 from bothways.train.loop import Result
@@ -205,6 +207,30 @@ def test_a_file_that_is_not_utf8(capfd, tiny_args, tmp_path):
     err = refused(capfd, "train", *tiny_args, "--data.corpus", str(tmp_path / "latin.txt"))
     assert "ef 76 65" in err
     assert "offset 13 (line 2)" in err
+
+
+def test_a_corpus_replaces_a_mixture_and_a_mixture_a_corpus():
+    def named(recipe, *argv):
+        made = parse_recipe("plan", [recipe, *argv], PlanOptions, "")[0].data
+        return made.corpus, made.mixture
+
+    assert named("gpt3_small", "--topology", "v5e:2x2")[1][0] == "c4/en=0.60"
+    assert named("gpt3_small", "--topology", "v5e:2x2", "--data.corpus", "a.txt") == ("a.txt", ())
+    two = ("a.txt=1", "b=2,10:3")
+    assert named("shakespeare_gpt", "--topology", "v5e:2x2", "--data.mixture", *two) == ("", two)
+
+
+def test_prepare_of_a_mixture_says_how_to_train(capfd, tmp_path, text_file):
+    (tmp_path / "b.txt").write_text("That is the question.\n" * 400)
+    mixture = [f"{text_file}=2", f"{tmp_path}/b.txt=1"]
+    flags = ["--data.mixture", *mixture, "--data.tokenizer", "char", "--data.cache", str(tmp_path / "cache")]
+    out, _ = call(capfd, "prepare", "shakespeare_gpt", "--to", str(tmp_path / "text"), *flags)
+    assert f"train with --data.mixture {tmp_path}/text/tale=2 {tmp_path}/text/b=1" in out
+    out, _ = call(capfd, "prepare", "shakespeare_gpt", "--to", str(tmp_path / "text"), "--json", *flags)
+    assert [json.loads(line)["to"] for line in out.splitlines()] == [f"{tmp_path}/text/{name}" for name in ("tale", "b")]
+    flags[1] = "a.txt=-1"
+    _, err = call(capfd, "prepare", "shakespeare_gpt", "--to", str(tmp_path / "text"), *flags, code=2)
+    assert "the weight '-1' must be a positive, finite number" in err
 
 
 def test_a_vocabulary_larger_than_the_text_allows(capfd, tiny_args, tmp_path):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bothways import rundir, sharding
-from bothways.data import corpora, pipeline, tokens
+from bothways.data import mixture, pipeline
 from bothways.data.metrics import Ratio
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import Busy, InputError
@@ -89,18 +89,18 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
 
     # ---- data -------------------------------------------------------------------------------------------------
     with hosts.process_zero_first():
-        corpus = corpora.load(recipe.data)
+        corpus = mixture.load(recipe.data)
         if existing is not None:
             if not rundir.trained_on(home, corpus.fingerprint, *corpus.earlier):
                 raise InputError(
-                    f"data.corpus={recipe.data.corpus} is not the text that {home} was trained on; put that back, "
+                    f"data.corpus={recipe.data.named} is not the text that {home} was trained on; put that back, "
                     "or train into another directory with --workdir DIR"
                 )
             tokenizer = Tokenizer.load(home)
         else:
-            report(f"reading {recipe.data.corpus}, preparing its tokenizer and token rows in {recipe.data.cache}")
-            tokenizer = tokens.obtain_tokenizer(recipe.data, corpus)
-        text, held_text = (tokens.prepare(corpus, s, tokenizer, recipe.data.cache) for s in ("train", "validation"))
+            report(f"reading {recipe.data.named}, preparing its tokenizer and token rows in {recipe.data.cache}")
+            tokenizer = mixture.obtain_tokenizer(recipe.data, corpus)
+        text, held_text = (corpus.prepare(s, tokenizer, recipe.data.cache) for s in ("train", "validation"))
     recipe = resolve(recipe, tokenizer)
     hosts.assert_equal_across_hosts(
         {"recipe": recipe.to_json(), "text": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
@@ -120,8 +120,9 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
     objective = objective_of(recipe, tokenizer.vocabulary())
     lengths = {recipe.model.context_length, cfg.short_length} - {0}
     with hosts.process_zero_first():  # how pairs are packed into rows is kept too
-        sources = {length: objective.source(text, length, False) for length in lengths}
-        held_out = objective.source(held_text, recipe.model.context_length, True)
+        each = {length: [objective.source(part, length, False) for part in text] for length in lengths}
+        held_out = [objective.source(part, recipe.model.context_length, True) for part in held_text]
+    sources = {n: mixture.source_of(of, corpus, lambda step: cfg.batch_at(step)[0]) for n, of in each.items()}
 
     # ---- model, optimizer, mesh -------------------------------------------------------------------------------
     mesh = sharding.make_mesh(recipe.mesh)
@@ -169,13 +170,17 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
 
     def announce(start: int) -> None:
         report(
-            f"{count:,} parameters, {len(text.ids):,} tokens of text, rows of {recipe.model.context_length}, "
+            f"{count:,} parameters, {sum(len(part.ids) for part in text):,} tokens of text, rows of {recipe.model.context_length}, "
             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
             + (f", resumed at step {start}" if start else "")
         )
         if note := getattr(sources[recipe.model.context_length][0], "note", ""):
             report(note)
+        if isinstance(rows := sources[recipe.model.context_length][0], mixture.MixedRows):
+            report(rows.shown(corpus.names, cfg.batch_at(cfg.steps)[0]))
 
+    shares = corpus.shares([len(rows) for rows, _ in each[recipe.model.context_length]], last=True)
+    of = dict(zip(corpus.names, held_out, strict=True))
     meter = Throughput(recipe_flops_per_token(recipe))
     job = Job(
         home=home,
@@ -194,7 +199,7 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
             accumulate=cfg.grad_accum_steps,
             vmem_kib=recipe.mesh.vmem_kib,
         ),
-        evaluate=Evaluator(recipe, objective, module, tokenizer, held_out, mesh, shardings.params),
+        evaluate=Evaluator(recipe, objective, module, tokenizer, of, mesh, shardings.params, shares),
         meter=meter,
         announce=announce,
         profile=profile,
@@ -205,10 +210,16 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
 
 
 class Evaluator:
-    """Held-out loss: parameters -> {"loss", "<term>", "<term>_accuracy", "bits_per_byte"}."""
+    """Held-out loss: parameters -> {"loss", "<term>", "<term>_accuracy", "bits_per_byte"}, and of a mixture each of them
+    once more as "loss/NAME" for each corpus, whose mean by their shares the former are.
 
-    def __init__(self, recipe, objective, module, tokenizer, source, mesh, param_shardings):
-        self.recipe, self.source, self.mesh = recipe, source, mesh
+    Args:
+      sources: of each corpus, by name.
+      shares: of each, in a whole of 1.
+    """
+
+    def __init__(self, recipe, objective, module, tokenizer, sources, mesh, param_shardings, shares=(1.0,)):
+        self.recipe, self.sources, self.shares, self.mesh = recipe, sources, shares, mesh
         self.step = make_eval_step(module, objective, mesh, param_shardings)
         lengths = tokenizer.byte_lengths()
         self.count_bytes = jax.jit(
@@ -216,13 +227,18 @@ class Evaluator:
         )
 
     def __call__(self, params: Any) -> dict[str, float]:
+        return mixture.averaged({name: self.held(params, of) for name, of in self.sources.items()}, self.shares)
+
+    def held(self, params: Any, source: mixture.Source) -> dict[str, float]:
+        """The figures of one corpus; of train.eval_rows each has an equal part."""
         cfg = self.recipe.train
         batch_size = cfg.batch_size // cfg.grad_accum_steps  # no more at once than training has
         sums: dict[str, np.ndarray] = {}
         bits_per_byte = Ratio()  # of what is a likelihood, or a bound on it, by batch
         mine = sharding.local_rows(self.mesh, batch_size)
-        options = {"batch_size": batch_size, "seed": cfg.seed, "limit": cfg.eval_rows, "mine": mine}
-        for rows in pipeline.evaluation_batches(*self.source, **options):
+        limit = -(-cfg.eval_rows // len(self.sources))
+        options = {"batch_size": batch_size, "seed": cfg.seed, "limit": limit, "mine": mine}
+        for rows in pipeline.evaluation_batches(*source, **options):
             batch = sharding.to_global(self.mesh, rows)
             size = int(self.count_bytes(batch["targets"], batch.get("scored", batch["weights"])))
             for name, term in self.step(params, batch).items():

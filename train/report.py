@@ -131,6 +131,9 @@ class Reporter:
             right = left.twinx()
             label = "held-out " + key.removeprefix("eval_").replace("_", " ")
             right.plot(*zip(*held, strict=True), color="tab:orange", marker="o", markersize=3, label=label)
+            for name in sorted({name for r in rows for name in r if name.startswith(f"{key}/")}):
+                of = [(r["step"], r[name]) for r in rows if name in r]
+                right.plot(*zip(*of, strict=True), linewidth=1, linestyle="--", label=name.removeprefix("eval_"))
             right.set_ylabel(f"{label} (last {held[-1][1]:.3f})")
             more = right.get_legend_handles_labels()
             handles, labels = handles + more[0], labels + more[1]

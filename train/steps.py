@@ -178,6 +178,8 @@ def _shown_held(held: dict[str, float]) -> str:
     bpb = f", {held['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in held else ""
     if "bits_per_byte_low" in held:
         bpb += f" [{held['bits_per_byte_low']:.3f}, {held['bits_per_byte_high']:.3f}]"
+    if each := [f"{name.removeprefix('loss/')} {loss:.3f}" for name, loss in held.items() if name.startswith("loss/")]:
+        bpb += f" ({', '.join(each)})"
     return f"held-out loss {held['loss']:.3f}{bpb}"
 
 

@@ -1,6 +1,7 @@
 """`bothways prepare`: text to shards of tokens, once, in parallel."""
 
 import dataclasses
+import shlex
 from typing import Annotated
 
 import tyro
@@ -12,7 +13,8 @@ from bothways.log import log
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """Turn a recipe's corpus into tokens in a directory or bucket, which train and launch take as --data.corpus."""
+    """Turn a recipe's corpus into tokens in a directory or bucket, which train and launch take as --data.corpus; or each
+    corpus of its mixture in a folder there, all of one vocabulary."""
 
     to: str
     """The directory, or gs://BUCKET/PATH: empty, or what an earlier call did not finish."""
@@ -32,12 +34,20 @@ def prepare(argv: list[str]) -> None:
         raise InputError("; ".join(problems))
     if o.workers < 1:
         raise InputError(f"--workers is {o.workers}; it must be 1 or more")
-    from bothways.data.preparing import prepare
+    from bothways.data.mixture_config import moved
+    from bothways.data.preparing import prepare_all
 
-    done = prepare(recipe.data, o.to, workers=o.workers, beam=o.beam, log=log)
-    rate = done.tokens / max(1e-9, done.seconds)
-    shown = (
-        f"{done.to}: {done.tokens:,} tokens of {done.documents:,} documents, {done.shards} shards, in {done.seconds:.0f} s "
-        f"({rate:,.0f} tokens/s); train with --data.corpus {done.to}"
+    made = prepare_all(recipe.data, o.to, workers=o.workers, beam=o.beam, log=log)
+    where = {corpus: done.to for corpus, done in made.items()}
+    how = (
+        f"--data.mixture {shlex.join(moved(recipe.data.mixture, where))}"
+        if recipe.data.mixture
+        else f"--data.corpus {o.to}"
     )
-    emit(done, o.json, shown)
+    for number, done in enumerate(made.values(), 1):
+        rate = done.tokens / max(1e-9, done.seconds)
+        shown = (
+            f"{done.to}: {done.tokens:,} tokens of {done.documents:,} documents, {done.shards} shards, in {done.seconds:.0f} s "
+            f"({rate:,.0f} tokens/s)"
+        )
+        emit(done, o.json, shown + (f"; train with {how}" if number == len(made) else ""))

@@ -137,6 +137,18 @@ def read_lines(file: Path | None, columns: tuple[str, ...] = ("text",)) -> list[
     return lines
 
 
+def one_text(recipe: Recipe, argv: Sequence[str]) -> Recipe:
+    """The recipe without its mixture where the arguments name a corpus, and without its corpus where they name a mixture."""
+
+    def names(field: str) -> bool:
+        return any(arg.partition("=")[0].replace("_", "-") == f"--data.{field}" for arg in argv)
+
+    if names("corpus") == names("mixture"):
+        return recipe
+    data = dataclasses.replace(recipe.data, **({"mixture": ()} if names("corpus") else {"corpus": ""}))
+    return dataclasses.replace(recipe, data=data)
+
+
 def parse_recipe(verb: str, argv: list[str], options: type, example: str) -> tuple[Recipe, Any]:
     """The recipe with the fields that were set, and the verb's own options."""
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
@@ -144,7 +156,7 @@ def parse_recipe(verb: str, argv: list[str], options: type, example: str) -> tup
     if argv[0] in ("-h", "--help"):
         print(f"usage: bothways {verb} RECIPE ... [--SECTION.FIELD VALUE ...]\n\n{options.__doc__}\n\n{example}")
         raise SystemExit(0)
-    base = find(argv[0])
+    base = one_text(find(argv[0]), argv)
     fields: list[Any] = [("recipe", Annotated[Recipe, tyro.conf.arg(name="")], dataclasses.field(default=base))]
     arguments = dataclasses.make_dataclass(
         "Arguments", fields, bases=(options,), frozen=True, kw_only=True, namespace={"__doc__": options.__doc__}

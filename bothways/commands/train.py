@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 import bothways
-from bothways.commands.shared import emit
+from bothways.commands.shared import emit, one_text
 from bothways.configs import find
 from bothways.errors import InputError
 from bothways.log import log
@@ -30,7 +30,7 @@ def train(argv: list[str]) -> None:
     from bothways.rundir import directory
 
     home = directory(argv[0])
-    base = continuation_of(home) if (home / "recipe.json").exists() else find(argv[0])
+    base = one_text(continuation_of(home) if (home / "recipe.json").exists() else find(argv[0]), argv)
     from bothways.train.hosts import HostsConfig, start, stdout_for_results
 
     @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,10 @@ def train(argv: list[str]) -> None:
         from bothways.sample.evaluate import evaluate
 
         for figure in evaluate(model, ["validation"], limit=model.recipe.train.eval_rows):
-            log(f"held-out {figure.metric} {figure.value:.3f} [{figure.interval[0]:.3f}, {figure.interval[1]:.3f}]")
-            if figure.metric == "bits_per_byte":
+            name = figure.suite.removeprefix("validation").replace("/", " ")
+            low, high = figure.interval
+            log(f"held-out{name} {figure.metric} {figure.value:.3f} [{low:.3f}, {high:.3f}]")
+            if figure.metric == "bits_per_byte" and not name:
                 result = dataclasses.replace(result, bits_per_byte=figure.value)
                 shown += f"; bits per byte by the diffusion bound {figure.value:.3f}"
         texts = ["To be, or [MASK] to be", "the [MASK] of the [MASK]", "I [MASK] you,"]
@@ -79,7 +81,8 @@ def train(argv: list[str]) -> None:
         from bothways.sample.evaluate import evaluate, held_out_pairs
 
         for figure in evaluate(model, ["validation"], log, model.recipe.train.eval_rows):
-            log(f"held-out {figure.metric} {figure.value:.2f} [{figure.interval[0]:.2f}, {figure.interval[1]:.2f}]")
+            name, (low, high) = figure.suite.removeprefix("validation").replace("/", " "), figure.interval
+            log(f"held-out{name} {figure.metric} {figure.value:.2f} [{low:.2f}, {high:.2f}]")
         for source, target in held_out_pairs(model, "validation", limit=3):
             made = model.sample([source], beams=4)[0].text
             log(f"--- {source}\n    output: {made}" + (f"\n    wanted: {target}" if target else ""))

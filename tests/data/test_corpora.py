@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bothways.data import corpora, files, plays
+from bothways.data.documents import FEW_DOCUMENTS, hold_out
 from bothways.errors import InputError
 from tests.data.helpers import STORY, everything, in_all, load
 
@@ -148,20 +149,20 @@ def test_of_few_documents_the_end_is_held_out(tmp_path, cache):
 @HYPOTHESIS
 def test_splits_are_disjoint_and_cover_everything(texts):
     names = [(str(i), text) for i, text in enumerate(texts)]
-    parts = {split: list(documents) for split, documents in corpora.hold_out(names).items()}
+    parts = {split: list(documents) for split, documents in hold_out(names).items()}
     joined = dict.fromkeys((name for name, _ in names), "")
     for split in ("train", "validation", "test"):
         for name, text in parts[split]:
             joined[name] += text
     assert joined == dict(names)
-    if len(texts) >= corpora.FEW_DOCUMENTS:
+    if len(texts) >= FEW_DOCUMENTS:
         assert sum(map(len, parts.values())) == len(texts)
 
 
 @given(st.text(st.sampled_from("abcdefgh\n"), min_size=100, max_size=1000) | st.just("title\n" + "x" * 2000))
 @HYPOTHESIS
 def test_about_a_tenth_of_a_text_is_held_out_wherever_its_lines_end(text):
-    parts = {split: "".join(t for _, t in documents) for split, documents in corpora.hold_out([("a", text)]).items()}
+    parts = {split: "".join(t for _, t in documents) for split, documents in hold_out([("a", text)]).items()}
     assert 0.83 < len(parts["train"]) / len(text) <= 0.9
     assert 0 < len(parts["validation"]) <= 0.11 * len(text)
     assert 0.04 < len(parts["test"]) / len(text) <= 0.11

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from bothways.data import corpora, files, tokenizer
+from bothways.data import files, tokenizer
+from bothways.data.documents import FEW_DOCUMENTS, Again, hold_out
 from bothways.errors import InputError
 from tests.data.helpers import STORY, everything, in_all, load
 
@@ -77,10 +78,10 @@ def test_hold_out_holds_no_more_documents_than_it_must():
     def read():
         return ((str(i), Text(i)) for i in range(2000))
 
-    splits = corpora.hold_out(corpora.Again(read))
+    splits = hold_out(Again(read))
     counts = {split: sum(1 for _ in documents) for split, documents in splits.items()}
     assert counts == {"train": 1800, "validation": 100, "test": 100}
-    assert most <= corpora.FEW_DOCUMENTS + 2
+    assert most <= FEW_DOCUMENTS + 2
 
 
 def test_a_vocabulary_is_trained_on_lines_of_the_whole_text():

@@ -249,6 +249,31 @@ def test_text_of_this_machine_is_prepared_here_and_sent_along(recipe, tmp_path, 
         prepare(dataclasses.replace(recipe, data=dataclasses.replace(data, corpus="books/*.txt")), "gke", "v5e-16", **GCP)
 
 
+def test_the_files_of_a_mixture_are_sent_along_beside_what_is_prepared(recipe, tmp_path):
+    (tmp_path / "a.txt").write_text("To be, or not to be.\n" * 400)
+    (tmp_path / "b.txt").write_text("That is the question.\n" * 400)
+    cfg = dataclasses.replace(recipe.data, tokenizer="char", cache=str(tmp_path / "c"))
+    here = f"{tmp_path}/a.txt"
+
+    def sent(*others, **fields):
+        data = dataclasses.replace(cfg, corpus="", mixture=(f"{here}=0.7", *others), **fields)
+        return prepare(dataclasses.replace(recipe, data=data), "tpu", "v5e-16", **GCP)
+
+    job, launch = sent(f"{tmp_path}/b.txt=0.1,9:0.3")
+    assert job.recipe.data.mixture == (f"{job.home}/text/a=0.7", f"{job.home}/text/b=0.1,9:0.3")
+    start("tpu", job, dataclasses.replace(launch, commands=(), needs=()), tmp_path / "out", dry_run=False)
+    text = tmp_path / "out" / "text"
+    made = [json.loads((text / name / "manifest.json").read_text())["tokenizer"]["fingerprint"] for name in "ab"]
+    assert made[0] == made[1]
+    with pytest.raises(InputError, match="beside c4/en, whose text is elsewhere"):
+        sent("c4/en=2")
+    job, _ = sent("c4/en=2", tokenizer=str(text / "a" / "tokenizer.model"))
+    assert job.recipe.data.mixture == (f"{job.home}/text/a=0.7", "c4/en=2")
+    assert job.recipe.data.tokenizer == f"{job.home}/text/a/tokenizer.model"
+    with pytest.raises(InputError, match="data.mixture=" + str(text / "b")):  # prepared, and not where the machines are
+        sent(f"{text}/b=1")
+
+
 def test_text_on_a_bucket_is_named_as_it_is(recipe):
     data = dataclasses.replace(recipe.data, corpus="gs://some-bucket/text")
     job, launch = prepare(dataclasses.replace(recipe, data=data), "tpu", "v5e-16", **GCP)
