@@ -138,7 +138,8 @@ def open_blocks(text: Prepared, split: str, cache: Path) -> Tokens:
         (home / f".starts.{os.getpid()}.npy").replace(kept)
     ids = BlockIds(text, split, home, text.cache_bytes)
     size = sum(shard.bytes for shard in text.splits[split])
-    return Tokens(ids, np.load(kept, mmap_mode="r"), size, home, prepared_text.BLOCK // text.dtype.itemsize)
+    block = prepared_text.BLOCK // text.dtype.itemsize
+    return Tokens(ids, np.load(kept, mmap_mode="r"), size, home, block=block)
 
 
 def block_permutation(numbers: np.ndarray, count: int, block: int, seed: int, lanes: int = LANES) -> np.ndarray:
