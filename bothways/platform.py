@@ -1,6 +1,7 @@
 """Which kind of device this process runs on."""
 
 import glob
+import importlib
 import importlib.util
 import os
 import sys
@@ -47,5 +48,13 @@ def leave_absent_tpu_alone() -> None:
 
 
 def without_grpc() -> None:
-    """gcsfs would find out over gRPC what kind of bucket it has before it, which waits for a minute where nobody is logged in."""
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    """Import gcsfs, where it is installed, so that it does not find out over gRPC what kind of bucket it has before it: that
+    waits for a minute where nobody is logged in. It reads the variable that says so when it is imported, and only then."""
+    name = "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"
+    if "gcsfs" in sys.modules or name in os.environ or importlib.util.find_spec("gcsfs") is None:
+        return
+    os.environ[name] = "false"
+    try:
+        importlib.import_module("gcsfs")
+    finally:
+        del os.environ[name]

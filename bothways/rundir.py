@@ -60,7 +60,8 @@ def directory(home: str | os.PathLike) -> Path:
     name = os.fspath(home)
     if "://" not in name:
         return Path(name)
-    without_grpc()
+    if name.startswith(("gs://", "gcs://")):
+        without_grpc()
     try:
         path = epath.Path(name)
         path.exists()

@@ -23,6 +23,7 @@ from bothways.convert.layout import shapes_of
 from bothways.convert.vocabulary import save_vocabulary
 from bothways.data.published import PublishedTokenizer
 from bothways.data.tokenizer import Tokenizer
+from bothways.data.tokens import umask
 from bothways.errors import InputError
 from bothways.recipes import Recipe
 
@@ -58,7 +59,7 @@ def whole_directory(home: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
     try:
         yield partial
-        partial.chmod(0o755)
+        partial.chmod(0o777 & ~umask())  # mkdtemp makes it for one user only
         partial.replace(home)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

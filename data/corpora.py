@@ -50,11 +50,18 @@ class Corpus:
 
 @contextlib.contextmanager
 def quiet_tfds() -> Iterator[Any]:
-    """TFDS without its progress bars and warnings, and on array_record, so that it needs no TensorFlow."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    """TFDS without its progress bars and warnings, and on array_record, so that it needs no TensorFlow.
+
+    Everything that is changed for it is put back: other code of the process may use TFDS too.
+    """
+    silent = "TF_CPP_MIN_LOG_LEVEL" not in os.environ  # read when a library of TensorFlow's is loaded
+    if silent:
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import downloader
+    from tensorflow_datasets.core.utils import tqdm_utils
 
+    retries, bars = downloader.MAX_RETRIES, tqdm_utils._active
     downloader.MAX_RETRIES = 1  # where there is no network, say so within seconds
     tfds.disable_progress_bar()
     loggers = [logging.getLogger(name) for name in ("absl", "urllib3")]
@@ -67,6 +74,10 @@ def quiet_tfds() -> Iterator[Any]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        downloader.MAX_RETRIES = retries
+        tfds.display_progress_bar(bars)
+        if silent:
+            os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
 
 
 class InOrder:

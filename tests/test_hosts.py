@@ -13,6 +13,7 @@ import pytest
 
 from bothways.recipes import Recipe
 from bothways.train.loop import train
+from tests.conftest import QUICK
 
 STEPS, SAVE = 120, 20
 
@@ -53,8 +54,7 @@ class Processes:
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
-        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        env |= {"JAX_NUM_PROCESSES": str(count)}
+        env = os.environ | {"JAX_NUM_PROCESSES": str(count), "XLA_FLAGS": QUICK}  # one device
         argv = [sys.executable, "-m", "bothways", "train", str(path), "--workdir", str(home), *flags]
         argv += ["--hosts.coordinator", f"localhost:{port}", "--hosts.heartbeat", "30"]
         self.logs = [home.parent / f"{home.name}-{count}-{index}.log" for index in range(count)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bothways import checkpoints, rundir, sharding
-from bothways.config import MeshConfig
+from bothways.config import MeshConfig, TrainConfig
 from bothways.data import corpora
 from bothways.data.examples import as_is
 from bothways.data.pipeline import Stacked
@@ -22,7 +22,8 @@ from bothways.flops import recipe_flops_per_token
 from bothways.sample import evaluate as figures
 from bothways.train import steps
 from bothways.train.loop import Evaluator, train
-from bothways.train.steps import Throughput
+from bothways.train.steps import Throughput, run_steps
+from tests.train.jobs import counting
 
 
 def on_devices(recipe, **fields):
@@ -125,32 +126,22 @@ def test_a_finished_run_is_not_trained_again(whole, recipe):
     assert (home / "metrics.jsonl").read_text() == before
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, recipe, tmp_path, capfd):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_is_kept_aside(whole, recipe, tmp_path, capfd):
     home = tmp_path / "damaged"
-    train(recipe, home)
+    shutil.copytree(whole[0], home)
     for path in (home / "checkpoints" / "6" / "params").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     train(recipe, home)
     assert "checkpoint 6 is damaged" in capfd.readouterr().err
     same(params_of(home), params_of(whole[0]))
-
-
-def test_a_damaged_checkpoint_is_kept_aside(recipe, tmp_path):
-    home = tmp_path / "damaged"
-    train(recipe, home)
-    meta = home / "checkpoints" / "6" / "params"
-    for path in meta.rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[:7])
-    train(recipe, home)
     assert (home / "unreadable-checkpoints" / "6" / "params").is_dir()
 
 
-def test_an_error_while_restoring_that_is_no_damage_deletes_nothing(recipe, tmp_path, monkeypatch):
-    home = tmp_path / "run"
-    train(recipe, home)
-    before = sorted(str(p) for p in home.rglob("*"))
+def test_an_error_while_restoring_that_is_no_damage_deletes_nothing(tmp_path, monkeypatch):
+    cfg = TrainConfig(steps=6, eval_every=3, save_every=3)
+    run_steps(counting(tmp_path, cfg))
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
     monkeypatch.setattr(checkpoints, "WAITS", ())
 
     def refused(*_, **__):
@@ -158,8 +149,8 @@ def test_an_error_while_restoring_that_is_no_damage_deletes_nothing(recipe, tmp_
 
     monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "restore", refused)
     with pytest.raises(CheckpointUnavailable, match="nothing was deleted"):
-        train(recipe, home)
-    assert sorted(str(p) for p in home.rglob("*")) == before
+        run_steps(counting(tmp_path, cfg))
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
 
 
 def test_a_run_is_trained_longer(recipe, tmp_path, capfd):
@@ -171,15 +162,15 @@ def test_a_run_is_trained_longer(recipe, tmp_path, capfd):
     same(params_of(tmp_path / "longer"), params_of(tmp_path / "whole"))
 
 
-def test_sigterm_at_an_evaluation_step_saves_and_does_not_evaluate(recipe, tmp_path, monkeypatch):
+def test_sigterm_at_an_evaluation_step_saves_and_does_not_evaluate(tmp_path, monkeypatch):
     """A machine that is taken away gives some thirty seconds, and an evaluation may take minutes."""
     evaluated = []
-    monkeypatch.setattr(Evaluator, "__call__", lambda self, params: evaluated.append(1) or {"loss": 1.0})
     stop_after(monkeypatch, 2)
+    cfg = TrainConfig(steps=6, eval_every=3, save_every=100, log_every=1)
     with pytest.raises(Stopped, match="step 3"):
-        train(on_devices(recipe, eval_every=3, save_every=100), tmp_path / "run")
+        run_steps(counting(tmp_path, cfg, held=lambda step: evaluated.append(step) or 1.0))
     assert evaluated == []
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 
 def test_another_recipe_in_the_same_directory_is_refused(whole, recipe):
@@ -280,12 +271,9 @@ def test_speed_is_that_of_the_steps_alone(recipe, monkeypatch):
     assert meter.tokens_per_second == 50
 
 
-def test_patience_ends_a_run_and_the_best_checkpoint_stays(recipe, tmp_path, monkeypatch):
-    losses = iter([3.0, 2.0, 2.5, 2.1, 1.0, 9.0])
-    monkeypatch.setattr(Evaluator, "__call__", lambda self, params: {"loss": next(losses)})
-    cfg = dataclasses.replace(recipe.train, steps=6, eval_every=1, save_every=1, max_to_keep=1, patience=2)
-    patient = dataclasses.replace(recipe, train=cfg)
-    assert train(patient, tmp_path / "run").loss == 2.1
-    assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [2, 4]
-    assert train(patient, tmp_path / "run").loss == 1.0  # it has ended: evaluated again, not gone on with
-    assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [2, 4]
+def test_patience_ends_a_run_and_the_best_checkpoint_stays(tmp_path):
+    losses = [9.0, 3.0, 2.0, 2.5, 2.1, 1.0, 9.0]
+    cfg = TrainConfig(steps=6, eval_every=1, save_every=1, max_to_keep=1, patience=2)
+    for _ in range(2):  # it has ended: evaluated again, not gone on with
+        assert run_steps(counting(tmp_path, cfg, held=losses.__getitem__)) == {"loss": 2.1}
+        assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [2, 4]

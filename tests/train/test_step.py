@@ -70,8 +70,8 @@ def first_state(family, cfg, optimizer):
     return jax.device_get(jax.jit(lambda: init_state(module, tiny_inputs(family), optimizer, 3))())
 
 
-def run(cfg, mesh_cfg, devices, steps=2, accumulate=1, optimizer=None, batches=None, family="gpt"):
-    """State, metrics and evaluation after some steps on a mesh of these devices."""
+def run(cfg, mesh_cfg, devices, steps=2, accumulate=1, optimizer=None, batches=None, family="gpt", evaluating=False):
+    """State, metrics and, where it is wanted, the evaluation of the first batch, after some steps on a mesh."""
     mesh = sharding.make_mesh(mesh_cfg, devices)
     module = make_module(family, cfg)
     objective = make_objective(OBJECTIVES[family], made_up_vocabulary(cfg.vocab_size))
@@ -85,10 +85,11 @@ def run(cfg, mesh_cfg, devices, steps=2, accumulate=1, optimizer=None, batches=N
     for batch in batches:
         state, m = step(state, sharding.to_global(mesh, batch), 3)
         metrics.append({name: float(v) for name, v in m.items()})
-    evaluated = make_eval_step(module, objective, mesh, shardings.params)(
-        state.params, sharding.to_global(mesh, batches[0])
-    )
-    return jax.device_get(state), metrics, jax.device_get(evaluated)
+    evaluated = None
+    if evaluating:  # one more program
+        evaluate = make_eval_step(module, objective, mesh, shardings.params)
+        evaluated = jax.device_get(evaluate(state.params, sharding.to_global(mesh, batches[0])))
+    return jax.device_get(state), metrics, evaluated
 
 
 @pytest.fixture(scope="module")
@@ -113,21 +114,23 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def alone(family, shardable, eight_devices):
-    return run(config_of(family, shardable), MeshConfig(), eight_devices[:1], family=family)
+    return run(config_of(family, shardable), MeshConfig(), eight_devices[:1], family=family, evaluating=True)
 
 
 def close(a, b, tolerance=2e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (2, 1, 2, 2)],
-    ids="data{0[0]}-fsdp{0[1]}-tensor{0[2]}-context{0[3]}".format,
-)
+# Every axis for every family; one axis alone over all devices for a GPT.
+MESHES = [(family, mesh) for family in sorted(FAMILIES) for mesh in ((2, 2, 2, 1), (2, 1, 2, 2))]
+MESHES += [("gpt", mesh) for mesh in ((8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1))]
+
+
+@pytest.mark.parametrize(("family", "mesh"), MESHES, indirect=["family"], ids=str)
 def test_sharded_equals_unsharded(mesh, family, shardable, alone, eight_devices):
     """Losses, norms of gradients, and after two steps parameters and Adam's moments, which hold the gradients."""
-    state, metrics, evaluated = run(config_of(family, shardable), MeshConfig(*mesh), eight_devices, family=family)
+    cfg = config_of(family, shardable)
+    state, metrics, evaluated = run(cfg, MeshConfig(*mesh), eight_devices, family=family, evaluating=True)
     close(state.params, alone[0].params)
     close(state.opt_state, alone[0].opt_state)
     close(metrics, alone[1])
@@ -227,31 +230,28 @@ def test_parameters_are_really_spread(shardable, eight_devices):
     assert all(m.sharding == kernel.sharding for m in moments)
 
 
-@pytest.mark.parametrize("accumulate", [4])
-def test_accumulation_is_the_big_batch(accumulate, family, shardable, alone, eight_devices):
+PIECES = [*((family, (1, 1, 1), 4) for family in sorted(FAMILIES)), ("gpt", (2, 2, 1), 2), ("bert", (2, 2, 1), 2)]
+
+
+@pytest.mark.parametrize(("family", "mesh", "accumulate"), PIECES, indirect=["family"])
+def test_accumulation_is_the_big_batch(mesh, accumulate, family, shardable, alone, eight_devices):
     """Rows have different numbers of tokens that count, so a mean of means would not pass."""
-    cfg = config_of(family, shardable)
-    cut = run(cfg, MeshConfig(), eight_devices[:1], accumulate=accumulate, family=family)
+    cfg, mesh = config_of(family, shardable), MeshConfig(*mesh)
+    cut = run(cfg, mesh, eight_devices[: mesh.data * mesh.fsdp], accumulate=accumulate, family=family)
     close(cut[0].params, alone[0].params)
     close(cut[1], alone[1])
 
 
-def test_accumulation_on_a_mesh_is_the_big_batch(family, shardable, alone, eight_devices):
-    cut = run(config_of(family, shardable), MeshConfig(2, 2, 1), eight_devices[:4], accumulate=2, family=family)
-    close(cut[0].params, alone[0].params)
-
-
 def test_a_bad_step_changes_nothing_but_the_counters(shardable, eight_devices):
-    good = causal_batch(shardable.vocab_size)
+    """Two bad steps between two good ones, against the good ones alone."""
+    good, last = (causal_batch(shardable.vocab_size, seed) for seed in range(2))
     bad = dict(good, weights=np.full_like(good["weights"], np.nan))
-    first, _, _ = run(shardable, MeshConfig(), eight_devices[:1], steps=1, batches=[good])
-    state, metrics, _ = run(shardable, MeshConfig(), eight_devices[:1], steps=3, batches=[good, bad, bad])
-    jax.tree.map(np.testing.assert_array_equal, state.params, first.params)
-    jax.tree.map(np.testing.assert_array_equal, state.opt_state, first.opt_state)
-    assert (int(state.step), int(state.consecutive_nonfinite), int(state.bad_total)) == (3, 2, 2)
-    assert [m["consecutive_nonfinite"] for m in metrics] == [0, 1, 2]
-    after, _, _ = run(shardable, MeshConfig(), eight_devices[:1], steps=3, batches=[good, bad, good])
-    assert (int(after.consecutive_nonfinite), int(after.bad_total)) == (0, 1)
+    wanted, _, _ = run(shardable, MeshConfig(), eight_devices[:1], batches=[good, last])
+    state, metrics, _ = run(shardable, MeshConfig(), eight_devices[:1], batches=[good, bad, bad, last])
+    jax.tree.map(np.testing.assert_array_equal, state.params, wanted.params)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, wanted.opt_state)
+    assert (int(state.step), int(state.consecutive_nonfinite), int(state.bad_total)) == (4, 0, 2)
+    assert [m["consecutive_nonfinite"] for m in metrics] == [0, 1, 2, 0]
 
 
 def test_dropout_differs_between_steps_and_not_between_runs(dropping, eight_devices):

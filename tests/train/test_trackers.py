@@ -7,27 +7,24 @@ import types
 
 import pytest
 
+from bothways.config import TrainConfig
 from bothways.errors import InputError
 from bothways.train import hosts, trackers
 from bothways.train.loop import train
+from bothways.train.steps import run_steps
+from tests.train.jobs import counting
 
 
-def of(recipe, **fields):
-    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **fields))
-
-
-def test_a_checkpoint_by_the_clock_as_well_as_by_steps(tiny_recipe, tmp_path, monkeypatch):
+def test_a_checkpoint_by_the_clock_as_well_as_by_steps(tmp_path, monkeypatch):
     """A clock that goes on by 25 seconds a step: a minute has gone by at every third."""
     clock = iter(range(0, 10_000, 25))
     monkeypatch.setattr(hosts, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    recipe = of(tiny_recipe, steps=8, eval_every=8, save_every=5, save_every_minutes=1, max_to_keep=9, tracker="none")
-    train(recipe, tmp_path / "run")
-    saved = {int(d.name) for d in (tmp_path / "run" / "checkpoints").iterdir() if d.name.isdigit()}
+    cfg = TrainConfig(steps=8, eval_every=8, save_every=5, save_every_minutes=1, max_to_keep=9, tracker="none")
+    run_steps(counting(tmp_path, cfg))
+    saved = {int(d.name) for d in (tmp_path / "checkpoints").iterdir() if d.name.isdigit()}
     assert saved >= {5, 8}
     assert saved - {5, 8}  # by the clock
     assert len(saved) < 8
-    monkeypatch.undo()
-    train(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, save_every_minutes=0)), tmp_path / "run")
 
 
 def test_no_clock_where_none_is_wanted():
@@ -35,18 +32,17 @@ def test_no_clock_where_none_is_wanted():
     assert not any(due(step) for step in range(5))
 
 
-def test_a_trace_that_perfetto_opens(tiny_recipe, tmp_path):
-    home = tmp_path / "run"
-    train(of(tiny_recipe, steps=6, eval_every=6, tracker="none"), home, profile=2)
-    (found,) = (home / "profile").rglob("perfetto_trace.json.gz")
+def test_a_trace_that_perfetto_opens(tmp_path):
+    run_steps(counting(tmp_path, TrainConfig(steps=6, eval_every=6, tracker="none"), profile=2))
+    (found,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(found.read_bytes()))["traceEvents"]
     numbers = {event["args"].get("step_num") for event in events if event.get("name") == "train_step"}
     assert {int(number) for number in numbers if number} == {4, 5}
-    assert list((home / "profile").rglob("*.xplane.pb"))  # XProf's
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))  # XProf's
 
 
 def test_a_run_that_is_too_short_for_its_trace_says_so(tiny_recipe, tmp_path, capsys):
-    train(of(tiny_recipe, steps=3, eval_every=3, tracker="none"), tmp_path / "run", profile=2)
+    run_steps(counting(tmp_path / "run", TrainConfig(steps=3, eval_every=3, tracker="none"), profile=2))
     assert "no trace" in capsys.readouterr().err
     assert not (tmp_path / "run" / "profile").exists()
     with pytest.raises(InputError, match="--profile is -1"):
@@ -55,8 +51,9 @@ def test_a_run_that_is_too_short_for_its_trace_says_so(tiny_recipe, tmp_path, ca
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
+    recipe = dataclasses.replace(tiny_recipe, train=dataclasses.replace(tiny_recipe.train, tracker="wandb"))
     with pytest.raises(InputError, match="needs wandb, which is not installed: pip install wandb"):
-        train(of(tiny_recipe, tracker="wandb"), tmp_path / "run")
+        train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
