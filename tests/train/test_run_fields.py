@@ -41,7 +41,7 @@ def loop_effect(home, monkeypatch, **fields) -> tuple:
     """Of a run whose held-out loss rises, and whose steps 3 and 4 have no finite loss: how it ends, and what it leaves."""
     clock = itertools.count(step=15)
     monkeypatch.setattr(hosts, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    cfg = TrainConfig(**{"steps": 6, "eval_every": 3, "save_every": 4, "log_every": 1} | fields)
+    cfg = TrainConfig(**{"steps": 6, "eval_every": 3, "save_every": 100, "log_every": 1} | fields)
     try:
         end = run_steps(counting(home, cfg, held=float, bad=lambda step: step in (3, 4)))
     except Diverged as e:
@@ -83,12 +83,15 @@ TRAIN = {
     "eval_rows": (5, {}),
 }
 PAIRS = {"corpus": "pairs.jsonl", "tokenizer": "char"}
+CHAT = {"corpus": "talks.jsonl", "tokenizer": "char", "messages_field": "messages"}
 DATA = {
     "corpus": ("other.txt", {}),
     "validation": ("other.txt", {}),
     "text_field": ("b", PAIRS | {"text_field": "a"}),
     "source_field": ("b", PAIRS | {"source_field": "a", "target_field": "b"}),
     "target_field": ("a", PAIRS | {"source_field": "a", "target_field": "b"}),
+    "messages_field": ("others", CHAT),
+    "chat_template": ("short.jinja", CHAT),
     "tokenizer": ("bpe", {}),
     "vocab_size": (310, {}),
     "separate_documents": (False, PAIRS | {"text_field": "a"}),
@@ -105,6 +108,15 @@ def folder(tmp_path_factory, tiny_recipe):
     lines = [" ".join(line.split()[1:3]) for line in made_up_text().splitlines() if line.startswith("the")]
     pairs = zip(lines, lines[1:], strict=False)
     (home / "pairs.jsonl").write_text("".join(json.dumps({"a": a, "b": b}) + "\n" for a, b in pairs))
+    talks = [
+        {
+            name: [{"role": "user", "content": f"{name[0]}{i % 7}"}, {"role": "assistant", "content": f"{i % 5}"}]
+            for name in ("messages", "others")
+        }
+        for i in range(90)
+    ]
+    (home / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    (home / "short.jinja").write_text("{% for m in messages %}{{ m.role[0] }}{{ m.content }}{{ eos_token }}{% endfor %}")
     (home / "start").mkdir()
     (home / "start" / "recipe.json").write_text(tiny_recipe.to_json())
     return home
@@ -118,16 +130,16 @@ class JobEffect:
 
     def job(self, train: dict, data: dict) -> tuple[Job, list, DataConfig]:
         files = {"corpus": "tale.txt", "cache": "cache"} | data
-        for name in ("corpus", "validation", "cache"):
+        for name in ("corpus", "validation", "chat_template", "cache"):
             if files.get(name):
                 files[name] = str(self.folder / files[name])
         data = dataclasses.replace(self.recipe.data, **files)
-        pairs = bool(data.source_field)
+        kind = "pairs" if data.source_field else "chat" if data.messages_field else "causal"
         recipe = dataclasses.replace(
             self.recipe,
-            family="seq2seq" if pairs else "gpt",
-            model=dataclasses.replace(self.recipe.model, n_layers=1),
-            objective=ObjectiveConfig(kind="pairs" if pairs else "causal"),
+            family="seq2seq" if kind == "pairs" else "gpt",
+            model=dataclasses.replace(self.recipe.model, n_layers=1, context_length=64 if kind == "chat" else 16),
+            objective=ObjectiveConfig(kind=kind),
             data=data,
             train=dataclasses.replace(self.recipe.train, **train),
         )
