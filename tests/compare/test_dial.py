@@ -53,6 +53,7 @@ def test_the_claim_holds_where_chunks_cost(bound, chunk, verdict, monkeypatch):
     assert f"whole rows is {bound:+.1f}"[:-1] in result.finding
     assert len(result.pictures) == 1 + 2 * 3  # bits; two orders, each by pass and by second at 1 and 16 rows
     best = [row for row in result.tables[2].rows if row[0] == "a second, 1 row"]
+    assert "duller" in result.finding  # all above 0.5, at 4.5 bits where real text has 5
     assert best[-1][2:4] == ["all at once", "30"]  # the fastest, whatever the judge says
 
 
