@@ -39,7 +39,24 @@ from bothways.model.config import TransformerConfig
 from bothways.recipes import Recipe
 from tests.corpus import made_up_text
 
-PARITY = Path(__file__).parent / "convert"
+HERE = Path(__file__).parent
+PARITY = HERE / "convert"
+LONGEST = (
+    "test_hosts.py",
+    "serve/test_endpoints.py",
+    "train/test_step.py",
+    "test_commands.py",
+    "test_as_users.py",
+    "convert/test_real.py",
+    "convert/test_own.py",
+    "sample/test_blocks.py",
+)
+"""Files that take longest, which workers begin with: one of them last would keep the others waiting."""
+
+
+def pytest_collection_modifyitems(items):
+    order = {HERE / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def no_skip_of_parity(report, path: Path):

@@ -86,6 +86,7 @@ PAIRS = {"corpus": "pairs.jsonl", "tokenizer": "char"}
 CHAT = {"corpus": "talks.jsonl", "tokenizer": "char", "messages_field": "messages"}
 DATA = {
     "corpus": ("other.txt", {}),
+    "mixture": (("tale.txt=3", "other.txt=1"), {"corpus": "", "mixture": ("tale.txt=1", "other.txt=1")}),
     "validation": ("other.txt", {}),
     "text_field": ("b", PAIRS | {"text_field": "a"}),
     "source_field": ("b", PAIRS | {"source_field": "a", "target_field": "b"}),
@@ -133,6 +134,7 @@ class JobEffect:
         for name in ("corpus", "validation", "chat_template", "cache"):
             if files.get(name):
                 files[name] = str(self.folder / files[name])
+        files["mixture"] = tuple(str(self.folder / entry) for entry in files.get("mixture", ()))
         data = dataclasses.replace(self.recipe.data, **files)
         kind = "pairs" if data.source_field else "chat" if data.messages_field else "causal"
         recipe = dataclasses.replace(
