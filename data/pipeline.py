@@ -73,6 +73,9 @@ def training_batches(
         while True:
             yield batch(position)
             position += batch_size
+    for n in range(-(-LANES // batch_size)):  # the blocks that it begins with; `order` reads the later ones ahead
+        numbers = position + n * batch_size + mine
+        rows.read_ahead(np.unique(block_permutation(numbers, len(rows), blocks_of(rows), seed) // blocks_of(rows)))
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         made = collections.deque(pool.submit(batch, position + n * batch_size) for n in range(AHEAD))
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bothways.data import corpora, documents, mixture, mixture_config, prepared, tokens
+from bothways.data import corpora, documents, files, mixture, mixture_config, prepared, tokens
 from bothways.data import tokenizer as tokenizers
 from bothways.data.config import DataConfig
 from bothways.data.corpora import Corpus
@@ -24,8 +24,12 @@ from bothways.data.stores import AnyPath, Folder, Remote
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 
-PART_BYTES = 2**26
-"""Small files are read together in parts of about so many bytes; a larger file is a part of its own."""
+PARTS = 64
+"""Small files are read together in about so many parts, which workers take in turn; a large file is a part of its own."""
+PART_BYTES = (2**22, 2**26)
+"""The smallest and the largest such part, unpacked."""
+PACKED = 3
+"""Bytes of text, roughly, for each byte of a compressed file."""
 SHARD_TOKENS = 2**24
 """Tokens of a shard; a worker holds one of each split in memory."""
 DONE = "parts"
@@ -193,12 +197,14 @@ def parts_of(corpus: Corpus, work: Work, engine: Callable[..., list[dict]], log:
     by_split = [Part(i, split=split) for i, split in enumerate(Corpus.splits)]
     if not corpus.paths:
         return by_split
+    sizes = [size_of(path) for path in corpus.paths]
+    enough = min(max(sum(sizes) // PARTS, PART_BYTES[0]), PART_BYTES[1])  # whatever the workers: they may change
     groups, filled = [[]], 0
-    for path in corpus.paths:
-        if filled >= PART_BYTES:
+    for path, size in zip(corpus.paths, sizes, strict=True):
+        if filled >= enough:
             groups, filled = [*groups, []], 0
         groups[-1].append(path)
-        filled += size_of(path)
+        filled += size
     parts = [Part(i, tuple(group)) for i, group in enumerate(groups)]
     log(f"counts the documents of {len(corpus.paths)} file(s) in {len(parts)} part(s)")
     counts = [done["documents"] for done in engine(count, work, parts)]
@@ -209,7 +215,9 @@ def parts_of(corpus: Corpus, work: Work, engine: Callable[..., list[dict]], log:
 
 
 def size_of(path: AnyPath) -> int:
-    return path.size() if isinstance(path, Remote) else path.stat().st_size
+    """Bytes of its text, roughly."""
+    size = path.size() if isinstance(path, Remote) else path.stat().st_size
+    return size * (PACKED if path.suffix.lower() in files.PACKED else 1)
 
 
 def count(work: Work, part: Part) -> dict[str, Any]:

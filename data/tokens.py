@@ -1,5 +1,6 @@
 """Token files: a split of a corpus as one long row of ids, prepared once; and rows cut from it."""
 
+import array
 import dataclasses
 import hashlib
 import json
@@ -213,7 +214,8 @@ class Encoder:
         """
         batch, self.waiting, self.size = self.waiting, [], 0
         ids = self.tokenizer.encode_many([text for _, text in batch])
-        flat, begins, size, eos = [], [], 0, self.tokenizer.eos
+        begins, size, eos = [], 0, self.tokenizer.eos
+        flat = array.array(self.dtype.char)  # in half the time of an array of numpy from a list
         for i, (name, text) in enumerate(batch):
             if self.inside and not continues(name):
                 flat.append(eos)
@@ -224,12 +226,12 @@ class Encoder:
                 begins.append(len(flat))
                 flat.append(self.tokenizer.bos)
                 self.inside = True
-            flat += ids[i]
+            flat.fromlist(ids[i])
             size += len(text.encode())
         if self.inside and not goes_on:
             flat.append(eos)
             self.inside = False
-        return np.array(flat, self.dtype), np.array(begins, np.int64), size
+        return np.frombuffer(flat, self.dtype), np.array(begins, np.int64), size
 
 
 def encoded(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, paired: bool) -> Iterator[Piece]:

@@ -121,6 +121,38 @@ def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(both, kind):
             np.testing.assert_array_equal(one[n + 2][name], later[n][name])
 
 
+@pytest.mark.parametrize("mine", [np.arange(16), np.arange(3, 16, 4)])
+def test_blocks_are_asked_for_a_window_before_they_are_wanted(both, monkeypatch, mine):
+    """So a training step waits for the first batch only, as long as the store is faster than it."""
+    _, by_blocks, _ = both
+    asked, leads, number = {}, [], 0
+    ask, wait = blocks.BlockIds._ask, blocks.BlockIds._wait
+
+    def asks(ids, wanted):
+        wanted = list(wanted)
+        for block in wanted:
+            asked.setdefault(block, number)
+        return ask(ids, wanted)
+
+    def waits(ids, wanted):
+        leads.extend((number - asked.get(block, number + 1), asked.get(block)) for block in wanted)
+        return wait(ids, wanted)
+
+    monkeypatch.setattr(blocks.BlockIds, "_ask", asks)
+    monkeypatch.setattr(blocks.BlockIds, "_wait", waits)
+    monkeypatch.setattr(pipeline, "AHEAD", 1)  # one batch after another
+    rows = tokens.Rows(by_blocks, 31, 0)
+    window = blocks.LANES * rows.block_rows // 16  # in batches
+    made = pipeline.training_batches(rows, examples.causal, batch_size=16, seed=3, mine=mine)
+    for number in range(len(rows) // 16):  # noqa: B007  (the two above look at it)
+        next(made)
+    made.close()
+    assert all(lead >= 0 for lead, _ in leads)
+    later = [lead for lead, at in leads if at]
+    assert len(later) > window
+    assert min(later) >= window // 2
+
+
 def test_memory_and_disk_are_bounded(both):
     _, _, corpus = both
     home = corpora.Path(corpus.store.folder.where).parent / "bounded"

@@ -38,7 +38,7 @@ def jsonl(documents: list[str]) -> bytes:
 @pytest.fixture
 def cfg(tmp_path, vocabulary, monkeypatch) -> DataConfig:
     """Three files, each a part of its own, of several shards."""
-    monkeypatch.setattr(preparing, "PART_BYTES", 1)
+    monkeypatch.setattr(preparing, "PART_BYTES", (1, 1))
     monkeypatch.setattr(preparing, "SHARD_TOKENS", 4001)
     monkeypatch.setattr(prepared, "BLOCK", 1024)
     monkeypatch.setattr(tokens, "BATCH", 62)
