@@ -84,7 +84,7 @@ def cloud_tpu(job: Job) -> Launch:
             '  echo "$(date -u +%FT%TZ) ${state:-asked for}"',
             "  sleep 60",
             "done",
-            shlex.join(delete),
+            f"if {shlex.join(describe)} >/dev/null 2>&1; then {shlex.join(delete)}; fi",
             "",
         ]
     )
