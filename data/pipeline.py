@@ -73,9 +73,8 @@ def training_batches(
         while True:
             yield batch(position)
             position += batch_size
-    for n in range(-(-LANES // batch_size)):  # the blocks that it begins with; `order` reads the later ones ahead
-        numbers = position + n * batch_size + mine
-        rows.read_ahead(np.unique(block_permutation(numbers, len(rows), blocks_of(rows), seed) // blocks_of(rows)))
+    for n in range(-(-LANES // batch_size)):  # all blocks that it begins with are read from now on
+        order(rows, position + n * batch_size + mine, seed)
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         made = collections.deque(pool.submit(batch, position + n * batch_size) for n in range(AHEAD))
         try:
@@ -95,15 +94,17 @@ def blocks_of(rows: RowSource) -> int:
 
 def order(rows: RowSource, numbers: np.ndarray, seed: int) -> np.ndarray:
     """[n] the row that each example of the run reads, of a mixture [n, 2] (data/mixture.py). Of a source that is read by
-    blocks, those of the next examples are read ahead."""
+    blocks, those and the ones of the next examples are read from now on."""
     if own := getattr(rows, "order_of", None):
         return own(numbers, seed)
     count, block = len(rows), blocks_of(rows)
     if not block:
         return epoch_permutation(numbers, count, seed)
+    found = block_permutation(numbers, count, block, seed)
     later = block_permutation(numbers[:LANES] + LANES * block, count, block, seed)
-    rows.read_ahead(np.unique(later // block))
-    return block_permutation(numbers, count, block, seed)
+    for wanted in (found, later):
+        rows.read_ahead(np.unique(wanted // block))
+    return found
 
 
 def evaluation_batches(

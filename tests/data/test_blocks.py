@@ -1,6 +1,9 @@
 """Large prepared text: read by blocks, in an order that makes reads long, and the same rows as from memory."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 from collections import Counter
@@ -121,7 +124,19 @@ def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(both, kind):
             np.testing.assert_array_equal(one[n + 2][name], later[n][name])
 
 
-@pytest.mark.parametrize("mine", [np.arange(16), np.arange(3, 16, 4)])
+class AtOnce(contextlib.nullcontext):
+    """An executor that has done what it is given when `submit` returns."""
+
+    def __init__(self, *_, **__):
+        super().__init__(self)
+
+    def submit(self, work, *given):
+        done = concurrent.futures.Future()
+        done.set_result(work(*given))
+        return done
+
+
+@pytest.mark.parametrize("mine", [np.arange(5), np.arange(1, 5, 2)])
 def test_blocks_are_asked_for_a_window_before_they_are_wanted(both, monkeypatch, mine):
     """So a training step waits for the first batch only, as long as the store is faster than it."""
     _, by_blocks, _ = both
@@ -140,11 +155,14 @@ def test_blocks_are_asked_for_a_window_before_they_are_wanted(both, monkeypatch,
 
     monkeypatch.setattr(blocks.BlockIds, "_ask", asks)
     monkeypatch.setattr(blocks.BlockIds, "_wait", waits)
-    monkeypatch.setattr(pipeline, "AHEAD", 1)  # one batch after another
+    monkeypatch.setattr(pipeline, "AHEAD", 1)
+    monkeypatch.setattr(pipeline.concurrent.futures, "ThreadPoolExecutor", AtOnce)  # one batch after another
     rows = tokens.Rows(by_blocks, 31, 0)
-    window = blocks.LANES * rows.block_rows // 16  # in batches
-    made = pipeline.training_batches(rows, examples.causal, batch_size=16, seed=3, mine=mine)
-    for number in range(len(rows) // 16):  # noqa: B007  (the two above look at it)
+    monkeypatch.setattr(pipeline, "LANES", 5)
+    monkeypatch.setattr(pipeline, "block_permutation", functools.partial(block_permutation, lanes=5))
+    window = rows.block_rows  # in batches
+    made = pipeline.training_batches(rows, examples.causal, batch_size=5, seed=3, mine=mine)
+    for number in range(len(rows) // 5):  # noqa: B007  (the two above look at it)
         next(made)
     made.close()
     assert all(lead >= 0 for lead, _ in leads)
