@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib
 import importlib.util
 from pathlib import Path
@@ -11,14 +12,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from bothways.convert.files import REFERENCE, read_tensors
+from bothways.convert.files import REFERENCE, WEIGHTS, read_tensors
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 from bothways.model.seq2seq import Seq2Seq
 from bothways.model.task import TaskModel
 from bothways.recipes import Recipe
-from bothways.rundir import TaskInfo, module_of
+from bothways.rundir import Log, TaskInfo, module_of
 
 TEXT = "Now is the winter of our discontent\nMade glorious summer by this sun of York;"
 MOST_TOKENS = 32
@@ -52,10 +55,29 @@ def _logits(module: nn.Module, params: Any, tokens: jax.Array) -> jax.Array:
     return module.apply({"params": params}, method=run)
 
 
-def stored_reference(home: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """(tokens, logits) that an export left beside the weights."""
+def digest(home: Path) -> str:
+    """SHA-256 of the weights in a directory; empty where they are not in one file."""
+    path = home / WEIGHTS
+    if not path.is_file():
+        return ""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def save_reference(home: Path, tokens: np.ndarray, logits: np.ndarray) -> None:
+    """Logits beside the weights that they are of."""
+    save_file({"tokens": tokens, "logits": logits}, home / REFERENCE, {"weights": digest(home)})
+
+
+def stored_reference(home: Path, log: Log) -> tuple[np.ndarray, np.ndarray] | None:
+    """(tokens, logits) that an export left beside the weights; None where they are of other weights than those there."""
     path = home / REFERENCE
     if not path.is_file():
+        return None
+    with safe_open(path, "np") as f:
+        weights = (f.metadata() or {}).get("weights", "")
+    if weights and weights != digest(home):
+        log(f"the weights beside {REFERENCE} have changed since it was written, so they are not compared with it")
         return None
     found = read_tensors(path)
     return found["tokens"].astype(np.int32), found["logits"]
@@ -114,6 +136,7 @@ def against_reference(
     params: Any,
     tokenizer: Tokenizer,
     path: Path,
+    log: Log,
     task: TaskInfo | None = None,
     may_run: bool = True,
 ) -> float | None:
@@ -122,7 +145,7 @@ def against_reference(
     Args:
       may_run: `transformers` itself knows the family; False: it would run code from the checkpoint, which is never done.
     """
-    stored = stored_reference(path) if path.is_dir() else None
+    stored = stored_reference(path, log) if path.is_dir() else None
     tokens, wanted = stored or (fixed_tokens(tokenizer, recipe.model.context_length), None)
     if wanted is None and may_run:
         wanted = transformers_logits(path, recipe, tokens)

@@ -17,6 +17,7 @@ HOW_TO_CONVERT = (
     "is a pickle, which can run any code when it is opened; bothways opens none. Convert it where you trust it: "
     "`transformers.AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)` writes safetensors"
 )
+WEIGHTS = "model.safetensors"
 REFERENCE = "bothways_reference.safetensors"
 """Logits on a fixed text, stored by `bothways export` beside the weights."""
 
@@ -75,8 +76,8 @@ def _tokenizer(home: Path, config: dict[str, Any]) -> Tokenizer:
 def weight_files(home: Path) -> list[Path]:
     """The safetensors of a checkpoint directory. Raises InputError if there are none, or a shard is missing."""
     index = home / "model.safetensors.index.json"
-    if (home / "model.safetensors").exists():
-        return [home / "model.safetensors"]
+    if (home / WEIGHTS).exists():
+        return [home / WEIGHTS]
     if index.exists():
         shards = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
         outside = [name for name in shards if Path(name).name != name]
@@ -89,7 +90,7 @@ def weight_files(home: Path) -> list[Path]:
     pickles = sorted(p.name for p in home.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise InputError(f"{home / pickles[0]} {HOW_TO_CONVERT}")
-    raise InputError(f"{home} has no model.safetensors")
+    raise InputError(f"{home} has no {WEIGHTS}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def import_run(source: str, home: Path, corpus: str, log: Log) -> Converted:
             train=TrainConfig(),
         )
         params = layout.from_checkpoint(tensors, shapes, absent)
-        difference = check.against_reference(recipe, params, tokenizer, found.path, task, may_run=name != own.NAME)
+        difference = check.against_reference(recipe, params, tokenizer, found.path, log, task, name != own.NAME)
         save_params(partial, params)
         (partial / ORIGIN).write_text(json.dumps({"family": name}))
         if task is not None:
@@ -172,7 +172,7 @@ def export_run(home: Path, destination: Path, log: Log, license_: str = "") -> C
             config = {f"{role}_token_id": token for role, token in roles.items()} | family.config_json(recipe.model)
         tensors = layout.to_checkpoint(params, absent)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        save_file(tensors, partial / "model.safetensors", {"format": "pt"})
+        save_file(tensors, partial / files.WEIGHTS, {"format": "pt"})
         save_vocabulary(run.tokenizer, partial, recipe.family)
         if (home / GENERATION).exists():
             (partial / GENERATION).write_bytes((home / GENERATION).read_bytes())
@@ -184,7 +184,7 @@ def export_run(home: Path, destination: Path, log: Log, license_: str = "") -> C
         computes = "" if family else own.modelling_class(recipe, run.task)
         wanted = check.transformers_logits(partial, recipe, tokens, computes)
         difference = None if wanted is None else check.difference(logits, wanted)
-        save_file({"tokens": tokens, "logits": logits}, partial / files.REFERENCE)
+        check.save_reference(partial, tokens, logits)
     if difference is None:
         log("transformers and torch are not installed: that they read the same logits was not checked")
     name = own.NAME if family is None else family.name

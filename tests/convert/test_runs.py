@@ -7,10 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import bothways
 from bothways.config import TrainConfig
+from bothways.convert.check import digest
+from bothways.convert.files import REFERENCE, WEIGHTS
 from bothways.convert.run import export_run, import_run
 from bothways.errors import InputError
 from bothways.recipes import Recipe
@@ -91,13 +93,20 @@ def test_a_run_trained_here_goes_out_and_comes_back(tiny, tmp_path):
 
 
 def test_a_stored_reference_is_held_against_the_weights(gpt, tmp_path, capfd):
+    """But for weights that were trained on since it was written: those are not what it is of."""
     _, home = gpt
-    export_run(home, tmp_path / "out", quiet)
-    assert import_run(str(tmp_path / "out"), tmp_path / "same", "shakespeare", quiet).max_difference < 1e-5
-    table = load_file(tmp_path / "out" / "model.safetensors")["transformer.wpe.weight"]
+    out = tmp_path / "out"
+    export_run(home, out, quiet)
+    assert import_run(str(out), tmp_path / "same", "shakespeare", quiet).max_difference < 1e-5
+    table = load_file(out / WEIGHTS)["transformer.wpe.weight"]
     table[1, 3] += 0.1
-    change(tmp_path / "out", **{"transformer/wpe/weight": table})
-    refused(tmp_path / "out", tmp_path / "run", capfd, "the logits differ from the reference by", "nothing was written")
+    change(out, **{"transformer/wpe/weight": table})
+    logged: list[str] = []
+    import_run(str(out), tmp_path / "later", "shakespeare", logged.append)
+    assert f"the weights beside {REFERENCE} have changed since it was written" in logged[0]
+    reference = load_file(out / REFERENCE)
+    save_file(reference, out / REFERENCE, {"weights": digest(out)})
+    refused(out, tmp_path / "run", capfd, "the logits differ from the reference by", "nothing was written")
 
 
 def continuation_of(home: Path, text: Path, cache: Path) -> Recipe:
