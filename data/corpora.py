@@ -6,8 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import struct
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +14,16 @@ from bothways.data import bibles, conversations, files, plays
 from bothways.data import prepared as prepared_text
 from bothways.data.config import DataConfig
 from bothways.data.documents import SPLITS, Again, Documents, hold_out, in_pieces, with_text
+from bothways.data.in_order import InOrder
 from bothways.errors import InputError
 from bothways.locks import locked
 
 if TYPE_CHECKING:
     from bothways.data.prepared import Prepared
+
+
+MOST_COPIED = 2**26
+"""Bytes of uncompressed files on a disk that are copied into the cache: more take longer to copy than to read again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,32 +83,6 @@ def quiet_tfds() -> Iterator[Any]:
             os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
 
 
-class InOrder:
-    """In place of TFDS's Shuffler: records in the order in which they come, in a temporary file and not in memory.
-
-    The library's own holds all of them, up to a gigabyte, and wants TensorFlow for more.
-    """
-
-    def __init__(self, dirpath: os.PathLike, **_: Any):
-        self.file = tempfile.TemporaryFile(dir=dirpath)  # noqa: SIM115  (closed when it has been read)
-        self.num_examples = self.size = 0
-
-    @property
-    def bucket_lengths(self) -> list[int]:
-        return [self.num_examples]
-
-    def add(self, key: int, data: bytes) -> bool:
-        self.file.write(struct.pack("<Q", len(data)) + data)
-        self.num_examples, self.size = self.num_examples + 1, self.size + len(data)
-        return True
-
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        with self.file:
-            self.file.seek(0)
-            for number in range(self.num_examples):
-                yield number, self.file.read(struct.unpack("<Q", self.file.read(8))[0])
-
-
 def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], cache: Path) -> Corpus:
     """A corpus written once to `cache` by a TFDS builder whose config is named after `key`, and read back.
 
@@ -157,7 +134,8 @@ def load(cfg: DataConfig, *, copied: bool = True) -> Corpus:
     """The corpus that a configuration names.
 
     Args:
-      copied: text of files is copied once into the cache, and read from there; else it is read where it lies.
+      copied: text of files is copied once into the cache, and read from there, unless it is quicker to read where it lies;
+        else it is read where it lies.
 
     Raises:
       InputError: no such corpus, unreadable or empty files, a dataset that cannot be had here (and why).
@@ -256,9 +234,15 @@ def from_files(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
             return {"train": iter(found), "validation": iter(validation), "test": iter(validation)}
         return hold_out(found, paired=bool(cfg.source_field), whole=bool(cfg.messages_field))
 
-    if copied:
+    if copied and (any(map(is_slow, paths + held)) or sum(path.stat().st_size for path in paths + held) <= MOST_COPIED):
         return dataclasses.replace(prepared("files", key, splits, cache), earlier=(before,))
-    return Corpus("files", key, lambda split: splits()[split], paths=() if held else tuple(paths))
+    whole = () if held else tuple(paths)
+    return Corpus("files", key, lambda split: splits()[split], earlier=(before,), paths=whole)
+
+
+def is_slow(path: files.AnyPath) -> bool:
+    """Whether a file takes long to read again: one behind a URL, or compressed."""
+    return isinstance(path, files.Remote) or path.suffix.lower() in files.PACKED
 
 
 def read(paths: Sequence[files.AnyPath], cfg: DataConfig) -> Documents:

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +88,17 @@ def test_ids_in_pieces_are_those_of_the_whole(cfg, tmp_path, monkeypatch):
                 found = [joined(corpora.load(c).documents(split)) for c in (of, there)]
                 assert [text for _, text in found[0]] == [text for _, text in found[1]]
         assert len(read(of).starts) < 700
+
+
+def test_much_text_is_read_where_it_lies(cfg, monkeypatch):
+    before = {split: read(cfg, split) for split in ("train", "test")}
+    monkeypatch.setattr(corpora, "MOST_COPIED", 100)
+    in_place = dataclasses.replace(cfg, cache=f"{cfg.cache}-in-place")
+    for split, copied in before.items():
+        assert_same(copied, read(in_place, split))
+    assert corpora.load(in_place).fingerprint == corpora.load(cfg).fingerprint
+    assert not (Path(in_place.cache) / "tfds").exists()
+    assert (Path(cfg.cache) / "tfds").exists()
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
