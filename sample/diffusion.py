@@ -17,7 +17,7 @@ from bothways.sample.bound import DRAWS, bound_logprobs
 from bothways.sample.denoise import Denoising
 from bothways.sample.masked import Filled, MaskedModel
 from bothways.sample.sampling_params import SamplingParams
-from bothways.sample.text import Sample, Score, TextModel, check_limits
+from bothways.sample.text import PerPrompt, Sample, Score, TextModel, check_limits, for_each
 
 
 class DiffusionModel(TextModel):
@@ -46,14 +46,14 @@ class DiffusionModel(TextModel):
         self,
         prompts: Sequence[str],
         *,
-        max_tokens: int | None = None,
+        max_tokens: PerPrompt | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
         greedy: bool = False,
         num: int = 1,
-        seed: int = 0,
+        seed: PerPrompt = 0,
         stop: Sequence[str] = (),
         stream: Callable[[int, str], None] | None = None,
         block: int | None = None,
@@ -66,7 +66,9 @@ class DiffusionModel(TextModel):
         """Continue every prompt `num` times, a block at a time.
 
         Args:
-          max_tokens: per continuation; None: 256. Beyond the context, the text goes on from the last half of it.
+          seed: one for all prompts, or one for each.
+          max_tokens: per continuation, one for all prompts or one for each; None: 256. Beyond the context, the text goes on
+            from the last half of it.
           stream: called with (index of the result, new piece of text) after every block.
           block: tokens of a block, one of those that the run was trained on. With a cache of the blocks before; or any
             number, where it was trained on whole rows: then all before the block is read anew in every pass.
@@ -97,7 +99,10 @@ class DiffusionModel(TextModel):
         if sweeps:
             raise InputError(f"sweeps is {sweeps}: blocks with a cache are not drawn again; leave --sweeps out")
         encoded = [self.encode_prompt(p) for p in prompts]
-        decoder, fitting = self.block_decoder(block).filling(how), self.rows_in_blocks(block, max_tokens or 256)
+        decoder, fitting = (
+            self.block_decoder(block).filling(how),
+            self.rows_in_blocks(block, max(for_each(max_tokens or 256, 1))),
+        )
         return self._continued(prompts, encoded, decoder, method, fitting, max_tokens, num, seed, stop, stream)
 
     def fill(self, texts: Sequence[str], *, top: int = 5, steps: int = 1) -> list[Filled]:

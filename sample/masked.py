@@ -20,7 +20,17 @@ from bothways.sample.decode import bucket, padded
 from bothways.sample.denoise import Denoising, HiddenLogits, fill
 from bothways.sample.embed import Embedder
 from bothways.sample.sampling_params import SamplingParams
-from bothways.sample.text import Sample, Score, check_limits, cut_at_stop, draw_keys, shown_so_far, to_sample
+from bothways.sample.text import (
+    PerPrompt,
+    Sample,
+    Score,
+    check_limits,
+    cut_at_stop,
+    draw_keys,
+    for_each,
+    shown_so_far,
+    to_sample,
+)
 
 Batch = dict[str, np.ndarray]
 BATCH = 64
@@ -196,14 +206,14 @@ class MaskedModel(Embedder):
         self,
         prompts: Sequence[str],
         *,
-        max_tokens: int = 256,
+        max_tokens: PerPrompt = 256,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
         greedy: bool = False,
         num: int = 1,
-        seed: int = 0,
+        seed: PerPrompt = 0,
         stop: Sequence[str] = (),
         block: int = 16,
         steps: int = 16,
@@ -221,6 +231,7 @@ class MaskedModel(Embedder):
         sums what each token had when it was drawn: not the likelihood of the text, which a masked model does not have.
 
         Args:
+          max_tokens, seed: one for all prompts, or one for each.
           stream: called with (index of the result, new piece of text) after every block.
 
         Raises:
@@ -244,12 +255,13 @@ class MaskedModel(Embedder):
                     f"the prompt has {len(ids)} tokens, the context is {self.context_length}: {prompt[:40]!r}..."
                 )
         keys = draw_keys(prompts, num, seed)
+        most = [n for n in for_each(max_tokens, len(prompts)) for _ in range(num)]
         past = [list(encoded[i // num]) for i in range(len(keys))]
         generated: list[list[int]] = [[] for _ in keys]
         logprobs: list[list[float]] = [[] for _ in keys]
         stops, shown = [""] * len(keys), [""] * len(keys)
         while going := [i for i, s in enumerate(stops) if not s]:
-            sizes = [min(block, max_tokens - len(generated[i])) for i in going]
+            sizes = [min(block, most[i] - len(generated[i])) for i in going]
             room = self.context_length - len(self._wrap([]))
             kept = [tail(past[i] + generated[i], room - n) for i, n in zip(going, sizes, strict=True)]
             rows = [self._wrap([*k, *[self.tokenizer.mask] * n]) for k, n in zip(kept, sizes, strict=True)]
@@ -261,7 +273,7 @@ class MaskedModel(Embedder):
                 generated[i] += [rows[j][p] for p in masks[j]]
                 logprobs[i] += found[j][0].tolist()
                 text, stopped = cut_at_stop(self.tokenizer.decode(generated[i]), stop)
-                stops[i] = "stop" if stopped else "max_tokens" if len(generated[i]) >= max_tokens else ""
+                stops[i] = "stop" if stopped else "max_tokens" if len(generated[i]) >= most[i] else ""
                 ready = text if stops[i] else shown_so_far(text, stop)
                 if stream and len(ready) > len(shown[i]):
                     stream(i, ready[len(shown[i]) :])

@@ -79,9 +79,18 @@ def shown_so_far(text: str, stop: Sequence[str]) -> str:
     return text[: len(text) - keep] if keep else text
 
 
-def check_limits(max_tokens: int | None, num: int, stop: Sequence[str]) -> None:
+PerPrompt = int | Sequence[int]
+"""One number for all prompts, or one for each."""
+
+
+def for_each(value: PerPrompt | None, count: int) -> list[int | None]:
+    """The number of each of `count` prompts."""
+    return list(value) if isinstance(value, Sequence) else [value] * count
+
+
+def check_limits(max_tokens: PerPrompt | None, num: int, stop: Sequence[str]) -> None:
     """Raises InputError for what no `sample` can do."""
-    for name, value in (("max-tokens", max_tokens), ("num", num)):
+    for name, value in (*(("max-tokens", n) for n in for_each(max_tokens, 1)), ("num", num)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
     if any(not s for s in stop):
@@ -93,16 +102,20 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed is {seed}; it must fit into 32 bits: 0 to {2**32 - 1}")
 
 
-def draw_keys(prompts: Sequence[str], num: int, seed: int) -> list[jax.Array]:
-    """A random key for each of `num` draws of every prompt, which depends on seed, prompt and draw alone.
+def draw_keys(prompts: Sequence[str], num: int, seed: PerPrompt) -> list[jax.Array]:
+    """A random key for each of `num` draws of every prompt, which depends on its seed, prompt and draw alone.
 
     Raises:
       InputError: a seed that 32 bits do not hold: of a larger one JAX would drop the rest.
     """
-    check_seed(seed)
-    base = jax.random.key(seed)
-    texts = [zlib.crc32(prompt.encode()) for prompt in prompts]
-    return [jax.random.fold_in(jax.random.fold_in(base, text), n) for text in texts for n in range(num)]
+    seeds = for_each(seed, len(prompts))
+    for one in seeds:
+        check_seed(one)
+    bases = [
+        jax.random.fold_in(jax.random.key(one), zlib.crc32(prompt.encode()))
+        for one, prompt in zip(seeds, prompts, strict=True)
+    ]
+    return [jax.random.fold_in(base, n) for base in bases for n in range(num)]
 
 
 def never_drawn(tokenizer: Tokenizer) -> int:
@@ -234,9 +247,9 @@ class TextModel:
         decoder: Decoder,
         method: SamplingParams,
         fitting: Callable[[int], int],
-        max_tokens: int | None,
+        max_tokens: PerPrompt | None,
         num: int,
-        seed: int,
+        seed: PerPrompt,
         stop: Sequence[str],
         stream: Callable[[int, str], None] | None,
     ) -> list[Sample]:
@@ -261,9 +274,10 @@ class TextModel:
                         stream(i, ready[len(shown[i]) :])
                         shown[i] = ready
 
+        limits = for_each(max_tokens, len(prompts))
         chunk = 4 if stream else 32 if stop else 0
         for batch in batched(rows, prompt_length, fitting):
-            most = [self._most(row, max_tokens) for row in batch]
+            most = [self._most(row, limits[index[id(row)] // num]) for row in batch]
             decoder.generate(self.run.params, batch, method, most, chunk=chunk, after_chunk=after_chunk)
         return [
             to_sample(self.tokenizer, prompts[i // num], self._ids(row), row.logprobs, row.stop, stop)

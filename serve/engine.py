@@ -42,13 +42,15 @@ class Call:
     """Items to compute with a run.
 
     `compute` is (model, items, between) -> results, one for each item. It may call `between()` now and then: others go on,
-    and Gone is raised where nobody waits any more. Calls with the same `alike` (None: none) may be computed as one.
+    and Gone is raised where nobody waits any more. Calls with the same `alike` (None: none) may be computed as one. Those
+    that are not `short` write block by block, and short ones go on between their blocks.
     """
 
     run: str
     compute: Callable[[OpenModel, list[Any], Callable[[], None]], list[Any]]
     items: list[Any]
     alike: Any = None
+    short: bool = True
     gone: Callable[[], bool] = lambda: False
     future: "Future[list[Any]]" = dataclasses.field(default_factory=Future)
     since: float = dataclasses.field(default_factory=time.monotonic)
@@ -212,8 +214,8 @@ class Engine:
                 raise Gone
             self._admit()
             self._step()
-            quick = next((j for j in list(self._waiting) if isinstance(j, Call) and j.alike is not None), None)
-            if quick is not None and calls[0].alike is None:
+            quick = next((job for job in list(self._waiting) if isinstance(job, Call) and job.short), None)
+            if quick is not None and not calls[0].short:
                 self._take(quick)
                 self._compute([quick])
 

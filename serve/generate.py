@@ -15,6 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from bothways.data import chat
 from bothways.errors import InputError
 from bothways.log import log
+from bothways.sample.sampling_params import SamplingParams
 from bothways.sample.text import draw_keys
 from bothways.serve import shapes
 from bothways.serve.http import Server, answer, error_of, read, server_of, status_of, while_connected
@@ -231,24 +232,21 @@ async def chat_completions(request: Request) -> Response:
 
 
 def fill_gaps(
-    given: shapes.CompletionRequest, seed: int, model: Any, texts: list[str], between: Callable[[], None]
+    method: SamplingParams,
+    options: dict[str, Any],
+    count: int,
+    model: Any,
+    texts: list[tuple[str, int]],
+    between: Callable[[], None],
 ) -> list[list[str]]:
-    """For every text with a gap of masks, what stands in it, `n` times."""
-    both, method = getattr(model, "both_ways", model), method_of(given)
-    results = []
-    for text in texts:
-        found = []
-        for key in draw_keys([text], given.n or 1, seed):
-            between()
-            row = both.encode_masked(text)
-            masks = [i for i, token in enumerate(row) if token == both.tokenizer.mask]
-            how = {"threshold": given.threshold, "remask": given.remask}
-            both.fill_rows(
-                [row], [masks], given.steps or 0, method=jax.tree.map(jax.numpy.asarray, method), keys=[key], **how
-            )
-            found.append(both.tokenizer.decode(row[masks[0] : masks[-1] + 1]))
-        results.append(found)
-    return results
+    """For every (text with a gap of masks, seed) what stands in the gap, `count` times."""
+    both = getattr(model, "both_ways", model)
+    rows = [both.encode_masked(text) for text, _ in texts for _ in range(count)]
+    masks = [[i for i, token in enumerate(row) if token == both.tokenizer.mask] for row in rows]
+    keys = draw_keys([text for text, _ in texts], count, [seed for _, seed in texts])
+    both.fill_rows(rows, masks, method=jax.tree.map(jax.numpy.asarray, method), keys=keys, **options)
+    found = [both.tokenizer.decode(row[at[0] : at[-1] + 1]) for row, at in zip(rows, masks, strict=True)]
+    return [found[i : i + count] for i in range(0, len(found), count)]
 
 
 async def infill(request: Request, given: shapes.CompletionRequest, run: Served, texts: list[str]) -> Response:
@@ -260,8 +258,12 @@ async def infill(request: Request, given: shapes.CompletionRequest, run: Served,
     gaps = [infilling(run, text, given.suffix or "", size) for text in texts]
     prompts = [Wanted(text, run.tokenizer.encode(text + (given.suffix or "")), [], size) for text in texts]
     check_total(server, run, given, prompts)
-    found = await server.compute(request, run, functools.partial(fill_gaps, given, seed_of(given)), gaps, None)
-    n = given.n or 1
+    n, seed = given.n or 1, seed_of(given)
+    options = {"steps": given.steps or 0, "threshold": given.threshold, "remask": given.remask}
+    compute = functools.partial(fill_gaps, method_of(given), options, n)
+    drawing = (given.temperature, given.top_k, given.top_p, given.min_p)
+    alike = ("infill", n, *drawing, *options.values())
+    found = await server.compute(request, run, compute, [(gap, seed) for gap in gaps], alike)
     choices = [
         shapes.CompletionChoice(i * n + k, text, None, "length")
         for i, some in enumerate(found)

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -118,6 +119,41 @@ def seed_of(request: Drawing) -> int:
     return secrets.randbits(31) if request.seed is None else request.seed & (2**63 - 1)
 
 
+@dataclasses.dataclass(eq=False)
+class InBlocks:
+    """A prompt that is continued block by block, `num` times."""
+
+    prompt: str
+    max_tokens: int
+    seed: int
+    put: Callable[[Piece], None]
+    first: int
+    """Its first choice's number."""
+    shown: list[str]
+    """What each choice has shown: where a call is computed again, without those it was computed with, not twice."""
+
+
+def write_blocks(options: dict[str, Any], model: Any, items: list[InBlocks], between: Callable[[], None]) -> list[None]:
+    """What `model.sample` writes for prompts of several requests together, each with its own seed and length."""
+    num, texts = options["num"], {}
+
+    def stream(i: int, piece: str) -> None:
+        item, n = items[i // num], i % num
+        texts[i] = texts.get(i, "") + piece
+        if new := texts[i][len(item.shown[n]) :]:
+            item.shown[n] = texts[i]
+            item.put(Piece(item.first + n, new, [], [], []))
+        between()
+
+    own = {"max_tokens": [item.max_tokens for item in items], "seed": [item.seed for item in items]}
+    for i, sample in enumerate(model.sample([item.prompt for item in items], stream=stream, **own, **options)):
+        item, n = items[i // num], i % num
+        finish = "length" if sample.stop == "max_tokens" else "stop"
+        rest = sample.text[len(item.shown[n]) :]
+        item.put(Piece(item.first + n, rest, [], [], [], finish, 0, sample.tokens))
+    return [None] * len(items)
+
+
 class Written:
     """Texts being written for one request: an asynchronous iterator of pieces. Leaving it frees what it holds."""
 
@@ -175,7 +211,7 @@ class Written:
         return emit
 
     def _calls(self, seed: int) -> list[Call]:
-        """A call for each prompt: masked and diffusion runs write block by block."""
+        """A call for each prompt: masked and diffusion runs write block by block, those that want the same together."""
         request = self.request
         options: dict[str, Any] = {
             "temperature": 1.0 if request.temperature is None else request.temperature,
@@ -183,31 +219,16 @@ class Written:
             "top_p": 1.0 if request.top_p is None else request.top_p,
             "min_p": request.min_p,
             "num": self.count,
-            "seed": seed,
-            "stop": request.stops,
+            "stop": tuple(request.stops),
             "threshold": request.threshold,
             "remask": request.remask,
         }
         options |= {k: v for k, v in (("block", request.block), ("steps", request.steps)) if v is not None}
+        compute, alike = functools.partial(write_blocks, options), ("write", *sorted(options.items()))
         jobs = []
         for p, prompt in enumerate(self.prompts):
-
-            def compute(model: Any, items: list[str], between: Callable[[], None], p: int = p) -> list[None]:
-                shown = [""] * self.count
-
-                def stream(i: int, piece: str) -> None:
-                    shown[i] += piece
-                    self._put(Piece(p * self.count + i, piece, [], [], []))
-                    between()
-
-                most = self.prompts[p].max_tokens
-                for i, sample in enumerate(model.sample(items, max_tokens=most, stream=stream, **options)):
-                    finish = "length" if sample.stop == "max_tokens" else "stop"
-                    rest = sample.text[len(shown[i]) :]
-                    self._put(Piece(p * self.count + i, rest, [], [], [], finish, 0, sample.tokens))
-                return [None]
-
-            job = Call(self.run.name, compute, [prompt.prompt], gone=lambda: self.gone)
+            item = InBlocks(prompt.prompt, prompt.max_tokens, seed, self._put, p * self.count, [""] * self.count)
+            job = Call(self.run.name, compute, [item], alike, short=False, gone=lambda: self.gone)
             job.future.add_done_callback(self._failed)
             jobs.append(job)
         return jobs

@@ -162,11 +162,11 @@ def test_a_long_cache_is_read_as_far_as_it_is_filled_and_a_row_does_not_see_how_
         for i, (size, heads) in enumerate(((2, H), (3 * CACHE_TILE, G), (3 * CACHE_TILE, G)))
     )
     kernel = jax.jit(
-        lambda at, k: attend_cached(q, k, v, Mask.cached(at[:, None] + jnp.arange(2), k.shape[1]).windowed(window))
+        lambda at, k, v: attend_cached(q, k, v, Mask.cached(at[:, None] + jnp.arange(2), k.shape[1]).windowed(window))
     )
     at = jnp.array([3, CACHE_TILE - 1, CACHE_TILE + 70])
     mask = Mask.cached(at[:, None] + jnp.arange(2), k.shape[1]).windowed(window)
-    same(kernel(at, k), attend_whole(q, k, v, mask))
-    np.testing.assert_array_equal(kernel(at.at[2].set(5), k)[:2], kernel(at, k)[:2])
-    filled = kernel(at, k.at[:, 2 * CACHE_TILE :].set(jnp.nan))  # a tile that nobody has reached is not read
-    assert jnp.isfinite(filled).all()
+    same(kernel(at, k, v), attend_whole(q, k, v, mask))
+    np.testing.assert_array_equal(kernel(at.at[2].set(5), k, v)[:2], kernel(at, k, v)[:2])
+    # A tile that nobody has reached is not read: 0 times NaN would be NaN.
+    assert jnp.isfinite(kernel(at, k, v.at[:, 2 * CACHE_TILE :].set(jnp.nan))).all()

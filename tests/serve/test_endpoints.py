@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import json
+import time
 
 import numpy as np
 import pytest
@@ -153,6 +154,34 @@ def test_blocks_are_written_and_streamed(http, homes):
             events = [json.loads(line[6:]) for line in s.iter_lines() if line.startswith("data: {")]
         assert "".join(e["choices"][0]["text"] for e in events) == expected.text
         assert len(events) > 2
+
+
+@pytest.mark.parametrize(("model", "options"), [("masked", {"block": 4, "steps": 2}), ("dial", {"block": 4})])
+def test_blocks_of_several_requests_are_written_together_each_as_if_alone(http, running, monkeypatch, model, options):
+    """Requests that differ in prompt, seed and length, behind one that is being written."""
+    wanted = [(PROMPT, 8, 3), ("a ship", 5, 4), (PROMPT, 12, 5)]
+
+    def one(prompt: str, most: int, seed: int) -> str:
+        return complete(http, model=model, prompt=prompt, max_tokens=most, seed=seed, **options)["choices"][0]["text"]
+
+    alone = [one(*some) for some in wanted]
+    loaded, sizes = running.engine.runs.loaded[model].model, []
+    sample = loaded.sample
+
+    def slowly(prompts, **named):
+        sizes.append(len(prompts))
+        time.sleep(0.4)
+        return sample(prompts, **named)
+
+    monkeypatch.setattr(loaded, "sample", slowly)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        first = pool.submit(one, "the", 4, 9)
+        while not sizes:
+            time.sleep(0.01)
+        together = list(pool.map(lambda some: one(*some), wanted))
+        first.result()
+    assert together == alone
+    assert sizes == [1, 3]
 
 
 def test_an_encoder_decoder_writes_for_a_source(http, homes):
