@@ -1,13 +1,16 @@
 """Many clients at a server that speaks OpenAI's interface: what is lost or mixed up, throughput, first and each token.
 
 python benchmarks/serve_load.py http://127.0.0.1:8000 MODEL --clients 50 --requests 200 --tokens 24
+python benchmarks/serve_load.py http://127.0.0.1:8000 MODEL --clients 50 --requests 1000 --embed
 
-Works against any such server, so that two can be compared on one machine. Prompts differ in their length and their seed; each
-is sent twice, and greedy answers to the same prompt must be the same whoever else asks at the time.
+Works against any such server, so that two can be compared on one machine. Prompts differ in their length; each is sent twice,
+and greedy answers to the same prompt must be the same whoever else asks at the time. Vectors of the same text may differ by
+rounding, since texts of one batch share its length. `per_token` are all gaps between two pieces of a stream.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import sys
@@ -37,50 +40,70 @@ async def one(client: httpx.AsyncClient, model: str, prompt: str, tokens: int, c
     return text, times
 
 
+async def embedded(client: httpx.AsyncClient, model: str, text: str) -> tuple[list[float], float]:
+    """The vector of one text, and the seconds that it took."""
+    began = time.perf_counter()
+    answer = await client.post("/v1/embeddings", json={"model": model, "input": text})
+    answer.raise_for_status()
+    return answer.json()["data"][0]["embedding"], time.perf_counter() - began
+
+
+def percentiles(name: str, values: list[float]) -> dict[str, float]:
+    """The 50th and the 99th, in seconds."""
+    ranked = sorted(values)
+    return {
+        f"{name}_p{share}": round(ranked[min(len(ranked) - 1, share * len(ranked) // 100)], 4)
+        for share in (50, 99)
+        if ranked
+    }
+
+
 async def load(args: argparse.Namespace) -> dict[str, float]:
     rng = random.Random(0)
     lengths = [max(1, args.words // part) for part in (30, 9, 3, 1)]
     prompts = [" ".join(rng.choices(WORDS, k=rng.choice(lengths))) for _ in range(-(-args.requests // 2))] * 2
     rng.shuffle(prompts)
     most = {prompt: rng.randrange(args.tokens // 2, args.tokens + 1) for prompt in sorted(set(prompts))}
-    gate, answers, firsts, whole, lost = asyncio.Semaphore(args.clients), {}, [], [], 0
-    mixed_up = 0
+    gate, answers, firsts, gaps, whole = asyncio.Semaphore(args.clients), {}, [], [], []
+    lost = mixed_up = pieces = 0
     async with httpx.AsyncClient(base_url=args.url, timeout=args.timeout, limits=httpx.Limits()) as client:
-        await one(client, args.model, prompts[0], 4, args.chat)  # so that nothing is compiled while the clock runs
+        # So that little is compiled while the clock runs.
+        await (
+            embedded(client, args.model, prompts[0]) if args.embed else one(client, args.model, prompts[0], 4, args.chat)
+        )
         began = time.perf_counter()
 
         async def ask(prompt: str) -> None:
-            nonlocal lost, mixed_up
+            nonlocal lost, mixed_up, pieces
             async with gate:
                 try:
-                    text, times = await one(client, args.model, prompt, most[prompt], args.chat)
+                    if args.embed:
+                        found, seconds = await embedded(client, args.model, prompt)
+                        times = []
+                    else:
+                        found, times = await one(client, args.model, prompt, most[prompt], args.chat)
+                        seconds = times[-1] if times else 0.0
                 except httpx.HTTPError as e:
                     print(f"{type(e).__name__}: {e}", file=sys.stderr)
                     lost += 1
                     return
-            mixed_up += answers.setdefault(prompt, text) != text
-            if times:
-                firsts.append(times[0])
-                whole.append((times[-1] - times[0]) / max(1, most[prompt] - 1))
+            before = answers.setdefault(prompt, found)
+            mixed_up += (
+                max(abs(a - b) for a, b in zip(before, found, strict=True)) > 1e-3 if args.embed else before != found
+            )
+            whole.append(seconds)
+            pieces += len(times)
+            firsts.extend(times[:1])
+            gaps.extend(b - a for a, b in itertools.pairwise(times))
 
         await asyncio.gather(*map(ask, prompts))
         seconds = time.perf_counter() - began
-
-    def at(values: list[float], share: float) -> float:
-        return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-    total = sum(most[prompt] for prompt in prompts)
-    return {
-        "requests": len(prompts),
-        "lost": lost,
-        "mixed_up": mixed_up,
-        "seconds": round(seconds, 1),
-        "tokens_per_second_at_most": round(total / seconds, 1),
-        "first_token_p50": round(at(firsts, 0.5), 3),
-        "first_token_p99": round(at(firsts, 0.99), 3),
-        "per_token_p50": round(at(whole, 0.5), 4),
-        "per_token_p99": round(at(whole, 0.99), 4),
-    }
+    figures = {"requests": len(prompts), "lost": lost, "mixed_up": mixed_up, "seconds": round(seconds, 1)}
+    figures["requests_per_second"] = round((len(prompts) - lost) / seconds, 2)
+    if not args.embed:
+        figures["tokens_per_second_at_most"] = round(sum(most[prompt] for prompt in prompts) / seconds, 1)
+        figures |= {"pieces": pieces} | percentiles("first_token", firsts) | percentiles("per_token", gaps)
+    return figures | percentiles("request", whole)
 
 
 def main() -> None:
@@ -96,6 +119,7 @@ def main() -> None:
         "--words", type=int, default=90, help="of the longest prompts; others have a 3rd, 9th and 30th of it"
     )
     parser.add_argument("--chat", action="store_true", help="by /v1/chat/completions")
+    parser.add_argument("--embed", action="store_true", help="by /v1/embeddings: --words alone counts")
     parser.add_argument("--timeout", type=float, default=600)
     print(json.dumps(asyncio.run(load(parser.parse_args()))))
 

@@ -95,11 +95,14 @@ async def respond(request: Request, given: shapes.Drawing, found: Answer, echo: 
     server.metrics.prompt_tokens.labels(found.run.name).inc(sum(len(p.ids) for p in written.prompts))
 
     async def pieces() -> AsyncIterator[Piece]:
-        first = True
+        since: dict[int, float] = {}
         async for piece in written:
-            if first:
-                server.metrics.first.observe(time.monotonic() - began)
-            first = False
+            now = time.monotonic()
+            if not since:
+                server.metrics.first.observe(now - began)
+            if piece.choice in since:
+                server.metrics.gap.observe((now - since[piece.choice]) / max(1, len(piece.tokens)))
+            since[piece.choice] = now
             if piece.finish:
                 counts[piece.choice] = piece.count
                 server.metrics.written.labels(found.run.name).inc(piece.count)

@@ -47,8 +47,11 @@ class Metrics:
         self.requests = Counter("bothways_requests", "Requests answered", ["path", "status"], **args)
         self.prompt_tokens = Counter("bothways_prompt_tokens", "Tokens of prompts read", ["model"], **args)
         self.written = Counter("bothways_generation_tokens", "Tokens written", ["model"], **args)
-        buckets = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+        buckets = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
         self.first = Histogram("bothways_time_to_first_token_seconds", "Until the first text", buckets=buckets, **args)
+        self.gap = Histogram(
+            "bothways_time_per_token_seconds", "A token of a text after its first", buckets=buckets, **args
+        )
         self.seconds = Histogram("bothways_request_seconds", "Until the answer", ["path"], buckets=buckets, **args)
         for name, text, value in (
             ("bothways_requests_waiting", "Requests in the queue", lambda: engine.waiting),

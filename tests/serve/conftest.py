@@ -39,12 +39,12 @@ KINDS = {
 }
 
 
-def write_run(home: Path, tiny: TransformerConfig, kind: str) -> Path:
-    """A run as train/loop.py leaves it."""
+def write_run(home: Path, tiny: TransformerConfig, kind: str, spare: int = 5) -> Path:
+    """A run as train/loop.py leaves it, whose table has `spare` rows that stand for no token."""
     family, objective = KINDS[kind]
     tokenizer = tokenizers.train([made_up_text(60), "caf\u00e9 \U0001f389\n"], "bpe", 330)
     extra = {"predicts": "own"} if kind == "dial" else {}
-    model = dataclasses.replace(tiny, n_layers=1, context_length=48, vocab_size=len(tokenizer) + 5, **extra)
+    model = dataclasses.replace(tiny, n_layers=1, context_length=48, vocab_size=len(tokenizer) + spare, **extra)
     if family == "bert":
         model = dataclasses.replace(model, segment_types=2)
     recipe = Recipe(name=kind, family=family, model=model, objective=objective)

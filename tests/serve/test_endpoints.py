@@ -61,6 +61,9 @@ def test_a_stream_says_what_the_whole_answer_says(http):
     assert texts == [c["text"] for c in whole["choices"]]
     assert finished == {c["index"]: c["finish_reason"] for c in whole["choices"]}
     assert usage["completion_tokens"] == whole["usage"]["completion_tokens"]
+    figures = dict(line.split() for line in http.get("/metrics").text.splitlines() if "seconds_count " in line)
+    assert float(figures["bothways_time_to_first_token_seconds_count"]) >= 2
+    assert float(figures["bothways_time_per_token_seconds_count"]) >= 4
 
 
 def test_a_stop_string_ends_a_text_before_it(http):
