@@ -115,6 +115,11 @@ class Recipe:
                     f"objective.kind={kind} and data.source_field={self.data.source_field!r} disagree: pairs, and only "
                     "pairs, need data.source_field and data.target_field"
                 )
+            if self.model.lora.rank and not self.train.init_from:
+                found.append(
+                    f"model.lora.rank={self.model.lora.rank}: adapters are for a run that is trained already; name it with "
+                    "--train.init-from RUN"
+                )
             if kind == "chat" and not self.data.messages_field:
                 found.append("objective.kind=chat trains on conversations: set --data.messages-field messages")
             if self.data.messages_field and kind not in ("chat", "diffusion"):

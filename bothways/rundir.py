@@ -8,6 +8,7 @@ runs/x/corpus.json         of a run trained here: the fingerprint of its text
 runs/x/checkpoints/STEP/   orbax: params, train (optimizer and counters), meta (step, data position)
 runs/x/metrics.jsonl       a line per logged step and per evaluation
 runs/x/task.json           of a fine-tuned run: kind, labels, length
+runs/x/adapters.json       of a run of adapters: the run, and its checkpoint, that they are for; checkpoints hold them alone
 runs/x/events/             TensorBoard
 runs/x/loss.png            the curves
 """
@@ -39,14 +40,16 @@ from bothways.data.tokenizer import Tokenizer
 from bothways.errors import CheckpointUnavailable, InputError
 from bothways.formats import FORMAT, version_of
 from bothways.locks import locked
+from bothways.model import adapters
 from bothways.model.axes import path_names
-from bothways.model.config import TransformerConfig
+from bothways.model.config import LoRAConfig, TransformerConfig
 from bothways.model.stack import unstack_layers
 from bothways.model.task import TaskModel
 from bothways.platform import without_grpc
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
 
+BASE = "adapters.json"
 Log = Callable[[str], None]
 
 
@@ -168,6 +171,43 @@ def write_task(home: Path, task: TaskInfo) -> None:
     (home / "task.json").write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(task)}, indent=2))
 
 
+def write_base(home: Path, base: Path) -> None:
+    """Note which run, and which checkpoint of it, adapters are for."""
+    (home / BASE).write_text(json.dumps({"format": FORMAT, "base": str(base), "step": newest_step(base)}))
+
+
+def base_of(home: Path) -> tuple[Path, int]:
+    """The run, and the step of its checkpoint, that a run of adapters is for. Raises InputError where it is not there."""
+    found = json.loads((home / BASE).read_text())
+    version_of(found, str(home / BASE))
+    base = directory(found["base"])
+    if not (base / "recipe.json").exists():
+        raise InputError(
+            f"{home} holds adapters for {base}, which is not there; put it back, or change base in {home / BASE}"
+        )
+    return base, found["step"]
+
+
+def base_params(home: Path, shapes: Any, log: Log, place: Callable[[Any], Any] | None = None) -> tuple[Path, Any]:
+    """The base that a run of adapters is for, and its parameters of these names and shapes.
+
+    Raises:
+      InputError: the base, or the checkpoint that the adapters are for, is not there, or has other parameters.
+    """
+    found = json.loads((home / BASE).read_text())
+    version_of(found, str(home / BASE))
+    base = directory(found["base"])
+    if not (base / "recipe.json").exists():
+        raise InputError(
+            f"{home} holds adapters for {base}, which is not there; put it back, or change base in {home / BASE}"
+        )
+    run = load_run(base, log, place, step=found["step"])
+    try:
+        return base, adapters.of_base(run.params["body"] if run.task is not None else run.params, shapes)
+    except KeyError as e:
+        raise InputError(f"{home} holds adapters for another model than {base}: there is no {e.args[0]} in it") from e
+
+
 def module_of(recipe: Recipe, task: TaskInfo | None = None) -> nn.Module:
     """The module whose parameters a run holds: a family's, or that under a task's head."""
     if task is None:
@@ -196,6 +236,46 @@ def compute_dtype_shapes(params: Any, cfg: TransformerConfig) -> Any:
     return jax.tree_util.tree_map_with_path(narrow, params)
 
 
+def _restored(home: Path, targets: Any, log: Log, step: int | Literal["newest", "best"], mean_of: int) -> tuple[int, Any]:
+    """A checkpoint's step and parameters; of the newest the mean with those before it, `mean_of` in all.
+
+    Raises:
+      InputError: no checkpoint yet, not this one, or none that can be read.
+    """
+    if not (home / "checkpoints").is_dir():
+        raise InputError(f"{home} has no checkpoint yet; train it first")
+    with checkpoint_manager(home, read_only=True) as manager:
+
+        def restore(step: int) -> Any:
+            return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(targets)))["params"]
+
+        def average(step: int) -> Any:
+            steps = [s for s in sorted(manager.all_steps()) if s <= step][-mean_of:]
+            return running_mean(restore(s) for s in steps)
+
+        if step == "newest":
+            found = restore_latest_readable(manager, average, log)
+        else:
+            found = restore_step(manager, restore, best_step(manager) if step == "best" else step)
+    if found is None:
+        raise InputError(f"{home} has no checkpoint yet; train it first")
+    return found
+
+
+def load_adapters(home: Path, log: Log) -> tuple[Recipe, Any]:
+    """The recipe and the newest adapters of a run, on the first device, not merged.
+
+    Raises:
+      InputError: a run without adapters, or without a checkpoint that can be read.
+    """
+    recipe, one = read_recipe(home), SingleDeviceSharding(jax.local_devices()[0])
+    if not recipe.model.lora.rank:
+        raise InputError(f"{home} has no adapters: it was trained whole; leave --adapters out")
+    shapes = adapters.split(param_shapes(recipe))[0]
+    targets = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one), shapes)
+    return recipe, _restored(home, targets, log, "newest", recipe.train.average_last_checkpoints)[1]
+
+
 def load_run(
     home: Path,
     log: Log,
@@ -204,7 +284,8 @@ def load_run(
     for_inference: bool = False,
     step: int | Literal["newest", "best"] = "newest",
 ) -> Run:
-    """Restore a run's parameters, on today's devices.
+    """Restore a run's parameters, on today's devices. Adapters are merged into their base: the recipe is that of the plain
+    model that comes of it.
 
     Args:
       place: shapes of the parameters -> their shardings; None puts everything on the first device.
@@ -220,30 +301,22 @@ def load_run(
     task = read_task(home)
     shapes = param_shapes(recipe, task)
     kept = compute_dtype_shapes(shapes, recipe.model) if for_inference else shapes
-    if recipe.train.average_last_checkpoints == 1 or task is not None:
+    adapted = bool(recipe.model.lora.rank) and task is None
+    if adapted:
+        shapes, frozen = adapters.split(shapes)
+        kept = compute_dtype_shapes(frozen, recipe.model) if for_inference else frozen
+    elif recipe.train.average_last_checkpoints == 1 or task is not None:
         shapes = kept  # a mean is taken of what was saved
     one = SingleDeviceSharding(jax.local_devices()[0])
     shardings = place(shapes) if place else jax.tree.map(lambda _: one, shapes)
     targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-    if not (home / "checkpoints").is_dir():
-        raise InputError(f"{home} has no checkpoint yet; train it first")
-    with checkpoint_manager(home, read_only=True) as manager:
-
-        def restore(step: int) -> Any:
-            return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(targets)))["params"]
-
-        def average(step: int) -> Any:
-            """This checkpoint, or the mean of it and those before it where the recipe averages."""
-            steps = [s for s in sorted(manager.all_steps()) if s <= step][-recipe.train.average_last_checkpoints :]
-            return running_mean(restore(s) for s in steps)
-
-        if step == "newest":
-            found = restore_latest_readable(manager, average if task is None else restore, log)
-        else:
-            found = restore_step(manager, restore, best_step(manager) if step == "best" else step)
-    if found is None:
-        raise InputError(f"{home} has no checkpoint yet; train it first")
-    params = jax.tree.map(lambda x, s: x.astype(s.dtype), found[1], kept)
+    found = _restored(home, targets, log, step, recipe.train.average_last_checkpoints if task is None else 1)
+    params = found[1]
+    if adapted:
+        _, base = base_params(home, frozen, log, place)
+        params = adapters.merge(adapters.join(params, base), recipe.model)
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora=LoRAConfig()))
+    params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, kept)
     alone = all(len(at.device_set) == 1 for at in jax.tree.leaves(shardings))
     if for_inference and recipe.family != "bert":
         params = jax.jit(functools.partial(unstack_layers, join=alone))(params)

@@ -101,7 +101,7 @@ def recipe_of(theirs: Config) -> tuple[Recipe, TaskInfo | None]:
       InputError: config.json is not as an export writes it.
     """
     try:
-        fields = dict(theirs["model"])
+        fields = {name: value for name, value in theirs["model"].items() if name != "lora"}  # merged before it left
         fields |= {
             "layer_pattern": tuple(fields["layer_pattern"]),
             "rotary_scaling": RotaryScaling(**fields["rotary_scaling"]),

@@ -53,6 +53,11 @@ def logical_axes(names: tuple[str, ...]) -> tuple[str, ...]:
       KeyError: the parameter has no entry in PARAMETER_AXES; whoever adds a parameter names its axes.
     """
     module, leaf = names[-2:]
+    if module == "lora":  # as the kernel beside it, with the rank in the place of its outputs or inputs
+        kernel = PARAMETER_AXES[names[-3], "kernel"]
+        cut = 2 if names[-3] == "out" else 1
+        axes = (*kernel[:cut], "rank") if leaf == "a" else ("rank", *kernel[cut:])
+        return (("layers",) if "blocks" in names else ()) + axes
     axes = PARAMETER_AXES.get((module, leaf)) or (NORM_AXES.get(leaf) if module.endswith("norm") else None)
     if axes is None:
         raise KeyError(f"parameter {'/'.join(names)} has no entry in model/axes.py: PARAMETER_AXES")

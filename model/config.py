@@ -38,6 +38,43 @@ class RotaryScaling:
         return found
 
 
+Target = Literal["query", "key", "value", "out", "gate", "up", "down"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on the projections of every block (arXiv 2106.09685); the weights of train.init_from stay as they
+    are."""
+
+    rank: int = 0
+    """r, the width between A and B. 0: no adapters; the whole model is trained."""
+    alpha: float = 16.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on an adapter's input."""
+    targets: tuple[Target, ...] = ("query", "key", "value", "out", "gate", "up", "down")
+    """Projections that get an adapter; those that a model does not have are passed over."""
+    frozen: Literal["float32", "bfloat16"] = "float32"
+    """Type that the frozen kernels and tables are kept in while adapters are trained."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def problems(self, gated: bool) -> list[str]:
+        """What is wrong with it; empty if nothing is."""
+        found = []
+        if self.rank < 0:
+            found.append(f"model.lora.rank is {self.rank}; it must be 0 (no adapters) or more")
+        if self.alpha <= 0:
+            found.append(f"model.lora.alpha is {self.alpha}; it must be positive")
+        if not 0 <= self.dropout < 1:
+            found.append(f"model.lora.dropout is {self.dropout}; it must be in [0, 1)")
+        if not set(self.targets) - (set() if gated else {"gate"}):
+            found.append(f"model.lora.targets is {self.targets}: this model has none of these projections")
+        return found
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Everything that decides the function a model computes. Zero means: derived, see `resolved`.
@@ -115,6 +152,8 @@ class TransformerConfig:
     init_std: float = 0.02
     init_residual: Literal["same", "depth", "zero"] = "depth"
     """Projections that write to the residual stream: as the others; times 1/sqrt(2L) (GPT-2); or zero."""
+
+    lora: LoRAConfig = LoRAConfig()
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations. auto: bfloat16 on GPU and TPU, float32 on CPU. Parameters are always float32."""
@@ -209,6 +248,7 @@ class TransformerConfig:
             "local layers need a window, and a window needs local layers",
         )
         found.extend(self.rotary_scaling.problems())
+        found.extend(self.lora.problems(self.gated))
         want(
             self.first_norm or self.norm_position == "pre",
             "model.first_norm=False leaves out the norm before the first block, and norm_position=post has none there",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from bothways.model.adapters import NAME, LowRank
 from bothways.model.config import RotaryScaling, TransformerConfig
 from bothways.model.products import project, project_transposed, standardized
 
@@ -38,6 +39,8 @@ class Projection(nn.Module):
         else:
             kernel = self.param("kernel", init, (*inputs, *features), jnp.float32).astype(dtype)
             y = project(x, kernel, self.n_in)
+        if cfg.lora.rank and self.name in cfg.lora.targets:
+            y = y + LowRank(cfg, features, self.n_in, name=NAME)(x)
         if cfg.bias:
             y = y + self.param("bias", nn.initializers.zeros, features, jnp.float32).astype(dtype)
         return y

@@ -26,7 +26,7 @@ from bothways.registry import make_module, tiny_inputs
 from bothways.train import hosts
 from bothways.train.objectives import objective_of
 from bothways.train.optimizer import longer, make_optimizer
-from bothways.train.start import check_start, start_from
+from bothways.train.start import check_start, load_base, start_from
 from bothways.train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
 from bothways.train.steps import Job, Throughput, run_steps
 from bothways.train.trackers import check_tracker
@@ -135,6 +135,7 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
     shapes = jax.eval_shape(fresh, 0)
     shardings = state_shardings(mesh, shapes, recipe.mesh.max_replicated_fraction)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
+    whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.frozen))
     if writes:
         held.enter_context(rundir.one_writer(home))
         if existing is None and (home / "recipe.json").exists():
@@ -143,6 +144,8 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
         home.mkdir(parents=True, exist_ok=True)
         tokenizer.save_in(home)
         (home / "corpus.json").write_text(json.dumps({"fingerprint": corpus.fingerprint}))
+        if recipe.model.lora.rank:
+            rundir.write_base(home, rundir.directory(cfg.init_from))
     if writes and existing != recipe:  # of a run that goes on: what it may change, readers must see
         partial = home / ".recipe.json"
         partial.write_text(recipe.to_json())
@@ -154,9 +157,12 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
     # 2. another run, named by train.init_from: its body if it was fine-tuned;
     # 3. a published checkpoint, which `bothways import` made a run, named likewise: so 2 and 3 are one line;
     # 4. scratch.
+    # Adapters are the run's own, from scratch or resumed; what they are for is 2 or 3, frozen, each time anew.
     def begin() -> TrainState:
-        state = jax.jit(fresh, out_shardings=shardings)(cfg.seed)  # not a constant: seeds share their programs
-        if not cfg.init_from:
+        own = shardings.replace(frozen=None)
+        made = jax.jit(lambda seed: fresh(seed).replace(frozen=None), out_shardings=own)
+        state = made(cfg.seed)  # not a constant: seeds share their programs
+        if not cfg.init_from or recipe.model.lora.rank:
             return state
         place = functools.partial(sharding.parameter_shardings, mesh)
         return state.replace(params=start_from(rundir.directory(cfg.init_from), recipe, state.params, place))
@@ -169,8 +175,10 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
         return pipeline.training_batches(rows, example, batch_size=size, seed=cfg.seed, position=row, mine=mine)
 
     def announce(start: int) -> None:
+        kept = f" in adapters, {whole:,} frozen" if whole else ""
         report(
-            f"{count:,} parameters, {sum(len(part.ids) for part in text):,} tokens of text, rows of {recipe.model.context_length}, "
+            f"{count:,} parameters{kept}, {sum(len(part.ids) for part in text):,} tokens of text, rows of "
+            f"{recipe.model.context_length}, "
             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
             + (f", resumed at step {start}" if start else "")
         )
@@ -178,6 +186,9 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
             report(note)
         if isinstance(rows := sources[recipe.model.context_length][0], mixture.MixedRows):
             report(rows.shown(corpus.names, cfg.batch_at(cfg.steps)[0]))
+
+    def frozen() -> Any:
+        return load_base(home, shapes.frozen, shardings.frozen) if recipe.model.lora.rank else None
 
     shares = corpus.shares([len(rows) for rows, _ in each[recipe.model.context_length]], last=True)
     of = dict(zip(corpus.names, held_out, strict=True))
@@ -189,6 +200,7 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
         shapes=shapes,
         shardings=shardings,
         begin=begin,
+        frozen=frozen,
         batches=batches,
         step=make_train_step(
             module,
@@ -199,7 +211,7 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
             accumulate=cfg.grad_accum_steps,
             vmem_kib=recipe.mesh.vmem_kib,
         ),
-        evaluate=Evaluator(recipe, objective, module, tokenizer, of, mesh, shardings.params, shares),
+        evaluate=Evaluator(recipe, objective, module, tokenizer, of, mesh, shardings.weights, shares),
         meter=meter,
         announce=announce,
         profile=profile,

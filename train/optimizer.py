@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from bothways.config import OptimizerConfig
+from bothways.model.adapters import NAME
 from bothways.model.axes import logical_axes, path_names
 
 
@@ -50,8 +51,12 @@ def longer(cfg: OptimizerConfig) -> str:
 
 
 def decayed(params: optax.Params) -> optax.Params:
-    """True for parameters that weight decay applies to: kernels and embeddings, not biases and norms."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_names(path)[-1] in ("kernel", "embedding"), params)
+    """True for parameters that weight decay applies to: kernels, embeddings and adapters, not biases and norms."""
+
+    def is_matrix(path: tuple, _: jax.Array) -> bool:
+        return path_names(path)[-1] in ("kernel", "embedding") or NAME in path_names(path)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def matrices(params: optax.Params) -> optax.Params:

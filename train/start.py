@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bothways import rundir
 from bothways.data.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ SAME_BODY = {"gpt": "decoder", "bert": "encoder"}
 IGNORED_FIELDS = (
     *HEADS,
     "context_length",
+    "lora",
     "init",
     "init_std",
     "init_residual",
@@ -45,6 +47,8 @@ def check_start(recipe: Recipe, tokenizer: Tokenizer) -> None:
     ]
     if recipe.family != other.family and not {recipe.family, other.family} <= SAME_BODY.keys():
         found.append(f"family is {recipe.family}, and there {other.family}; only gpt and bert are one stack of blocks")
+    if recipe.model.lora.rank and (recipe.family != other.family or rundir.read_task(home) is not None):
+        found.append(f"adapters are for a {recipe.family} without a task head, and {home} is another")
     if Tokenizer.load(home).fingerprint != tokenizer.fingerprint:
         kept = next(p for p in ("tokenizer.json", "tokenizer.model") if (home / p).exists())
         found.append(f"the tokenizer is another; set --data.tokenizer {home / kept}")
@@ -58,6 +62,28 @@ def check_start(recipe: Recipe, tokenizer: Tokenizer) -> None:
             + "\n".join(f"  - {p}" for p in found)
             + f"\n`bothways train {home} --workdir DIR` takes model and tokenizer from there"
         )
+
+
+def load_base(home: Path, shapes: Any, shardings: Any) -> Any:
+    """The frozen parameters of a run of adapters, from the base that they are for.
+
+    Args:
+      home: the run of the adapters.
+      shapes, shardings: of the frozen parameters.
+
+    Raises:
+      InputError: as `rundir.base_params`.
+    """
+    base, params = rundir.base_params(home, shapes, log, lambda theirs: placed_as(theirs, shardings))
+    log(f"frozen weights from {base}")
+    return jax.tree.map(lambda x, s, d: jax.device_put(x.astype(s.dtype), d), params, shapes, shardings)
+
+
+def placed_as(theirs: Any, shardings: Any) -> Any:
+    """Shardings for a base's parameters: those of the same names here; what is not used here is on every device."""
+    known = flatten_dict(shardings, sep="/")
+    copied = NamedSharding(next(iter(known.values())).mesh, PartitionSpec())
+    return unflatten_dict({path: known.get(path, copied) for path in flatten_dict(theirs, sep="/")}, sep="/")
 
 
 def start_from(home: Path, recipe: Recipe, fresh: Any, place: Callable[[Any], Any]) -> Any:

@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from bothways import sharding
 from bothways.compiler import compiler_options
+from bothways.model.adapters import frozen_types, join, split
 from bothways.model.axes import activation_shardings
 from bothways.train.objectives import Batch, Objective
 
@@ -28,22 +29,34 @@ class TrainState:
     opt_state: optax.OptState
     consecutive_nonfinite: Int[jax.Array, ""]
     bad_total: Int[jax.Array, ""]
+    frozen: Any = None
+    """Parameters that are used and never trained, those of the base that adapters are for; they are not in checkpoints."""
+
+    @property
+    def weights(self) -> Any:
+        """All parameters of the module."""
+        return join(self.params, self.frozen)
 
 
 def init_state(module: nn.Module, inputs: Batch, optimizer: optax.GradientTransformation, seed: Any) -> TrainState:
     """A fresh state. Run it under jit with out_shardings, so that it is born where it belongs."""
-    params = module.init(jax.random.key(seed), **inputs)["params"]
+    params, frozen = module.init(jax.random.key(seed), **inputs)["params"], None
+    if module.cfg.lora.rank:
+        params, frozen = split(params)
+        frozen = jax.tree.map(lambda x, s: x.astype(s.dtype), frozen, frozen_types(frozen, module.cfg))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), zero, zero)
+    return TrainState(zero, params, optimizer.init(params), zero, zero, frozen)
 
 
 def state_shardings(mesh: Mesh, shapes: TrainState, max_replicated_fraction: float = 1.0) -> TrainState:
     """A sharding for every leaf of the state. Raises InputError as parameter_shardings does."""
     copied = NamedSharding(mesh, PartitionSpec())
-    params = sharding.parameter_shardings(mesh, shapes.params, max_replicated_fraction)
+    params, frozen = sharding.parameter_shardings(mesh, shapes.weights, max_replicated_fraction), None
+    if shapes.frozen is not None:
+        params, frozen = split(params)
     spread = sharding.spread_over_data(params, shapes.params)
     opt_state = sharding.optimizer_shardings(mesh, shapes.opt_state, shapes.params, spread)
-    return TrainState(copied, params, opt_state, copied, copied)
+    return TrainState(copied, params, opt_state, copied, copied, frozen)
 
 
 def make_train_step(
@@ -63,12 +76,14 @@ def make_train_step(
     the counters.
     """
 
-    def gradients(params: Any, batch: Batch, totals: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Metrics]:
+    def gradients(
+        params: Any, batch: Batch, totals: dict[str, jax.Array], key: jax.Array, frozen: Any
+    ) -> tuple[Any, Metrics]:
         def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
             def run(bound: nn.Module) -> Any:
                 return objective.terms(bound, batch, False)
 
-            sums = module.apply({"params": params}, rngs={"dropout": key}, method=run)
+            sums = module.apply({"params": join(params, frozen)}, rngs={"dropout": key}, method=run)
             shares = {name: term.nats / totals[name] for name, term in sums.items()}
             accuracy = {f"{name}_accuracy": term.correct / totals[name] for name, term in sums.items()}
             return sum(shares.values()), shares | accuracy
@@ -81,16 +96,18 @@ def make_train_step(
             totals = {name: jnp.maximum(w, 1e-9) for name, w in objective.weights(batch).items()}
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             if accumulate == 1:
-                grads, metrics = gradients(state.params, batch, totals, key)
+                grads, metrics = gradients(state.params, batch, totals, key, state.frozen)
             else:
                 # Piece a takes rows a, a + A, ...: each device cuts its own rows, and none travel.
                 pieces = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
                 keys = jax.random.split(key, accumulate)
 
                 def add(carry: Any, inputs: Any) -> tuple[Any, None]:
-                    return jax.tree.map(jnp.add, carry, gradients(state.params, inputs[0], totals, inputs[1])), None
+                    more = gradients(state.params, inputs[0], totals, inputs[1], state.frozen)
+                    return jax.tree.map(jnp.add, carry, more), None
 
-                shapes = jax.eval_shape(gradients, state.params, jax.tree.map(lambda x: x[0], pieces), totals, keys[0])
+                one = jax.tree.map(lambda x: x[0], pieces)
+                shapes = jax.eval_shape(gradients, state.params, one, totals, keys[0], state.frozen)
                 zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
                 (grads, metrics), _ = jax.lax.scan(add, zeros, (pieces, keys))
 
@@ -114,6 +131,7 @@ def make_train_step(
             opt_state=jax.tree.map(if_good, opt_state, state.opt_state),
             consecutive_nonfinite=(state.consecutive_nonfinite + bad) * bad,
             bad_total=state.bad_total + bad,
+            frozen=state.frozen,
         )
         return state, metrics | {"consecutive_nonfinite": state.consecutive_nonfinite, "bad_total": state.bad_total}
 

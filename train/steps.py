@@ -44,6 +44,8 @@ class Job:
     """Parameters -> held-out numbers, `loss` among them. The checkpoint with the lowest `selection`, or else the lowest
     `loss`, is kept beside the newest, and is the one that train.patience counts from."""
     meter: "Throughput"
+    frozen: Callable[[], Any] = lambda: None
+    """Parameters that are used and never trained (TrainState.frozen)."""
     announce: Callable[[int], None] = lambda start: None
     """Called with the first step, once the state is there."""
     profile: int = 0
@@ -65,6 +67,7 @@ def run_steps(job: Job) -> dict[str, float]:
     manager = checkpoints.checkpoint_manager(home, keep=cfg.max_to_keep)
     if state is None:
         state = job.begin()
+    state = state.replace(frozen=job.frozen())
     job.announce(start)
     reporter = Reporter(home, cfg.steps, start, writes, cfg.tracker)
     save_now, trace = hosts.time_to_save(cfg.save_every_minutes, cfg.log_every), Trace(home, job.profile, start, writes)
@@ -88,7 +91,7 @@ def run_steps(job: Job) -> dict[str, float]:
 
     def evaluated(step: int) -> dict[str, float]:
         with meter.paused():
-            held = job.evaluate(state.params)
+            held = job.evaluate(state.weights)
         reporter.log(step, {f"eval_{k}": v for k, v in held.items()}, _shown_held(held))
         return held
 
@@ -137,7 +140,7 @@ def run_steps(job: Job) -> dict[str, float]:
                 if last:
                     break
             if held is None:  # the run was complete already
-                held = job.evaluate(state.params)
+                held = job.evaluate(state.weights)
             manager.wait_until_finished()
         tidy = True
     except (Stopped, Diverged):  # on every process

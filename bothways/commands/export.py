@@ -3,29 +3,42 @@
 import tyro
 
 from bothways.commands.shared import show_converted
+from bothways.errors import InputError
 from bothways.log import log
 
 Positional = tyro.conf.Positional
 
 
-def export(run: Positional[str], dest: Positional[str], license: str = "", push: str = "", json: bool = False) -> None:
+def export(
+    run: Positional[str],
+    dest: Positional[str],
+    adapters: bool = False,
+    license: str = "",
+    push: str = "",
+    json: bool = False,
+) -> None:
     """A run becomes a Hugging Face directory, which `transformers` opens.
 
     Args:
         run: A run directory.
         dest: The directory to write, on a disk.
+        adapters: Write the run's adapters alone, as PEFT's files, and not the merged model.
         license: What the card states, by the hub's identifiers, such as apache-2.0.
         push: A name on the hub, OWNER/NAME: the directory is uploaded there, private, with the token that `hf auth login`
             stored.
         json: Print the result as one JSON object.
     """
+    from bothways.convert.adapters import export_adapters
     from bothways.convert.hub import check_name, push_directory
     from bothways.convert.run import export_run
     from bothways.rundir import directory, on_disk
 
     if push:
         check_name(push)
-    done = export_run(directory(run), on_disk(dest), log, license)
+    if adapters and license:
+        raise InputError("--license stands on a model's card, and adapters have none; leave it out")
+    home, to = directory(run), on_disk(dest)
+    done = export_adapters(home, to, log) if adapters else export_run(home, to, log, license)
     if push:
         log(f"uploaded to {push_directory(on_disk(dest), push)}")
     show_converted(done, json)

@@ -1,23 +1,41 @@
 """`bothways import`: a published checkpoint becomes a run."""
 
+from pathlib import Path
+
 import tyro
 
 from bothways.commands.shared import show_converted
+from bothways.errors import InputError
 from bothways.log import log
 
 Positional = tyro.conf.Positional
 
 
-def import_(source: Positional[str], run: Positional[str], corpus: str = "shakespeare", json: bool = False) -> None:
+def import_(
+    source: Positional[str], run: Positional[str], corpus: str = "shakespeare", base: str = "", json: bool = False
+) -> None:
     """A published checkpoint becomes a run; docs/weights.md lists the families.
 
     Args:
         source: A Hugging Face directory with safetensors, a .gguf file of the Llama family, or a name on the hub.
         run: The run directory to write, on a disk.
         corpus: The text that `evaluate` and `train` take for this run unless another is given.
+        base: Of PEFT's adapters (a directory with adapter_config.json): the run that they are for.
         json: Print the result as one JSON object.
     """
     from bothways.convert.run import import_run
-    from bothways.rundir import on_disk
+    from bothways.rundir import directory, on_disk
 
+    adapters = (Path(source) / "adapter_config.json").exists()
+    if adapters != bool(base):
+        raise InputError(
+            f"{source} holds PEFT's adapters: name the run that they are for with --base RUN"
+            if adapters
+            else f"--base is for PEFT's adapters, and {source} has no adapter_config.json; leave it out"
+        )
+    if adapters:
+        from bothways.convert.adapters import import_adapters
+
+        show_converted(import_adapters(Path(source), on_disk(run), directory(base), log), json)
+        return
     show_converted(import_run(source, on_disk(run), corpus, log), json)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from bothways.configs import names
-from bothways.model.config import RotaryScaling, TransformerConfig
+from bothways.model.config import LoRAConfig, RotaryScaling, TransformerConfig
 from bothways.model.loss import cross_entropy
 from bothways.registry import make_module
 
@@ -132,6 +132,7 @@ OTHER = {  # field: another value, and what else must hold for the field to matt
     "dropout_attention": (0.2, {}),
     "dropout_residual": (0.2, {}),
     "init_std": (0.1, {}),
+    "lora": (LoRAConfig(rank=3), {}),
     "scan_layers": (True, {"layer_pattern": ("local",)}),
 }
 HINTS = get_type_hints(TransformerConfig)

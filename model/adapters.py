@@ -1,0 +1,108 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): y = W x + alpha / r B A x, of which only A and B are trained."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bothways.model.config import TransformerConfig
+from bothways.model.dropout import Dropout
+from bothways.model.products import project
+
+NAME = "lora"
+"""Of the module beside a kernel that holds `a` [*in, r] and `b` [r, *features]."""
+
+
+class LowRank(nn.Module):
+    """alpha / r x A B over the last `n_in` axes of x, to `features` (arXiv 2106.09685, section 4.1). A is uniform in
+    +-1/sqrt(fan in) and B zero, as PEFT begins, so that an adapter begins as nothing; dropout is on x, in training alone."""
+
+    cfg: TransformerConfig
+    features: Sequence[int]
+    n_in: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        lora, inputs = self.cfg.lora, x.shape[x.ndim - self.n_in :]
+        bound = float(np.prod(inputs)) ** -0.5
+        init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
+        a = self.param("a", init, (*inputs, lora.rank), jnp.float32)
+        b = self.param("b", nn.initializers.zeros, (lora.rank, *self.features), jnp.float32)
+        x = Dropout(lora.dropout, deterministic=not self.has_rng("dropout"))(x)
+        y = project(project(x, a.astype(x.dtype), self.n_in), b.astype(x.dtype), 1)
+        return y * jnp.asarray(lora.scale, x.dtype)
+
+
+def split(params: dict) -> tuple[dict, dict]:
+    """(adapters, all other parameters) of a tree; either may be empty."""
+    adapters, rest = {}, {}
+    for name, inner in params.items():
+        if name == NAME:
+            adapters[name] = inner
+        elif isinstance(inner, dict):
+            mine, others = split(inner)
+            adapters |= {name: mine} if mine else {}
+            rest |= {name: others} if others else {}
+        else:
+            rest[name] = inner
+    return adapters, rest
+
+
+def join(params: dict, frozen: dict | None) -> dict:
+    """The tree that `split` took apart; `params` itself where nothing is frozen."""
+    if frozen is None:
+        return params
+    return {
+        name: join(params.get(name, {}), frozen.get(name, {}))
+        if isinstance(params.get(name, frozen.get(name)), dict)
+        else params.get(name, frozen.get(name))
+        for name in {**frozen, **params}
+    }
+
+
+def frozen_types(shapes: dict, cfg: TransformerConfig) -> dict:
+    """Shapes of frozen parameters in the type that they are kept in: kernels and tables in lora.frozen, the rest float32."""
+
+    def typed(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        wide = str(getattr(path[-1], "key", "")) not in ("kernel", "embedding")
+        dtype = leaf.dtype if wide else cfg.lora.frozen
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=getattr(leaf, "sharding", None))
+
+    return jax.tree_util.tree_map_with_path(typed, shapes)
+
+
+def of_base(base: dict, shapes: dict) -> dict:
+    """A base's parameters where adapters want them: heads that they do not use left out, learned positions cut.
+
+    Raises:
+      KeyError: the base has no such parameter, or one of another shape; says which.
+    """
+    found = {}
+    for name, wanted in shapes.items():
+        if isinstance(wanted, dict):
+            found[name] = of_base(base.get(name, {}), wanted)
+            continue
+        leaf = base.get(name)
+        leaf = leaf[: wanted.shape[0]] if leaf is not None and name == "embedding" else leaf
+        if leaf is None or leaf.shape != wanted.shape:
+            raise KeyError(f"{name} {wanted.shape}")
+        found[name] = leaf
+    return found
+
+
+def merge(params: dict, cfg: TransformerConfig) -> dict:
+    """Kernels with what their adapters add, and the adapters gone: the same function in a plain model's parameters."""
+
+    def merged(inner: dict) -> dict:
+        if NAME not in inner:
+            return merge(inner, cfg)
+        a, b, kernel = inner[NAME]["a"], inner[NAME]["b"], inner["kernel"]
+        L, r = a.shape[0], cfg.lora.rank
+        product = jnp.einsum("lir,lro->lio", a.reshape(L, -1, r), b.reshape(L, r, -1), precision="highest")
+        kernel = kernel.astype(jnp.float32) + cfg.lora.scale * product.reshape(kernel.shape)
+        return {name: leaf for name, leaf in inner.items() if name != NAME} | {"kernel": kernel}
+
+    return {name: merged(inner) if isinstance(inner, dict) else inner for name, inner in params.items()}

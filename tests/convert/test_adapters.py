@@ -1,0 +1,147 @@
+"""Adapters in PEFT's files: the same function there and here, and the same losses when they are trained."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bothways import rundir, sharding
+from bothways.config import MeshConfig, ObjectiveConfig, OptimizerConfig
+from bothways.convert.adapters import export_adapters, import_adapters
+from bothways.convert.run import import_run
+from bothways.data.tokenizer import made_up_vocabulary
+from bothways.errors import InputError
+from bothways.registry import make_module, tiny_inputs
+from bothways.train.objectives import make_objective
+from bothways.train.optimizer import make_optimizer
+from bothways.train.start import load_base
+from bothways.train.step import init_state, make_train_step, state_shardings
+from tests.convert.published import checkpoint, quiet
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+peft = pytest.importorskip("peft", reason="peft is not installed: adapters were not compared with it")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and peft warn each other
+TARGETS = {"llama": ["q_proj", "v_proj", "o_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
+STEPS, RATE = 6, 0.01
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def made(request, tmp_path_factory):
+    """A checkpoint, its run, and random adapters of PEFT's for it."""
+    home, family = tmp_path_factory.mktemp(request.param), request.param
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2} if family == "llama" else {"n_layer": 2}
+    source = checkpoint(family, home / "source", **sizes)
+    import_run(str(source), home / "base", "", quiet)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    torch.manual_seed(0)
+    how = peft.LoraConfig(r=3, lora_alpha=7, target_modules=TARGETS[family], fan_in_fan_out=family == "gpt2")
+    adapted = peft.get_peft_model(model, how)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    adapted.save_pretrained(home / "peft")
+    import_adapters(home / "peft", home / "run", home / "base", quiet)
+    return home, adapted
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(5, 300, (4, 12)).astype(np.int32)
+
+
+def logits_here(home, tokens):
+    run = rundir.load_run(home, quiet)
+
+    def inner(module):
+        features, _ = module(tokens)
+        return module.logits(features)
+
+    return np.asarray(jax.jit(lambda p: run.module.apply({"params": p}, method=inner))(run.params))
+
+
+def logits_there(model, tokens):
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+
+
+def test_adapters_compute_the_same_here_and_there_and_back(made, tokens):
+    home, adapted = made
+    wanted = logits_there(adapted, tokens)
+    with adapted.disable_adapter():
+        assert np.abs(wanted - logits_there(adapted, tokens)).max() > 0.1
+    np.testing.assert_allclose(logits_here(home / "run", tokens), wanted, atol=2e-4)
+    export_adapters(home / "run", home / "out", quiet)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(home / "source", dtype=torch.float32)
+    back = peft.PeftModel.from_pretrained(plain, home / "out")
+    np.testing.assert_allclose(logits_there(back, tokens), wanted, atol=2e-4)
+
+
+def test_losses_are_those_of_peft(made, tokens):
+    home, adapted = made
+    if "gpt2" in home.name:
+        return  # its three projections have one A there, and one each here
+    recipe, mine = rundir.load_adapters(home / "run", quiet)
+    module = make_module("gpt", recipe.model)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=RATE, schedule="constant", weight_decay=0.0), STEPS)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    shapes = jax.eval_shape(lambda: init_state(module, tiny_inputs("gpt"), optimizer, 0))
+    placed = state_shardings(mesh, shapes)
+    state = jax.jit(lambda: init_state(module, tiny_inputs("gpt"), optimizer, 0))()
+    state = state.replace(params=mine, frozen=load_base(home / "run", shapes.frozen, placed.frozen))
+    state = jax.device_put(state, placed)
+    objective = make_objective(
+        ObjectiveConfig(), made_up_vocabulary(len(state.weights["decoder"]["embed"]["token"]["embedding"]))
+    )
+    step = make_train_step(module, objective, optimizer, mesh, placed)
+    T = tokens.shape[1] - 1
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": np.ones((4, T), np.int32)}
+    batch |= {"positions": np.tile(np.arange(T, dtype=np.int32), (4, 1)), "weights": np.ones((4, T), np.float32)}
+    batch = jax.tree.map(jnp.asarray, batch)
+    ours = []
+    for _ in range(STEPS):
+        state, metrics = step(state, batch, 0)
+        ours.append(float(metrics["loss"]))
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    other = torch.optim.AdamW(trained, RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    theirs = []
+    for _ in range(STEPS):
+        loss = adapted(ids, labels=ids).loss
+        theirs.append(loss.item())
+        other.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        other.step()
+    assert theirs[0] - theirs[-1] > 0.1
+    assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_adapters_that_do_not_fit(made, tmp_path):
+    home, _ = made
+    config = json.loads((home / "peft" / "adapter_config.json").read_text())
+    family = "gpt2" if "gpt2" in home.name else "llama"
+    other = checkpoint(
+        family, tmp_path / "other", **({"n_inner": 34, "n_embd": 26} if family == "gpt2" else {"hidden_size": 30})
+    )
+    import_run(str(other), tmp_path / "wide", "", quiet)
+    with pytest.raises(InputError, match="of another width"):
+        import_adapters(home / "peft", tmp_path / "run", tmp_path / "wide", quiet)
+    (tmp_path / "peft").mkdir()
+    for name in ("adapter_model.safetensors",):
+        (tmp_path / "peft" / name).write_bytes((home / "peft" / name).read_bytes())
+    for change, match in (
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "IA3"}, "only LORA"),
+        ({"bias": "all"}, "bias"),
+    ):
+        (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=match):
+            import_adapters(tmp_path / "peft", tmp_path / "run", home / "base", quiet)
+    with pytest.raises(InputError, match="has no adapters"):
+        export_adapters(home / "base", tmp_path / "out", quiet)
+    assert not (tmp_path / "run").exists()
