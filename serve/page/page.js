@@ -318,6 +318,8 @@ for (const id of ["f-stop", "d-stop"]) $(id).onclick = () => stopping?.abort();
 $("b-show").onclick = splitWords;
 $("b-text").oninput = splitWords;
 $("d-block").oninput = showDial;
+// What was written once is written again as soon as the dial is turned: same prompt, same seed, another block.
+$("d-block").onchange = () => $("d-out").childElementCount && $("d-go").click();
 document.querySelector("#dial select.run").onchange = showDial;
 $("c-new").onclick = () => { messages = []; $("c-log").replaceChildren(); };
 $("c-text").onkeydown = (e) => { if (e.key === "Enter" && !e.shiftKey) { e.preventDefault(); $("c-go").click(); } };

@@ -99,6 +99,11 @@ def test_the_dial_writes_in_blocks_of_its_size(page):
     done(page)
     assert page.text_content("#d-out").startswith("the king")
     assert "parts" in page.text_content("#d-figures")
+    slider.focus()
+    page.keyboard.press("ArrowLeft")  # turned, it writes the same prompt again, in blocks of the new size
+    page.locator("#d-figures", has_text=f"blocks of {smallest}").wait_for()
+    done(page)
+    assert page.text_content("#d-out").startswith("the king")
 
 
 def test_two_sentences_are_scored_by_every_run(page):
