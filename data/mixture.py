@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from bothways.data.tokens import Tokens
 from bothways.errors import InputError
 
 Source = tuple[RowSource, ExampleFn]
+A, B = TypeVar("A"), TypeVar("B")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,19 @@ class Text:
 
     def prepare(self, split: str, tokenizer: Tokenizer, cache: str) -> list[Tokens]:
         """The tokens of a split of each corpus. Raises InputError as tokens.prepare does."""
-        return [tokens.prepare(corpus, split, tokenizer, cache) for corpus in self.corpora]
+        return self.each(lambda corpus: tokens.prepare(corpus, split, tokenizer, cache), self.corpora)
+
+    def each(self, make: Callable[[A], B], of: Sequence[A]) -> list[B]:
+        """What is made of each corpus. An InputError says which of several it was."""
+        made = []
+        for name, one in zip(self.names, of, strict=True):
+            try:
+                made.append(make(one))
+            except InputError as e:
+                if len(self.corpora) == 1:
+                    raise
+                raise InputError(f"data.mixture, {name}: {e}") from e
+        return made
 
     def documents(self, split: str) -> Iterator[tuple[str, str]]:
         """(name, text) of the documents of a split, corpus by corpus."""

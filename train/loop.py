@@ -120,8 +120,8 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
     objective = objective_of(recipe, tokenizer.vocabulary())
     lengths = {recipe.model.context_length, cfg.short_length} - {0}
     with hosts.process_zero_first():  # how pairs are packed into rows is kept too
-        each = {length: [objective.source(part, length, False) for part in text] for length in lengths}
-        held_out = [objective.source(part, recipe.model.context_length, True) for part in held_text]
+        each = {n: corpus.each(lambda part, n=n: objective.source(part, n, False), text) for n in lengths}
+        held_out = corpus.each(lambda part: objective.source(part, recipe.model.context_length, True), held_text)
     sources = {n: mixture.source_of(of, corpus, lambda step: cfg.batch_at(step)[0]) for n, of in each.items()}
 
     # ---- model, optimizer, mesh -------------------------------------------------------------------------------

@@ -282,6 +282,17 @@ def test_a_mixture_stands_alone(cfg):
         mixture.load(dataclasses.replace(cfg, mixture=(*cfg.mixture, "wbe=1")))
 
 
+def test_what_is_wrong_with_one_corpus_names_it(cfg, tmp_path):
+    (tmp_path / "books" / "b.txt").write_text("z")  # which is held out
+    of_char = dataclasses.replace(cfg, tokenizer="char")
+    text = mixture.load(of_char)
+    with pytest.raises(InputError, match="data.mixture, books: the train split of files is empty"):
+        text.prepare("train", mixture.obtain_tokenizer(of_char, text), cfg.cache)
+    alone = mixture.load(dataclasses.replace(of_char, mixture=cfg.mixture[1:]))
+    with pytest.raises(InputError, match="^the train split of files is empty"):
+        alone.prepare("train", mixture.obtain_tokenizer(of_char, text), cfg.cache)
+
+
 def test_the_same_text_twice_and_different_vocabularies(cfg, tmp_path):
     (tmp_path / "again.jsonl").write_bytes((tmp_path / "web.jsonl").read_bytes())
     with pytest.raises(InputError, match="web.jsonl and .*again.jsonl hold the same text"):
