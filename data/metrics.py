@@ -93,13 +93,18 @@ def compute(metric: str, gold: Sequence, got: Sequence) -> float:
     return float(measures[metric]())
 
 
-def naive_bayes(train: Sequence[str], labels: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Multinomial naive Bayes on words: what counting alone can do."""
+WORD = r"(?u)\b\w+\b"
+
+
+def naive_bayes(train: Sequence[str], labels: Sequence[str], texts: Sequence[str]) -> list[str] | None:
+    """Multinomial naive Bayes on words: what counting alone can do. None where texts have no words, as emoji have none."""
     sklearn_metrics()
+    if not any(re.search(WORD, text) for text in train):
+        return None
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.naive_bayes import MultinomialNB
 
-    words = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
+    words = CountVectorizer(token_pattern=WORD)
     model = MultinomialNB().fit(words.fit_transform(train), labels)
     return list(model.predict(words.transform(texts)))
 

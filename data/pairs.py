@@ -174,8 +174,14 @@ def parts(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def corrupted(rows: Example, draws: ExampleRng, source: Spans) -> Example:
-    """Rows of text with spans hidden."""
-    texts = [tokens[segments > 0] for tokens, segments in zip(rows["tokens"], rows["segments"], strict=True)]
+    """Rows of text with spans hidden.
+
+    Documents run into one another, as in T5: an eos between them could be hidden, and a target that holds one in its
+    middle teaches to stop there.
+    """
+    v = source.vocabulary
+    text = (rows["segments"] > 0) & (rows["tokens"] != v.bos) & (rows["tokens"] != v.eos)
+    texts = [tokens[kept] for tokens, kept in zip(rows["tokens"], text, strict=True)]
     return stacked([with_spans_hidden(text, rng, source) for text, rng in zip(texts, draws.generators(), strict=True)])
 
 
@@ -183,7 +189,7 @@ def with_spans_hidden(text: np.ndarray, rng: np.random.Generator, source: Spans)
     """Text and spans take turns, beginning with text; the lengths are random."""
     v = source.vocabulary
     if len(text) < 2:  # a last row's single token: nothing to mask
-        return packed([text], [np.array([v.bos, v.eos])], source.length, source.target_length, v.pad)
+        return packed([np.append(text, v.eos)], [np.array([v.bos, v.eos])], source.length, source.target_length, v.pad)
     hidden, spans = hidden_spans(len(text), source.rate, source.mean_span)
     stay, go = parts(len(text) - hidden, spans, rng), parts(hidden, spans, rng)
     inverse = np.repeat(np.tile([False, True], spans), np.stack([stay, go], axis=1).reshape(-1))

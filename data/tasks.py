@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import itertools
 import math
-import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Any
 
 from bothways.data import files, plays
 from bothways.data.corpora import quiet_tfds, unavailable
+from bothways.data.hold_out import Item, labels_of, with_held_out
 from bothways.errors import InputError
-
-Item = dict[str, Any]
 
 # name: fields of the text or pair, metrics (the first one leads), validation split. The test labels are not public.
 GLUE: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
@@ -46,6 +44,10 @@ class Task:
     splits: dict[str, list[Item]]
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
+    selected_on: str = "validation"
+    """What epoch, learning rate and seed are chosen on: never what is reported."""
+    tested_on: str = "test"
+    """What is reported."""
 
 
 def load(name: str, *, text: str = "text", pair: str = "text_b", label: str = "label", seed: int = 0) -> Task:
@@ -77,20 +79,20 @@ def checked(task: Task) -> Task:
     Raises:
       InputError: a label that training never shows, an empty text, a split without items.
     """
-    for split, items in task.splits.items():
+    for name, items in task.splits.items():
+        split = task.tested_on if name == "test" else name  # as its file is called
         if not items:
             raise InputError(f"task {task.name}: the {split} split is empty")
         for i, item in enumerate(items):
             parts = item.get("words") or [item[k] for k in ("text", "text_b") if k in item] + item.get("choices", [])
             if not parts or any(not str(part).strip() for part in parts):
                 raise InputError(f"task {task.name}: item {i + 1} of {split} has an empty field: {str(item)[:120]}")
-            if task.kind in ("classify", "tag"):
-                for label in item["label"] if task.kind == "tag" else [item["label"]]:
-                    if label not in task.labels:
-                        raise InputError(
-                            f"task {task.name}: item {i + 1} of {split} has the label {label!r}, which training never shows; "
-                            f"training has {', '.join(task.labels[:10])}"
-                        )
+            for label in labels_of(item, task.kind):
+                if label not in task.labels:
+                    raise InputError(
+                        f"task {task.name}: item {i + 1} of {split} has the label {label!r}, which training never shows; "
+                        f"training has {', '.join(task.labels[:10])}"
+                    )
     return task
 
 
@@ -191,7 +193,7 @@ def splits_of(paths: list[Path]) -> dict[Path, str]:
 def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task:
     """A table or JSONL file: `text`, maybe `text_b`, `label`; or words and labels; question, context, answers; choices.
 
-    Several files are splits by the words in their names (`splits_of`); otherwise a tenth each is held out.
+    Several files are splits by the words in their names (`splits_of`); what there is none of is held out (hold_out.py).
     """
     by_split: dict[str, list[tuple[Path, int, dict]]] = collections.defaultdict(list)
     paths = files.matching(pattern, files.TABLES)
@@ -246,14 +248,8 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
             made.append(item)
         return made
 
-    splits = {split: items(part) for split, part in by_split.items()}
-    if set(splits) == {"train"}:
-        rest = list(splits["train"])
-        random.Random(seed).shuffle(rest)
-        n = max(1, len(rest) // 10)
-        splits = {"train": rest[2 * n :], "validation": rest[:n], "test": rest[n : 2 * n]}
-    splits.setdefault("validation", splits.get("test", []))
-    splits.setdefault("test", splits["validation"])
+    given = {split: items(part) for split, part in by_split.items()}
+    splits, selected_on, tested_on = with_held_out(given, kind, seed)
     metrics = {"classify": ("accuracy", "macro_f1"), "regress": ("pearson", "spearman"), "tag": ("entity_f1", "accuracy")}
     metrics |= {"span": ("span_f1", "exact_match"), "choice": ("accuracy",)}
     labels = seen_labels(splits["train"]) if kind in ("classify", "tag") else ()
@@ -262,7 +258,7 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
     ):  # no entities, such as parts of speech
         metrics["tag"] = ("accuracy", "macro_f1")
     name = Path(pattern).stem if Path(pattern).exists() else files.matching(pattern)[0].parent.name
-    return checked(Task(name, kind, splits, labels, metrics[kind]))
+    return checked(Task(name, kind, splits, labels, metrics[kind], selected_on, tested_on))
 
 
 def misfit(item: Item, kind: str) -> str:
@@ -270,6 +266,8 @@ def misfit(item: Item, kind: str) -> str:
     parts = [*item.get("words", []), *(item[k] for k in ("text", "text_b") if k in item), *item.get("choices", [])]
     if not all(isinstance(part, str) for part in parts):
         return "a text that is no string"
+    if not parts or not all(part.strip() for part in parts):
+        return "an empty field"
     label = item.get("label")
     if isinstance(label, float) and not math.isfinite(label):
         return f"the label {label}, which is no finite number,"
@@ -305,7 +303,7 @@ def tfds_splits(name: str, wanted: dict[str, str]) -> tuple[dict[str, list[dict]
 
 
 def glue(name: str) -> Task:
-    """A GLUE task (arXiv 1804.07461). Its test labels are not public: validation serves as test."""
+    """A GLUE task (arXiv 1804.07461). Its test labels are not public: its validation split is reported."""
     names, metrics, validation = GLUE[name]
     records, features = tfds_splits(f"glue/{name}", {"train": "train", "validation": validation})
     kind = "regress" if name == "stsb" else "classify"
@@ -314,10 +312,10 @@ def glue(name: str) -> Task:
         label = float(r["label"]) if kind == "regress" else features["label"].int2str(int(r["label"]))
         return {key: r[field].decode() for key, field in zip(("text", "text_b"), names, strict=False)} | {"label": label}
 
-    splits = {split: [item(r) for r in part] for split, part in records.items()}
-    splits["test"] = splits["validation"]
+    given = {split: [item(r) for r in part] for split, part in records.items()}
+    splits, *chosen_on = with_held_out(given, kind)
     labels = seen_labels(splits["train"]) if kind == "classify" else ()
-    return checked(Task(f"glue/{name}", kind, splits, labels, metrics))
+    return checked(Task(f"glue/{name}", kind, splits, labels, metrics, *chosen_on))
 
 
 def squad(name: str) -> Task:
@@ -330,8 +328,8 @@ def squad(name: str) -> Task:
         answers = [(int(s), t.decode()) for s, t in zip(starts, texts, strict=True)]
         return {"text": r["question"].decode(), "text_b": r["context"].decode(), "answers": answers}
 
-    splits = {split: [item(r) for r in part] for split, part in records.items()}
-    return Task(name, "span", splits | {"test": splits["validation"]}, (), ("span_f1", "exact_match"))
+    splits, *chosen_on = with_held_out({split: [item(r) for r in part] for split, part in records.items()}, "span")
+    return Task(name, "span", splits, (), ("span_f1", "exact_match"), *chosen_on)
 
 
 def conll() -> Task:

@@ -34,12 +34,15 @@ class Finetuned:
     task: str
     metric: str
     value: float
-    """Mean over seeds on the test split, at the learning rate that was best on validation."""
+    """Mean over seeds of what `tested_on` names, at the learning rate that was best on `selected_on`."""
     interval: tuple[float, float]
     """95 %, over seeds."""
     n: int
-    """Items of the test split."""
+    """Items that it is measured on."""
     baselines: dict[str, float]
+    selected_on: str
+    """What epoch, learning rate and seed were chosen on, in words."""
+    tested_on: str
 
 
 def task_objective(kind: str, lm_weight: float) -> Objective:
@@ -193,7 +196,8 @@ def baselines_of(task: Task) -> dict[str, float]:
         guesses = metrics.naive_bayes(
             joined(task.splits["train"]), [i["label"] for i in task.splits["train"]], joined(test)
         )
-        found["naive_bayes"] = metrics.compute(lead, gold, guesses)
+        if guesses is not None:
+            found["naive_bayes"] = metrics.compute(lead, gold, guesses)
     return found
 
 
@@ -218,6 +222,7 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
     probe.unlink()
     counts = {split: len(items) for split, items in task.splits.items()}
     log(f"{task.name}: {task.kind}, " + ", ".join(f"{n} {split}" for split, n in counts.items()))
+    log(f"  epoch, rate and seed are chosen on {task.selected_on}; reported is {task.tested_on}")
     if task.kind == "classify":
         shares = collections.Counter(item["label"] for item in task.splits["train"])
         log("  labels: " + ", ".join(f"{label} {n / counts['train']:.0%}" for label, n in shares.most_common()))
@@ -243,7 +248,9 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
     others = {m: round(metrics.mean_interval([t[m] for t in tests])[0], 4) for m in task.metrics[1:]}
     log(f"  best rate {best:g}; test {lead} {mean:.4f}; " + ", ".join(f"{k} {v}" for k, v in others.items()))
     rounded = {k: round(v, 4) for k, v in baselines.items()}
-    return Finetuned(str(home), task.name, lead, round(mean, 4), (round(low, 4), round(high, 4)), counts["test"], rounded)
+    value, interval = round(mean, 4), (round(low, 4), round(high, 4))
+    chosen_on = task.selected_on, task.tested_on
+    return Finetuned(str(home), task.name, lead, value, interval, counts["test"], rounded, *chosen_on)
 
 
 def save(home: Path, run: Run, params: Any, info: TaskInfo) -> None:

@@ -51,6 +51,7 @@ def finetune(
     emit(
         result,
         json,
-        f"{result.run}: {result.metric} {result.value:.3f} [{low:.3f}, {high:.3f}] on {result.n} items{beside}",
+        f"{result.run}: {result.metric} {result.value:.3f} [{low:.3f}, {high:.3f}] on {result.n} items ({result.tested_on})"
+        f"{beside}; chosen on {result.selected_on}",
         undefined=("value", "interval"),  # a correlation with predictions that are all alike
     )

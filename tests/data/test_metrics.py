@@ -131,3 +131,8 @@ def test_counting_words_beats_guessing():
     texts, gold = ["king dog", "the king cat", "unheard cat", "dog"], ["dog", "cat", "cat", "dog"]
     assert metrics.naive_bayes(train, labels, texts) == gold
     assert metrics.compute("accuracy", gold, ["dog"] * 4) == 0.5
+
+
+def test_texts_without_words_have_no_naive_bayes():
+    assert metrics.naive_bayes(["\U0001f621\U0001f44e", "\U0001f600"], ["bad", "good"], ["\U0001f600"]) is None
+    assert metrics.naive_bayes(["bad dog", "good \U0001f600"], ["bad", "good"], ["good"]) == ["good"]

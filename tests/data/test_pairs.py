@@ -109,11 +109,11 @@ def test_spans_put_back_give_the_text(rate, mean_span):
     for i in range(len(source)):
         row = source[np.array([i])]
         (example,) = singly(corrupted(row, ExampleRng(0, np.array([i])), source))
-        text = row["tokens"][0]
+        text = row["tokens"][0][~np.isin(row["tokens"][0], (BOS, EOS))]
         shown = example["source"][example["source_segments"] > 0].tolist()
         output = example["targets"][example["segments"] > 0].tolist()
         assert len(example["source"]) == 64
-        assert len(shown) == 64  # no padding: rows are as long as fills the source
+        assert len(shown) == 64 or len(text) < row["tokens"].shape[1]  # no padding: rows are as long as fills the source
         assert shown.pop() == output.pop() == EOS
         assert output[0] == MASK
         begins = [i for i, token in enumerate(output) if token == MASK]
@@ -129,12 +129,24 @@ def test_spans_put_back_give_the_text(rate, mean_span):
     assert len(set(positions)) > 10  # not always the same
 
 
+def test_no_end_of_a_document_stands_within_a_source_or_target():
+    """A decoder that was trained to write [SEP] between two spans stops there."""
+    source = Spans(make([(5, 7)] * 40), 64, VOCABULARY, 0.5, 3.0, padded=True)
+    rows = np.arange(len(source))
+    assert (source[rows]["tokens"] == EOS).sum(axis=1).min() > 3
+    for row in singly(corrupted(source[rows], ExampleRng(0, rows), source)):
+        for name, segments in (("source", "source_segments"), ("targets", "segments")):
+            held = row[name][row[segments] > 0]
+            assert held[-1] == EOS
+            assert not np.isin(held[:-1], (BOS, EOS)).any()
+
+
 def test_a_last_short_row_is_still_a_row():
     source = Spans(make([(60, 41)]), 32, VOCABULARY, 0.15, 3.0, padded=True)
     ends = np.array([0, len(source) - 1])
     assert (source[ends]["segments"] > 0).all(axis=1).tolist() == [True, False]
     made = corrupted(source[ends], ExampleRng(0, ends), source)
-    assert (made["source_segments"][1] > 0).sum() < (made["source_segments"][0] > 0).sum() == 32
+    assert (made["source_segments"][1] > 0).sum() < (made["source_segments"][0] > 0).sum() == 31  # but bos
 
 
 # ---- corpora of pairs ----------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ def test_texts_with_labels(tmp_path, suffix):
     assert (task.name, task.kind, task.labels) == ("mood", "classify", ("bad", "good"))
     assert task.metrics == ("accuracy", "macro_f1")
     assert sorted(everything(task), key=lambda item: int(item["text"][5:])) == RECORDS
+    assert (task.selected_on, task.tested_on) == ("2 other items held out of train", "2 items held out of train")
 
 
 def test_columns_may_have_other_names(tmp_path):
@@ -98,11 +99,47 @@ def test_files_are_splits_by_their_names(tmp_path, held):
     assert task.splits == {"train": RECORDS[:10], "validation": RECORDS[10:14], "test": RECORDS[14:]}
 
 
-@pytest.mark.parametrize(("given", "missing"), [("dev", "test"), ("test", "validation")])
-def test_one_held_out_file_serves_twice(tmp_path, given, missing):
+@pytest.mark.parametrize(("given", "called"), [("dev", "validation"), ("test", "test")])
+def test_what_is_reported_chooses_nothing(tmp_path, given, called):
+    """Where there is one held-out file it is reported, and part of train chooses."""
     write(tmp_path / "train.csv", RECORDS[:15])
     write(tmp_path / f"{given}.csv", RECORDS[15:])
-    assert load(tmp_path / "*.csv").splits[missing] == RECORDS[15:]
+    task = load(tmp_path / "*.csv")
+    assert task.splits["test"] == RECORDS[15:]
+    assert len(task.splits["validation"]) == 1
+    assert sorted(task.splits["train"] + task.splits["validation"], key=RECORDS.index) == RECORDS[:15]
+    assert (task.selected_on, task.tested_on) == ("1 items held out of train", called)
+
+
+@pytest.mark.parametrize("name", ["glue/rte", "squad"])
+def test_of_published_tasks_validation_is_reported_and_part_of_train_chooses(monkeypatch, name):
+    class Names:
+        def int2str(self, i):
+            return ("no", "yes")[i]
+
+    def record(i):
+        answers = {"answer_start": [4], "text": [b"king"]}
+        texts = {
+            "sentence1": f"a{i}".encode(),
+            "sentence2": b"b",
+            "question": b"who",
+            "context": b"the king of %d" % (i // 4),
+        }
+        return texts | {"label": i % 2, "answers": answers}
+
+    records = {"train": [record(i) for i in range(80)], "validation": [record(i) for i in range(800, 807)]}
+    monkeypatch.setattr(tasks, "tfds_splits", lambda *_: (records, {"label": Names()}))
+    task = tasks.load(name)
+    assert {split: len(items) for split, items in task.splits.items()} == {"train": 72, "validation": 8, "test": 7}
+    texts = {split: {item["text"] + item["text_b"] for item in items} for split, items in task.splits.items()}
+    assert not texts["validation"] & (texts["test"] | texts["train"])  # questions on one document stay together
+    assert (task.selected_on, task.tested_on) == ("8 items held out of train", "validation")
+
+
+def test_a_label_stays_in_train_when_items_are_held_out(tmp_path):
+    rare = [{"text": f"text {i}", "label": "rare" if i == 7 else "often"} for i in range(20)]
+    for seed in range(20):
+        assert load(write(tmp_path / "a.csv", rare), seed=seed).labels == ("often", "rare")
 
 
 @pytest.mark.parametrize("name", ["mood.csv", "latest.csv", "devices.csv"])
@@ -117,8 +154,9 @@ def test_of_a_single_file_a_tenth_each_is_held_out(tmp_path, name):
 def test_a_file_named_train_trains_whatever_else_is_in_its_name(tmp_path):
     write(tmp_path / "latest_train.csv", RECORDS[:15])
     write(tmp_path / "latest_test.csv", RECORDS[15:])
-    task = load(tmp_path / "*.csv")
-    assert (task.splits["train"], task.splits["test"]) == (RECORDS[:15], RECORDS[15:])
+    splits = load(tmp_path / "*.csv").splits
+    assert len(splits["train"] + splits["validation"]) == 15
+    assert splits["test"] == RECORDS[15:]
 
 
 @pytest.mark.parametrize(
@@ -222,12 +260,12 @@ def test_a_label_that_training_never_shows_is_named(tmp_path):
 def test_words_of_nothing_are_refused(tmp_path, record):
     write(tmp_path / "train.jsonl", [TAGS, record])
     write(tmp_path / "test.jsonl", [TAGS])
-    with pytest.raises(InputError, match="item 2 of train has an empty field"):
+    with pytest.raises(InputError, match="train.jsonl, line 2: an empty field"):
         load(tmp_path / "*.jsonl")
 
 
 def test_too_few_records_are_refused(tmp_path):
-    with pytest.raises(InputError, match="the train split is empty"):
+    with pytest.raises(InputError, match="2 items to train on are too few to hold some out"):
         load(write(tmp_path / "data.csv", RECORDS[:2]))
     (tmp_path / "none.csv").write_text("text,label\n")
     with pytest.raises(InputError, match="no labelled records to train on"):

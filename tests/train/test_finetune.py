@@ -276,7 +276,9 @@ def tuned(request, bodies, labelled, tmp_path_factory):
 
 def test_finetune_prints_one_json_object(tuned):
     result = json.loads(tuned[2])
-    assert list(result) == ["run", "task", "metric", "value", "interval", "n", "baselines"]
+    assert list(result) == ["run", "task", "metric", "value", "interval", "n", "baselines", "selected_on", "tested_on"]
+    assert result["selected_on"] == "6 other items held out of train"
+    assert result["tested_on"] == "6 items held out of train"
     assert (result["run"], result["task"], result["metric"], result["n"]) == (str(tuned[1]), "dogs", "accuracy", 6)
     assert 0 <= result["value"] <= 1
     assert result["interval"][0] <= result["value"] <= result["interval"][1]
