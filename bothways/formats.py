@@ -4,6 +4,7 @@ recipe.json and task.json hold "format", a whole number. A version gets an entry
 renamed, or a new field's default would change what an old run does.
 """
 
+from pathlib import Path
 from typing import Any
 
 from bothways.errors import InputError
@@ -33,6 +34,16 @@ RENAMED_FIELDS: dict[int, dict[str, str]] = {
 
 RENAMED_VALUES: dict[int, dict[str, dict[str, str]]] = {1: {"model.layer_pattern": {"dense": "global"}}}
 """Values of version N, by field (its new name), that version N + 1 renamed."""
+
+RENAMED_STATE = {"consecutive_nonfinite": "bad_in_row"}
+"""What a checkpoint keeps of the training state, by today's name: the name in checkpoints of version 1."""
+
+
+def old_names_of_state(home: Path, step: int) -> dict[str, str]:
+    """Of a checkpoint: today's names of what it keeps under an older one -> that name."""
+    listed = home / "checkpoints" / str(step) / "train" / "_METADATA"
+    kept = listed.read_text() if listed.exists() else ""
+    return {new: old for new, old in RENAMED_STATE.items() if f"'{old}'" in kept or f'"{old}"' in kept}
 
 
 def version_of(values: dict[str, Any], where: str) -> int:

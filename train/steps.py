@@ -18,6 +18,7 @@ from bothways import checkpoints, sharding
 from bothways.chips import PEAK_FLOPS
 from bothways.config import TrainConfig
 from bothways.errors import Diverged, Stopped
+from bothways.formats import old_names_of_state
 from bothways.log import log
 from bothways.train import hosts
 from bothways.train.profile import Trace
@@ -161,12 +162,14 @@ def _restore(job: Job) -> tuple[int, TrainState] | None:
         (job.home / "checkpoints").mkdir(parents=True, exist_ok=True)
     targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), job.shapes, job.shardings)
     rest = {k: getattr(targets, k) for k in ("step", "opt_state", "consecutive_nonfinite", "bad_total")}
-    items = ocp.args.Composite(params=ocp.args.StandardRestore(targets.params), train=ocp.args.StandardRestore(rest))
     with checkpoints.checkpoint_manager(job.home, read_only=True) as manager:
 
         def restore(step: int) -> TrainState:
-            found = manager.restore(step, args=items)
-            return TrainState(params=found["params"], **found["train"])
+            of = old_names_of_state(job.home, step)
+            wanted = {of.get(name, name): target for name, target in rest.items()}
+            items = {"params": ocp.args.StandardRestore(targets.params), "train": ocp.args.StandardRestore(wanted)}
+            found = manager.restore(step, args=ocp.args.Composite(**items))
+            return TrainState(params=found["params"], **{name: found["train"][of.get(name, name)] for name in rest})
 
         found = checkpoints.restore_latest_readable(manager, restore, log)
         with hosts.process_zero_first():

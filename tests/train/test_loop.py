@@ -8,7 +8,9 @@ import signal
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from bothways import checkpoints, rundir, sharding
@@ -160,6 +162,19 @@ def test_a_run_is_trained_longer(recipe, tmp_path, capfd):
     train(constant, tmp_path / "longer")
     assert "train.steps: 3 -> 6; the learning rate of each step stays what it was" in capfd.readouterr().err
     same(params_of(tmp_path / "longer"), params_of(tmp_path / "whole"))
+
+
+def test_a_checkpoint_of_version_1_is_gone_on_with(tmp_path):
+    """Its counter of steps without a finite loss has another name."""
+    cfg = TrainConfig(steps=3, tracker="none")
+    state = counting(tmp_path, cfg).begin().replace(consecutive_nonfinite=jnp.int32(4), step=jnp.int32(2))
+    kept = {"step": state.step, "opt_state": state.opt_state, "bad_in_row": state.consecutive_nonfinite}
+    with checkpoints.checkpoint_manager(tmp_path, keep=1) as manager:
+        items = {"params": state.params, "train": kept | {"bad_total": state.bad_total}}
+        manager.save(2, args=ocp.args.Composite(**{k: ocp.args.StandardSave(x) for k, x in items.items()}))
+        manager.wait_until_finished()
+    found = steps._restore(counting(tmp_path, cfg))
+    assert (found[0], int(found[1].consecutive_nonfinite), int(found[1].step)) == (2, 4, 2)
 
 
 def test_sigterm_at_an_evaluation_step_saves_and_does_not_evaluate(tmp_path, monkeypatch):
