@@ -109,7 +109,7 @@ def plan(recipe: Recipe, topology: Topology, before: Recipe | None = None) -> Pl
     (executed, in_kernels), known = executed_flops(traced.jaxpr.jaxpr), traced_kernels(traced.jaxpr.jaxpr)
     kernels = as_if = in_kernels / mesh.size
     parts = {
-        "parameters": bytes_per_device(state.params, placed.params),
+        "parameters": bytes_per_device(state.weights, placed.weights),
         "optimizer": bytes_per_device(state.opt_state, placed.opt_state),
     }
     compiled, used, notes = compile_quietly(traced.lower())
@@ -146,7 +146,7 @@ def plan(recipe: Recipe, topology: Topology, before: Recipe | None = None) -> Pl
         kernels=(kernels, as_if),
         traffic=traffic,
         operations=found,
-        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.weights)),
         compile_seconds=time.monotonic() - began,
     )
 
