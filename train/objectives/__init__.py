@@ -1,8 +1,8 @@
-"""Objectives: what an example is, and what the loss asks for. GPT and BERT part here and in model/mask.py.
+"""Objectives: what an example is, and what the loss predicts. GPT and BERT part here and in model/mask.py.
 
-causal   every token asks for the next one      the decoder's mask hides what comes after
+causal   each output predicts the next token    the decoder's mask hides what comes after
 chat     as causal, of the answers in conversations alone
-masked   hidden tokens ask for themselves       the encoder's mask hides nothing
+masked   masked tokens are the targets          the encoder's mask hides nothing
 hybrid   some rows as causal; in the others a hidden token is predicted at the position before it, and every token sees the whole row
 diffusion  hidden tokens of a block are the targets, given all blocks before it: causal at blocks of 1, masked at the row
 pairs    as causal, after a source              the decoder sees all of what the encoder made of it
