@@ -142,6 +142,8 @@ class Recipe:
                 )
             if self.family == "bert" and not self.model.masked_head:
                 found.append(f"objective.kind={kind} needs the head that predicts tokens: set --model.masked-head")
+            if self.family == "bert" and self.model.output_bias:
+                found.append("a bert's masked-token head has a bias already: leave model.output_bias out")
             if self.objective.next_sentence and kind != "masked":
                 found.append(f"objective.next_sentence is for masked objectives, not {kind}; leave it out")
             if self.objective.next_sentence and not self.model.next_sentence:

@@ -115,6 +115,11 @@ class TaskInfo:
     length: int
     metrics: tuple[str, ...]
     pool: str = "token"
+    hidden: str = ""
+    """Activation of a dense layer before the output layer, of imported heads that have one."""
+    hidden_norm: bool = False
+    wrap: str = "task"
+    """What stands around texts: `task`, as fine-tuning wraps them here; `vocabulary`, as the imported one does."""
 
     @property
     def outputs(self) -> int:
@@ -213,7 +218,8 @@ def module_of(recipe: Recipe, task: TaskInfo | None = None) -> nn.Module:
     if task is None:
         return make_module(recipe.family, recipe.model)
     both_ways = recipe.objective.kind == "hybrid"
-    return TaskModel(recipe.model.resolved(), recipe.family, task.kind, task.outputs, both_ways=both_ways, pool=task.pool)
+    head = {"pool": task.pool, "hidden": task.hidden, "hidden_norm": task.hidden_norm}
+    return TaskModel(recipe.model.resolved(), recipe.family, task.kind, task.outputs, both_ways=both_ways, **head)
 
 
 def param_shapes(recipe: Recipe, task: TaskInfo | None = None) -> Any:
@@ -283,6 +289,7 @@ def load_run(
     *,
     for_inference: bool = False,
     step: int | Literal["newest", "best"] = "newest",
+    dtype: str = "",
 ) -> Run:
     """Restore a run's parameters, on today's devices. Adapters are merged into their base: the recipe is that of the plain
     model that comes of it.
@@ -291,6 +298,7 @@ def load_run(
       place: shapes of the parameters -> their shardings; None puts everything on the first device.
       step: which checkpoint: a step that is kept, the best on held-out text, or the newest (where the recipe says so, the
         mean of the newest ones).
+      dtype: of matrices and tables, such as bfloat16; empty: float32.
       for_inference: not to be trained on: weights in the types of `compute_dtype_shapes`, of what decodes `unstack_layers`.
 
     Raises:
@@ -300,12 +308,14 @@ def load_run(
     tokenizer = Tokenizer.load(home)
     task = read_task(home)
     shapes = param_shapes(recipe, task)
-    kept = compute_dtype_shapes(shapes, recipe.model) if for_inference else shapes
+    kept = shapes
     adapted = bool(recipe.model.lora.rank) and task is None
     if adapted:
         shapes, frozen = adapters.split(shapes)
-        kept = compute_dtype_shapes(frozen, recipe.model) if for_inference else frozen
-    elif recipe.train.average_last_checkpoints == 1 or task is not None:
+        kept = frozen
+    if for_inference or dtype:
+        kept = compute_dtype_shapes(kept, dataclasses.replace(recipe.model, dtype=dtype or recipe.model.dtype))
+    if not adapted and (recipe.train.average_last_checkpoints == 1 or task is not None):
         shapes = kept  # a mean is taken of what was saved
     one = SingleDeviceSharding(jax.local_devices()[0])
     shardings = place(shapes) if place else jax.tree.map(lambda _: one, shapes)

@@ -35,7 +35,10 @@ def family_of_base(base: Path) -> tuple[Recipe, Family]:
     recipe, tokenizer, origin = rundir.read_recipe(base), rundir.Tokenizer.load(base), base / ORIGIN
     preferred = json.loads(origin.read_text())["family"] if origin.exists() else ""
     plain = dataclasses.replace(recipe.model.resolved(), lora=LoRAConfig())
-    return recipe, family_for(plain, recipe.family, tokenizer.pad, preferred)
+    family = family_for(plain, recipe.family, tokenizer.pad, preferred)
+    if family.layout.by_head or family.paired:
+        raise InputError(f"adapters of a {family.name}, whose queries and keys lie otherwise there, are not supported")
+    return recipe, family
 
 
 def matrices(family: Family, recipe: Recipe) -> Iterator[tuple[str, int, tuple[str, ...], list[tuple[int, int]]]]:

@@ -15,7 +15,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from bothways.convert.files import REFERENCE, WEIGHTS, read_tensors
+from bothways.convert.files import REFERENCE, WEIGHTS, stored_tensors
+from bothways.convert.heads import suffix_for
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 from bothways.model.seq2seq import Seq2Seq
@@ -25,14 +26,18 @@ from bothways.rundir import Log, TaskInfo, module_of
 
 TEXT = "Now is the winter of our discontent\nMade glorious summer by this sun of York;"
 MOST_TOKENS = 32
+MOST_BYTES = 2**32
+"""That the weights take in `transformers`, in float32; a larger checkpoint is held against a stored reference only."""
 TOLERANCE = 1e-4
 """Of the largest logit, or of 1 where that is larger: float32 sums in another order differ by a tenth of this."""
 
 
-def fixed_tokens(tokenizer: Tokenizer, context: int) -> np.ndarray:
-    """[1, T] the fixed text, as a document of its own."""
-    ids = [tokenizer.bos, *tokenizer.encode(TEXT)[: min(context, MOST_TOKENS) - 2], tokenizer.eos]
-    return np.array([ids], np.int32)
+def fixed_tokens(tokenizer: Tokenizer, context: int, task: TaskInfo | None = None) -> np.ndarray:
+    """[1, T] the fixed text, as a document of its own; or as an item of the task."""
+    tokenizer = tokenizer.framing_as_published() if task and task.wrap == "vocabulary" else tokenizer
+    before, _, behind = tokenizer.frame(False)
+    room = min(context, MOST_TOKENS) - len(before) - len(behind)
+    return np.array([[*before, *tokenizer.encode(TEXT)[:room], *behind]], np.int32)
 
 
 def our_logits(recipe: Recipe, params: Any, tokens: np.ndarray, task: TaskInfo | None = None) -> np.ndarray:
@@ -79,18 +84,22 @@ def stored_reference(home: Path, log: Log) -> tuple[np.ndarray, np.ndarray] | No
     if weights and weights != digest(home):
         log(f"the weights beside {REFERENCE} have changed since it was written, so they are not compared with it")
         return None
-    found = read_tensors(path)
-    return found["tokens"].astype(np.int32), found["logits"]
+    found = stored_tensors(path)
+    return np.asarray(found["tokens"], np.int32), np.asarray(found["logits"], np.float32)
 
 
-def published_class(recipe: Recipe) -> str:
+def published_class(recipe: Recipe, task: TaskInfo | None = None) -> str:
     """The class of `transformers` that opens a run in a published family."""
+    if task is not None:
+        return f"AutoModelFor{suffix_for(task)}"
     masked = "AutoModelForMaskedLM" if recipe.model.masked_head else "AutoModel"
     return "AutoModelForCausalLM" if recipe.family == "gpt" else masked
 
 
-def transformers_logits(path: Path, recipe: Recipe, tokens: np.ndarray, own: str = "") -> np.ndarray | None:
-    """What `transformers` makes of the same files; None where it is not installed.
+def transformers_logits(
+    path: Path, recipe: Recipe, tokens: np.ndarray, task: TaskInfo | None = None, own: str = ""
+) -> tuple[np.ndarray | None, str]:
+    """What `transformers` makes of the same files; None where it is not installed or would need more than MOST_BYTES, and why.
 
     Args:
       own: file and class of our modelling files to open them with; empty: a class of `transformers`. Code that lies
@@ -100,14 +109,18 @@ def transformers_logits(path: Path, recipe: Recipe, tokens: np.ndarray, own: str
       InputError: it cannot open them.
     """
     wanted = ("transformers", "torch", *(("accelerate",) if path.suffix == ".gguf" else ()))
-    if any(importlib.util.find_spec(name) is None for name in wanted):
-        return None
+    absent = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if absent:
+        return None, f"{', '.join(absent)} not installed"
+    needs = 4 * sum(stored.size for file in path.glob("*.safetensors") for stored in stored_tensors(file).values())
+    if needs > MOST_BYTES:
+        return None, f"transformers would hold {needs:,} bytes in float32, and at most {MOST_BYTES:,} are taken for it"
     import torch
     import transformers
 
     module, _, kind = own.rpartition(".")
     opens = importlib.import_module(f"bothways.convert.{module}") if own else transformers
-    kind = kind or published_class(recipe)
+    kind = kind or published_class(recipe, task)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
@@ -127,8 +140,8 @@ def transformers_logits(path: Path, recipe: Recipe, tokens: np.ndarray, own: str
             "upgrade it, or import where it is not installed"
         ) from e
     if hasattr(out, "start_logits"):
-        return torch.stack([out.start_logits, out.end_logits], dim=-1).numpy()
-    return (out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy()
+        return torch.stack([out.start_logits, out.end_logits], dim=-1).numpy(), ""
+    return (out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy(), ""
 
 
 def against_reference(
@@ -139,17 +152,19 @@ def against_reference(
     log: Log,
     task: TaskInfo | None = None,
     may_run: bool = True,
-) -> float | None:
-    """`difference` from the stored reference, else from `transformers`; None where there is neither.
+) -> tuple[float | None, str]:
+    """`difference` from the stored reference, else from `transformers`; None where there is neither, and why.
 
     Args:
       may_run: `transformers` itself knows the family; False: it would run code from the checkpoint, which is never done.
     """
     stored = stored_reference(path, log) if path.is_dir() else None
-    tokens, wanted = stored or (fixed_tokens(tokenizer, recipe.model.context_length), None)
+    tokens, wanted = stored or (fixed_tokens(tokenizer, recipe.model.context_length, task), None)
+    why = "there is no stored reference"
     if wanted is None and may_run:
-        wanted = transformers_logits(path, recipe, tokens)
-    return None if wanted is None else difference(our_logits(recipe, params, tokens, task), wanted)
+        wanted, missing = transformers_logits(path, recipe, tokens, task)
+        why = f"{why}, and {missing}"
+    return (None, why) if wanted is None else (difference(our_logits(recipe, params, tokens, task), wanted), "")
 
 
 def difference(got: np.ndarray, wanted: np.ndarray) -> float:

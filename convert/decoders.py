@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bothways.convert.family import Config, Family, activation_of, published_activation
+from bothways.convert.family import Config, Family, Head, activation_of, published_activation
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
 from bothways.model.config import RotaryScaling, TransformerConfig
@@ -51,6 +51,12 @@ GPT2 = Family(
     prefix="transformer.",
     copies={"lm_head.weight": "transformer.wte.weight"},
     buffers=(".attn.bias", ".attn.masked_bias"),
+    classes="GPT2",
+    tasks={
+        "SequenceClassification": Head({"score": "task_head"}, bias=False),
+        "TokenClassification": Head({"classifier": "task_head"}),
+        "QuestionAnswering": Head({"qa_outputs": "task_head"}),
+    },
 )
 
 # ---- GPT-1 ------------------------------------------------------------------------------------------------------------
@@ -79,6 +85,8 @@ OPENAI_GPT = dataclasses.replace(
     architecture=lambda cfg: "OpenAIGPTLMHeadModel",
     copies={"lm_head.weight": "transformer.tokens_embed.weight"},
     buffers=(".attn.bias", ".position_ids"),
+    classes="OpenAIGPT",
+    tasks={"SequenceClassification": GPT2.tasks["SequenceClassification"]},
 )
 
 # ---- Llama ------------------------------------------------------------------------------------------------------------
@@ -182,6 +190,12 @@ LLAMA = Family(
     prefix="model.",
     copies={"lm_head.weight": "model.embed_tokens.weight"},
     buffers=(".rotary_emb.inv_freq",),
+    classes="Llama",
+    tasks={
+        "SequenceClassification": Head({"score": "task_head"}, bias=False),
+        "TokenClassification": Head({"score": "task_head"}),
+        "QuestionAnswering": Head({"qa_outputs": "task_head"}, prefix="transformer."),
+    },
 )
 
 # ---- Mistral, Qwen 3, Phi-3 -------------------------------------------------------------------------------------------
@@ -206,6 +220,8 @@ MISTRAL = dataclasses.replace(
     read=lambda theirs: _windowed_read(theirs, 4096),
     write=_windowed_write,
     architecture=lambda cfg: "MistralForCausalLM",
+    classes="Mistral",
+    tasks=LLAMA.tasks | {"QuestionAnswering": Head({"qa_outputs": "task_head"})},
 )
 
 QWEN3 = dataclasses.replace(
@@ -225,6 +241,7 @@ QWEN3 = dataclasses.replace(
     | {"max_position_embeddings": ("context_length", 32_768)},
     wanted={"attention_bias": False, "use_sliding_window": False},
     architecture=lambda cfg: "Qwen3ForCausalLM",
+    classes="Qwen3",
 )
 
 PHI3 = dataclasses.replace(
@@ -250,4 +267,6 @@ PHI3 = dataclasses.replace(
     read=lambda theirs: _windowed_read(theirs, None),
     write=lambda cfg: _windowed_write(cfg) | {"original_max_position_embeddings": cfg.context_length},
     architecture=lambda cfg: "Phi3ForCausalLM",
+    classes="Phi3",
+    tasks={name: head for name, head in LLAMA.tasks.items() if name != "QuestionAnswering"},
 )

@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from bothways.convert.family import Config, Family, activation_of, published_activation
+from bothways.convert.family import Config, Family, Head, activation_of, published_activation
 from bothways.convert.layout import Layout
+from bothways.convert.llamas import shortest_pattern
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
 
@@ -36,6 +37,12 @@ def _bert_table(prefix: str) -> dict[str, str]:
         f"{prefix}.pooler.dense": "nsp/pooler",
     }
 
+
+ON_TOKENS = {
+    "TokenClassification": Head({"classifier": "task_head"}),
+    "QuestionAnswering": Head({"qa_outputs": "task_head"}),
+}
+ON_POOLER = Head({"classifier": "task_head"}, pooler=True)
 
 BERT = Family(
     name="bert",
@@ -88,6 +95,8 @@ BERT = Family(
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
     buffers=(".position_ids", ".token_type_ids"),
+    classes="Bert",
+    tasks=ON_TOKENS | {"SequenceClassification": ON_POOLER, "MultipleChoice": ON_POOLER},
 )
 
 
@@ -126,21 +135,79 @@ ROBERTA = dataclasses.replace(
         "lm_head.decoder.bias": "lm_head.bias",
     },
     pad=1,
+    classes="Roberta",
+    tasks=ON_TOKENS
+    | {
+        "SequenceClassification": Head(
+            {"classifier.dense": "task_head/dense", "classifier.out_proj": "task_head"}, hidden="tanh"
+        ),
+        "MultipleChoice": ON_POOLER,
+    },
 )
 
 XLM_ROBERTA = dataclasses.replace(
     ROBERTA,
     name="xlm-roberta",
     architecture=lambda cfg: "XLMRobertaForMaskedLM" if cfg.masked_head else "XLMRobertaModel",
+    classes="XLMRoberta",
 )
 CAMEMBERT = dataclasses.replace(
     ROBERTA,
     name="camembert",
     architecture=lambda cfg: "CamembertForMaskedLM" if cfg.masked_head else "CamembertModel",
+    classes="Camembert",
+)
+
+# ---- ELECTRA ----------------------------------------------------------------------------------------------------------
+
+
+_GUESSES = ("dense", "dense_prediction")
+"""The discriminator's head, which says of each token whether it was replaced: a body comes in without it."""
+
+
+def _electra_read(theirs: Config) -> Config:
+    narrow, width = theirs.get("embedding_size", 128), theirs["hidden_size"]
+    if narrow != width:
+        raise InputError(
+            f"config.json: embedding_size is {narrow} and hidden_size {width}; embeddings narrower than the model are not "
+            "supported (electra-small, and generators)"
+        )
+    return BERT.read(theirs)
+
+
+_ELECTRA_HEAD = Head({"classifier.dense": "task_head/dense", "classifier.out_proj": "task_head"}, hidden="gelu")
+ELECTRA = dataclasses.replace(
+    BERT,
+    name="electra",
+    layout=Layout(
+        "encoder",
+        {stem: ours for stem, ours in _bert_table("electra").items() if ours != "nsp/pooler"}
+        | {
+            "generator_predictions.dense": "mlm/dense",
+            "generator_predictions.LayerNorm": "mlm/norm",
+            "generator_lm_head": "mlm lm_head",
+        },
+    ),
+    constants=BERT.constants | {"next_sentence": False, "pooler": False},
+    values=BERT.values,
+    heads={"masked_head": "generator_lm_head."},
+    read=_electra_read,
+    write=lambda cfg: BERT.write(cfg) | {"embedding_size": cfg.d_model},
+    architecture=lambda cfg: "ElectraForMaskedLM" if cfg.masked_head else "ElectraModel",
+    prefix="electra.",
+    copies={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
+    buffers=(*BERT.buffers, *(f"discriminator_predictions.{n}.{e}" for n in _GUESSES for e in ("weight", "bias"))),
+    classes="Electra",
+    tasks=ON_TOKENS
+    | {
+        "SequenceClassification": _ELECTRA_HEAD,
+        "MultipleChoice": Head({"sequence_summary.summary": "task_head/dense", "classifier": "task_head"}, hidden="gelu"),
+    },
 )
 
 # ---- DistilBERT -------------------------------------------------------------------------------------------------------
 
+_DISTIL_HEAD = Head({"pre_classifier": "task_head/dense", "classifier": "task_head"}, hidden="relu")
 _DISTIL = "distilbert.transformer.layer.{}"
 DISTILBERT = dataclasses.replace(
     BERT,
@@ -188,17 +255,13 @@ DISTILBERT = dataclasses.replace(
     prefix="distilbert.",
     copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
     buffers=(".position_ids",),
+    classes="DistilBert",
+    tasks=ON_TOKENS | {"SequenceClassification": _DISTIL_HEAD, "MultipleChoice": _DISTIL_HEAD},
 )
 
 # ---- ModernBERT -------------------------------------------------------------------------------------------------------
 
 LAYER_KINDS = {"full_attention": "global", "sliding_attention": "local"}
-
-
-def _shortest_pattern(kinds: list[str]) -> tuple[str, ...]:
-    """The fewest layers that, repeated, give these."""
-    n = next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
-    return tuple(kinds[:n])
 
 
 def _modernbert_read(theirs: Config) -> Config:
@@ -212,7 +275,7 @@ def _modernbert_read(theirs: Config) -> Config:
     def base(kind: str, old: str, default: float) -> float:
         return float((bases.get(kind) or {}).get("rope_theta") or theirs.get(old) or default)
 
-    pattern = _shortest_pattern([LAYER_KINDS[t] for t in types])
+    pattern = shortest_pattern([LAYER_KINDS[t] for t in types])
     return {
         "layer_pattern": pattern,
         "window": theirs.get("local_attention", 128) // 2 + 1 if "local" in pattern else 0,
@@ -232,6 +295,12 @@ def _modernbert_write(cfg: TransformerConfig) -> Config:
         "mlp_dropout": cfg.dropout_residual,
     }
 
+
+_MODERN = Head(
+    {"head.dense": "task_head/dense", "head.norm": "task_head/norm", "classifier": "task_head"},
+    hidden="gelu",
+    hidden_norm=True,
+)
 
 MODERNBERT = Family(
     name="modernbert",
@@ -275,4 +344,9 @@ MODERNBERT = Family(
     architecture=lambda cfg: "ModernBertForMaskedLM" if cfg.masked_head else "ModernBertModel",
     prefix="model.",
     copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
+    classes="ModernBert",
+    tasks=dict.fromkeys(
+        ("SequenceClassification", "MultipleChoice"), dataclasses.replace(_MODERN, pool_key="classifier_pooling")
+    )
+    | dict.fromkeys(("TokenClassification", "QuestionAnswering"), _MODERN),
 )

@@ -1,13 +1,17 @@
 """The published families by name, and which of them holds a model of ours."""
 
+from collections.abc import Callable
+
+from bothways.convert import llamas, parallel
 from bothways.convert.decoders import GPT2, LLAMA, MISTRAL, OPENAI_GPT, PHI3, QWEN3
-from bothways.convert.encoders import BERT, CAMEMBERT, DISTILBERT, MODERNBERT, ROBERTA, XLM_ROBERTA
+from bothways.convert.encoders import BERT, CAMEMBERT, DISTILBERT, ELECTRA, MODERNBERT, ROBERTA, XLM_ROBERTA
 from bothways.convert.family import Config, Family
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
 
-ENCODERS = (ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT, DISTILBERT, MODERNBERT)
-FAMILIES = {family.name: family for family in (GPT2, OPENAI_GPT, *ENCODERS, LLAMA, MISTRAL, QWEN3, PHI3)}
+ENCODERS = (ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT, DISTILBERT, ELECTRA, MODERNBERT)
+DECODERS = (GPT2, OPENAI_GPT, LLAMA, MISTRAL, QWEN3, PHI3, *llamas.FAMILIES, *parallel.FAMILIES)
+FAMILIES = {family.name: family for family in (*DECODERS, *ENCODERS)}
 
 
 def family_of(theirs: Config) -> Family:
@@ -18,9 +22,18 @@ def family_of(theirs: Config) -> Family:
     return FAMILIES[name]
 
 
-def family_for(cfg: TransformerConfig, ours: str, pad: int, preferred: str = "") -> Family:
+def family_for(
+    cfg: TransformerConfig,
+    ours: str,
+    pad: int,
+    preferred: str = "",
+    differences: Callable[[Family], list[str]] | None = None,
+) -> Family:
     """The published family that computes the function of a configuration of ours, padded with this id; of several the
     preferred one, else the first.
+
+    Args:
+      differences: of a family from a run with a task head; None: from the configuration alone.
 
     Raises:
       InputError: none does; says for each in what it differs.
@@ -28,7 +41,7 @@ def family_for(cfg: TransformerConfig, ours: str, pad: int, preferred: str = "")
     reasons = []
     for family in sorted(FAMILIES.values(), key=lambda family: family.name != preferred):
         if family.ours == ours:
-            different = family.differences(cfg)
+            different = family.differences(cfg) if differences is None else differences(family)
             different += [f"padding={family.pad}, not {pad}"] if family.pad not in (None, pad) else []
             if not different:
                 return family

@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import numpy as np
+
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
@@ -17,6 +19,28 @@ INITIAL = ("init", "init_std", "init_residual", "dtype", "attention", "scan_laye
 
 OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}
 """Norms' parameters as BERT's first checkpoints call them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A task head as a family publishes it (convert/heads.py).
+
+    Args:
+      table: stems -> our modules of `task_head`.
+      hidden, hidden_norm: as TaskHead has them.
+      pooler: it reads the body's pooler.
+      bias: the output layer has one.
+      prefix: of the body's names, where it is another than the family's.
+      pool_key: of config.json, `cls` or `mean`; empty: one token is read.
+    """
+
+    table: dict[str, str]
+    hidden: str = ""
+    hidden_norm: bool = False
+    pooler: bool = False
+    bias: bool = True
+    prefix: str = ""
+    pool_key: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +60,9 @@ class Family:
       copies: tensors that some checkpoints hold twice, and under which name they count.
       buffers: ends of names that hold no parameters.
       pad: the id that padding must have, where positions depend on it.
+      classes: how names of its classes begin, such as Bert in BertForMaskedLM.
+      paired: rotary positions turn features 2k and 2k + 1 together.
+      tasks: its task heads, by the end of their classes' names.
     """
 
     name: str
@@ -52,6 +79,14 @@ class Family:
     copies: dict[str, str]
     buffers: tuple[str, ...] = ()
     pad: int | None = None
+    classes: str = ""
+    paired: bool = False
+    tasks: dict[str, Head] = dataclasses.field(default_factory=dict)
+
+    def layout_for(self, cfg: TransformerConfig) -> Layout:
+        """The layout of a model of this configuration."""
+        cfg = cfg.resolved()
+        return dataclasses.replace(self.layout, paired=(cfg.rotary_width or cfg.d_head) if self.paired else 0)
 
     def config(self, theirs: Config, names: Iterable[str]) -> TransformerConfig:
         """Our configuration, from theirs and the names of the tensors.
@@ -94,8 +129,12 @@ class Family:
         theirs = {"architectures": [self.architecture(cfg)], "model_type": self.name, "dtype": "float32"}
         return theirs | self.wanted | same | self.write(cfg)
 
-    def differences(self, cfg: TransformerConfig) -> list[str]:
-        """Why this family cannot hold a configuration of ours; empty if it can."""
+    def differences(self, cfg: TransformerConfig, unread: tuple[str, ...] = ()) -> list[str]:
+        """Why this family cannot hold a configuration of ours; empty if it can.
+
+        Args:
+          unread: fields that do not matter.
+        """
         stems = [self.prefix, *(stem for ours, stem in self.heads.items() if getattr(cfg, ours))]
         stems += [self.heads["pooler"]] if cfg.next_sentence and "pooler" in self.heads else []
         try:
@@ -103,7 +142,7 @@ class Family:
         except (InputError, KeyError) as e:
             return [str(e)]
         mine, theirs = dataclasses.asdict(cfg.resolved()), dataclasses.asdict(back)
-        return [f"{k}={theirs[k]}, not {mine[k]}" for k in mine if mine[k] != theirs[k] and k not in INITIAL]
+        return [f"{k}={theirs[k]}, not {mine[k]}" for k in mine if mine[k] != theirs[k] and k not in (*INITIAL, *unread)]
 
     def absent(self, cfg: TransformerConfig) -> set[str]:
         """Tensors that there are for every layer but the first, where that lacks its first norm."""
@@ -139,7 +178,8 @@ class Family:
             found = {self.prefix + n if self._is_body(self.prefix + n) else n: t for n, t in found.items()}
         for copy, original in self.copies.items():
             if copy in found and original in found and (tied or copy.endswith(".bias")):
-                if found[copy].shape != found[original].shape or (found[copy] != found[original]).any():
+                same = found[copy].shape == found[original].shape
+                if not same or not np.array_equal(np.asarray(found[copy]), np.asarray(found[original])):
                     raise InputError(
                         f"{copy} and {original} should be one tensor and differ: is tie_word_embeddings right?"
                     )

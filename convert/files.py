@@ -1,6 +1,7 @@
 """Checkpoints as files: a Hugging Face directory, a hub name, a GGUF file. No pickle is ever opened."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from bothways.convert.stored import Stored
 from bothways.data.published import PublishedTokenizer
 from bothways.data.tokenizer import PAD, Tokenizer
+from bothways.embedding import EmbeddingInfo
 from bothways.errors import InputError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -28,8 +31,10 @@ class Checkpoint:
 
     path: Path
     config: dict[str, Any]
-    tensors: dict[str, np.ndarray]
+    tensors: dict[str, Stored]
     tokenizer: Tokenizer
+    embedding: EmbeddingInfo | None = None
+    """How it makes vectors, where it is a directory of sentence-transformers."""
 
 
 def read(source: str) -> Checkpoint:
@@ -49,7 +54,9 @@ def read(source: str) -> Checkpoint:
         path = _download(source)
     if not path.is_dir():
         raise InputError(f"{path} is neither a directory with a config.json nor a .gguf file")
-    return _read_directory(path)
+    from bothways.convert import sentence
+
+    return dataclasses.replace(_read_directory(sentence.body_of(path)), embedding=sentence.read(path))
 
 
 def _read_directory(home: Path) -> Checkpoint:
@@ -57,9 +64,9 @@ def _read_directory(home: Path) -> Checkpoint:
         raise InputError(f"{home} has no config.json; give a directory as `save_pretrained` writes it, or a .gguf file")
     files = weight_files(home)
     config = read_json(home / "config.json")
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Stored] = {}
     for file in files:
-        for name, tensor in read_tensors(file).items():
+        for name, tensor in stored_tensors(file).items():
             if name in tensors:
                 raise InputError(f"{name} is in {file.name} and in another file of {home}")
             tensors[name] = tensor
@@ -104,16 +111,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file, those of numbers as float32. Raises InputError if it is damaged."""
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, each read when it is wanted. Raises InputError if the file is damaged."""
+
+    def one(name: str) -> np.ndarray:
+        with safetensors.safe_open(path, framework="np") as file:
+            return file.get_tensor(name)
+
     try:
-        with safetensors.safe_open(path, framework="flax") as file:  # flax, since numpy has no bfloat16
-            names = list(file.keys())
-            return {name: np.asarray(file.get_tensor(name)).astype(np.float32) for name in names}
+        with safetensors.safe_open(path, framework="np") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as e:
         raise InputError(
             f"{path} cannot be read ({e}); it is {path.stat().st_size:,} bytes long: is it whole? Download it again"
         ) from e
+    return {name: Stored(shape, functools.partial(one, name)) for name, shape in shapes.items()}
 
 
 def _download(name: str) -> Path:
@@ -124,8 +136,9 @@ def _download(name: str) -> Path:
     except ImportError as e:
         raise InputError(f"{name} is no directory here; to fetch it from the hub, `pip install huggingface_hub`") from e
     wanted = ["*.json", "*.safetensors", "*.jinja", "vocab.txt", "merges.txt"]
+    others = ["*/*.safetensors", "onnx/*", "openvino/*", "original/*"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=others))
     except Exception as e:  # the library and its network raise many kinds
         reason = str(e).strip().split("\n")[0][:200]
         raise InputError(

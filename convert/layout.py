@@ -10,12 +10,14 @@ body's blocks, `body/` for the body itself; other paths begin at the root, as he
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bothways.convert.stored import Stored
 from bothways.errors import InputError
 from bothways.model.axes import logical_axes
 
@@ -34,6 +36,12 @@ class Layout:
     """Matrices lie as [out, in], as in torch's Linear; False: [in, out], as ours do and GPT-2's."""
     first_position: int = 0
     """Rows of the position table before that of position 0; RoBERTa has 2, which no text reads."""
+    norms_from_zero: bool = False
+    """Norms multiply by 1 + weight (Gemma)."""
+    by_head: bool = False
+    """Where queries, keys and values are one matrix, those of a head lie together (GPT-NeoX)."""
+    paired: int = 0
+    """So many first features of a head of queries and keys are turned as pairs 2k, 2k + 1, not k, k + half (GPT-J). 0: none."""
 
     def entries(self, shapes: Shapes) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(name of a checkpoint's tensor with {} for the layer, our paths) for all that our model has.
@@ -62,19 +70,44 @@ class Layout:
 
     def _theirs(self, ours: tuple[str, ...], arrays: list[np.ndarray]) -> np.ndarray:
         """One tensor of a checkpoint from one layer of ours."""
+        if self.by_head and len(ours) == 3:
+            heads = np.stack(arrays, axis=-2)  # [D, H, 3, K], of a bias [H, 3, K]
+            joined = heads.reshape(*heads.shape[:-3], -1)
+            return joined.T if self._is_transposed(ours[0]) else joined
+        arrays = [self._turned(p, a, self.paired) for p, a in zip(ours, arrays, strict=True)]
         joined = np.concatenate([a.reshape(self._matrix(p, a.shape)) for p, a in zip(ours, arrays, strict=True)], axis=-1)
+        if self.norms_from_zero and ours[0].endswith("norm/scale"):
+            return joined - np.float32(1)
         if ours[0].endswith("position/embedding"):
             return np.pad(joined, ((self.first_position, 0), (0, 0)))
-        return joined.T if self.transposed and ours[0].endswith("/kernel") else joined
+        return joined.T if self._is_transposed(ours[0]) else joined
+
+    def _turned(self, path: str, array: np.ndarray, paired: int, back: bool = False) -> np.ndarray:
+        """A query or key projection with the first features of each head from halves to pairs, or back."""
+        if not paired or not path.rpartition("/")[0].endswith(("attention/query", "attention/key")):
+            return array
+        order = np.arange(array.shape[-1])
+        order[:paired] = order[:paired].reshape(2, -1).T.reshape(-1)
+        return array[..., np.argsort(order) if back else order]
+
+    def _is_transposed(self, path: str) -> bool:
+        """Task heads are torch's Linear everywhere."""
+        return (self.transposed or path.startswith("task_head/")) and path.endswith("/kernel")
 
     def _ours(self, ours: tuple[str, ...], tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
         """One layer of ours from one tensor: `_theirs` backwards."""
         if ours[0].endswith("position/embedding"):
             return [tensor[self.first_position :]]
-        tensor = tensor.T if self.transposed and ours[0].endswith("/kernel") else tensor
+        if self.norms_from_zero and ours[0].endswith("norm/scale"):
+            return [tensor.astype(np.float32) + np.float32(1)]
+        tensor = tensor.T if self._is_transposed(ours[0]) else tensor
+        if self.by_head and len(ours) == 3:
+            heads = tensor.reshape(*shapes[0][:-1], 3, shapes[0][-1])
+            return [heads[..., i, :] for i in range(3)]
         widths = [self._matrix(p, s)[-1] for p, s in zip(ours, shapes, strict=True)]
         parts = np.split(tensor, np.cumsum(widths)[:-1], axis=-1)
-        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        parts = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return [self._turned(p, part, self.paired, back=True) for p, part in zip(ours, parts, strict=True)]
 
     def names(self, shapes: Shapes, absent: Iterable[str] = ()) -> Iterator[tuple[str, tuple[str, ...], int | None]]:
         """(tensor's name, our paths, layer or None) of every tensor that a checkpoint of these shapes holds."""
@@ -85,47 +118,78 @@ class Layout:
                 if name not in absent:
                     yield name, ours, layer
 
+    def _shape_of_theirs(self, ours: tuple[str, ...], shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of what `_theirs` makes of parameters of these shapes."""
+        matrices = [self._matrix(p, s) for p, s in zip(ours, shapes, strict=True)]
+        joined = (*matrices[0][:-1], sum(m[-1] for m in matrices))
+        if ours[0].endswith("position/embedding"):
+            joined = (joined[0] + self.first_position, joined[1])
+        return joined[::-1] if self._is_transposed(ours[0]) else joined
+
     def from_checkpoint(
-        self, tensors: dict[str, np.ndarray], shapes: Shapes, absent: Iterable[str] = ()
+        self,
+        tensors: Mapping[str, np.ndarray | Stored],
+        shapes: Shapes,
+        absent: Iterable[str] = (),
+        allocate: Callable[[str, tuple[int, ...]], np.ndarray] = lambda path, shape: np.zeros(shape, np.float32),
     ) -> dict[str, Any]:
-        """Our parameters, float32, from a checkpoint's tensors; each is used once.
+        """Our parameters from a checkpoint's tensors; each is used once, and one is held at a time.
 
         Args:
-          absent: tensors that a checkpoint does not have for a layer of ours; there our parameter is 1 and not used.
+          absent: tensors that a checkpoint does not have for a layer of ours; there our parameter is 1 and not used, or a
+            bias of 0.
+          allocate: our path and shape -> zeros, in the type that the parameter is kept in.
 
         Raises:
           InputError: says which tensors are missing, of another shape, or left over.
         """
-        flat = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
         left, missing, misshapen, infinite = set(tensors), [], [], []
-        for name, ours, layer in self.names(shapes, absent):
+        whole = {p: shape[1:] if "/blocks/" in p else shape for p, shape in shapes.items()}
+        for name, ours, _ in self.names(shapes, absent):
             if name not in tensors:
                 missing.append(name)
                 continue
             left.discard(name)
-            targets = [flat[p] if layer is None else flat[p][layer] for p in ours]
-            wanted = self._theirs(ours, targets).shape
-            if tensors[name].shape != wanted:
+            wanted = self._shape_of_theirs(ours, [whole[p] for p in ours])
+            if tuple(tensors[name].shape) != wanted:
                 misshapen.append(f"{name} is {list(tensors[name].shape)}, wanted {list(wanted)}")
-                continue
-            if not np.isfinite(tensors[name]).all():
-                infinite.append(name)
-            for target, part in zip(targets, self._ours(ours, tensors[name], [t.shape for t in targets]), strict=True):
-                target[...] = part
         found = [("missing", missing), ("of another shape", misshapen), ("left over", sorted(left))]
+        flat: dict[str, np.ndarray] = {}
+        for name, ours, layer in self.names(shapes) if not (missing or misshapen or left) else ():
+            flat |= {p: allocate(p, shapes[p]) for p in ours if p not in flat}
+            targets = [flat[p] if layer is None else flat[p][layer] for p in ours]
+            if name in absent:
+                for path, target in zip(ours, targets, strict=True):
+                    target[...] = 0 if path.endswith("/bias") else 1
+                continue
+            tensor = np.asarray(tensors[name])
+            if not np.isfinite(tensor).all():
+                infinite.append(name)
+            for target, part in zip(targets, self._ours(ours, tensor, [t.shape for t in targets]), strict=True):
+                target[...] = part
         found += [("not all finite numbers (NaN or infinite)", infinite)]
         if problems := [f"  - {what}: {_some(names)}" for what, names in found if names]:
             raise InputError("the tensors do not fit the configuration:\n" + "\n".join(problems))
         return unflatten_dict({tuple(path.split("/")): array for path, array in flat.items()})
 
-    def to_checkpoint(self, params: Any, absent: Iterable[str] = ()) -> dict[str, np.ndarray]:
-        """A checkpoint's tensors from our parameters: `take` backwards."""
-        flat = {"/".join(path): np.asarray(array, np.float32) for path, array in flatten_dict(params).items()}
-        shapes = {path: array.shape for path, array in flat.items()}
+    def stored(self, params: Any, absent: Iterable[str] = ()) -> dict[str, Stored]:
+        """A checkpoint's tensors from our parameters, each made when it is read: `from_checkpoint` backwards."""
+        flat = {"/".join(path): array for path, array in flatten_dict(params).items()}
+        shapes = {path: tuple(array.shape) for path, array in flat.items()}
+        whole = {p: shape[1:] if "/blocks/" in p else shape for p, shape in shapes.items()}
+
+        def one(ours: tuple[str, ...], layer: int | None) -> np.ndarray:
+            arrays = [np.asarray(flat[p]) for p in ours]
+            return np.ascontiguousarray(self._theirs(ours, [a if layer is None else a[layer] for a in arrays]))
+
         return {
-            name: np.ascontiguousarray(self._theirs(ours, [flat[p] if layer is None else flat[p][layer] for p in ours]))
+            name: Stored(self._shape_of_theirs(ours, [whole[p] for p in ours]), functools.partial(one, ours, layer))
             for name, ours, layer in self.names(shapes, absent)
         }
+
+    def to_checkpoint(self, params: Any, absent: Iterable[str] = ()) -> dict[str, np.ndarray]:
+        """`stored`, all of it read, in float32."""
+        return {name: np.asarray(tensor, np.float32) for name, tensor in self.stored(params, absent).items()}
 
 
 def shapes_of(params: Any) -> Shapes:

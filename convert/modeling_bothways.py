@@ -22,6 +22,7 @@ ACTIVATIONS = {
     "relu2": lambda x: F.relu(x).square(),
     "swiglu": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 CACHE = next(n for n in ("cache", "past_key_values") if hasattr(modeling_outputs.CausalLMOutputWithPast(), n))
 """What this version of transformers calls the cache in what a model gives back."""
@@ -76,8 +77,10 @@ def rotary_frequencies(width, base, scaling):
     return (kept * plain + (1 - kept) * plain / scaling["factor"]).float(), factor
 
 
-def rotate(x, positions, base, scaling):
-    """Rotary positions on x [B, H, T, K]; feature k is paired with feature k + K/2."""
+def rotate(x, positions, base, scaling, width=0):
+    """Rotary positions on x [B, H, T, K]; feature k is paired with feature k + K/2. Of `width` features only, where not 0."""
+    if width and width < x.shape[-1]:
+        return torch.cat([rotate(x[..., :width], positions, base, scaling), x[..., width:]], dim=-1)
     frequency, factor = rotary_frequencies(x.shape[-1], base, scaling)
     angle = positions[:, None, :, None].float() * frequency.to(x.device)
     cos, sin = factor * angle.cos(), factor * angle.sin()
@@ -88,29 +91,34 @@ def rotate(x, positions, base, scaling):
 class Attention(nn.Module):
     def __init__(self, m, layer):
         super().__init__()
-        self.m, self.layer = m, layer
+        self.m, self.layer, biased = m, layer, m["bias"] and m["attention_bias"]
         widths = {"query": (m["n_heads"], m["d_head"]), "key": (m["n_kv_heads"], m["d_head"])}
         for name, (heads, width) in (widths | {"value": (m["n_kv_heads"], m["d_value"])}).items():
-            setattr(self, name, nn.Linear(m["d_model"], heads * width, bias=m["bias"]))
-        self.out = nn.Linear(m["n_heads"] * m["d_value"], m["d_model"], bias=m["bias"])
-        if m["qk_norm"]:
-            self.query_norm, self.key_norm = Norm(m, m["d_head"], rms=True), Norm(m, m["d_head"], rms=True)
+            setattr(self, name, nn.Linear(m["d_model"], heads * width, bias=biased or m["qkv_bias"]))
+        self.out = nn.Linear(m["n_heads"] * m["d_value"], m["d_model"], bias=biased)
+        self.normed = {"": (), "head": (1, 1), "all": (m["n_heads"], m["n_kv_heads"])}[
+            (m["qk_norm"] and m["qk_norm_over"]) or ""
+        ]
+        if self.normed:
+            self.query_norm, self.key_norm = (Norm(m, n * m["d_head"], rms=True) for n in self.normed)
 
-    def heads(self, projection, x, n):
-        return projection(x).unflatten(-1, (n, -1)).transpose(1, 2)
+    def heads(self, projection, x, n, norm=None):
+        y = projection(x)
+        y = norm(y) if norm is not None and self.m["qk_norm_over"] == "all" else y
+        y = y.unflatten(-1, (n, -1)).transpose(1, 2)
+        return norm(y) if norm is not None and self.m["qk_norm_over"] == "head" else y
 
     def forward(self, x, seen, positions, cache=None, memory=None, base=None):
         m = self.m
-        q = self.heads(self.query, x, m["n_heads"])
-        q = self.query_norm(q) if m["qk_norm"] else q
+        q = self.heads(self.query, x, m["n_heads"], getattr(self, "query_norm", None))
         if memory is not None and cache is not None and cache.is_updated.get(self.layer):
             k, v = (getattr(cache.cross_attention_cache.layers[self.layer], name) for name in ("keys", "values"))
         else:
             source = x if memory is None else memory
-            k, v = (self.heads(p, source, m["n_kv_heads"]) for p in (self.key, self.value))
-            k = self.key_norm(k) if m["qk_norm"] else k
-            if m["position_embedding"] == "rotary" and memory is None:
-                q, k = (rotate(y, positions, base, m["rotary_scaling"]) for y in (q, k))
+            k = self.heads(self.key, source, m["n_kv_heads"], getattr(self, "key_norm", None))
+            v = self.heads(self.value, source, m["n_kv_heads"])
+            if m["position_embedding"] == "rotary" and memory is None and base:
+                q, k = (rotate(y, positions, base, m["rotary_scaling"], m["rotary_width"]) for y in (q, k))
             if cache is not None and memory is not None:
                 k, v = cache.cross_attention_cache.update(k, v, self.layer)
                 cache.is_updated[self.layer] = True
@@ -119,7 +127,8 @@ class Attention(nn.Module):
         k, v = (y.repeat_interleave(m["n_heads"] // m["n_kv_heads"], dim=1) for y in (k, v))
         bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, torch.finfo(q.dtype).min)
         dropped = m["dropout_attention"] if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None], dropout_p=dropped)
+        scale = (m["query_scale"] or m["d_head"]) ** -0.5
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None], dropout_p=dropped, scale=scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -130,7 +139,7 @@ class MLP(nn.Module):
         self.up, self.down = (
             nn.Linear(m[a], m[b], bias=m["bias"]) for a, b in (("d_model", "d_ff"), ("d_ff", "d_model"))
         )
-        gated = m["activation"] in ("swiglu", "geglu")
+        gated = m["activation"] in ("swiglu", "geglu", "geglu_tanh")
         self.gate = nn.Linear(m["d_model"], m["d_ff"], bias=m["bias"]) if gated else None
 
     def forward(self, x):
@@ -140,25 +149,35 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, m, layer, cross):
         super().__init__()
-        self.pre, self.local = m["norm_position"] == "pre", m["layer_pattern"][layer % len(m["layer_pattern"])] == "local"
-        self.window = m["window"] if self.local else 0
-        self.base = (self.local and m["rotary_base_local"]) or m["rotary_base"]
+        self.m, kind = m, m["layer_pattern"][layer % len(m["layer_pattern"])]
+        self.window = m["window"] if kind == "local" else 0
+        self.base = 0 if kind == "nope" else (kind == "local" and m["rotary_base_local"]) or m["rotary_base"]
         self.attention, self.mlp = Attention(m, layer), MLP(m)
-        self.attention_norm = Norm(m, m["d_model"]) if m["first_norm"] or layer else nn.Identity()
-        self.mlp_norm = Norm(m, m["d_model"])
-        if cross:
-            self.cross, self.cross_norm = Attention(m, layer), Norm(m, m["d_model"])
+        self.cross = Attention(m, layer) if cross else None
         self.dropout = nn.Dropout(m["dropout_residual"])
+        for name in ("attention", "mlp", *(["cross"] if cross else [])):
+            first = name == "attention" and layer == 0 and not m["first_norm"]
+            if m["norm_position"] != "out" and not (name == "mlp" and m["parallel"] == "one_norm"):
+                setattr(self, f"{name}_norm", nn.Identity() if first else Norm(m, m["d_model"]))
+            if m["norm_position"] in ("out", "both"):
+                setattr(self, f"{name}_out_norm", Norm(m, m["d_model"]))
 
-    def residual(self, x, norm, sublayer):
-        return x + self.dropout(sublayer(norm(x))) if self.pre else norm(x + self.dropout(sublayer(x)))
+    def residual(self, x, name, sublayer):
+        at, y = self.m["norm_position"], x
+        y = getattr(self, f"{name}_norm")(y) if at in ("pre", "both") else y
+        y = sublayer(y)
+        y = x + self.dropout(getattr(self, f"{name}_out_norm")(y) if at in ("out", "both") else y)
+        return getattr(self, f"{name}_norm")(y) if at == "post" else y
 
     def forward(self, x, mask, positions, cache, memory, memory_seen):
         seen, past = mask(self.window), getattr(cache, "self_attention_cache", cache)
-        x = self.residual(x, self.attention_norm, lambda y: self.attention(y, seen, positions, past, base=self.base))
+        beside = None
+        if self.m["parallel"]:
+            beside = self.mlp(self.mlp_norm(x) if self.m["parallel"] == "two_norms" else self.attention_norm(x))
+        x = self.residual(x, "attention", lambda y: self.attention(y, seen, positions, past, base=self.base))
         if memory is not None:
-            x = self.residual(x, self.cross_norm, lambda y: self.cross(y, memory_seen, positions, cache, memory))
-        return self.residual(x, self.mlp_norm, self.mlp)
+            x = self.residual(x, "cross", lambda y: self.cross(y, memory_seen, positions, cache, memory))
+        return self.residual(x, "mlp", self.mlp) if beside is None else x + self.dropout(beside)
 
 
 class Embedding(nn.Module):
@@ -197,7 +216,7 @@ class Transformer(nn.Module):
             self.embed = Embedding(m)
         self.__dict__["embedding"] = self.embed if shared is None else shared  # no second name for shared weights
         self.layers = nn.ModuleList(Block(m, layer, cross) for layer in range(m["n_layers"]))
-        self.final_norm = Norm(m, m["d_model"]) if m["norm_position"] == "pre" else nn.Identity()
+        self.final_norm = Norm(m, m["d_model"]) if m["norm_position"] != "post" else nn.Identity()
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, cache=None, prefix=None,
                 block_size=None, both_ways=False, memory=None, memory_mask=None, **unused):  # fmt: skip
@@ -273,10 +292,13 @@ class WithOutputLayer(BothwaysPreTrainedModel):
         super().__init__(config)
         self.model = BothwaysModel(config)
         m, table = config.model, self.get_input_embeddings()
-        self.lm_head = None if m["tie_embeddings"] else nn.Linear(m["d_model"], table.num_embeddings, bias=False)
+        self.lm_head = (
+            None if m["tie_embeddings"] else nn.Linear(m["d_model"], table.num_embeddings, bias=m["output_bias"])
+        )
 
     def scores(self, features, bias=None):
         table = self.get_input_embeddings() if self.lm_head is None else self.lm_head
+        bias = getattr(table, "bias", None) if bias is None else bias
         logits = F.linear(features, table.weight).float()
         logits = logits if bias is None else logits + bias
         filling = torch.arange(logits.shape[-1], device=logits.device) >= self.config.vocab_size

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import modeling_outputs
 
-from .modeling_bothways import BothwaysModel, BothwaysPreTrainedModel, Pooler
+from .modeling_bothways import ACTIVATIONS, BothwaysModel, BothwaysPreTrainedModel, Norm, Pooler
 
 
 class WithTaskHead(BothwaysPreTrainedModel):
@@ -18,6 +18,12 @@ class WithTaskHead(BothwaysPreTrainedModel):
         self.nsp = Pooler(m, classes=False) if pooled else None
         outputs = {"regress": 1, "choice": 1, "span": 2}.get(config.task["kind"], len(config.task["labels"]))
         self.task_head = nn.Linear(m["d_model"], outputs)
+        hidden = config.task.get("hidden", "")
+        self.hidden = {"": None, "tanh": torch.tanh}.get(hidden) or ACTIVATIONS.get(hidden)
+        if hidden:
+            self.task_head.dense = nn.Linear(m["d_model"], m["d_model"], bias=m["bias"])
+        if config.task.get("hidden_norm"):
+            self.task_head.norm = Norm(m, m["d_model"])
         self.post_init()
 
     def read(self, input_ids, attention_mask=None, token_type_ids=None):
@@ -32,7 +38,8 @@ class WithTaskHead(BothwaysPreTrainedModel):
                 x = x[torch.arange(len(x), device=x.device), (at * real).argmax(1)]
             else:
                 x = self.nsp(x) if self.nsp is not None else x[:, 0]
-        return self.task_head(x)
+        x = x if self.hidden is None else self.hidden(self.task_head.dense(x))
+        return self.task_head(self.task_head.norm(x) if hasattr(self.task_head, "norm") else x)
 
 
 class BothwaysForSequenceClassification(WithTaskHead):

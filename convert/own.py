@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bothways.config import ObjectiveConfig
 from bothways.convert.family import Config
+from bothways.convert.heads import labels_json, suffix_for
 from bothways.convert.layout import Layout, Shapes
 from bothways.data.config import DataConfig
 from bothways.errors import InputError
@@ -27,19 +28,12 @@ AUTO = {
     "MultipleChoice": "AutoModelForMultipleChoice",
     "Model": "AutoModel",
 }
-TASK_KINDS = {
-    "classify": "SequenceClassification",
-    "regress": "SequenceClassification",
-    "tag": "TokenClassification",
-    "span": "QuestionAnswering",
-    "choice": "MultipleChoice",
-}
 
 
 def architectures(recipe: Recipe, task: TaskInfo | None) -> list[str]:
     """What a run can be opened as, the first of them what it was trained for."""
     if task is not None:
-        return [TASK_KINDS[task.kind]]
+        return [suffix_for(task)]
     if recipe.family == "bert":
         return ["MaskedLM"] if recipe.model.masked_head else ["Model"]
     if recipe.family == "seq2seq":
@@ -70,11 +64,7 @@ def config_json(recipe: Recipe, task: TaskInfo | None, roles: dict[str, int]) ->
     }
     if recipe.family == "seq2seq":
         found["decoder_start_token_id"] = roles["bos"]
-    if task is not None and task.labels:
-        found["id2label"] = {str(i): label for i, label in enumerate(task.labels)}
-        found["label2id"] = {label: i for i, label in enumerate(task.labels)}
-    elif task is not None and task.kind == "regress":
-        found |= {"problem_type": "regression", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    found |= labels_json(task) if task is not None else {}
     return found | {f"{role}_token_id": token for role, token in roles.items()}
 
 

@@ -1,5 +1,6 @@
 """Published vocabularies: byte-level BPE, WordPiece and the rest, through the `tokenizers` library."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable
@@ -82,6 +83,23 @@ class PublishedTokenizer(Tokenizer):
     @chat_template.setter
     def chat_template(self, template: str) -> None:
         self.settings = self.settings | {"chat_template": template}
+
+    def framing_as_published(self) -> "PublishedTokenizer":
+        other = copy.copy(self)
+        other.frame = self._published_frame
+        return other
+
+    def _published_frame(self, pair: bool) -> tuple[list[int], list[int], list[int]]:
+        found = self.fast.encode("a", "a") if pair else self.fast.encode("a")
+        around: tuple[list[int], list[int], list[int]] = ([], [], [])
+        seen = 0
+        for token, text in zip(found.ids, found.sequence_ids, strict=True):
+            if text is None:
+                around[2 if seen == 1 + pair else seen].append(token)
+            else:
+                seen = text + 1
+        opening = around[0] or list(self.opening)
+        return opening, around[1], around[2]
 
     def _without_control_tokens(self, model: str) -> tokenizers.Tokenizer:
         """The same vocabulary, but a text's own "[SEP]" or "<|endoftext|>" is characters; the mask stays a token."""

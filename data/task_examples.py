@@ -15,13 +15,14 @@ Example = dict[str, np.ndarray]
 def wrap(a: list[int], b: list[int] | None, tokenizer: Tokenizer, length: int) -> Example:
     """{"tokens", "segments", "types"}, each [length]; the longer text loses its end where both do not fit."""
     a, b = list(a), None if b is None else list(b)
-    room = length - (2 if b is None else 3)
+    before, between, behind = tokenizer.frame(b is not None)
+    room = length - len(before) - len(between) - len(behind)
     while len(a) + len(b or []) > room:
         longer = a if b is None or len(a) >= len(b) else b
         longer.pop()
-    ids = [tokenizer.bos, *a, tokenizer.eos] + ([] if b is None else [*b, tokenizer.eos])
+    ids = [*before, *a, *between, *(b or []), *behind]
     fill = length - len(ids)
-    first = len(a) + 2
+    first = len(ids) if b is None else len(before) + len(a) + len(between)
     return {
         "tokens": np.array(ids + [tokenizer.pad] * fill, np.int32),
         "segments": np.array([1] * len(ids) + [0] * fill, np.int32),
@@ -55,7 +56,9 @@ def word_windows(item: Item, labels: tuple[str, ...], tokenizer: Tokenizer, leng
     zero-width space under WordPiece) is one `unk`, so that every word has its tag.
     """
     pieces = [tokenizer.encode((" " if i else "") + word) or [tokenizer.unk] for i, word in enumerate(item["words"])]
-    room, context = length - 2, (length - 2) // 4
+    opened, _, closed = tokenizer.frame(False)
+    opening, room = len(opened), length - len(opened) - len(closed)
+    context = room // 4
     sizes = np.array([min(len(p), room) for p in pieces])
     ends = np.cumsum(sizes)
     windows, begin = [], 0  # begin: the first word that no window has asked for
@@ -71,7 +74,7 @@ def word_windows(item: Item, labels: tuple[str, ...], tokenizer: Tokenizer, leng
         example = wrap([t for p in pieces[left:right] for t in p[:room]], None, tokenizer, length)
         label, weight, word_at = np.zeros(length, np.int32), np.zeros(length, np.float32), np.full(length, -1, np.int32)
         for i in range(begin, last):
-            position = 1 + ends[i] - sizes[i] - base
+            position = opening + ends[i] - sizes[i] - base
             label[position] = labels.index(item["label"][i]) if "label" in item else 0
             weight[position], word_at[position] = 1, i
         windows.append(example | {"label": label, "weight": weight, "word": word_at})
@@ -87,7 +90,8 @@ def span_windows(item: Item, tokenizer: Tokenizer, length: int, most_question: i
     """
     question = tokenizer.encode(item["text"])[:most_question]
     pieces = tokenizer.encode_with_offsets(item["text_b"])
-    room = length - len(question) - 3
+    before, between, behind = tokenizer.frame(True)
+    room = length - len(question) - len(before) - len(between) - len(behind)
     if room < 8:
         raise InputError(
             f"a question of {len(question)} tokens leaves {room} of {length} for its document; use a longer --length"
@@ -95,7 +99,7 @@ def span_windows(item: Item, tokenizer: Tokenizer, length: int, most_question: i
     windows, at = [], 0
     while True:
         part = pieces[at : at + room]
-        offset = len(question) + 2
+        offset = len(before) + len(question) + len(between)
         example = wrap(question, [p[0] for p in part], tokenizer, length)
         begin, end = np.full(length, -1, np.int32), np.full(length, -1, np.int32)
         for i, (_, b, e) in enumerate(part):

@@ -84,6 +84,14 @@ class Tokenizer(abc.ABC):
     chat_template: str = ""
     """How a conversation is written (data/chat.py), in jinja2; empty where the vocabulary says none."""
 
+    def frame(self, pair: bool) -> tuple[list[int], list[int], list[int]]:
+        """What stands before, between (of a pair) and behind the texts of a task's item."""
+        return [self.bos], [self.eos] if pair else [], [self.eos]
+
+    def framing_as_published(self) -> "Tokenizer":
+        """The same tokenizer, whose `frame` is what a published vocabulary itself puts around texts."""
+        return self
+
     @abc.abstractmethod
     def __len__(self) -> int: ...
 

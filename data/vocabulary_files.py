@@ -183,6 +183,31 @@ def from_sentencepiece(sp: spm.SentencePieceProcessor, special: list[int], symbo
     return fast
 
 
+def from_pieces(
+    pieces: list[str], scores: list[float], special: list[int], symbols: list[int], unknown: int | None
+) -> tokenizers.Tokenizer:
+    """A sentencepiece BPE vocabulary by its pieces and scores, such as a GGUF file holds; spaces are U+2581, and whoever
+    calls says how texts become that.
+
+    Args:
+      special: ids that stand for no text; symbols: ids that are found before anything else is.
+      unknown: the id of what no piece spells; None: nothing is, where every byte is a piece.
+    """
+    apart = {*special, *symbols}
+    ranked = sorted((i for i in range(len(pieces)) if i not in apart), key=lambda i: -scores[i])
+    model = tokenizers.models.BPE(
+        {piece: i for i, piece in enumerate(pieces)},
+        _merges([pieces[i] for i in ranked]),
+        unk_token=None if unknown is None else pieces[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    fast = tokenizers.Tokenizer(model)
+    fast.add_tokens([tokenizers.AddedToken(pieces[i], normalized=False) for i in symbols])
+    fast.add_special_tokens([tokenizers.AddedToken(pieces[i], special=True, normalized=False) for i in special])
+    return fast
+
+
 def _merges(ranked: list[str]) -> list[tuple[str, str]]:
     """Merges of a BPE vocabulary, from its pieces in the order in which they were made: every way to make each."""
     known = set(ranked)

@@ -119,14 +119,15 @@ class Attention(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.query = Projection(cfg, (cfg.n_heads, cfg.d_head))
-        self.key = Projection(cfg, (cfg.n_kv_heads, cfg.d_head))
-        self.value = Projection(cfg, (cfg.n_kv_heads, cfg.d_value))
+        bias = (cfg.bias and cfg.attention_bias) or cfg.qkv_bias
+        self.query = Projection(cfg, (cfg.n_heads, cfg.d_head), bias=bias)
+        self.key = Projection(cfg, (cfg.n_kv_heads, cfg.d_head), bias=bias)
+        self.value = Projection(cfg, (cfg.n_kv_heads, cfg.d_value), bias=bias)
         self.widths = (cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_value)
-        self.qkv = Projection(cfg, (sum(self.widths),))  # of parameters that `fuse_qkv` made
+        self.qkv = Projection(cfg, (sum(self.widths),), bias=bias)  # of parameters that `fuse_qkv` made
         if cfg.qk_norm:
             self.query_norm, self.key_norm = Norm(cfg, rms=True), Norm(cfg, rms=True)
-        self.out = Projection(cfg, (cfg.d_model,), n_in=2, residual=True)
+        self.out = Projection(cfg, (cfg.d_model,), n_in=2, residual=True, bias=cfg.bias and cfg.attention_bias)
 
     def keys_values(
         self, source: Float[jax.Array, "B S D"]
@@ -135,7 +136,12 @@ class Attention(nn.Module):
         return self.keyed(self.key(source)), self.value(source)
 
     def keyed(self, k: jax.Array) -> jax.Array:
-        return self.key_norm(k) if self.cfg.qk_norm else k
+        return self.normed(self.key_norm, k) if self.cfg.qk_norm else k
+
+    def normed(self, norm: Norm, x: Float[jax.Array, "B T H K"]) -> Float[jax.Array, "B T H K"]:
+        if self.cfg.qk_norm_over == "head":
+            return norm(x)
+        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
     def __call__(
         self,
@@ -160,10 +166,13 @@ class Attention(nn.Module):
             remembered = isinstance(memory, LayerCache)
             k, v = memory.read() if remembered else self.keys_values(x if memory is None else memory)
         if cfg.qk_norm:
-            q = self.query_norm(q)
+            q = self.normed(self.query_norm, q)
         if cfg.position_embedding == "rotary" and memory is None:
-            base = rotary_base or cfg.rotary_base
-            q, k = (rotate(x, positions, base, cfg.rotary_scaling) for x in (q, k))
+            base = cfg.rotary_base if rotary_base is None else rotary_base
+            if base:  # 0 in a layer without positions
+                q, k = (rotate(x, positions, base, cfg.rotary_scaling, cfg.rotary_width) for x in (q, k))
+        if cfg.query_scale:  # every kernel divides by the square root of the head width
+            q = q * (cfg.d_head / cfg.query_scale) ** 0.5
         q = constrain_activation(q, "batch", "length", "heads", "head")
         k = constrain_activation(k, "batch", "keys", "kv_heads", "head")
         v = constrain_activation(v, "batch", "keys", "kv_heads", "head")

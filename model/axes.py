@@ -28,6 +28,7 @@ PARAMETER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("down", "kernel"): ("ff", "embed"),
     ("down", "bias"): ("norm",),
     ("lm_head", "embedding"): ("vocab", "embed"),
+    ("lm_head", "bias"): ("vocab",),
     ("mlm", "bias"): ("vocab",),
     ("dense", "kernel"): ("embed", "pooled"),
     ("dense", "bias"): ("norm",),

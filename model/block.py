@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv 2109.08668, section 4.1
     "swiglu": jax.nn.silu,  # arXiv 2002.05202
     "geglu": lambda x: jax.nn.gelu(x, approximate=False),
+    "geglu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 
@@ -44,6 +45,9 @@ class Block(nn.Module):
 
     pre-norm:  x + dropout(f(norm(x)))      GPT-2 and after
     post-norm: norm(x + dropout(f(x)))      arXiv 1706.03762, GPT-1, BERT
+    out:       x + dropout(norm(f(x)))      OLMo 2
+    both:      x + dropout(norm(f(norm(x))))    Gemma 2
+    parallel:  x + dropout(f(norm(x))) + dropout(g(norm(x)))    GPT-J, GPT-NeoX
     """
 
     cfg: TransformerConfig
@@ -68,14 +72,16 @@ class Block(nn.Module):
         dropout = Dropout(cfg.dropout_residual, deterministic=deterministic)
 
         def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
-            norm = Norm(cfg, name=f"{name}_norm")
-            if cfg.norm_position == "pre":
-                normed = norm(x)
+            y = x
+            if cfg.norm_before:
+                y = Norm(cfg, name=f"{name}_norm")(x)
                 if name == "attention" and not cfg.first_norm:
-                    normed = jnp.where(skip_norm, x, normed)
-                y = x + dropout(sublayer(normed))
-            else:
-                y = norm(x + dropout(sublayer(x)))
+                    y = jnp.where(skip_norm, x, y)
+            y = sublayer(y)
+            if cfg.norm_out:
+                y = Norm(cfg, name=f"{name}_out_norm")(y)
+            y = x + dropout(y)
+            y = Norm(cfg, name=f"{name}_norm")(y) if cfg.norm_position == "post" else y
             return constrain_activation(y, "batch", "stream", "embed")
 
         def self_attention(y: jax.Array) -> jax.Array:
@@ -89,8 +95,15 @@ class Block(nn.Module):
             seen = memory if cache is None else cache.cross_kv
             return attention(y, memory_mask, positions, memory=seen, deterministic=deterministic)[0]
 
-        x = residual(x, "attention", self_attention)
+        mlp = MLP(cfg, name="mlp")
+        if cfg.parallel:
+            y = Norm(cfg, name="attention_norm")(x)
+            other = Norm(cfg, name="mlp_norm")(x) if cfg.parallel == "two_norms" else y
+            x = constrain_activation(x + dropout(self_attention(y)), "batch", "stream", "embed")
+        else:
+            x = residual(x, "attention", self_attention)
         if self.cross:
             x = residual(x, "cross", cross_attention)
-        x = residual(x, "mlp", MLP(cfg, name="mlp"))
-        return x, cache
+        if cfg.parallel:
+            return constrain_activation(x + dropout(mlp(other)), "batch", "stream", "embed"), cache
+        return residual(x, "mlp", mlp), cache

@@ -104,24 +104,40 @@ class TransformerConfig:
 
     position_embedding: Literal["learned", "sinusoidal", "rotary"] = "learned"
     rotary_base: float = 10_000.0
+    rotary_width: int = 0
+    """How many features of a head are turned, the first ones (GPT-NeoX). 0: all."""
     rotary_base_local: float = 0.0
     """Base in local layers. 0: rotary_base."""
     rotary_scaling: RotaryScaling = RotaryScaling()
     norm: Literal["layer", "rms"] = "layer"
-    norm_position: Literal["pre", "post"] = "pre"
+    norm_position: Literal["pre", "post", "out", "both"] = "pre"
+    """Where a sub-layer f has its norm: before it, x + f(norm(x)); after the sum, norm(x + f(x)); on what comes out of it,
+    x + norm(f(x)) (OLMo 2, arXiv 2501.00656, section 2.1); or before it and on what comes out (Gemma 2, arXiv 2408.00118)."""
+    parallel: Literal["", "one_norm", "two_norms"] = ""
+    """MLP and attention both read the block's input, x + attention(norm(x)) + mlp(norm(x)), through one norm (GPT-J, Phi) or
+    one each (GPT-NeoX, arXiv 2204.06745, section 2.1)."""
     norm_eps: float = 1e-5
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu"] = "gelu_tanh"
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
     bias: bool = True
     """Biases in every projection and in layer norm."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values where `bias` is False (Qwen 2)."""
+    attention_bias: bool = True
+    """False: none in attention where `bias` is True (GPT-J)."""
     qk_norm: bool = False
-    """RMS norm of queries and keys over the head width (arXiv 2302.05442, section 2)."""
+    """RMS norm of queries and keys (arXiv 2302.05442, section 2)."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """What that norm is over: each head's width, or all heads together (OLMo 2)."""
+    query_scale: float = 0.0
+    """Scores are divided by its square root (Gemma). 0: by that of the head width."""
     predicts: Literal["", "next", "own"] = ""
     """Which token an output predicts: `next`, the one after it (GPT; arXiv 2508.15487's Dream), or `own`, the one at its
     position (BERT; LLaDA, arXiv 2502.09992). Empty: as the family does."""
     window: int = 0
     """Reach of local attention: a query sees keys fewer than `window` positions away. 0: no local layers."""
-    layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)
-    """Repeated over the layers: GPT-3 alternates ("global", "local")."""
+    layer_pattern: tuple[Literal["global", "local", "nope"], ...] = ("global",)
+    """Repeated over the layers: GPT-3 alternates ("global", "local"). nope: a global layer without rotary positions (arXiv
+    2501.18795; SmolLM 3)."""
 
     segment_types: int = 0
     """Kinds of segment with an embedding of their own; BERT has 2."""
@@ -132,6 +148,8 @@ class TransformerConfig:
     embed_scale: bool = False
     """Multiply token embeddings by sqrt(D) (arXiv 1706.03762, section 3.4)."""
     tie_embeddings: bool = True
+    output_bias: bool = False
+    """A bias of every token's score (decoders with an output layer of their own; GPT-J)."""
     masked_head: bool = True
     """BERT's masked-token head (encoders only). False: a body that embeds texts and can be fine-tuned."""
     next_sentence: bool = False
@@ -196,14 +214,26 @@ class TransformerConfig:
 
     @property
     def gated(self) -> bool:
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
+
+    @property
+    def norm_before(self) -> bool:
+        """Whether a sub-layer reads what a norm made; then the stack ends in a norm."""
+        return self.norm_position in ("pre", "both")
+
+    @property
+    def norm_out(self) -> bool:
+        """Whether what a sub-layer gives goes through a norm before it is added."""
+        return self.norm_position in ("out", "both")
 
     def layer_window(self, layer: int) -> int:
         """The window of one layer, 0 where it is dense."""
         return self.window if self.layer_pattern[layer % len(self.layer_pattern)] == "local" else 0
 
     def layer_rotary_base(self, layer: int) -> float:
-        """The rotary base of one layer."""
+        """The rotary base of one layer; 0 where positions are not turned."""
+        if self.layer_pattern[layer % len(self.layer_pattern)] == "nope":
+            return 0.0
         return (self.layer_window(layer) and self.rotary_base_local) or self.rotary_base
 
     def problems(self) -> list[str]:
@@ -250,8 +280,30 @@ class TransformerConfig:
         found.extend(self.rotary_scaling.problems())
         found.extend(self.lora.problems(self.gated))
         want(
-            self.first_norm or self.norm_position == "pre",
-            "model.first_norm=False leaves out the norm before the first block, and norm_position=post has none there",
+            self.first_norm or self.norm_before,
+            f"model.first_norm=False leaves out the norm before the first block, and norm_position={self.norm_position} has "
+            "none there",
+        )
+        want(
+            not self.parallel or self.norm_position == "pre",
+            f"model.parallel={self.parallel} wants norm_position=pre, not {self.norm_position}",
+        )
+        want(
+            not (self.parallel and not self.first_norm),
+            f"model.first_norm=False and model.parallel={self.parallel} do not go together",
+        )
+        want(
+            self.rotary_width % 2 == 0 and 0 <= self.rotary_width <= full.d_head,
+            f"model.rotary_width={self.rotary_width} must be even, and at most the head width {full.d_head}",
+        )
+        want(self.query_scale >= 0, f"model.query_scale is {self.query_scale}; it cannot be negative")
+        want(
+            "nope" not in self.layer_pattern or self.position_embedding == "rotary",
+            f"model.layer_pattern has nope, a layer without rotary positions, and positions are {self.position_embedding}",
+        )
+        want(
+            not (self.output_bias and self.tie_embeddings),
+            "model.output_bias wants an output layer of its own: set --model.no-tie-embeddings",
         )
         want(self.init_std > 0, f"model.init_std is {self.init_std}; it must be positive")
         want(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; it must be positive")

@@ -43,9 +43,9 @@ class GPT(nn.Module):
         return features, cache
 
     def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"] | None]:
-        """The output layer: a vector per token; no bias but the one that hides what fills up the table."""
+        """The output layer: a vector per token, and a bias where there is one or rows that fill up the table are hidden."""
         table = self.decoder.token_table() if self.cfg.tie_embeddings else self.lm_head.embedding
-        return table, mask_padded_vocab(self.cfg, None)
+        return table, mask_padded_vocab(self.cfg, self.lm_head.bias if self.cfg.output_bias else None)
 
     @property
     def predicts(self) -> str:

@@ -19,6 +19,8 @@ class LMHead(nn.Module):
     def setup(self):
         init = nn.initializers.normal(self.cfg.init_std)
         self.embedding = self.param("embedding", init, (self.cfg.table_rows, self.cfg.d_model), jnp.float32)
+        if self.cfg.output_bias:
+            self.bias = self.param("bias", nn.initializers.zeros, (self.cfg.table_rows,), jnp.float32)
 
 
 class MLMTransform(nn.Module):

@@ -21,6 +21,8 @@ class Projection(nn.Module):
     cfg: TransformerConfig
     features: Sequence[int]
     n_in: int = 1
+    bias: bool | None = None
+    """None: as the configuration says."""
     residual: bool = False
     """True for a projection whose output is added to the residual stream: init_residual applies."""
 
@@ -41,7 +43,7 @@ class Projection(nn.Module):
             y = project(x, kernel, self.n_in)
         if cfg.lora.rank and self.name in cfg.lora.targets:
             y = y + LowRank(cfg, features, self.n_in, name=NAME)(x)
-        if cfg.bias:
+        if cfg.bias if self.bias is None else self.bias:
             y = y + self.param("bias", nn.initializers.zeros, features, jnp.float32).astype(dtype)
         return y
 
@@ -91,13 +93,21 @@ def rotary_frequencies(width: int, base: float, scaling: RotaryScaling) -> tuple
 
 
 def rotate(
-    x: Float[jax.Array, "B T H K"], positions: Int[jax.Array, "B T"], base: float, scaling: RotaryScaling = UNSCALED
+    x: Float[jax.Array, "B T H K"],
+    positions: Int[jax.Array, "B T"],
+    base: float,
+    scaling: RotaryScaling = UNSCALED,
+    width: int = 0,
 ) -> Float[jax.Array, "B T H K"]:
     """Rotary positions (arXiv 2104.09864, section 3.2.2), feature k paired with feature k + K/2.
 
     Turns pair k by the angle position / base^(2k/K), so that the product of a query and a key depends on the
-    distance between them only. `scaling` makes some angles smaller.
+    distance between them only. `scaling` makes some angles smaller. Of a head's features only the first `width` are turned
+    (0: all), with K = width above.
     """
+    if width and width < x.shape[-1]:
+        turned = rotate(x[..., :width], positions, base, scaling)
+        return jnp.concatenate([turned, x[..., width:]], axis=-1)
     half = x.shape[-1] // 2
     frequency, attention_factor = rotary_frequencies(x.shape[-1], base, scaling)
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency

@@ -63,9 +63,9 @@ class Seq2Seq(nn.Module):
         return self.encoder(source, segments=segments)
 
     def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"] | None]:
-        """The output layer: a vector per token; no bias but the one that hides what fills up the table."""
+        """The output layer: a vector per token, and a bias where there is one or rows that fill up the table are hidden."""
         table = self.embed.token.embedding if self.cfg.tie_embeddings else self.lm_head.embedding
-        return table, mask_padded_vocab(self.cfg, None)
+        return table, mask_padded_vocab(self.cfg, self.lm_head.bias if self.cfg.output_bias else None)
 
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
         return logits_of(features, *self.unembedding())

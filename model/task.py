@@ -8,12 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from bothways.model.bert import BERT
+from bothways.model.block import ACTIVATIONS
 from bothways.model.config import TransformerConfig
 from bothways.model.dropout import Dropout
 from bothways.model.gpt import GPT
+from bothways.model.layers import Norm, Projection
 
 Kind = Literal["classify", "regress", "tag", "span", "choice"]
 Pool = Literal["token", "mean"]
+Hidden = Literal["", "tanh", "relu", "gelu"]
 
 
 def mean_over(features: Float[jax.Array, "B T D"], segments: Int[jax.Array, "B T"]) -> Float[jax.Array, "B D"]:
@@ -23,14 +26,24 @@ def mean_over(features: Float[jax.Array, "B T D"], segments: Int[jax.Array, "B T
 
 
 class TaskHead(nn.Module):
-    """Dropout and one linear layer, float32."""
+    """Dropout and one linear layer, float32; before them a dense layer and a norm, where published heads have them."""
 
+    cfg: TransformerConfig
     outputs: int
     dropout: float
+    hidden: Hidden = ""
+    """The dense layer's activation: tanh (RoBERTa), relu (DistilBERT), gelu (ELECTRA, ModernBERT). Empty: no such layer."""
+    hidden_norm: bool = False
 
     @nn.compact
     def __call__(self, x: Float[jax.Array, "... D"], deterministic: bool) -> Float[jax.Array, "... O"]:
-        x = Dropout(self.dropout, deterministic=deterministic)(x.astype(jnp.float32))
+        x = x.astype(jnp.float32)
+        if self.hidden:
+            x = Projection(self.cfg, (x.shape[-1],), name="dense")(x)
+            x = jnp.tanh(x) if self.hidden == "tanh" else ACTIVATIONS[self.hidden](x)
+        if self.hidden_norm:
+            x = Norm(self.cfg, name="norm")(x)
+        x = Dropout(self.dropout, deterministic=deterministic)(x)
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.outputs), jnp.float32)
         return x @ kernel + self.param("bias", nn.initializers.zeros, (self.outputs,), jnp.float32)
 
@@ -51,10 +64,12 @@ class TaskModel(nn.Module):
     both_ways: bool = False
     """A GPT that was trained in both directions: every token sees the whole text."""
     pool: Pool = "token"
+    hidden: Hidden = ""
+    hidden_norm: bool = False
 
     def setup(self):
         self.body = GPT(self.cfg) if self.family == "gpt" else BERT(self.cfg)
-        self.task_head = TaskHead(self.outputs, self.dropout)
+        self.task_head = TaskHead(self.cfg, self.outputs, self.dropout, self.hidden, self.hidden_norm)
 
     def features(
         self,

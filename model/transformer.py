@@ -30,7 +30,7 @@ class Transformer(nn.Module):
     def setup(self):
         self.embed = Embedding(self.cfg) if self.shared is None else self.shared
         self.stack = Stack(self.cfg, cross=self.cross)
-        if self.cfg.norm_position == "pre":
+        if self.cfg.norm_position != "post":
             self.final_norm = Norm(self.cfg)
 
     def read(
@@ -47,7 +47,7 @@ class Transformer(nn.Module):
     ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
         x = self.embed(tokens, positions, types, deterministic)
         x, cache = self.stack(x, mask, positions, cache, memory, memory_mask, deterministic)
-        return (self.final_norm(x) if self.cfg.norm_position == "pre" else x), cache
+        return (self.final_norm(x) if self.cfg.norm_position != "post" else x), cache
 
     def token_table(self) -> Float[jax.Array, "V D"]:
         """The token embeddings, for an output layer tied to them."""

@@ -173,6 +173,6 @@ class DiffusionModel(TextModel):
         known = ", ".join(str(size) if size else "the whole row (0)" for size in self.block_sizes)
         return InputError(f"block is {block}, and {self.run.home} was trained on blocks of {known}: give one of those")
 
-    def embed(self, texts: Sequence[str], pool: str = "mean") -> np.ndarray:
+    def embed(self, texts: Sequence[str], pool: str = "", prompt: str = "") -> np.ndarray:
         """As MaskedModel.embed, read both ways, where whole rows were trained on; else as TextModel.embed."""
-        return self.both_ways.embed(texts, pool) if 0 in self.block_sizes else super().embed(texts, pool)
+        return self.both_ways.embed(texts, pool, prompt) if 0 in self.block_sizes else super().embed(texts, pool, prompt)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bothways.embedding import EmbeddingInfo, read_embedding
 from bothways.errors import InputError
 from bothways.model.seq2seq import Seq2Seq
 from bothways.model.task import mean_over
@@ -19,11 +20,40 @@ from bothways.sample.decode import padded
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def pooled(module: nn.Module, params: Any, tokens: jax.Array, segments: jax.Array, pool: str) -> jax.Array:
-    """[B, D] one vector per row: the first token's features, or the mean over the row; the encoder's, where there is one."""
+    """[B, D] one vector per row: features of the first token or the last, or the mean over the row; the encoder's, where there
+    is one."""
     method = "encode" if isinstance(module, Seq2Seq) else None
     features = module.apply({"params": params}, tokens, segments=segments, method=method)
     features = (features[0] if isinstance(features, tuple) else features).astype(jnp.float32)
+    if pool == "last":
+        last = jnp.sum(segments > 0, axis=1) - 1
+        return jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
     return features[:, 0] if pool == "cls" else mean_over(features, segments)
+
+
+def prompted(info: EmbeddingInfo, texts: Sequence[str], prompt: str) -> list[str]:
+    """Texts behind the prompt of this name, or behind the run's default one.
+
+    Raises:
+      InputError: the run has no prompt of this name.
+    """
+    name = prompt or info.default_prompt
+    if name and name not in info.prompts:
+        raise InputError(f"no prompt {name!r}; this run has {', '.join(info.prompts) or 'none'}")
+    return [info.prompts.get(name, "") + text for text in texts]
+
+
+def published_rows(run: Run, info: EmbeddingInfo, texts: Sequence[str]) -> list[list[int]]:
+    """Tokens of texts wrapped as a published vocabulary wraps them, of long ones the first."""
+    tokenizer = run.tokenizer.framing_as_published()
+    before, _, behind = tokenizer.frame(False)
+    room = (info.length or 1 << 30) - len(before) - len(behind)
+    return [[*before, *tokenizer.encode(text)[:room], *behind] for text in texts]
+
+
+def shaped(info: EmbeddingInfo, found: np.ndarray) -> np.ndarray:
+    """Vectors [texts, D] as the run wants them: of length 1, or as they are."""
+    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12) if info.normalize else found
 
 
 def vectors(run: Run, texts: Sequence[str], rows: Sequence[list[int]], pool: str) -> np.ndarray:
@@ -49,18 +79,30 @@ class Embedder:
     def __init__(self, run: Run):
         self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer
         self.context_length = run.recipe.model.context_length
+        self.embedding = read_embedding(run.home)
         self.closing = [] if run.recipe.objective.kind == "diffusion" else [self.tokenizer.eos]
         """What stands behind a text: [SEP], but not where rows of running text were trained on."""
 
     def _wrap(self, ids: Sequence[int]) -> list[int]:
         return [self.tokenizer.bos, *ids, *self.closing]
 
-    def embed(self, texts: Sequence[str], pool: str = "mean") -> np.ndarray:
-        """[texts, D] float32: the features of [CLS], or the mean over [CLS], text and [SEP].
+    def embed(self, texts: Sequence[str], pool: str = "", prompt: str = "") -> np.ndarray:
+        """[texts, D] float32: the features of [CLS] (cls) or of the last token (last), or the mean over [CLS], text and [SEP].
+
+        Args:
+          pool: empty: as the run says, else mean.
+          prompt: the name of what the run puts before such a text.
 
         Raises:
-          InputError: a text longer than the context, or another pool.
+          InputError: a text longer than the context, another pool, or a prompt that the run does not have.
         """
-        if pool not in ("cls", "mean"):
-            raise InputError(f"pool {pool!r} is unknown; there are cls and mean")
-        return vectors(self.run, texts, [self._wrap(self.tokenizer.encode(text)) for text in texts], pool)
+        info = self.embedding or EmbeddingInfo()
+        pool, texts = pool or info.pool, prompted(info, texts, prompt)
+        if pool not in ("cls", "mean", "last"):
+            raise InputError(f"pool {pool!r} is unknown; there are cls, mean and last")
+        rows = (
+            published_rows(self.run, info, texts)
+            if self.embedding
+            else [self._wrap(self.tokenizer.encode(text)) for text in texts]
+        )
+        return shaped(info, vectors(self.run, texts, rows, pool))

@@ -37,7 +37,8 @@ class TaskPredictor:
     def __init__(self, run: Run):
         if run.task is None:
             raise InputError(f"{run.home} is not fine-tuned; `bothways finetune` makes a run that predicts")
-        self.run, self.recipe, self.task, self.tokenizer = run, run.recipe, run.task, run.tokenizer
+        self.run, self.recipe, self.task = run, run.recipe, run.task
+        self.tokenizer = run.tokenizer.framing_as_published() if run.task.wrap == "vocabulary" else run.tokenizer
         module = run.module
 
         def scores(params: Any, batch: dict[str, jax.Array]) -> jax.Array:

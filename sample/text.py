@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bothways.data.tokenizer import Tokenizer
+from bothways.embedding import EmbeddingInfo, read_embedding
 from bothways.errors import InputError
 from bothways.model.cache import Cache
 from bothways.recipes import Recipe
@@ -20,7 +21,7 @@ from bothways.sample import score as scoring
 from bothways.sample.batching import batched, rows_that_decode
 from bothways.sample.beam import make_beam_search
 from bothways.sample.decode import Begin, Decoder, Forward, Logits, Row, SourceTokens, bucket
-from bothways.sample.embed import vectors
+from bothways.sample.embed import prompted, published_rows, shaped, vectors
 from bothways.sample.sampling_params import SamplingParams
 
 BATCH = 128
@@ -357,14 +358,27 @@ class TextModel:
         arguments = (self.run.module, self.run.params, sources, targets, self.recipe.model.context_length)
         return scoring.target_logprobs(*arguments), [len(ids) - 1 for ids in targets]
 
-    def embed(self, texts: Sequence[str], pool: str = "mean") -> np.ndarray:
-        """[texts, D] float32: the mean of the last features over all tokens; the encoder's, where there is one.
+    def embed(self, texts: Sequence[str], pool: str = "", prompt: str = "") -> np.ndarray:
+        """[texts, D] float32: the mean of the last features over all tokens, or those of the last token (last); the
+        encoder's, where there is one.
+
+        Args:
+          pool: empty: as the run says, else mean.
+          prompt: the name of what the run puts before such a text.
 
         Raises:
-          InputError: a text longer than the context; or pool cls, since a first token sees nothing behind it.
+          InputError: a text longer than the context; pool cls, since a first token sees nothing behind it; or a prompt that
+            the run does not have.
         """
-        if pool != "mean":
-            raise InputError(f"pool {pool!r} is not for a causal run: its first token sees nothing of the text; use mean")
+        said = read_embedding(self.run.home)
+        info = said or EmbeddingInfo()
+        pool, texts = pool or info.pool, prompted(info, texts, prompt)
+        if pool not in ("mean", "last"):
+            raise InputError(
+                f"pool {pool!r} is not for a causal run: its first token sees nothing of the text; use mean or last"
+            )
+        if said:
+            return shaped(info, vectors(self.run, texts, published_rows(self.run, info, texts), pool))
         bos, eos = [self.tokenizer.bos], [self.tokenizer.eos]
         encoded = [self.tokenizer.encode(text) for text in texts]
         return vectors(self.run, texts, [ids + eos if self.has_source else bos + ids for ids in encoded], pool)

@@ -123,7 +123,7 @@ class EmbeddingRequest(Struct):
     input: Text | Annotated[list[TextOrIds], Meta(min_length=1, max_length=2048)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Some | None = None
-    pool: Literal["mean", "cls"] = "mean"
+    pool: Literal["", "mean", "cls", "last"] = ""
 
 
 class RerankRequest(Struct):

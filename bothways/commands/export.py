@@ -1,5 +1,7 @@
 """`bothways export`: a run becomes a directory that transformers opens."""
 
+from typing import Literal
+
 import tyro
 
 from bothways.commands.shared import show_converted
@@ -14,6 +16,8 @@ def export(
     dest: Positional[str],
     adapters: bool = False,
     license: str = "",
+    embeds: Literal["", "mean", "cls", "last"] = "",
+    dtype: Literal["", "float32", "bfloat16", "float16", "q8_0"] = "",
     push: str = "",
     json: bool = False,
 ) -> None:
@@ -21,9 +25,12 @@ def export(
 
     Args:
         run: A run directory.
-        dest: The directory to write, on a disk.
+        dest: The directory to write, on a disk; or a file that ends in .gguf, for llama.cpp.
         adapters: Write the run's adapters alone, as PEFT's files, and not the merged model.
         license: What the card states, by the hub's identifiers, such as apache-2.0.
+        embeds: The directory opens in sentence-transformers too, whose vectors are the mean over all tokens, or the features
+            of the first (cls) or the last. A run that came from there leaves as it came.
+        dtype: What matrices and tables are written as; empty: as the run keeps them. float16 and q8_0 are for GGUF.
         push: A name on the hub, OWNER/NAME: the directory is uploaded there, private, with the token that `hf auth login`
             stored.
         json: Print the result as one JSON object.
@@ -33,12 +40,14 @@ def export(
     from bothways.convert.run import export_run
     from bothways.rundir import directory, on_disk
 
+    if push and dest.endswith(".gguf"):
+        raise InputError("--push uploads a directory; give DEST without .gguf")
     if push:
         check_name(push)
     if adapters and license:
         raise InputError("--license stands on a model's card, and adapters have none; leave it out")
     home, to = directory(run), on_disk(dest)
-    done = export_adapters(home, to, log) if adapters else export_run(home, to, log, license)
+    done = export_adapters(home, to, log) if adapters else export_run(home, to, log, license, embeds, dtype)
     if push:
         log(f"uploaded to {push_directory(on_disk(dest), push)}")
     show_converted(done, json)

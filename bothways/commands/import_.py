@@ -1,6 +1,7 @@
 """`bothways import`: a published checkpoint becomes a run."""
 
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -12,15 +13,21 @@ Positional = tyro.conf.Positional
 
 
 def import_(
-    source: Positional[str], run: Positional[str], corpus: str = "shakespeare", base: str = "", json: bool = False
+    source: Positional[str],
+    run: Positional[str],
+    corpus: str = "shakespeare",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    base: str = "",
+    json: bool = False,
 ) -> None:
     """A published checkpoint becomes a run; docs/weights.md lists the families.
 
     Args:
-        source: A Hugging Face directory with safetensors, a .gguf file of the Llama family, or a name on the hub.
+        source: A Hugging Face directory with safetensors, a .gguf file, or a name on the hub.
         run: The run directory to write, on a disk.
         corpus: The text that `evaluate` and `train` take for this run unless another is given.
         base: Of PEFT's adapters (a directory with adapter_config.json): the run that they are for.
+        dtype: What matrices and tables are kept as: bfloat16 takes half the disk, and loses nothing of a checkpoint that is so.
         json: Print the result as one JSON object.
     """
     from bothways.convert.run import import_run
@@ -38,4 +45,4 @@ def import_(
 
         show_converted(import_adapters(Path(source), on_disk(run), directory(base), log), json)
         return
-    show_converted(import_run(source, on_disk(run), corpus, log), json)
+    show_converted(import_run(source, on_disk(run), corpus, log, dtype), json)

@@ -54,8 +54,15 @@ def wordpiece(size: int = 83) -> tokenizers.Tokenizer:
 
 
 def tokenizer_for(family: str) -> tokenizers.Tokenizer:
-    alike = {"distilbert": "bert", "xlm-roberta": "roberta", "camembert": "roberta", "openai-gpt": "gpt2"}
-    family = alike.get(family, "llama" if family in ("mistral", "qwen3", "phi3") else family)
+    alike = {
+        "distilbert": "bert",
+        "electra": "bert",
+        "xlm-roberta": "roberta",
+        "camembert": "roberta",
+        "openai-gpt": "gpt2",
+    }
+    family = alike.get(family, family)
+    family = family if family in ("bert", "modernbert", "roberta", "gpt2") else "llama"
     if family in ("bert", "modernbert"):
         return wordpiece() if family == "bert" else byte_level(BERT_SPECIAL)
     return byte_level(ROBERTA_SPECIAL if family == "roberta" else SPECIAL[family])
@@ -100,9 +107,18 @@ SIZES["bert"] |= {"max_position_embeddings": 23}
 SIZES["modernbert"] = SIZES["bert"] | {"hidden_size": 20, "num_hidden_layers": 4}
 SIZES |= {"xlm-roberta": SIZES["roberta"], "camembert": SIZES["roberta"]}
 SIZES["distilbert"] = {"dim": 22, "n_heads": 2, "n_layers": 3, "hidden_dim": 26, "max_position_embeddings": 23}
+SIZES["electra"] = SIZES["bert"] | {"embedding_size": 22}
 SIZES["openai-gpt"] = {k: v for k, v in SIZES["gpt2"].items() if k != "n_inner"}
 SIZES |= {"mistral": SIZES["llama"] | {"sliding_window": 7}, "qwen3": SIZES["llama"]}
 SIZES["phi3"] = {k: v for k, v in SIZES["llama"].items() if k != "head_dim"} | {"hidden_size": 24}
+SIZES |= dict.fromkeys(("qwen2", "smollm3", "gemma", "gemma3_text"), SIZES["llama"])
+SIZES["gemma3_text"] = SIZES["llama"] | {"sliding_window": 5, "sliding_window_pattern": 2}
+SIZES["smollm3"] = SIZES["llama"] | {"no_rope_layer_interval": 2}
+SIZES |= dict.fromkeys(("olmo2", "starcoder2"), SIZES["phi3"])
+SIZES["starcoder2"] = SIZES["phi3"] | {"sliding_window": 5}
+SIZES |= dict.fromkeys(("gpt_neox", "phi"), SIZES["bert"] | {"hidden_size": 24, "rotary_pct": 0.5})
+SIZES["gptj"] = SIZES["gpt2"] | {"n_embd": 24, "rotary_dim": 6}
+SIZES["opt"] = {k: v for k, v in SIZES["bert"].items() if k != "intermediate_size"} | {"ffn_dim": 26}
 STEM_OF_HEAD = {
     "bert": ["cls.predictions.", "cls.seq_relationship."],
     "roberta": ["lm_head."],
@@ -118,7 +134,7 @@ def checkpoint(name: str, home: Path, **values) -> Path:
     shapes = param_shapes(Recipe(family=family.ours, model=cfg))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(np.float32), shapes)
-    return written(home, config, family.layout.to_checkpoint(params, family.absent(cfg)))
+    return written(home, config, family.layout_for(cfg).to_checkpoint(params, family.absent(cfg)))
 
 
 def change(home: Path, **tensors) -> None:

@@ -30,6 +30,25 @@ CASES = {  # name: family, objective, fields
         | {"n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "qk_norm": True, "tie_embeddings": False, "window": 5}
         | {"layer_pattern": ("global", "local"), "rotary_base_local": 100.0, "pad_vocab_to_multiple_of": 17},
     ),
+    "gemma": (
+        "gpt",
+        "causal",
+        ROTARY
+        | {"n_layers": 3, "norm_position": "both", "qk_norm": True, "query_scale": 7.0, "activation": "geglu_tanh"}
+        | {"layer_pattern": ("nope", "global"), "qk_norm_over": "all", "qkv_bias": True},
+    ),
+    "neox": (
+        "gpt",
+        "causal",
+        {"position_embedding": "rotary", "parallel": "two_norms", "rotary_width": 4, "n_layers": 2},
+    ),
+    "gptj": (
+        "gpt",
+        "causal",
+        {"position_embedding": "rotary", "parallel": "one_norm", "attention_bias": False}
+        | {"tie_embeddings": False, "output_bias": True, "activation": "relu2"},
+    ),
+    "out": ("bert", "masked", {"norm_position": "out", "activation": "relu2"}),
     "hybrid": ("gpt", "hybrid", ROTARY | {"activation": "geglu", "rotary_scaling": YARN}),
     "dial": ("gpt", "diffusion", ROTARY | {"predicts": "own"}),
     "bert": ("bert", "masked", {"activation": "relu2", "position_embedding": "sinusoidal", "embed_scale": True}),
@@ -121,7 +140,7 @@ def test_the_modelling_file_computes_what_we_do_and_the_run_comes_back(exported,
             assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize("name", ["gpt", "modern", "hybrid"])
+@pytest.mark.parametrize("name", ["gpt", "modern", "gemma", "neox", "hybrid"])
 def test_greedy_text_with_a_cache_and_padding_on_the_left_is_ours(exported, name):
     run, out, _ = exported(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out, padding_side="left", trust_remote_code=True)

@@ -27,7 +27,7 @@ from tests.train.bodies import body, write
 def no_transformers():
     """Comparing with transformers takes longer, and is done in test_parity.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bothways.convert.check.transformers_logits", lambda *_: None)
+        patch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
         yield
 
 

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from bothways.convert import files, gguf_file
+from bothways.convert import files, gguf_vocabulary
 from bothways.convert.run import import_run
 from bothways.convert.vocabulary import save_vocabulary
 from bothways.data.published import PublishedTokenizer
@@ -34,7 +34,7 @@ ODD = [
 def no_transformers_logits():
     """Logits are compared in test_parity.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bothways.convert.check.transformers_logits", lambda *_: None)
+        patch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
         yield
 
 
@@ -191,7 +191,7 @@ def gguf_tokenizer(tmp_path: Path, **said) -> PublishedTokenizer:
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
     }
-    return gguf_file._tokenizer(found | {f"tokenizer.ggml.{k}": v for k, v in said.items()}, tmp_path)
+    return gguf_vocabulary.read(found | {f"tokenizer.ggml.{k}": v for k, v in said.items()}, tmp_path)
 
 
 def test_gguf_vocabularies_keep_their_tokens_types_and_rules(tmp_path):

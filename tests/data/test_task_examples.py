@@ -118,6 +118,7 @@ def test_a_word_without_pieces_keeps_its_tag(tokenizer):
         """A vocabulary that has nothing for a zero-width space, as WordPiece has not."""
 
         unk, bos, eos, pad = tokenizer.unk, tokenizer.bos, tokenizer.eos, tokenizer.pad
+        frame = tokenizer.frame
 
         def encode(self, text: str) -> list[int]:
             return tokenizer.encode(text.replace(" \u200b", ""))

@@ -43,11 +43,12 @@ def test_every_parameter_of_every_recipe_has_axes(recipe_shapes):
 ALL_ON = {"activation": "swiglu", "qk_norm": True, "segment_types": 3, "embed_norm": True} | {
     "tie_embeddings": False,
     "next_sentence": True,
+    "output_bias": True,
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize("norm_position", ["pre", "post", "both"])
 def test_every_parameter_with_all_options_on_has_axes(tiny_with, family, norm_position):
     """Here all sizes differ, so that axes in the wrong order cannot pass."""
     cfg = tiny_with(**ALL_ON, norm_position=norm_position, n_heads=10, n_kv_heads=5)

@@ -113,18 +113,24 @@ OTHER = {  # field: another value, and what else must hold for the field to matt
     "d_value": (8, {}),
     "d_ff": (34, {}),
     "rotary_base": (500.0, {"position_embedding": "rotary"}),
+    "rotary_width": (2, {"position_embedding": "rotary"}),
     "rotary_base_local": (500.0, {"position_embedding": "rotary"}),
     "rotary_scaling": (RotaryScaling("linear", 2.0), {"position_embedding": "rotary"}),
     "first_norm": (False, {}),
     "norm_eps": (1e-3, {}),
     "bias": (False, {}),
+    "qkv_bias": (True, {"bias": False}),
+    "attention_bias": (False, {}),
     "qk_norm": (True, {}),
+    "qk_norm_over": ("all", {"qk_norm": True}),
+    "query_scale": (7.0, {}),
     "window": (2, {}),
     "layer_pattern": (("global", "local"), {}),
     "segment_types": (2, {}),
     "embed_norm": (True, {}),
     "embed_scale": (True, {}),
     "tie_embeddings": (False, {}),
+    "output_bias": (True, {"tie_embeddings": False}),
     "masked_head": (False, {"family": "bert"}),
     "next_sentence": (True, {"family": "bert"}),
     "pooler": (True, {"family": "bert"}),
@@ -137,6 +143,7 @@ OTHER = {  # field: another value, and what else must hold for the field to matt
 }
 HINTS = get_type_hints(TransformerConfig)
 CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}
+del CHOICES["qk_norm_over"]  # above, beside what it wants
 del CHOICES["attention"]  # kernels want larger sizes, and devices: tests/model/test_kernels.py
 del CHOICES["predicts"]  # the order of the features that a loss reads: tests/train/test_diffusion.py
 

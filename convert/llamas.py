@@ -1,0 +1,223 @@
+"""Decoders that differ from Llama in a few fields: Qwen 2, OLMo 2, SmolLM 3, Gemma 1 and 3, StarCoder 2."""
+
+import dataclasses
+
+from bothways.convert.decoders import LLAMA
+from bothways.convert.family import Config, Family, Head, activation_of, published_activation
+from bothways.convert.layout import Layout
+from bothways.errors import InputError
+from bothways.model.config import TransformerConfig
+
+_TABLE = LLAMA.layout.table
+_ON_MODEL = LLAMA.tasks | {"QuestionAnswering": Head({"qa_outputs": "task_head"})}
+
+
+def without(table: dict[str, str], *ends: str) -> dict[str, str]:
+    """A table without the stems that end so."""
+    return {stem: ours for stem, ours in table.items() if not stem.endswith(ends)}
+
+
+# ---- Qwen 2, OLMo 2, SmolLM 3 -----------------------------------------------------------------------------------------
+
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    name="qwen2",
+    constants=LLAMA.constants | {"qkv_bias": True},
+    values=LLAMA.values
+    | {"num_key_value_heads": ("n_kv_heads", 32), "max_position_embeddings": ("context_length", 32_768)},
+    wanted={"use_sliding_window": False},
+    architecture=lambda cfg: "Qwen2ForCausalLM",
+    classes="Qwen2",
+)
+
+OLMO2 = dataclasses.replace(
+    LLAMA,
+    name="olmo2",
+    layout=Layout(
+        "decoder",
+        without(_TABLE, "layernorm")
+        | {
+            "model.layers.{}.self_attn.q_norm": "block/attention/query_norm",
+            "model.layers.{}.self_attn.k_norm": "block/attention/key_norm",
+            "model.layers.{}.post_attention_layernorm": "block/attention_out_norm",
+            "model.layers.{}.post_feedforward_layernorm": "block/mlp_out_norm",
+        },
+    ),
+    constants=LLAMA.constants | {"norm_position": "out", "qk_norm": True, "qk_norm_over": "all"},
+    values=without(LLAMA.values, "head_dim") | {"rms_norm_eps": ("norm_eps", 1e-5)},
+    wanted={"attention_bias": False},
+    architecture=lambda cfg: "Olmo2ForCausalLM",
+    classes="Olmo2",
+    tasks={"SequenceClassification": LLAMA.tasks["SequenceClassification"]},
+)
+
+
+def shortest_pattern(kinds: list[str]) -> tuple[str, ...]:
+    """The fewest layers that, repeated, give these."""
+    n = next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
+    return tuple(kinds[:n])
+
+
+def _smollm3_read(theirs: Config) -> Config:
+    n, every = theirs["num_hidden_layers"], theirs.get("no_rope_layer_interval", 4)
+    turned = theirs.get("no_rope_layers") or [(layer + 1) % every != 0 for layer in range(n)]
+    return LLAMA.read(theirs) | {"layer_pattern": shortest_pattern(["global" if t else "nope" for t in turned[:n]])}
+
+
+def _smollm3_write(cfg: TransformerConfig) -> Config:
+    kinds = [cfg.layer_pattern[i % len(cfg.layer_pattern)] for i in range(cfg.n_layers)]
+    return LLAMA.write(cfg) | {"no_rope_layers": [int(kind != "nope") for kind in kinds]}
+
+
+SMOLLM3 = dataclasses.replace(
+    LLAMA,
+    name="smollm3",
+    values=LLAMA.values
+    | {"num_key_value_heads": ("n_kv_heads", 4), "max_position_embeddings": ("context_length", 32_768)}
+    | {"tie_word_embeddings": ("tie_embeddings", True)},
+    wanted={"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
+    read=_smollm3_read,
+    write=_smollm3_write,
+    architecture=lambda cfg: "SmolLM3ForCausalLM",
+    classes="SmolLM3",
+    tasks=_ON_MODEL,
+)
+
+# ---- Gemma ------------------------------------------------------------------------------------------------------------
+
+_GELU = {"gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh"}
+
+
+def _gemma_read(theirs: Config) -> Config:
+    """Gemma 1 says "gelu" and means the approximation by tanh, unless `hidden_activation` says another."""
+    activation = theirs.get("hidden_activation") or theirs.get("hidden_act", "gelu_pytorch_tanh")
+    activation = "gelu_pytorch_tanh" if activation == "gelu" else activation
+    found = LLAMA.read(theirs | {"hidden_act": "silu"})
+    return found | {"activation": activation_of(activation, _GELU)}
+
+
+GEMMA = dataclasses.replace(
+    LLAMA,
+    name="gemma",
+    layout=dataclasses.replace(LLAMA.layout, norms_from_zero=True),
+    constants=LLAMA.constants | {"embed_scale": True},
+    values=LLAMA.values
+    | {"head_dim": ("d_head", 256), "num_key_value_heads": ("n_kv_heads", 16)}
+    | {"max_position_embeddings": ("context_length", 8192), "tie_word_embeddings": ("tie_embeddings", True)},
+    wanted={"attention_bias": False, "use_bidirectional_attention": None},
+    read=_gemma_read,
+    write=lambda cfg: LLAMA.write(cfg) | {"hidden_act": published_activation(cfg.activation, _GELU)},
+    architecture=lambda cfg: "GemmaForCausalLM",
+    classes="Gemma",
+    tasks={name: head for name, head in LLAMA.tasks.items() if name != "QuestionAnswering"},
+)
+
+_KINDS = {"full_attention": "global", "sliding_attention": "local"}
+
+
+def _gemma3_read(theirs: Config) -> Config:
+    n, every = theirs["num_hidden_layers"], theirs.get("sliding_window_pattern") or 6
+    types = theirs.get("layer_types") or [
+        "full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(n)
+    ]
+    bases = theirs.get("rope_parameters") or {}
+    bases = bases if "full_attention" in bases or "sliding_attention" in bases else {"full_attention": bases}
+    stretched = [
+        v for v in (*bases.values(), theirs.get("rope_scaling")) if v and v.get("rope_type", "default") != "default"
+    ]
+    if stretched:
+        raise InputError(f"config.json: a gemma3 with rotary scaling is not supported: {stretched[0]}")
+
+    def base(kind: str, old: str, default: float) -> float:
+        return float((bases.get(kind) or {}).get("rope_theta") or theirs.get(old) or default)
+
+    pattern = shortest_pattern([_KINDS[t] for t in types])
+    return {
+        "activation": activation_of(theirs.get("hidden_activation", "gelu_pytorch_tanh"), _GELU),
+        "layer_pattern": pattern,
+        "window": theirs.get("sliding_window", 4096) if "local" in pattern else 0,
+        "rotary_base": base("full_attention", "rope_theta", 1_000_000.0),
+        "rotary_base_local": base("sliding_attention", "rope_local_base_freq", 10_000.0),
+    }
+
+
+def _gemma3_write(cfg: TransformerConfig) -> Config:
+    kinds = {ours: theirs for theirs, ours in _KINDS.items()}
+    if "nope" in cfg.layer_pattern or cfg.rotary_scaling.kind != "none":
+        raise InputError("layers without positions, or rotary scaling, which a gemma3 has not")
+    return {
+        "hidden_activation": published_activation(cfg.activation, _GELU),
+        "layer_types": [kinds[cfg.layer_pattern[i % len(cfg.layer_pattern)]] for i in range(cfg.n_layers)],
+        "sliding_window": cfg.window or 4096,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": cfg.rotary_base, "rope_type": "default"},
+            "sliding_attention": {"rope_theta": cfg.rotary_base_local or cfg.rotary_base, "rope_type": "default"},
+        },
+    }
+
+
+GEMMA3 = dataclasses.replace(
+    GEMMA,
+    name="gemma3_text",
+    layout=Layout(
+        "decoder",
+        without(_TABLE, "post_attention_layernorm")
+        | {
+            "model.layers.{}.self_attn.q_norm": "block/attention/query_norm",
+            "model.layers.{}.self_attn.k_norm": "block/attention/key_norm",
+            "model.layers.{}.post_attention_layernorm": "block/attention_out_norm",
+            "model.layers.{}.pre_feedforward_layernorm": "block/mlp_norm",
+            "model.layers.{}.post_feedforward_layernorm": "block/mlp_out_norm",
+        },
+        norms_from_zero=True,
+    ),
+    constants=GEMMA.constants | {"norm_position": "both", "qk_norm": True},
+    values=GEMMA.values
+    | {"query_pre_attn_scalar": ("query_scale", 256), "num_key_value_heads": ("n_kv_heads", 4)}
+    | {"max_position_embeddings": ("context_length", 131_072)},
+    wanted={"attention_bias": False, "use_bidirectional_attention": False}
+    | {"final_logit_softcapping": None, "attn_logit_softcapping": None},
+    read=_gemma3_read,
+    write=_gemma3_write,
+    architecture=lambda cfg: "Gemma3ForCausalLM",
+    classes="Gemma3Text",
+    tasks={"SequenceClassification": LLAMA.tasks["SequenceClassification"]},
+)
+
+# ---- StarCoder 2 ------------------------------------------------------------------------------------------------------
+
+
+def _starcoder2_read(theirs: Config) -> Config:
+    window, activation = theirs.get("sliding_window") or 0, theirs.get("hidden_act", "gelu_pytorch_tanh")
+    return LLAMA.read(theirs | {"hidden_act": "silu"}) | {
+        "activation": activation_of(activation),
+        "window": window,
+        "layer_pattern": ("local",) if window else ("global",),
+    }
+
+
+STARCODER2 = dataclasses.replace(
+    LLAMA,
+    name="starcoder2",
+    layout=Layout(
+        "decoder",
+        without(_TABLE, "gate_proj", "up_proj", "down_proj")
+        | {"model.layers.{}.mlp.c_fc": "block/mlp/up", "model.layers.{}.mlp.c_proj": "block/mlp/down"},
+    ),
+    constants={"position_embedding": "rotary", "norm": "layer", "norm_position": "pre", "bias": True},
+    values=without(LLAMA.values, "rms_norm_eps", "head_dim")
+    | {"norm_epsilon": ("norm_eps", 1e-5), "num_key_value_heads": ("n_kv_heads", 2)}
+    | {"max_position_embeddings": ("context_length", 4096), "initializer_range": ("init_std", 0.018042)}
+    | {"residual_dropout": ("dropout_residual", 0.0), "embedding_dropout": ("dropout_embed", 0.0)}
+    | {"tie_word_embeddings": ("tie_embeddings", True)},
+    wanted={"use_bias": True},
+    read=_starcoder2_read,
+    write=lambda cfg: (
+        LLAMA.write(cfg) | {"hidden_act": published_activation(cfg.activation), "sliding_window": cfg.window or None}
+    ),
+    architecture=lambda cfg: "Starcoder2ForCausalLM",
+    classes="Starcoder2",
+    tasks={name: head for name, head in LLAMA.tasks.items() if name != "QuestionAnswering"},
+)
+
+FAMILIES: tuple[Family, ...] = (QWEN2, OLMO2, SMOLLM3, GEMMA, GEMMA3, STARCODER2)

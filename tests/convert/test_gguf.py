@@ -1,0 +1,134 @@
+"""GGUF files: what goes out comes in again, and llama.cpp itself continues it with the same tokens."""
+
+import dataclasses
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+import bothways
+from bothways.convert import files, gguf_file
+from bothways.convert.gguf_architectures import ARCHITECTURES
+from bothways.convert.run import export_run, import_run
+from bothways.data.tokenizer import train as train_tokenizer
+from bothways.errors import InputError
+from bothways.model.config import RotaryScaling
+from bothways.rundir import load_run
+from tests.convert.published import checkpoint, quiet
+from tests.corpus import made_up_text
+from tests.train.bodies import body, write
+
+EXTRA = {"gemma3": {"sliding_window_pattern": 6, "query_pre_attn_scalar": 8}, "smollm3": {"no_rope_layer_interval": 4}}
+EXTRA["starcoder2"] = {"sliding_window": None}
+TEXT = "the dog sees 42 ships. the queen"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_transformers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """Name of an architecture -> the run of a checkpoint that llama.cpp keeps so; made once."""
+    made = {}
+
+    def of(name: str) -> Path:
+        if name not in made:
+            home = tmp_path_factory.mktemp(name)
+            source = checkpoint(ARCHITECTURES[name].family, home / "source", **EXTRA.get(name, {}))
+            import_run(str(source), home / "run", "shakespeare", quiet)
+            made[name] = home / "run"
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_run_goes_out_as_gguf_and_comes_back(run_of, name, tmp_path):
+    path = tmp_path / "model.gguf"
+    said = export_run(run_of(name), path, quiet)
+    assert (said.family, said.max_difference < 1e-5) == (ARCHITECTURES[name].family, True)
+    import_run(str(path), tmp_path / "back", "shakespeare", quiet)
+    before, after = load_run(run_of(name), print), load_run(tmp_path / "back", print)
+    assert after.tokenizer.encode(TEXT) == before.tokenizer.encode(TEXT)
+    assert (after.tokenizer.bos, after.tokenizer.eos) == (before.tokenizer.bos, before.tokenizer.eos)
+    names = {t.name.partition(".")[0] for t in gguf.GGUFReader(path).tensors}
+    kinds = gguf.MODEL_TENSORS[next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == name)]
+    assert names - {"blk"} <= {gguf.TENSOR_NAMES[kind] for kind in kinds}
+
+
+def test_quantised_to_eight_bits_it_is_near_and_small(run_of, tmp_path):
+    for type_ in ("float32", "float16", "q8_0"):
+        said = export_run(run_of("gpt2"), tmp_path / f"{type_}.gguf", quiet, dtype=type_)
+        assert said.max_difference < {"float32": 1e-5, "float16": 0.02, "q8_0": 0.2}[type_]
+    rows = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "q8_0.gguf").tensors}
+    assert rows["blk.0.ffn_up.weight"] == "F16"  # rows of 22 are no multiple of 32
+    assert rows["output_norm.weight"] == "F32"
+
+
+def test_llama_3s_scaling_is_found_in_its_factors(tmp_path):
+    """A file holds the factors only."""
+    scaling = RotaryScaling("llama3", 8.0, 8192, 1.0, 4.0)
+    factors = gguf_file._factors(scaling, 64, 500_000.0).astype(np.float32)
+    found = gguf_file._llama3_of(factors, {"rope_theta": 500_000.0}, tmp_path)
+    assert found == {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192} | {
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    with pytest.raises(InputError, match="not Llama 3's"):
+        gguf_file._llama3_of(factors[::-1].copy(), {"rope_theta": 500_000.0}, tmp_path)
+
+
+def test_a_sentencepiece_vocabulary_keeps_its_tokens(tiny, tmp_path):
+    """Trained here, with byte fallback; it comes back as a published vocabulary that cuts every text alike."""
+    tokenizer = train_tokenizer([made_up_text(60)], "bpe", 331)
+    run = body("gpt", dataclasses.replace(tiny, d_head=0, d_value=0))
+    model = dataclasses.replace(run.recipe.model, vocab_size=len(tokenizer))
+    rows = np.random.default_rng(0).normal(size=(len(tokenizer), model.d_model)).astype(np.float32)
+    params = {**run.params, "decoder": {**run.params["decoder"]}}
+    params["decoder"]["embed"] = {**params["decoder"]["embed"], "token": {"embedding": rows}}
+    recipe = dataclasses.replace(run.recipe, model=model)
+    write(dataclasses.replace(run, recipe=recipe, params=params, tokenizer=tokenizer), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "model.gguf", quiet)
+    back = files.read(str(tmp_path / "model.gguf")).tokenizer
+    for text in (TEXT, "a\nb  c", "caf\u00e9 \u2603"):
+        assert back.encode(text) == tokenizer.encode(text)
+        assert back.decode(back.encode(text)) == text
+
+
+def test_what_llama_cpp_does_not_compute_is_refused(run_of, tiny, tmp_path):
+    write(body("gpt", dataclasses.replace(tiny, activation="relu2")), tmp_path / "run")
+    with pytest.raises(InputError, match="published families only"):
+        export_run(tmp_path / "run", tmp_path / "x.gguf", quiet)
+    source = checkpoint("gemma3_text", tmp_path / "source", query_pre_attn_scalar=23)
+    import_run(str(source), tmp_path / "gemma", "shakespeare", quiet)
+    with pytest.raises(InputError, match="query_scale is 23, and comes back as 8"):
+        export_run(tmp_path / "gemma", tmp_path / "x.gguf", quiet)
+    assert not list(tmp_path.glob("*.gguf"))
+    (tmp_path / "x.gguf").write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        export_run(run_of("gpt2"), tmp_path / "x.gguf", quiet)
+
+
+@pytest.mark.parametrize(
+    ("name", "type_"), [("llama", "float32"), ("llama", "q8_0"), ("gpt2", "float32"), ("gemma3", "float32")]
+)
+def test_llama_cpp_writes_the_same_greedy_tokens(run_of, name, type_, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; it is built from source")
+    export_run(run_of(name), tmp_path / "model.gguf", quiet, dtype=type_)
+    import_run(str(tmp_path / "model.gguf"), tmp_path / "back", "shakespeare", quiet)  # of Q8_0, the rounded weights
+    model = bothways.load(tmp_path / "back")
+    engine = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=23, n_threads=1, verbose=False, logits_all=False)
+    prompt = [*model.tokenizer.opening, *model.tokenizer.encode("the dog")]
+    assert engine.tokenize(b"the dog", add_bos=bool(model.tokenizer.opening), special=False) == prompt
+    ours = model.sample(["the dog"], greedy=True, max_tokens=8)[0].text
+    theirs = []
+    for token in engine.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0):
+        if token == model.tokenizer.eos or len(theirs) == 8:
+            break
+        theirs.append(token)
+    assert model.tokenizer.decode(theirs) == ours

@@ -1,0 +1,131 @@
+"""Task heads as transformers has them: in, ready for predict, and out again with the same scores and labels."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+import bothways
+from bothways.convert.families import FAMILIES
+from bothways.convert.heads import KINDS
+from bothways.convert.run import export_run, import_run
+from bothways.errors import InputError
+from bothways.rundir import load_run
+from tests.convert.published import SIZES, quiet, save_tokenizer, shuffled
+
+torch = pytest.importorskip("torch", reason="the extra `parity` (torch, transformers) is not installed")
+transformers = pytest.importorskip("transformers", reason="the extra `parity` (torch, transformers) is not installed")
+
+CASES = {  # those whose heads are another family's under another name are left out
+    "gpt2": ("SequenceClassification", "TokenClassification", "QuestionAnswering"),
+    "openai-gpt": ("SequenceClassification",),
+    "bert": ("TokenClassification", "QuestionAnswering", "MultipleChoice"),
+    "roberta": ("SequenceClassification", "MultipleChoice"),
+    "electra": ("MultipleChoice",),
+    "distilbert": ("SequenceClassification",),
+    "modernbert": ("SequenceClassification", "TokenClassification"),
+    "llama": ("SequenceClassification", "TokenClassification", "QuestionAnswering"),
+    "mistral": ("QuestionAnswering",),
+}
+LABELS = ["sad", "glad", "neither"]
+TEXT, PAIR = "the dog sees the queen", "the king speaks"
+
+
+def published(name: str, suffix: str, home: Path, **values) -> Path:
+    """A checkpoint with a head, which `transformers` wrote; with three labels where labels are chosen."""
+    family = FAMILIES[name]
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
+    one_layer = {key: 2 for key in ("n_layer", "n_layers", "num_hidden_layers") if key in SIZES[name]}
+    values = (labels if suffix in ("SequenceClassification", "TokenClassification") else {}) | one_layer | values
+    values |= {"pad_token_id": {"roberta": 1, "xlm-roberta": 1, "camembert": 1}.get(name, 0)}
+    values |= {"hidden_size": 24} if "num_key_value_heads" in SIZES[name] else {}
+    values |= {"type_vocab_size": 1} if "roberta" in name or name == "camembert" else {}
+    config = getattr(transformers, f"{family.classes}Config")(
+        vocab_size=save_tokenizer(name, home), **SIZES[name] | values
+    )
+    if name == "roberta":  # <s> a </s></s> b </s>
+        fast = tokenizers.Tokenizer.from_file(str(home / "tokenizer.json"))
+        fast.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+        fast.save(str(home / "tokenizer.json"))
+    torch.manual_seed(0)
+    getattr(transformers, f"{family.classes}For{suffix}")(config).save_pretrained(home)
+    shuffled(home)
+    return home
+
+
+def test_every_class_with_a_head_is_there_in_transformers():
+    for name, family in FAMILIES.items():
+        for suffix in family.tasks:
+            assert hasattr(transformers, f"{family.classes}For{suffix}"), (name, suffix)
+
+
+@pytest.mark.parametrize(("name", "suffix"), [(name, suffix) for name, some in CASES.items() for suffix in some])
+def test_a_head_comes_in_and_goes_out_with_the_scores_of_transformers(name, suffix, tmp_path):
+    source = published(name, suffix, tmp_path / "source")
+    assert import_run(str(source), tmp_path / "run", "shakespeare", quiet).max_difference < 1e-4
+    task = load_run(tmp_path / "run", quiet).task
+    assert task.kind in KINDS[suffix]
+    assert task.labels == (tuple(LABELS) if task.kind in ("classify", "tag") else ())
+    first = export_run(tmp_path / "run", tmp_path / "a", quiet)
+    assert (first.family, first.max_difference < 1e-4) == (name, True)
+    before, after = (json.loads((p / "config.json").read_text()) for p in (source, tmp_path / "a"))
+    for key in ("architectures", "id2label"):
+        assert before.get(key) == after.get(key)
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "values"),
+    [
+        ("bert", "SequenceClassification", {}),
+        ("roberta", "SequenceClassification", {"num_labels": 1, "id2label": {0: "LABEL_0"}}),
+        ("modernbert", "SequenceClassification", {"classifier_pooling": "mean"}),
+        ("gpt2", "SequenceClassification", {}),
+    ],
+)
+def test_predict_gives_the_probabilities_of_the_pipeline_and_export_import_export_the_same_bytes(
+    name, suffix, values, tmp_path
+):
+    """Of a text and of a pair, each wrapped as the vocabulary itself wraps it."""
+    source = published(name, suffix, tmp_path / "source", **values)
+    import_run(str(source), tmp_path / "run", "shakespeare", quiet)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model = getattr(transformers, f"AutoModelFor{suffix}").from_pretrained(source).eval()
+    for line, texts in ((TEXT, (TEXT,)), (f"{TEXT}\t{PAIR}", (TEXT, PAIR))):
+        found = bothways.load(tmp_path / "run").predict([line])[0]
+        inputs = tokenizer(*texts, return_tensors="pt", padding=False, truncation=False)
+        with torch.no_grad():
+            scores = model(**inputs).logits[0].numpy()
+        if found.p is None:
+            assert abs(found.label - scores[0]) < 1e-4
+        else:
+            p = np.exp(scores) / np.exp(scores).sum()
+            assert (found.label, abs(found.p - p.max()) < 1e-4) == (LABELS[p.argmax()], True)
+    export_run(tmp_path / "run", tmp_path / "a", quiet)
+    import_run(str(tmp_path / "a"), tmp_path / "again", "shakespeare", quiet)
+    export_run(tmp_path / "again", tmp_path / "b", quiet)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_what_a_head_does_not_read_stays_behind_and_what_is_no_single_label_is_refused(tmp_path):
+    source = published("bert", "TokenClassification", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    for values, says in (
+        ({"problem_type": "multi_label_classification"}, "one label"),
+        ({"id2label": {"0": "a", "2": "b", "3": "c"}}, "number its labels from 0"),
+        ({"id2label": {"0": "a", "1": "a", "2": "c"}}, "one name"),
+        ({"architectures": ["BertForNextSentencePrediction"]}, "left over: classifier"),
+    ):
+        (source / "config.json").write_text(json.dumps(config | values))
+        with pytest.raises(InputError, match=says):
+            import_run(str(source), tmp_path / "run", "shakespeare", quiet)
+    (source / "config.json").write_text(json.dumps(config))
+    from tests.convert.published import change
+
+    change(source, **{"bert/pooler/dense/weight": np.ones((22, 22), np.float32), "bert/pooler/dense/bias": np.ones(22)})
+    import_run(str(source), tmp_path / "run", "shakespeare", quiet)
+    assert not load_run(tmp_path / "run", quiet).recipe.model.pooler
+    assert dataclasses.asdict(load_run(tmp_path / "run", quiet).task)["wrap"] == "vocabulary"

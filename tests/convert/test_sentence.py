@@ -1,0 +1,96 @@
+"""Directories of sentence-transformers in and out: pooling, length 1, prompts, and how much of a text is read."""
+
+import json
+
+import numpy as np
+import pytest
+
+import bothways
+from bothways.convert import sentence
+from bothways.convert.run import export_run, import_run
+from bothways.embedding import EmbeddingInfo
+from bothways.errors import InputError
+from tests.convert.published import checkpoint, quiet, refused
+
+TEXTS = ["the dog sees the queen", "the king"]
+QUERY = EmbeddingInfo("mean", True, 7, {"query": "the queen: "}, "")
+IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+CASES = {
+    "bert": QUERY,
+    "modernbert": EmbeddingInfo("cls", False, 0, {"query": "a ", "text": "b "}, "text"),
+    "llama": EmbeddingInfo("last", True),
+}
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Name of a case -> (its directory, its run); made once, without comparing logits."""
+    made = {}
+
+    def of(name: str):
+        if name not in made:
+            home = tmp_path_factory.mktemp(name)
+            values = {"llama": {"hidden_size": 24}, "modernbert": dict.fromkeys(IDS, 0)}.get(name, {})
+            width = {"llama": 24, "modernbert": 20, "bert": 22}[name]
+            sentence.write(checkpoint(name, home / "source", **values), CASES[name], width)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
+                import_run(str(home / "source"), home / "run", "shakespeare", quiet)
+            made[name] = home / "source", home / "run"
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vectors_are_those_of_sentence_transformers_before_and_after(imported, name, tmp_path, monkeypatch):
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    monkeypatch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
+    source, home = imported(name)
+    export_run(home, tmp_path / "out", quiet)
+    model = bothways.load(home)
+    prompts = ["", *CASES[name].prompts]
+    for place in (source, tmp_path / "out"):
+        theirs = library.SentenceTransformer(str(place), device="cpu")
+        for prompt in prompts:
+            wanted = theirs.encode(TEXTS, **({"prompt_name": prompt} if prompt else {}))
+            np.testing.assert_allclose(model.embed(TEXTS, prompt=prompt), wanted, atol=1e-5)
+
+
+def test_the_files_of_an_export_are_those_that_came(imported, tmp_path, monkeypatch):
+    monkeypatch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
+    source, home = imported("bert")
+    export_run(home, tmp_path / "out", quiet)
+    assert sentence.read(tmp_path / "out") == QUERY
+    for name in (sentence.MODULES, "1_Pooling/config.json", "config_sentence_transformers.json"):
+        assert (source / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    with pytest.raises(InputError, match="no prompt 'answer'; this run has query"):
+        bothways.load(home).embed(TEXTS, prompt="answer")
+
+
+def test_a_run_trained_here_leaves_with_a_pooling_where_one_is_chosen(imported, tmp_path, monkeypatch):
+    monkeypatch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
+    _, home = imported("llama")
+    (home / "embedding.json").rename(tmp_path / "aside")
+    try:
+        export_run(home, tmp_path / "plain", quiet)
+        export_run(home, tmp_path / "out", quiet, embeds="mean")
+    finally:
+        (tmp_path / "aside").rename(home / "embedding.json")
+    assert not (tmp_path / "plain" / sentence.MODULES).exists()
+    assert sentence.read(tmp_path / "out") == EmbeddingInfo("mean")
+
+
+def test_modules_that_are_not_computed_are_refused(imported, tmp_path, capfd):
+    source, _ = imported("bert")
+    listed, pooling = source / sentence.MODULES, source / "1_Pooling" / "config.json"
+    whole, kept = listed.read_text(), pooling.read_text()
+    dense = [*json.loads(whole)[:2], {"idx": 2, "name": "2", "path": "2_Dense", "type": "x.Dense"}]
+    outside = [json.loads(whole)[0] | {"path": "../other"}, *json.loads(whole)[1:]]
+    for modules, part in ((dense, "Transformer, Pooling, Dense"), (outside, "outside its directory"), ([], "no module")):
+        listed.write_text(json.dumps(modules))
+        refused(source, tmp_path / "run", capfd, part)
+    listed.write_text(whole)
+    pooling.write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    refused(source, tmp_path / "run", capfd, "pools by pooling_mode_max_tokens; there are mean, cls, lasttoken")
+    pooling.write_text(kept)
