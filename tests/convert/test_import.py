@@ -15,6 +15,8 @@ from bothways.convert import files
 from bothways.convert.families import FAMILIES, family_for
 from bothways.convert.gguf_file import ARCHITECTURES
 from bothways.convert.layout import shapes_of
+from bothways.convert.run import export_run, import_run
+from bothways.convert.stored import DTYPES, save_tensors
 from bothways.errors import InputError
 from bothways.model.config import RotaryScaling
 from bothways.recipes import Recipe
@@ -92,6 +94,32 @@ def test_a_sharded_checkpoint_and_bfloat16_give_the_same_run(tmp_path):
     (source / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match="not there: model-00002-of-00002"):
         files.read(str(source))
+
+
+def test_a_bfloat16_checkpoint_goes_through_without_loss_and_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
+    monkeypatch.setattr("bothways.convert.stored.ON_DISK", 2**10)  # parameters lie in files meanwhile
+    source = checkpoint("llama", tmp_path / "source")
+    tensors = {
+        k: v.astype(ml_dtypes.bfloat16) if v.ndim > 1 else v for k, v in load_file(source / "model.safetensors").items()
+    }
+    save_file(tensors, source / "model.safetensors")
+    import_run(str(source), tmp_path / "run", "shakespeare", print, "bfloat16")
+    export_run(tmp_path / "run", tmp_path / "out", print)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert {k: v.dtype for k, v in out.items()} == {k: v.dtype for k, v in tensors.items()}
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(out[name], tensor)
+    stored = files.stored_tensors(tmp_path / "out" / "model.safetensors")
+    (tmp_path / "shards").mkdir()
+    save_tensors(tmp_path / "shards", stored, DTYPES["bfloat16"], shard_bytes=3000)
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors.keys()
+    sizes = [p.stat().st_size for p in (tmp_path / "shards").glob("*.safetensors")]
+    assert len(sizes) > 3
+    for name, file in index["weight_map"].items():
+        np.testing.assert_array_equal(load_file(tmp_path / "shards" / file)[name], tensors[name])
 
 
 def test_first_names_copies_and_buffers_of_bert(tmp_path):
