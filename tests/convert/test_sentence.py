@@ -14,10 +14,9 @@ from tests.convert.published import checkpoint, quiet, refused
 
 TEXTS = ["the dog sees the queen", "the king"]
 QUERY = EmbeddingInfo("mean", True, 7, {"query": "the queen: "}, "")
-IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 CASES = {
     "bert": QUERY,
-    "modernbert": EmbeddingInfo("cls", False, 0, {"query": "a ", "text": "b "}, "text"),
+    "distilbert": EmbeddingInfo("cls", False, 0, {"query": "a ", "text": "b "}, "text"),
     "llama": EmbeddingInfo("last", True),
 }
 
@@ -30,9 +29,11 @@ def imported(tmp_path_factory):
     def of(name: str):
         if name not in made:
             home = tmp_path_factory.mktemp(name)
-            values = {"llama": {"hidden_size": 24}, "modernbert": dict.fromkeys(IDS, 0)}.get(name, {})
-            width = {"llama": 24, "modernbert": 20, "bert": 22}[name]
+            values, width = ({"hidden_size": 24}, 24) if name == "llama" else ({}, 22)
             sentence.write(checkpoint(name, home / "source", **values), CASES[name], width)
+            if name == "llama":  # sentence-transformers pads texts to one length
+                roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+                (home / "source" / "tokenizer_config.json").write_text(json.dumps(roles))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
                 import_run(str(home / "source"), home / "run", "shakespeare", quiet)
@@ -42,7 +43,7 @@ def imported(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
 def test_vectors_are_those_of_sentence_transformers_before_and_after(imported, name, tmp_path, monkeypatch):
     library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     monkeypatch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
