@@ -18,7 +18,7 @@ pytest.importorskip("torch", reason="torch is not installed")
     [("gpt2", "GPT2LMHeadModel", {}), ("llama", "LlamaForCausalLM", {"hidden_size": 24})],
 )
 def test_an_exported_run_has_what_vllm_reads(family, architecture, sizes, tmp_path, monkeypatch):
-    monkeypatch.setattr("bothways.convert.check.transformers_logits", lambda *_: None)
+    monkeypatch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
     home, out = tmp_path / "run", tmp_path / "out"
     import_run(str(checkpoint(family, tmp_path / "source", **sizes)), home, "shakespeare", quiet)
     export_run(home, out, quiet)
