@@ -80,7 +80,11 @@ def test_a_head_comes_in_and_goes_out_with_the_scores_of_transformers(name, suff
     ("name", "suffix", "values"),
     [
         ("bert", "SequenceClassification", {}),
-        ("roberta", "SequenceClassification", {"num_labels": 1, "id2label": {0: "LABEL_0"}}),
+        (
+            "roberta",
+            "SequenceClassification",
+            {"num_labels": 1, "id2label": {0: "LABEL_0"}} | {"max_position_embeddings": 61},
+        ),
         ("modernbert", "SequenceClassification", {"classifier_pooling": "mean"}),
         ("gpt2", "SequenceClassification", {}),
     ],
