@@ -25,13 +25,12 @@ class EmbeddingInfo:
     """The name of the prompt where none is chosen."""
 
 
-def read_embedding(home: Path) -> EmbeddingInfo | None:
-    """What a run says of its vectors; None where it says nothing."""
-    path = home / FILE
-    if not path.exists():
+def read_embedding(home: Path | None) -> EmbeddingInfo | None:
+    """What a run says of its vectors; None where it says nothing, or is in memory only."""
+    if home is None or not (home / FILE).exists():
         return None
-    found = json.loads(path.read_text())
-    version_of(found, str(path))
+    found = json.loads((home / FILE).read_text())
+    version_of(found, str(home / FILE))
     found.pop("format", None)
     return EmbeddingInfo(**found)
 

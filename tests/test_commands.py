@@ -1,6 +1,7 @@
 """Every command with every family and --json: valid JSON, or exit code 2 and a message; never a traceback."""
 
 import dataclasses
+import io
 import json
 import math
 import subprocess
@@ -80,7 +81,8 @@ def folder(tmp_path_factory, tiny, cache_dir, one_device):
 
 def commands(home: Path, kind: str, out: Path) -> dict[str, list[str]]:
     """What is done with a run of that kind, by command."""
-    run, lines = str(home / kind), str(home / ("pair.txt" if KINDS[kind][0] == "seq2seq" else "lines.txt"))
+    run, recipe = str(home / kind), str(home / kind / "recipe.json")
+    lines = str(home / ("pair.txt" if KINDS[kind][0] == "seq2seq" else "lines.txt"))
     tuning = "--learning-rates 0.01 --seeds 1 --epochs 1 --no-scratch --batch-size 16 --length 16".split()
     training = (
         "--train.steps 1 --optimizer.warmup-steps 0 --train.batch-size 2 --train.eval-rows 2 --train.eval-every 1".split()
@@ -94,6 +96,10 @@ def commands(home: Path, kind: str, out: Path) -> dict[str, list[str]]:
         "evaluate": ["evaluate", run, "--rows", "2"],
         "finetune": ["finetune", run, str(home / "labelled.csv"), "--workdir", str(out / "tuned"), *tuning],
         "export": ["export", run, str(out / "published")],
+        "import": ["import", str(out / "published"), str(out / "imported")],
+        "chat": ["chat", run, "--max-tokens", "3"],
+        "prepare": ["prepare", recipe, "--to", str(out / "text")],
+        "launch": ["launch", recipe, "--on", "slurm", "--topology", "h100:1x8", "--bucket", str(out), "--dry-run"],
         "train": ["train", run, "--workdir", str(out / "more"), *training],
     }
     return {name: argv for name, argv in found.items() if kind not in TOO_LONG.get(name, ())}
@@ -108,13 +114,13 @@ TOO_LONG = {
 
 REFUSED = {
     "gpt": {"fill", "predict"},
-    "bert": {"predict"},
+    "bert": {"chat", "predict"},
     "hybrid": {"predict"},
-    "pairs": {"fill", "predict", "finetune"},
-    "spans": {"fill", "predict", "finetune"},
+    "pairs": {"chat", "fill", "predict", "finetune"},
+    "spans": {"chat", "fill", "predict", "finetune"},
     "diffusion": {"predict"},
-    "bare": {"sample", "fill", "score", "predict", "evaluate"},
-    "tuned": {"sample", "fill", "score", "embed", "evaluate", "finetune"},
+    "bare": {"chat", "launch", "sample", "fill", "score", "predict", "evaluate"},
+    "tuned": {"chat", "sample", "fill", "score", "embed", "evaluate", "finetune"},
 }
 """What a kind has no answer to."""
 
@@ -129,9 +135,10 @@ def plainly(text: str) -> object:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_command_gives_json_or_says_what_is_wrong(folder, kind, tmp_path, capfd):
+def test_every_command_gives_json_or_says_what_is_wrong(folder, kind, tmp_path, capfd, monkeypatch):
     refused = set()
     for name, argv in commands(folder, kind, tmp_path).items():
+        monkeypatch.setattr("sys.stdin", io.StringIO("the dog\n"))  # a turn of `chat`
         code = bothways.main([*argv, "--json"])
         out, err = capfd.readouterr()
         assert code in (0, 2), f"{name}: {err}"
