@@ -287,7 +287,7 @@ class FinetuneConfig:
     seeds: int = 3
     """Runs per learning rate."""
     length: int = 0
-    """Tokens per text. 0: the model's context."""
+    """Most tokens of a text; what is shorter is padded to the lengths of its batch only. 0: the model's context."""
     pool: Literal["", "token", "mean"] = ""
     """What a head for whole texts reads: the first token (masked) or last (causal), as in the papers; or the mean of all
     tokens. Empty: token; for small bodies, whose single tokens have learned little, mean."""
@@ -302,6 +302,9 @@ class FinetuneConfig:
     """Stop after so many epochs without a better validation metric."""
     scratch: bool = True
     """Also train the same network from random weights, over the same grid."""
+    save_every_minutes: int = 10
+    """A checkpoint is written after every epoch, and as often as this. 0: after epochs only."""
+    mesh: MeshConfig = MeshConfig()
 
     def settled(self, parameters: int, optimizer: str) -> "FinetuneConfig":
         """With what was left open, for a body of so many parameters that was trained with this optimizer."""
@@ -322,8 +325,9 @@ class FinetuneConfig:
         for name in ("batch_size", "seeds", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if self.epochs < 0:
-            raise InputError(f"epochs is {self.epochs}; it cannot be negative")
+        for name in ("epochs", "save_every_minutes"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it cannot be negative")
         if self.lm_weight < 0:
             raise InputError(f"lm-weight is {self.lm_weight}; it cannot be negative")
         if self.lm_weight and kind != "causal":

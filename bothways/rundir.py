@@ -7,7 +7,7 @@ runs/x/tokenizer.model     sentencepiece; or tokenizer.json and tokenizer_config
 runs/x/corpus.json         of a run trained here: the fingerprint of its text
 runs/x/checkpoints/STEP/   orbax: params, train (optimizer and counters), meta (step, data position)
 runs/x/metrics.jsonl       a line per logged step and per evaluation
-runs/x/task.json           of a fine-tuned run: kind, labels, length
+runs/x/task.json           of a fine-tuned run: kind, labels, length; beside it finetune.json and grid/ (train/finetune.py)
 runs/x/adapters.json       of a run of adapters: the run, and its checkpoint, that they are for; checkpoints hold them alone
 runs/x/events/             TensorBoard
 runs/x/loss.png            the curves
@@ -120,6 +120,10 @@ class TaskInfo:
     hidden_norm: bool = False
     wrap: str = "task"
     """What stands around texts: `task`, as fine-tuning wraps them here; `vocabulary`, as the imported one does."""
+    no_answer: bool = True
+    """span: whether the empty text may be the answer."""
+    null_position: Literal["first", "last"] = "first"
+    """span: where a window says that it has no answer; runs of before there was a choice have it at their first token."""
 
     @property
     def outputs(self) -> int:

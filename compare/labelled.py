@@ -17,7 +17,7 @@ from bothways.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from bothways.data import pipeline
 from bothways.data.examples import as_is
 from bothways.data.pipeline import Example
-from bothways.data.task_examples import wrap
+from bothways.data.task_examples import collated, wrap
 from bothways.data.tokenizer import Tokenizer
 from bothways.model.task import TaskModel
 from bothways.rundir import TaskInfo, module_of
@@ -93,17 +93,26 @@ def items(task: str, count: int, seed: int, without: Sequence[Item] = ()) -> lis
     return found
 
 
+def filled(ids: list[int], tokenizer: Tokenizer) -> Example:
+    """One text with padding up to LENGTH."""
+    rows = collated([wrap(ids, None, tokenizer, LENGTH)], LENGTH, tokenizer.pad)
+    return {name: values[0] for name, values in rows.items()}
+
+
 def headed(item: Item, tokenizer: Tokenizer, task: int = 0) -> Example:
     """For a head: the text alone."""
-    example = wrap(tokenizer.encode(item[0]), None, tokenizer, LENGTH)
-    return example | {"label": np.int32(item[1]), "weight": np.float32(1), "task": np.int32(task)}
+    return filled(tokenizer.encode(item[0]), tokenizer) | {
+        "label": np.int32(item[1]),
+        "weight": np.float32(1),
+        "task": np.int32(task),
+    }
 
 
 def prompted(item: Item, tokenizer: Tokenizer, name: str) -> Example:
     """For a prompt: the task's name, the text, and a place for the answer, which is asked as a masked token."""
     ids = [*tokenizer.encode(f"{name}: {item[0]} Is it so?")[: LENGTH - 3], tokenizer.mask]
     answers = answer_ids(tokenizer)
-    return {k: v for k, v in wrap(ids, None, tokenizer, LENGTH).items() if k != "types"} | {
+    return {k: v for k, v in filled(ids, tokenizer).items() if k != "types"} | {
         "positions": np.arange(LENGTH, dtype=np.int32),
         "mask_positions": np.array([len(ids)], np.int32),
         "targets": np.array([answers[item[1]]], np.int32),

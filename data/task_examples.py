@@ -1,10 +1,10 @@
-"""Labelled items as model inputs, of one fixed length. The layout is BERT's and GPT-1's alike: bos A eos, bos A eos B eos."""
+"""Labelled items as model inputs, no longer than they are. The layout is BERT's and GPT-1's alike: bos A eos, bos A eos B eos."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from bothways.data.pipeline import Stacked
 from bothways.data.tasks import Item, Task
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
@@ -12,8 +12,12 @@ from bothways.errors import InputError
 Example = dict[str, np.ndarray]
 
 
+NO_TEXT = {"begin_char": -1, "end_char": -1, "word": -1}
+"""What stands at positions of padding; pad among tokens, elsewhere 0."""
+
+
 def wrap(a: list[int], b: list[int] | None, tokenizer: Tokenizer, length: int) -> Example:
-    """{"tokens", "segments", "types"}, each [length]; the longer text loses its end where both do not fit."""
+    """{"tokens", "segments", "types"}, each [n], n <= length; the longer text loses its end where both do not fit."""
     a, b = list(a), None if b is None else list(b)
     before, between, behind = tokenizer.frame(b is not None)
     room = length - len(before) - len(between) - len(behind)
@@ -21,17 +25,36 @@ def wrap(a: list[int], b: list[int] | None, tokenizer: Tokenizer, length: int) -
         longer = a if b is None or len(a) >= len(b) else b
         longer.pop()
     ids = [*before, *a, *between, *(b or []), *behind]
-    fill = length - len(ids)
     first = len(ids) if b is None else len(before) + len(a) + len(between)
     return {
-        "tokens": np.array(ids + [tokenizer.pad] * fill, np.int32),
-        "segments": np.array([1] * len(ids) + [0] * fill, np.int32),
-        "types": np.array([0] * first + [1] * (len(ids) - first) + [0] * fill, np.int32),
+        "tokens": np.array(ids, np.int32),
+        "segments": np.ones(len(ids), np.int32),
+        "types": np.array([0] * first + [1] * (len(ids) - first), np.int32),
     }
 
 
-def encode(item: Item, kind: str, labels: tuple[str, ...], tokenizer: Tokenizer, length: int) -> list[Example]:
-    """Model inputs of one item, with its label where it has one. Long documents of spans and long sentences of tags give several."""
+def collated(examples: list[Example], length: int, pad: int) -> Example:
+    """Examples of any lengths as arrays [n, ...], positions [..., length] filled with padding; numbers as [n]."""
+    found = {}
+    for name, first in examples[0].items():
+        if not np.ndim(first):
+            found[name] = np.array([example[name] for example in examples])
+            continue
+        fill = pad if name == "tokens" else NO_TEXT.get(name, 0)
+        found[name] = np.full((len(examples), *first.shape[:-1], length), fill, first.dtype)
+        for row, example in zip(found[name], examples, strict=True):
+            row[..., : example[name].shape[-1]] = example[name]
+    return found
+
+
+def encode(
+    item: Item, kind: str, labels: tuple[str, ...], tokenizer: Tokenizer, length: int, null_position: str = "first"
+) -> list[Example]:
+    """Model inputs of one item, with its label where it has one. Long documents of spans and long sentences of tags give several.
+
+    Args:
+      null_position: `first` or `last`, where a window of a span task says that it has no answer.
+    """
     if kind in ("classify", "regress"):
         second = tokenizer.encode(item["text_b"]) if "text_b" in item else None
         example = wrap(tokenizer.encode(item["text"]), second, tokenizer, length)
@@ -43,9 +66,9 @@ def encode(item: Item, kind: str, labels: tuple[str, ...], tokenizer: Tokenizer,
     if kind == "choice":
         question = tokenizer.encode(item["text"])
         each = [wrap(question, tokenizer.encode(choice), tokenizer, length) for choice in item["choices"]]
-        stacked = {k: np.stack([e[k] for e in each]) for k in each[0]}
-        return [stacked | {"label": np.int32(item.get("label", 0)), "weight": np.float32(1)}]
-    return span_windows(item, tokenizer, length)
+        together = collated(each, max(len(e["tokens"]) for e in each), tokenizer.pad)
+        return [together | {"label": np.int32(item.get("label", 0)), "weight": np.float32(1)}]
+    return span_windows(item, tokenizer, length, null_position)
 
 
 def word_windows(item: Item, labels: tuple[str, ...], tokenizer: Tokenizer, length: int) -> list[Example]:
@@ -72,7 +95,8 @@ def word_windows(item: Item, labels: tuple[str, ...], tokenizer: Tokenizer, leng
         last = right if right == len(pieces) else int(np.searchsorted(ends, base + room - context, side="right"))
         last = min(max(last, begin + 1), right)
         example = wrap([t for p in pieces[left:right] for t in p[:room]], None, tokenizer, length)
-        label, weight, word_at = np.zeros(length, np.int32), np.zeros(length, np.float32), np.full(length, -1, np.int32)
+        n = len(example["tokens"])
+        label, weight, word_at = np.zeros(n, np.int32), np.zeros(n, np.float32), np.full(n, -1, np.int32)
         for i in range(begin, last):
             position = opening + ends[i] - sizes[i] - base
             label[position] = labels.index(item["label"][i]) if "label" in item else 0
@@ -82,11 +106,14 @@ def word_windows(item: Item, labels: tuple[str, ...], tokenizer: Tokenizer, leng
     return windows
 
 
-def span_windows(item: Item, tokenizer: Tokenizer, length: int, most_question: int = 64) -> list[Example]:
+def span_windows(
+    item: Item, tokenizer: Tokenizer, length: int, null_position: str = "first", most_question: int = 64
+) -> list[Example]:
     """Questions on a document, which is cut into windows that overlap by half (BERT's SQuAD code strides likewise).
 
-    `start` and `end` are token places of the first answer, both 0 (the place of bos) where the window has none.
-    `begin_char` and `end_char` [length] map places back to the document, -1 where a place may not answer.
+    `start` and `end` are token positions of the first answer, both `null` where the window has none: the position of bos,
+    or of the last token, which alone has seen the window where tokens see what is before them only.
+    `begin_char` and `end_char` [n] map positions back to the document, -1 where a position may not answer.
     """
     question = tokenizer.encode(item["text"])[:most_question]
     pieces = tokenizer.encode_with_offsets(item["text_b"])
@@ -101,10 +128,10 @@ def span_windows(item: Item, tokenizer: Tokenizer, length: int, most_question: i
         part = pieces[at : at + room]
         offset = len(before) + len(question) + len(between)
         example = wrap(question, [p[0] for p in part], tokenizer, length)
-        begin, end = np.full(length, -1, np.int32), np.full(length, -1, np.int32)
+        begin, end = (np.full(len(example["tokens"]), -1, np.int32) for _ in range(2))
         for i, (_, b, e) in enumerate(part):
             begin[offset + i], end[offset + i] = b, e
-        start = stop = 0
+        null = start = stop = 0 if null_position == "first" else len(example["tokens"]) - 1
         if item.get("answers"):
             first, text = item["answers"][0]
             inside = [offset + i for i, (_, b, e) in enumerate(part) if b < first + len(text) and e > first]
@@ -115,6 +142,7 @@ def span_windows(item: Item, tokenizer: Tokenizer, length: int, most_question: i
             | {
                 "start": np.int32(start),
                 "end": np.int32(stop),
+                "null": np.int32(null),
                 "begin_char": begin,
                 "end_char": end,
                 "weight": np.float32(1),
@@ -125,19 +153,27 @@ def span_windows(item: Item, tokenizer: Tokenizer, length: int, most_question: i
         at += max(1, room // 2)
 
 
-class TaskRows(Stacked):
-    """A split's examples; `item_of[i]` is the item that example i comes from."""
+class TaskRows:
+    """A split's examples, a source of rows; `item_of[i]` is the item that example i comes from."""
 
-    def __init__(self, items: list[Item], task: Task, tokenizer: Tokenizer, length: int):
+    def __init__(self, items: list[Item], task: Task, tokenizer: Tokenizer, length: int, null_position: str = "first"):
         self.examples: list[Example] = []
         self.item_of: list[int] = []
+        self.pad = tokenizer.pad
         if task.kind == "choice" and len({len(item["choices"]) for item in items}) > 1:
             raise InputError(f"task {task.name}: every item must have the same number of choices")
         for i, item in enumerate(items):
-            encoded = encode(item, task.kind, task.labels, tokenizer, length)
+            encoded = encode(item, task.kind, task.labels, tokenizer, length, null_position)
             self.examples += encoded
             self.item_of += [i] * len(encoded)
-        super().__init__(self.examples)
+        self.lengths = np.array([example["tokens"].shape[-1] for example in self.examples])
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batch(self, indices: np.ndarray, length: int) -> Example:
+        """Arrays [n, ...] of these examples, their positions filled up to `length`."""
+        return collated([self.examples[i] for i in indices], length, self.pad)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -146,49 +182,65 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def decisions(
-    info: Any, scores: np.ndarray, examples: list[Example], item_of: list[int], items: list[Item], longest: int = 30
+    info: Any,
+    scores: Sequence[np.ndarray],
+    examples: list[Example],
+    item_of: list[int],
+    items: list[Item],
+    longest: int = 30,
 ) -> list[tuple[Any, Any]]:
     """(answer, probability) of every item, from a task head's scores.
 
     Args:
-      info: kind and labels of the task.
-      scores: [examples, outputs]; [examples, T, outputs] for tag; [examples, T, 2] for span, start and end, with
-        places that may not answer far below; [examples * choices, 1] for choice.
+      info: kind and labels of the task, and whether questions may have no answer.
+      scores: of every example [outputs]; [n, outputs] for tag; [n, 2] for span, start and end, with positions that may
+        not answer far below; [choices] for choice.
       longest: tokens in an answer span.
 
     Returns:
       classify: a label; regress: a number and None; tag: a label and a probability per word; choice: an index;
-      span: a piece of the document, or the empty text where no answer is likelier.
+      span: a piece of the document, or the empty text where that is more likely and the task has such questions
+        (info.no_answer): SQuAD 2.0 has, 1.1 has not (arXiv 1806.03822).
     """
-    if info.kind == "classify":
-        p = softmax(scores)
-        return [(info.labels[int(i)], float(row[i])) for i, row in zip(p.argmax(axis=1), p, strict=True)]
+    if info.kind in ("classify", "choice"):
+        p = [softmax(row) for row in scores]
+        best = [int(row.argmax()) for row in p]
+        return [(info.labels[i] if info.kind == "classify" else i, float(row[i])) for i, row in zip(best, p, strict=True)]
     if info.kind == "regress":
-        return [(float(s), None) for s in scores[:, 0]]
-    if info.kind == "choice":
-        p = softmax(scores.reshape(len(items), -1))
-        return [(int(i), float(row[i])) for i, row in zip(p.argmax(axis=1), p, strict=True)]
-    if info.kind == "tag":
-        tags: list[list[str]] = [[] for _ in items]  # windows follow one another, each with words of its own
-        sure: list[list[float]] = [[] for _ in items]
-        for row, example, i in zip(softmax(scores), examples, item_of, strict=True):
-            for position in np.flatnonzero(example["word"] >= 0):
-                best = int(row[position].argmax())
-                tags[i].append(info.labels[best])
-                sure[i].append(float(row[position, best]))
-        return list(zip(tags, sure, strict=True))
+        return [(float(row[0]), None) for row in scores]
+    return (tags if info.kind == "tag" else spans)(info, scores, examples, item_of, items, longest)
+
+
+def tags(info: Any, scores: Any, examples: list[Example], item_of: list[int], items: list[Item], _: int) -> list[Any]:
+    """(labels, probabilities) of every item's words: windows follow one another, each with words of its own."""
+    found: list[tuple[list, list]] = [([], []) for _ in items]
+    for row, example, i in zip(scores, examples, item_of, strict=True):
+        for p in softmax(row[example["word"] >= 0]):
+            found[i][0].append(info.labels[int(p.argmax())])
+            found[i][1].append(float(p.max()))
+    return found
+
+
+def spans(
+    info: Any, scores: Any, examples: list[Example], item_of: list[int], items: list[Item], longest: int
+) -> list[Any]:
+    """(answer, probability) of every question: the best span of any window; none where every window says so."""
     best_span: list[tuple[float, str, float]] = [(-np.inf, "", 0.0)] * len(items)
     none = [np.inf] * len(items)
     for row, example, i in zip(scores, examples, item_of, strict=True):
         start, end = row[:, 0], row[:, 1]
-        none[i] = min(none[i], float(start[0] + end[0]))
-        places = np.flatnonzero(example["begin_char"] >= 0)
-        pairs = start[places][:, None] + end[places][None, :]
-        ahead = np.subtract.outer(np.arange(len(places)), np.arange(len(places)))
+        none[i] = min(none[i], float(start[example["null"]] + end[example["null"]]))
+        positions = np.flatnonzero(example["begin_char"] >= 0)
+        if not len(positions):  # a document of characters that the vocabulary drops
+            continue
+        pairs = start[positions][:, None] + end[positions][None, :]
+        ahead = np.subtract.outer(np.arange(len(positions)), np.arange(len(positions)))
         pairs = np.where((ahead <= 0) & (ahead > -longest), pairs, -np.inf)
         a, b = np.unravel_index(pairs.argmax(), pairs.shape)
         if pairs[a, b] > best_span[i][0]:
-            text = items[i]["text_b"][example["begin_char"][places[a]] : example["end_char"][places[b]]].strip()
-            p = float(softmax(start)[places[a]] * softmax(end)[places[b]])
+            text = items[i]["text_b"][example["begin_char"][positions[a]] : example["end_char"][positions[b]]].strip()
+            p = float(softmax(start)[positions[a]] * softmax(end)[positions[b]])
             best_span[i] = (float(pairs[a, b]), text, p)
-    return [(text, p) if score > none[i] else ("", 1 - p) for i, (score, text, p) in enumerate(best_span)]
+    return [
+        ("", 1 - p) if info.no_answer and score <= none[i] else (text, p) for i, (score, text, p) in enumerate(best_span)
+    ]

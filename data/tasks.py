@@ -49,6 +49,11 @@ class Task:
     tested_on: str = "test"
     """What is reported."""
 
+    @property
+    def no_answer(self) -> bool:
+        """Whether some questions of training have no answer: of SQuAD those of 2.0, not of 1.1."""
+        return self.kind == "span" and any(not item["answers"] for item in self.splits["train"])
+
 
 def load(name: str, *, text: str = "text", pair: str = "text_b", label: str = "label", seed: int = 0) -> Task:
     """The task of this name: an embedded one, `glue/NAME`, `squad`, `squad/v2.0`, `conll2003`, or a file.

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bothways.data.task_examples import Example, decisions, encode
+from bothways.data.task_examples import Example, collated, decisions, encode
 from bothways.errors import InputError
 from bothways.rundir import Run
+from bothways.sample.batching import batched, rows_that_fit
+from bothways.sample.decode import bucket, close_bucket
 
-BATCH = 32
 COLUMNS = {
     "classify": "a text, or two texts separated by a tab",
     "regress": "a text, or two texts separated by a tab",
@@ -44,11 +45,11 @@ class TaskPredictor:
         def scores(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
             out = module.apply({"params": params}, batch["tokens"], batch["segments"], batch["types"])
             if self.task.kind == "span":
-                allowed = (batch["begin_char"] >= 0) | (jnp.arange(out.shape[1]) == 0)
+                allowed = (batch["begin_char"] >= 0) | (jnp.arange(out.shape[1]) == batch["null"][:, None])
                 out = jnp.where(allowed[..., None], out, -1e30)
             return out
 
-        self._scores = jax.jit(scores)
+        self._scores, self._rows = jax.jit(scores), rows_that_fit(run.recipe.model)
 
     def parse(self, line: str) -> dict[str, Any]:
         """An item from a line. Raises InputError if it lacks columns."""
@@ -64,24 +65,45 @@ class TaskPredictor:
         return {"text": parts[0]} | ({"text_b": parts[1]} if len(parts) > 1 else {})
 
     def predict(self, lines: Sequence[str]) -> list[Prediction]:
-        """One prediction per line; see COLUMNS for what a line holds.
+        """One prediction per line, read together in batches of about the same length; see COLUMNS for what a line holds.
 
         Raises:
           InputError: a line without the columns that the task wants.
         """
+        task, items = self.task, [self.parse(line) for line in lines]
+        examples: list[Example] = []
+        item_of: list[int] = []
+        for i, item in enumerate(items):
+            made = encode(item, task.kind, task.labels, self.tokenizer, task.length, task.null_position)
+            examples += made
+            item_of += [i] * len(made)
         found = []
-        for line in lines:
-            item = self.parse(line)
-            examples = encode(item, self.task.kind, self.task.labels, self.tokenizer, self.task.length)
-            raw = np.concatenate([self._run(examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)])
-            label, p = decisions(self.task, raw, examples, [0] * len(examples), [item])[0]
-            label = item["choices"][label] if self.task.kind == "choice" else label
+        answers = decisions(task, self._read(examples), examples, item_of, items)
+        for line, item, (label, p) in zip(lines, items, answers, strict=True):
+            label = item["choices"][label] if task.kind == "choice" else label
             rounded = [round(x, 4) for x in p] if isinstance(p, list) else None if p is None else round(p, 4)
             found.append(Prediction(line, label, rounded))
         return found
 
-    def _run(self, examples: list[Example]) -> np.ndarray:
-        batch = {k: np.stack([e[k] for e in examples]) for k in examples[0]}
-        if self.task.kind == "choice":
-            batch = {k: v.reshape(-1, v.shape[-1]) for k, v in batch.items() if v.ndim == 3}
-        return np.asarray(self._scores(self.run.params, batch))
+    def _read(self, examples: list[Example]) -> list[np.ndarray]:
+        """The head's scores of every example, as `decisions` wants them."""
+        names = ("tokens", "segments", "types") + (("begin_char", "null") if self.task.kind == "span" else ())
+        texts: list[Example] = []  # what the body reads at a time: an example, or one choice of it
+        for example in examples:
+            inputs = {name: example[name] for name in names}
+            if self.task.kind == "choice":
+                texts += [{name: values[c] for name, values in inputs.items()} for c in range(len(inputs["tokens"]))]
+            else:
+                texts.append(inputs)
+        size = lambda i: (len(texts[i]["tokens"]),)  # noqa: E731
+        scores: list[Any] = [None] * len(texts)
+        for chosen in batched(range(len(texts)), size, self._rows):
+            length = min(close_bucket(max(size(i)[0] for i in chosen)), self.recipe.model.context_length)
+            filled = [texts[i] for i in chosen] + [texts[chosen[0]]] * (bucket(len(chosen), 1) - len(chosen))
+            batch = collated(filled, length, self.tokenizer.pad)
+            for i, row in zip(chosen, np.asarray(self._scores(self.run.params, batch)), strict=False):
+                scores[i] = row[: size(i)[0]] if self.task.kind in ("tag", "span") else row
+        if self.task.kind != "choice" or not scores:
+            return scores
+        ends = np.cumsum([len(example["tokens"]) for example in examples])
+        return np.split(np.concatenate(scores), ends[:-1])

@@ -14,15 +14,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 import bothways
 from bothways import checkpoints, rundir, sharding
 from bothways.commands.train import continuation_of
-from bothways.config import MeshConfig
+from bothways.config import FinetuneConfig, MeshConfig
 from bothways.data import corpora
 from bothways.data.tokens import obtain_tokenizer
 from bothways.errors import CheckpointUnavailable, InputError
 from bothways.model.stack import unstack_layers
 from bothways.sample.masked import MaskedModel
-from bothways.train.finetune import FinetuneConfig, Tuner
 from bothways.train.loop import train
 from bothways.train.start import check_start, start_from
+from bothways.train.tuning import FinetuneRunner
 from tests.train.bodies import body, dog_task, write
 
 MESH = MeshConfig(1, 2, 2)
@@ -48,7 +48,8 @@ def test_one_device_to_four_and_back(family, tiny, tmp_path):
     assert kernel.sharding.shard_shape(kernel.shape)[-2:] == (22 // 2, 26 // 2)
     joined, asked = (unstack_layers(made.params, join) if family == "gpt" else made.params for join in (True, False))
     # Fine-tuning takes weights that lie on one device, and trains on all.
-    tuner = Tuner(rundir.load_run(tmp_path / "one", print), dog_task("classify"), FinetuneConfig())
+    settled = FinetuneConfig().settled(1, "adamw")
+    tuner = FinetuneRunner(rundir.load_run(tmp_path / "one", print), dog_task("classify"), settled)
     assert shards(tuner.run.params) == {8}
     tuner.fresh.lower(jax.random.key(0), 1e-2, tuner.run.params)  # refuses arrays that lie apart from the mesh
     same(four.run.params, asked)

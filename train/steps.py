@@ -47,6 +47,8 @@ class Job:
     meter: "Throughput"
     frozen: Callable[[], Any] = lambda: None
     """Parameters that are used and never trained (TrainState.frozen)."""
+    shown: Callable[[dict[str, float]], str] = lambda held: shown_held(held)
+    """An evaluation for people, in a line."""
     announce: Callable[[int], None] = lambda start: None
     """Called with the first step, once the state is there."""
     profile: int = 0
@@ -93,7 +95,7 @@ def run_steps(job: Job) -> dict[str, float]:
     def evaluated(step: int) -> dict[str, float]:
         with meter.paused():
             held = job.evaluate(state.weights)
-        reporter.log(step, {f"eval_{k}": v for k, v in held.items()}, _shown_held(held))
+        reporter.log(step, {f"eval_{k}": v for k, v in held.items()}, job.shown(held))
         return held
 
     # ---- steps ------------------------------------------------------------------------------------------------
@@ -104,7 +106,13 @@ def run_steps(job: Job) -> dict[str, float]:
     try:
         with hosts.preemption_requested() as stop_at:
             if start and (start % cfg.eval_every == 0 or start == cfg.steps) and not manager.metrics(start):
-                held = evaluated(start)  # which a signal cut off
+                # A signal cut this off: the checkpoint gets what it lacks, so that it may be the best.
+                held = evaluated(start)
+                manager.delete(start)
+                save(start, held)
+                if checkpoints.selection(held) < best:
+                    best, best_at = checkpoints.selection(held), start
+                settled = cfg.patience > 0 and start - best_at >= cfg.patience * cfg.eval_every
             iterator = job.batches(start)
             for step in range(start, start if settled else cfg.steps):
                 if step in new_shape_at and step > start:
@@ -180,7 +188,7 @@ def _restore(job: Job) -> tuple[int, TrainState] | None:
     return found
 
 
-def _shown_held(held: dict[str, float]) -> str:
+def shown_held(held: dict[str, float]) -> str:
     bpb = f", {held['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in held else ""
     if "bits_per_byte_low" in held:
         bpb += f" [{held['bits_per_byte_low']:.3f}, {held['bits_per_byte_high']:.3f}]"

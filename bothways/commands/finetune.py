@@ -1,5 +1,6 @@
 """`bothways finetune`: a head and the whole stack on a labelled task."""
 
+import functools
 from typing import Annotated
 
 import tyro
@@ -25,6 +26,8 @@ def finetune(
 ) -> None:
     """A head and the whole stack on a labelled task, over a grid of learning rates and seeds.
 
+    A grid that was stopped goes on with the same command, and says the same in the end.
+
     Args:
         run: A run directory.
         task: shakespeare_genre, shakespeare_speaker, glue/NAME, squad, squad/v2.0, conll2003, or a CSV, TSV or JSONL file.
@@ -34,11 +37,16 @@ def finetune(
         label_field: The column that holds the label.
         json: Print the result as one JSON object.
     """
+    import jax
+
+    from bothways import sharding
     from bothways.data import tasks
     from bothways.rundir import directory, load_run
     from bothways.train.finetune import finetune as run_finetuning
 
-    body = load_run(directory(run), log)
+    if problems := how.mesh.problems(jax.device_count()):
+        raise InputError("; ".join(problems))
+    body = load_run(directory(run), log, functools.partial(sharding.parameter_shardings, sharding.make_mesh(how.mesh)))
     if body.task is not None:
         raise InputError(f"{run} is fine-tuned already, for {body.task.name}; start from the run it came from")
     if body.recipe.family == "seq2seq":

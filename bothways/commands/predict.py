@@ -20,8 +20,11 @@ def predict(run: Positional[str], file: Positional[Path | None] = None, json: bo
         json: One JSON object per line.
     """
     from bothways.rundir import directory, load_run
+    from bothways.sample.batching import growing
     from bothways.sample.predict import TaskPredictor
 
     lines = read_lines(file, ("text", "text_b"))
-    for result in TaskPredictor(load_run(directory(run), log)).predict(lines):
-        emit(result, json, f"{result.label}\t{result.p}\t{result.text}")
+    predictor = TaskPredictor(load_run(directory(run), log))
+    for part in growing(lines):  # the first labels are shown while the rest waits
+        for result in predictor.predict(part):
+            emit(result, json, f"{result.label}\t{result.p}\t{result.text}")

@@ -1,5 +1,6 @@
 """Labelled items as model inputs, and scores as answers."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bothways.data import tokenizer as tokenizers
-from bothways.data.task_examples import TaskRows, decisions, encode, wrap
+from bothways.data.task_examples import TaskRows, collated, decisions, encode, wrap
 from bothways.data.tasks import Task
 from bothways.errors import InputError
 from bothways.rundir import TaskInfo
@@ -26,20 +27,35 @@ def tokenizer():
 
 
 def test_one_text_stands_between_bos_and_eos(tokenizer):
-    bos, eos, pad = tokenizer.bos, tokenizer.eos, tokenizer.pad
+    bos, eos = tokenizer.bos, tokenizer.eos
     found = wrap([7, 8, 9], None, tokenizer, 8)
-    assert found["tokens"].tolist() == [bos, 7, 8, 9, eos, pad, pad, pad]
-    assert found["segments"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
-    assert found["types"].tolist() == [0] * 8
+    assert found["tokens"].tolist() == [bos, 7, 8, 9, eos]
+    assert found["segments"].tolist() == [1] * 5
+    assert found["types"].tolist() == [0] * 5
     assert {value.dtype for value in found.values()} == {np.dtype(np.int32)}
 
 
 def test_the_second_text_has_its_own_type_and_eos(tokenizer):
-    bos, eos, pad = tokenizer.bos, tokenizer.eos, tokenizer.pad
+    bos, eos = tokenizer.bos, tokenizer.eos
     found = wrap([7, 8], [9], tokenizer, 8)
-    assert found["tokens"].tolist() == [bos, 7, 8, eos, 9, eos, pad, pad]
-    assert found["segments"].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
-    assert found["types"].tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
+    assert found["tokens"].tolist() == [bos, 7, 8, eos, 9, eos]
+    assert found["segments"].tolist() == [1] * 6
+    assert found["types"].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_what_fills_a_batch_is_no_text(tokenizer):
+    item = {"text": "who", "text_b": "the king", "answers": []}
+    short, long = (
+        encode(item | {"text_b": text}, "span", (), tokenizer, 32)[0] for text in ("the king", "the king " * 5)
+    )
+    n, m = len(short["tokens"]), len(long["tokens"])
+    batch = collated([short, long], m + 2, tokenizer.pad)
+    assert {name: values.shape for name, values in batch.items() if values.ndim == 1} == dict.fromkeys(
+        ("start", "end", "null", "weight"), (2,)
+    )
+    for name, fill in {"tokens": tokenizer.pad, "segments": 0, "types": 0, "begin_char": -1, "end_char": -1}.items():
+        assert batch[name][0].tolist() == [*short[name], *[fill] * (m + 2 - n)]
+        assert batch[name][1].tolist() == [*long[name], fill, fill]
 
 
 @HYPOTHESIS
@@ -57,7 +73,7 @@ def test_the_longer_text_loses_its_end(tokenizer, n, m, length):
         assert len(kept_a) + 1 >= len(kept_b)
     if len(kept_b) < (m or 0):
         assert len(kept_b) >= len(kept_a)
-    assert all(len(values) == length for values in row.values())
+    assert all(len(values) == len(ids) <= length for values in row.values())
 
 
 def test_labels_of_texts(tokenizer):
@@ -77,7 +93,8 @@ def test_every_choice_stands_behind_the_question(tokenizer):
     for i, choice in enumerate(item["choices"]):
         alone = wrap(tokenizer.encode("the dog"), tokenizer.encode(choice), tokenizer, 14)
         for name, values in alone.items():
-            np.testing.assert_array_equal(found[name][i], values)
+            fill = [tokenizer.pad if name == "tokens" else 0] * (found[name].shape[1] - len(values))
+            np.testing.assert_array_equal(found[name][i], [*values, *fill])
 
 
 def test_choices_must_be_as_many_in_every_item(tokenizer):
@@ -197,8 +214,16 @@ def test_windows_of_a_document_hold_its_answer(tokenizer, words, at, size, lengt
 
 
 def test_a_question_without_an_answer_points_at_bos(tokenizer):
-    for window in encode({"text": "who", "text_b": "the king " * 20, "answers": []}, "span", (), tokenizer, 24):
-        assert (window["start"], window["end"]) == (0, 0)
+    item = {"text": "who", "text_b": "the king " * 20, "answers": []}
+    for window in encode(item, "span", (), tokenizer, 24):
+        assert (window["start"], window["end"], window["null"]) == (0, 0, 0)
+
+
+def test_a_decoder_says_that_there_is_no_answer_where_it_has_seen_the_whole_window(tokenizer):
+    item = {"text": "who", "text_b": "the king " * 20, "answers": []}
+    for window in encode(item, "span", (), tokenizer, 24, "last"):
+        assert window["start"] == window["end"] == window["null"] == (window["segments"] > 0).sum() - 1
+        assert window["tokens"][window["null"]] == tokenizer.eos
 
 
 def test_a_question_that_leaves_no_room_is_refused(tokenizer):
@@ -228,14 +253,14 @@ def test_the_most_likely_label():
 
 
 def test_a_number_is_itself():
-    assert decisions(info("regress"), np.array([[0.5], [-2.0]]), [{}] * 2, [0, 1], [{}] * 2) == [
+    assert decisions(info("regress"), [np.array([0.5]), np.array([-2.0])], [{}] * 2, [0, 1], [{}] * 2) == [
         (0.5, None),
         (-2.0, None),
     ]
 
 
 def test_the_most_likely_choice_of_each_item():
-    scores = np.log([[0.25], [0.75], [0.6], [0.4]])
+    scores = np.log([[0.25, 0.75], [0.6, 0.4]])
     found = decisions(info("choice"), scores, [{}] * 2, [0, 1], [{}] * 2)
     assert found == [(1, pytest.approx(0.75)), (0, pytest.approx(0.6))]
 
@@ -252,7 +277,7 @@ def window(text: str, first: int, before: int = 3, length: int = 16) -> dict:
     begin, end = np.full(length, -1), np.full(length, -1)
     begin[before : before + len(text)] = first + np.arange(len(text))
     end[before : before + len(text)] = first + np.arange(len(text)) + 1
-    return {"begin_char": begin, "end_char": end}
+    return {"begin_char": begin, "end_char": end, "null": 0}
 
 
 def span_scores(example: dict, high: dict[tuple[int, int], float]) -> np.ndarray:
@@ -290,6 +315,13 @@ def test_no_answer_where_bos_is_likelier():
     ((text, p),) = decisions(info("span"), scores[None], [example], [0], DOC)
     assert text == ""
     assert 0 < p < 1
+
+
+def test_a_task_whose_questions_all_have_answers_is_never_answered_with_none():
+    example = window("abcdefghij", 0)
+    scores = span_scores(example, {(0, 0): 7.0, (0, 1): 6.0, (5, 0): 6.0, (6, 1): 6.0})
+    always = dataclasses.replace(info("span"), no_answer=False)
+    assert decisions(always, scores[None], [example], [0], DOC)[0][0] == "cd"
 
 
 def test_the_best_window_of_each_document_answers():

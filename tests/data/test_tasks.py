@@ -134,6 +134,7 @@ def test_of_published_tasks_validation_is_reported_and_part_of_train_chooses(mon
     texts = {split: {item["text"] + item["text_b"] for item in items} for split, items in task.splits.items()}
     assert not texts["validation"] & (texts["test"] | texts["train"])  # questions on one document stay together
     assert (task.selected_on, task.tested_on) == ("8 items held out of train", "validation")
+    assert not task.no_answer
 
 
 def test_a_label_stays_in_train_when_items_are_held_out(tmp_path):

@@ -87,6 +87,12 @@ def params_of(tuner) -> dict:
     return {"body": tuner.run.params, "task_head": {"kernel": kernel, "bias": jnp.zeros(outputs)}}
 
 
-def batch_of(tuner, split: str, count: int = 8) -> dict[str, np.ndarray]:
-    """The first examples of a split."""
-    return tuner.rows[split][np.arange(count)]
+def batch_of(tuner, split: str, length: int = LENGTH, count: int = 8) -> dict[str, np.ndarray]:
+    """The first examples of a split, padded to a length."""
+    return tuner.rows[split].batch(np.arange(count), length)
+
+
+def changed(new, old) -> list[str]:
+    """Paths of the parameters that differ."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old), strict=True)
+    return [jax.tree_util.keystr(path) for (path, a), b in pairs if not np.array_equal(a, b)]

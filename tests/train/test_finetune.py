@@ -9,14 +9,17 @@ import pytest
 
 import bothways
 from bothways import sharding
-from bothways.data import pipeline
-from bothways.data.examples import as_is
+from bothways.config import FinetuneConfig
 from bothways.errors import InputError
 from bothways.model.task import mean_over
 from bothways.sample.predict import TaskPredictor
-from bothways.train import finetune as tuning
-from bothways.train.finetune import FinetuneConfig, Tuner, finetune, task_objective
-from tests.train.bodies import LENGTH, batch_of, body, dog_task, params_of, write
+from bothways.train import finetune as grids
+from bothways.train import tuning
+from bothways.train.finetune import finetune
+from bothways.train.objectives.labels import task_objective
+from bothways.train.steps import run_steps
+from bothways.train.tuning import FinetuneRunner
+from tests.train.bodies import LENGTH, batch_of, body, changed, dog_task, params_of, write
 
 FAMILIES = ("gpt", "bert")
 KINDS = ("classify", "regress", "tag", "span", "choice")
@@ -31,10 +34,16 @@ def bodies(tiny):
     return {family: body(family, tiny) for family in FAMILIES}
 
 
-def changed(new, old) -> list[str]:
-    """Paths of the parameters that differ."""
-    pairs = zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old), strict=True)
-    return [jax.tree_util.keystr(path) for (path, a), b in pairs if not np.array_equal(a, b)]
+def runner_of(run, task, cfg=QUICK) -> FinetuneRunner:
+    return FinetuneRunner(run, task, cfg.settled(1, "adamw"))
+
+
+def fit(runner, home, rate, seed, pretrained):
+    """(best validation metric, the parameters that had it)."""
+    run_steps(runner.job(home, rate, seed, pretrained))
+    _, value, params = runner.best(home)
+    assert runner.measure(params, "validation")[runner.lead] == pytest.approx(value)
+    return value, params
 
 
 def test_the_mean_over_a_text_leaves_padding_out():
@@ -77,24 +86,23 @@ def test_a_word_that_decides_is_learned_and_the_run_predicts_it(bodies, family, 
     ("kind", "family", "wanted"),
     [("tag", "gpt", 0.9), ("regress", "gpt", 0.8), ("span", "bert", 0.8), ("choice", "bert", 0.8)],
 )
-def test_every_kind_of_task_is_learned(bodies, kind, family, wanted):
-    tuner = Tuner(bodies[family], dog_task(kind, train=96), dataclasses.replace(QUICK, epochs=8, patience=8))
-    best, params = tuner.fit(1e-2, 0, pretrained=True)
+def test_every_kind_of_task_is_learned(bodies, kind, family, wanted, tmp_path):
+    tuner = runner_of(bodies[family], dog_task(kind, train=96), dataclasses.replace(QUICK, epochs=8, patience=8))
+    best, params = fit(tuner, tmp_path, 1e-2, 0, pretrained=True)
     assert best >= wanted
-    assert tuner.measure(params, "validation")[tuner.task.metrics[0]] == pytest.approx(best)
-    assert tuner.measure(params, "test")[tuner.task.metrics[0]] >= wanted - 0.1
+    assert tuner.measure(params, "test")[tuner.lead] >= wanted - 0.1
 
 
 @pytest.fixture(scope="module")
 def tuners(bodies):
     """One that is compiled once, for each family."""
     cfg = dataclasses.replace(QUICK, epochs=5, patience=2, weight_decay=0.0)
-    return {family: Tuner(run, dog_task("classify"), cfg) for family, run in bodies.items()}
+    return {family: runner_of(run, dog_task("classify"), cfg) for family, run in bodies.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_gradient_reaches_the_whole_stack(tuners, bodies, family):
-    _, params = tuners[family].fit(1e-2, 0, pretrained=True)
+def test_the_gradient_reaches_the_whole_stack(tuners, bodies, family, tmp_path):
+    _, params = fit(tuners[family], tmp_path, 1e-2, 0, pretrained=True)
     stack = {"gpt": "decoder", "bert": "encoder"}[family]
     old = bodies[family].params[stack]
     moved = changed(params["body"][stack], old)
@@ -115,10 +123,8 @@ def test_weights_come_from_the_run_unless_from_scratch(tuners, bodies):
 def test_what_is_compiled_serves_every_rate_and_seed(bodies):
     """From the same weights, on the same batch: the first update is twice as far at twice the rate."""
     body = bodies["gpt"].params
-    tuner = Tuner(bodies["gpt"], dog_task("classify"), dataclasses.replace(QUICK, dropout=0.3))
-    batch = sharding.to_global(
-        tuner.mesh, next(pipeline.training_batches(tuner.rows["train"], as_is, batch_size=8, seed=0))
-    )
+    tuner = runner_of(bodies["gpt"], dog_task("classify"), dataclasses.replace(QUICK, dropout=0.3))
+    batch = sharding.to_global(tuner.mesh, batch_of(tuner, "train"))
 
     def moved(rate, seed):
         begun = jax.device_get(tuner.fresh(jax.random.key(0), rate, body).params)
@@ -131,16 +137,21 @@ def test_what_is_compiled_serves_every_rate_and_seed(bodies):
     assert tuner.step._cache_size() == 1
 
 
-def test_training_stops_when_validation_gets_no_better(tuners, monkeypatch):
+def test_training_stops_when_validation_gets_no_better(tuners, tmp_path, monkeypatch):
     values, seen = iter([0.5, 0.6, 0.6, 0.55, 0.9]), []
 
     def measure(self, params, split):
         seen.append(jax.device_get(params))
-        return {"accuracy": next(values)}
+        return {"accuracy": next(values), "macro_f1": 0.0, "loss": 1.0 + len(seen)}
 
-    monkeypatch.setattr(Tuner, "measure", measure)
-    best, params = tuners["gpt"].fit(1e-2, 1, pretrained=True)
-    assert (best, len(seen)) == (0.6, 4)
+    monkeypatch.setattr(FinetuneRunner, "measure", measure)
+    run_steps(tuners["gpt"].job(tmp_path, 1e-2, 1, pretrained=True))
+    step, value, params = tuners["gpt"].best(tmp_path)
+    assert (value, step, len(seen)) == (
+        0.6,
+        2 * tuners["gpt"].per_epoch,
+        4,
+    )  # of two epochs with 0.6 the one with the lower loss
     assert changed(params, seen[1]) == []
     assert changed(params, seen[0]) != []
 
@@ -162,7 +173,7 @@ def losses(tuner, weight: float):
 
 
 def test_the_language_model_loss_stands_beside_the_task_and_moves_the_body(bodies):
-    tuner = Tuner(bodies["gpt"], dog_task("classify"), QUICK)
+    tuner = runner_of(bodies["gpt"], dog_task("classify"))
     params = params_of(tuner)
     alone, with_lm = (jax.jit(jax.grad(losses(tuner, weight), has_aux=True))(params) for weight in (0.0, 0.5))
     assert set(alone[1][0]) == {"task"}
@@ -174,7 +185,7 @@ def test_the_language_model_loss_stands_beside_the_task_and_moves_the_body(bodie
 
 @pytest.mark.parametrize("kind", ["classify", "choice"])
 def test_the_language_model_loss_counts_every_token_but_the_first(bodies, kind):
-    tuner = Tuner(bodies["gpt"], dog_task(kind, train=16), QUICK)
+    tuner = runner_of(bodies["gpt"], dog_task(kind, train=16))
     batch, params = batch_of(tuner, "train"), params_of(tuner)
     _, (shares, totals) = jax.jit(losses(tuner, 0.5))(params)
     tokens, segments = (batch[name].reshape(-1, LENGTH) for name in ("tokens", "segments"))
@@ -197,19 +208,18 @@ def test_filling_a_batch_changes_no_score(bodies, kind, monkeypatch):
     )
     found = []
     for size in (1, 8):
-        tuner = Tuner(bodies["bert"], task, dataclasses.replace(QUICK, batch_size=size))
+        tuner = runner_of(bodies["bert"], task, dataclasses.replace(QUICK, batch_size=size))
         found.append(tuner.measure(params_of(tuner), "test"))
-    np.testing.assert_allclose(*seen, rtol=1e-4, atol=1e-5)
+    for alone, together in zip(*seen, strict=True):
+        np.testing.assert_allclose(alone, together, rtol=1e-4, atol=1e-5)
     assert found[0] == pytest.approx(found[1], abs=1e-5)
-    assert set(found[0]) == set(task.metrics)
+    assert set(found[0]) == {"loss", *task.metrics}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_filling_a_text_changes_no_score(bodies, family):
-    task, scores = dog_task("classify", train=8), []
-    for length in (12, LENGTH):
-        tuner = Tuner(bodies[family], task, dataclasses.replace(QUICK, length=length))
-        scores.append(jax.device_get(tuner._predict(params_of(tuner), batch_of(tuner, "train"))))
+    tuner = runner_of(bodies[family], dog_task("classify", train=8))
+    scores = [tuner.read(params_of(tuner), batch_of(tuner, "train", length))[0] for length in (12, LENGTH)]
     assert np.std(scores[0]) > 0.01
     np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-5)
 
@@ -240,7 +250,7 @@ def test_numbers_out_of_range_are_refused(bodies, tmp_path, family, fields, mess
 
 def test_a_place_that_cannot_be_written_is_refused_before_training(bodies, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(Tuner, "fit", lambda *_: pytest.fail("it trained first"))
+    monkeypatch.setattr(grids, "candidate", lambda *_: pytest.fail("it trained first"))
     with pytest.raises(OSError, match="file"):
         finetune(bodies["gpt"], dog_task("classify"), tmp_path / "file" / "new", QUICK)
 
@@ -294,6 +304,15 @@ def test_predict_reads_a_line_each(tuned, tmp_path, capfd):
     assert [f["text"] for f in found] == TEXTS
     assert {f["label"] for f in found} <= {"dog", "none"}
     assert [dataclasses.asdict(p) for p in bothways.load(tuned[1]).predict(TEXTS)] == found
+    predictor = bothways.load(tuned[1])
+    called, read = [], predictor._scores
+    predictor._scores = lambda params, batch: called.append(batch["tokens"].shape) or read(params, batch)
+    alone = [predictor.predict([text])[0] for text in TEXTS]
+    assert (len(called), [p.label for p in alone]) == (3, [f["label"] for f in found])
+    assert [p.p for p in alone] == pytest.approx([f["p"] for f in found], abs=1e-3)
+    called.clear()
+    assert len(predictor.predict(TEXTS * 20)) == 60
+    assert len(called) == 1  # batches, not lines
     (tmp_path / "lines.txt").write_text("one\ttwo\tthree\n")
     assert bothways.main(["predict", str(tuned[1]), str(tmp_path / "lines.txt")]) == 2
     assert "wanted a text, or two texts separated by a tab" in capfd.readouterr().err
@@ -316,7 +335,7 @@ def test_a_tuned_run_only_predicts(tuned, labelled, tmp_path, capfd):
 
 
 def test_a_directory_that_holds_a_run_is_left_alone(tuned, labelled, capfd):
-    before = {path: path.stat().st_mtime_ns for path in tuned[1].rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in tuned[1].rglob("*") if path.name != ".lock"}
     assert bothways.main(["finetune", str(tuned[0]), labelled, "--workdir", str(tuned[1])]) == 2
-    assert "exists already; give another directory with --workdir" in capfd.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in tuned[1].rglob("*")} == before
+    assert "holds another fine-tuning" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tuned[1].rglob("*") if path.name != ".lock"} == before
