@@ -346,11 +346,12 @@ def test_decisions_undo_encoding(tokenizer):
         first = len(" ".join(document[:at])) + (at > 0)
         item = {"text": "who ?", "text_b": " ".join(document), "answers": [(first, document[at])]}
         examples = encode(item, "span", (), tokenizer, 32)
-        scores = np.stack([span_scores(e, {(int(e["start"]), 0): 9.0, (int(e["end"]), 1): 9.0}) for e in examples])
+        scores = [span_scores(e, {(int(e["start"]), 0): 9.0, (int(e["end"]), 1): 9.0}) for e in examples]
         here = [i for i, e in enumerate(examples) if e["start"]]
-        scores[here, 0] = 0
+        for i in here:
+            scores[i][0] = 0
         for i in set(range(len(examples))) - set(here):
-            scores[i, 0] = 17.9  # a window without the answer may be sure of it, as long as one that has it is not
+            scores[i][0] = 17.9  # a window without the answer may be sure of it, as long as one that has it is not
         scores[here[0]] += 0.1
         ((text, _),) = decisions(info("span"), scores, examples, [0] * len(examples), [item])
         assert text == document[at]

@@ -67,7 +67,7 @@ def test_what_is_left_open_is_settled_by_the_size_of_the_body_and_its_optimizer(
 @pytest.mark.parametrize(("family", "pool"), [("gpt", "token"), ("bert", "token"), ("bert", "mean")])
 def test_a_word_that_decides_is_learned_and_the_run_predicts_it(bodies, family, pool, tmp_path):
     task, home = dog_task("classify", train=160), tmp_path / "tuned"
-    result = finetune(bodies[family], task, home, dataclasses.replace(QUICK, epochs=6, patience=6, pool=pool))
+    result = finetune(bodies[family], task, home, dataclasses.replace(QUICK, epochs=8, patience=8, pool=pool))
     assert result.value >= 0.9
     assert result.interval[0] <= result.value <= result.interval[1]
     assert set(result.baselines) == {"majority", "naive_bayes"}
