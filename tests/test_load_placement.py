@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils.epath.backend import fsspec_backend
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 import bothways
 from bothways import checkpoints, rundir, sharding
@@ -115,10 +117,23 @@ class Bucket(MemoryFileSystem):
         return super()._open(path, mode, **options)
 
 
-def test_a_run_directory_on_a_bucket(tiny_recipe, tmp_path, monkeypatch):
+@pytest.fixture
+def bucket():
+    """While it lasts gs:// is `Bucket`, also where this process has met a real one before."""
+    known, found = fsspec.registry.get("gcs"), fsspec_backend._get_filesystem
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    found.cache_clear()
+    yield
+    found.cache_clear()
+    if known:
+        fsspec.register_implementation("gcs", known, clobber=True)
+    else:
+        _registry.pop("gcs")
+
+
+def test_a_run_directory_on_a_bucket(bucket, tiny_recipe, tmp_path, monkeypatch):
     """All but the arrays, which tensorstore would write to a real bucket by itself: here they lie on disk."""
     monkeypatch.setattr("tensorboardX.record_writer.GCS_ENABLED", False)  # its own client wants credentials
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
     manager = checkpoints.checkpoint_manager
     for module in (checkpoints, rundir):
         monkeypatch.setattr(module, "checkpoint_manager", lambda home, **kwargs: manager(tmp_path, **kwargs))
@@ -160,9 +175,8 @@ def test_a_bucket_that_does_not_answer_is_no_bad_input(monkeypatch):
         rundir.directory("gs://bucket/x")
 
 
-def test_what_a_bucket_cannot_hold_is_refused(tmp_path, monkeypatch, capfd):
+def test_what_a_bucket_cannot_hold_is_refused(bucket, tmp_path, monkeypatch, capfd):
     """And nothing is written to a directory here that is named like it; what is only read is looked for there."""
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
     monkeypatch.chdir(tmp_path)
     here = str(tmp_path / "x")
     for argv in (

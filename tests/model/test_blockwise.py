@@ -121,7 +121,7 @@ def test_size_chooses(monkeypatch):
     for devices, T, S in ((1, 1, 2**17), (1, 257, 257), (8, 257, 257), (8, 1024, 1024)):
         monkeypatch.setattr(attention, "devices_in_use", lambda devices=devices: devices)
         q, k = (jax.ShapeDtypeStruct((1, n, 8, 2), jnp.float32) for n in (T, S))
-        mask = Mask.cached(jnp.zeros((1, T), jnp.int32), S)
+        mask = Mask(jnp.zeros((1, T), jnp.int32), jnp.zeros((1, S), jnp.int32))
         jax.eval_shape(lambda q, k, mask=mask: attend(q, k, k, mask), q, k)
     assert [args[0].shape[1] for args in calls] == [257, 1024]
     queries, keys = tile_size(8, 10_000, 10_000)

@@ -53,6 +53,7 @@ FORMULAS = {
     "relu2": lambda x: np.maximum(x, 0) ** 2,
     "swiglu": lambda x: x / (1 + np.exp(-x)),
     "geglu": gelu,
+    "geglu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
 }
 
 
@@ -64,7 +65,7 @@ def test_mlp_is_the_formula_of_its_activation(tiny_with, activation, filled):
     params = filled(mlp, x)
     linear = {name: x @ p["kernel"] + p["bias"] for name, p in params.items() if name != "down"}
     f = FORMULAS[activation]
-    assert set(linear) == ({"up", "gate"} if activation in ("swiglu", "geglu") else {"up"})
+    assert set(linear) == ({"up", "gate"} if activation in ("swiglu", "geglu", "geglu_tanh") else {"up"})
     inner = linear["up"] * f(linear["gate"]) if "gate" in linear else f(linear["up"])
     wanted = inner @ params["down"]["kernel"] + params["down"]["bias"]
     got = jax.jit(mlp.apply)({"params": params}, x)

@@ -9,7 +9,6 @@ import pytest
 
 from bothways.configs import find
 from bothways.model.cache import Cache
-from bothways.model.config import TransformerConfig
 from bothways.registry import make_module
 from bothways.rundir import param_shapes
 
@@ -156,9 +155,7 @@ def test_post_norm_is_stable_at_initialisation(layers, residual, least):
     published = find("transformer_base").model
     small = {"vocab_size": 53, "d_model": 64, "n_heads": 4, "d_ff": 256, "init_std": 64**-0.5, "context_length": 16}
     off = {"dropout_embed": 0.0, "dropout_residual": 0.0, "dtype": "float32", "scan_layers": True}
-    cfg = TransformerConfig(
-        **dataclasses.asdict(published) | small | off | {"n_layers": layers, "init_residual": residual}
-    ).resolved()
+    cfg = dataclasses.replace(published, **small | off | {"n_layers": layers, "init_residual": residual}).resolved()
     module = make_module("seq2seq", cfg)
     rng = np.random.default_rng(0)
     tokens, source = rng.integers(0, 53, (4, 13)), rng.integers(0, 53, (4, 11))

@@ -1,6 +1,7 @@
 """Text written a block at a time: against a plain loop without a cache, and, in blocks of one, against a GPT's decoding."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -188,7 +189,7 @@ def run(tiny) -> DiffusionModel:
     recipe = Recipe(model=cfg, objective=ObjectiveConfig(kind="diffusion", block_sizes=(4, 0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(s.dtype), rundir.param_shapes(recipe))
-    return DiffusionModel(rundir.Run("runs/x", recipe, tokenizer, make_module("gpt", cfg), params, 0))
+    return DiffusionModel(rundir.Run(Path("runs/x"), recipe, tokenizer, make_module("gpt", cfg), params, 0))
 
 
 @pytest.mark.parametrize("block", [4, 3])

@@ -366,7 +366,7 @@ def test_vectors_are_the_features_of_the_first_token_and_their_mean(model, read)
 
 
 def test_what_cannot_be_embedded_is_refused(model):
-    with pytest.raises(InputError, match="pool 'max' is unknown; there are cls and mean"):
+    with pytest.raises(InputError, match="pool 'max' is unknown; there are cls, mean and last"):
         model.embed(["fine"], "max")
     with pytest.raises(InputError, match=f"[0-9]+ tokens, and the context is {CONTEXT}: 'king king"):
         model.embed(["fine", "king " * 9])

@@ -120,7 +120,7 @@ def test_one_document_has_no_next_sentences(recipe, tiny_recipe, tmp_path):
     [
         (
             {"family": "gpt"},
-            "objective.kind=masked is not for a gpt, whose mask serves causal or hybrid or diffusion; set --objective.kind causal",
+            "objective.kind=masked is not for a gpt, whose mask serves causal or chat or hybrid or diffusion; set --objective.kind causal",
         ),
         (
             {"objective": ObjectiveConfig()},

@@ -16,6 +16,7 @@ from bothways.data import corpora, preparing
 from bothways.data import tokenizer as tokenizers
 from bothways.data.config import DataConfig
 from bothways.errors import Diverged, InputError
+from bothways.sharding import make_mesh  # itself, and not that of `one_device`
 from bothways.train import hosts, loop
 from bothways.train import step as steps
 from bothways.train.steps import Job, run_steps
@@ -212,7 +213,7 @@ MESH = {"data": 4, "fsdp": 2, "tensor": 2, "context": 2}
 def mesh_effect(**fields) -> list[tuple[int, ...]]:
     """What one device holds of a kernel, of its moments, and of a batch of activations."""
     cfg = MeshConfig(**{"data": 2} | fields)
-    mesh = sharding.make_mesh(cfg, jax.devices()[: math.prod(cfg.axes().values())])
+    mesh = make_mesh(cfg, jax.devices()[: math.prod(cfg.axes().values())])
     path = {"blocks": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((1, 16, 32), np.float32)}}}}
     at = sharding.parameter_shardings(mesh, path)
     moments = sharding.spread_over_data(at, path)
@@ -227,7 +228,7 @@ def test_a_field_of_the_mesh_changes_what_a_device_holds(field, eight_devices):
 
 
 def test_how_much_is_copied_is_bounded(eight_devices):
-    mesh = sharding.make_mesh(MeshConfig(1, 8))
+    mesh = make_mesh(MeshConfig(1, 8), eight_devices)
     path = {"blocks": {"norm": {"scale": jax.ShapeDtypeStruct((1, 7), np.float32)}}}
     sharding.parameter_shardings(mesh, path, 1.0)
     with pytest.raises(InputError, match="mesh.max_replicated_fraction is 10.0%"):
