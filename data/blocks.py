@@ -43,6 +43,7 @@ class BlockIds:
         self.pool = concurrent.futures.ThreadPoolExecutor(prepared_text.FETCHES, thread_name_prefix="blocks")
         cache.mkdir(parents=True, exist_ok=True)
         self.on_disk = OrderedDict((path.name, path.stat().st_size) for path in sorted(cache.glob("*.block")))
+        self.disk_used = sum(self.on_disk.values())
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -54,11 +55,27 @@ class BlockIds:
         at = np.asarray(at)
         number = np.searchsorted(self.first, at, side="right") - 1
         wanted = np.unique(number)
-        blocks = dict(zip(wanted.tolist(), self._wait(wanted.tolist()), strict=True))
         found = np.empty(at.shape, self.dtype)
-        for block, ids in blocks.items():
+        for block, ids in zip(wanted.tolist(), self._wait(wanted.tolist()), strict=True):
             inside = number == block
             found[inside] = ids[at[inside] - self.first[block]]
+        return found
+
+    def stretches(self, begins: np.ndarray, length: int) -> np.ndarray:
+        """[n, length] what follows on each of [n] tokens, copied as it lies; behind the end its last token again."""
+        ends = np.minimum(begins + length, len(self))
+        spans = np.searchsorted(self.first, np.stack([begins, ends - 1]), side="right") - 1
+        wanted = sorted({block for first, last in spans.T.tolist() for block in range(first, last + 1)})
+        blocks = dict(zip(wanted, self._wait(wanted), strict=True))
+        found = np.empty((len(begins), length), self.dtype)
+        for row, begin, end, first, last in zip(found, begins.tolist(), ends.tolist(), *spans.tolist(), strict=True):
+            at = 0
+            for block in range(first, last + 1):
+                low = begin + at - int(self.first[block])
+                part = blocks[block][low : low + end - begin - at]
+                row[at : at + len(part)] = part
+                at += len(part)
+            row[at:] = row[at - 1]
         return found
 
     def ahead(self, begin: int, end: int) -> None:
@@ -108,10 +125,13 @@ class BlockIds:
         with self.lock:
             if self.disk < len(raw):
                 return
+            self.disk_used += len(raw) - self.on_disk.get(path.name, 0)
             self.on_disk[path.name] = len(raw)
             old = []
-            while sum(self.on_disk.values()) > self.disk:
-                old.append(self.on_disk.popitem(last=False)[0])
+            while self.disk_used > self.disk:
+                name, size = self.on_disk.popitem(last=False)
+                self.disk_used -= size
+                old.append(name)
         for name in old:
             (self.cache / name).unlink(missing_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")

@@ -50,6 +50,12 @@ class Tokens:
     block: int = 0
     """Tokens of a block, where `ids` are read by blocks; else 0."""
 
+    def stretches(self, begins: np.ndarray, length: int) -> np.ndarray:
+        """[n, length] what follows on each of [n] tokens; behind the end its last token again."""
+        if self.block:
+            return self.ids.stretches(begins, length)
+        return self.ids[np.minimum(begins[:, None] + np.arange(length), len(self.ids) - 1)]
+
     def read_ahead(self, begins: np.ndarray, length: int) -> None:
         """Begins to read stretches of so many tokens, where ids are read by blocks."""
         for begin in begins.tolist():
@@ -276,8 +282,8 @@ class Rows:
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         ids, starts = self.tokens.ids, self.tokens.starts
         begin = np.asarray(indices, np.int64) * self.length
-        at = begin[:, None] + np.arange(self.length + 1)
-        tokens, segments = ids[np.minimum(at, len(ids) - 1)].astype(np.int32), np.ones(at.shape, np.int32)
+        tokens = self.tokens.stretches(begin, self.length + 1).astype(np.int32)
+        segments = np.ones(tokens.shape, np.int32)
         if self.separate:  # 1 more from each start of a document on
             first, last = np.searchsorted(starts, np.stack([begin + 1, begin + self.length + 1]))
             count = last - first
@@ -285,7 +291,7 @@ class Rows:
             number = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + first[row]
             segments[row, starts[number] - begin[row]] += 1
             segments = np.cumsum(segments, axis=1, dtype=np.int32) - np.arange(self.length + 1, dtype=np.int32)
-        if len(at) and at[:, -1].max() >= len(ids):
-            real = at < len(ids)
+        if len(begin) and begin.max() + self.length >= len(ids):
+            real = begin[:, None] + np.arange(self.length + 1) < len(ids)
             tokens, segments = np.where(real, tokens, self.pad), np.where(real, segments, 0)
         return {"tokens": tokens, "segments": segments}

@@ -102,6 +102,15 @@ def test_rows_are_those_of_text_in_memory(both, kind):
             np.testing.assert_array_equal(a[name], b[name])
 
 
+def test_stretches_may_lie_across_blocks_and_behind_the_end(both):
+    whole, by_blocks, _ = both
+    size = len(whole.ids)
+    for length in (1, 31, 700):  # a block has 256 tokens, and the last of a shard has fewer
+        begins = np.array([0, 251, size - 300, size - 1])
+        np.testing.assert_array_equal(by_blocks.stretches(begins, length), whole.stretches(begins, length))
+    assert by_blocks.stretches(begins[:0], 31).shape == (0, 31)
+
+
 @pytest.mark.parametrize("kind", ["rows", "masked rows", "masked pairs", "spans"])
 def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(both, kind):
     _, by_blocks, corpus = both
