@@ -153,14 +153,17 @@ def main() -> None:
         for side in given.sides:
             found = run(side, text, home)
             tokens = int(found["said"][0]) if side != "datasets" else tokens  # the same: the same text and tokenizer
-            rate = f"{tokens / found['seconds'] / 1e6:.2f} M tokens/s, {found['cores'] / tokens * 1e6:.2f} core-seconds a million"
+            rate = ""
+            if tokens:
+                a_million = found["cores"] / tokens * 1e6
+                rate = f", {tokens / found['seconds'] / 1e6:.2f} M tokens/s, {a_million:.2f} core-seconds a million"
             parts = (
                 f" (load {float(found['said'][1]):.1f} s, map {float(found['said'][2]):.1f} s)"
                 if side == "datasets"
                 else ""
             )
             print(
-                f"{side}: {found['seconds']:.1f} s{parts}, {rate if tokens else ''}, {found['memory'] / 1e6:.0f} MB",
+                f"{side}: {found['seconds']:.1f} s{parts}{rate}, {found['memory'] / 1e6:.0f} MB",
                 flush=True,
             )
 

@@ -97,10 +97,6 @@ def _write(tokenizer: Tokenizer, messages: Sequence[Message], open_answer: bool)
     """The conversation as the template writes it, and where in it `{% generation %}` stood, if anywhere."""
     import jinja2
 
-    for message in messages:
-        for token in (*control_tokens(tokenizer), OPEN, CLOSE):
-            if token in message["content"]:
-                raise InputError(f"a message holds {token}, which is how the template marks messages; leave it out")
     names = _special_names(tokenizer)
     try:
         text = _compiled(template_of(tokenizer)).render(
@@ -121,6 +117,19 @@ def _write(tokenizer: Tokenizer, messages: Sequence[Message], open_answer: bool)
     return "".join(part for part in parts if part not in (OPEN, CLOSE)), spans
 
 
+@functools.lru_cache(maxsize=64)
+def _marks(tokenizer: Tokenizer) -> re.Pattern:
+    """What only the template may write."""
+    longest_first = sorted((*control_tokens(tokenizer), OPEN, CLOSE), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))
+
+
+def _check(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+    for message in messages:
+        if found := _marks(tokenizer).search(message["content"]):
+            raise InputError(f"a message holds {found[0]}, which is how the template marks messages; leave it out")
+
+
 def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
     """A conversation as the run's template writes it, up to where the assistant's next answer begins.
 
@@ -128,6 +137,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
       InputError: the template refuses these messages, fails, or does what its sandbox forbids; or a message holds a
         control token.
     """
+    _check(tokenizer, messages)
     return _write(tokenizer, messages, True)[0]
 
 
@@ -147,6 +157,7 @@ def answers(tokenizer: Tokenizer, messages: Sequence[Message], after: int = 0) -
     wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= after]
     if not wanted:
         raise InputError("there is no answer in it: no message of the role assistant to be trained on")
+    _check(tokenizer, messages)
     text, spans = _write(tokenizer, messages, False)
     if spans:
         count = sum(m["role"] == "assistant" for m in messages)

@@ -22,7 +22,8 @@ class PackedConversations:
 
     def __init__(self, tokens: Tokens, length: int, vocabulary: Vocabulary):
         self.tokens, self.length, self.pad = tokens, length, vocabulary.pad
-        sizes = np.diff(np.append(tokens.starts, len(tokens.ids)))
+        self.bounds = np.append(tokens.starts, len(tokens.ids))  # of every conversation
+        sizes = np.diff(self.bounds)
         # The first token that counts: nothing predicts the first of a conversation.
         at = np.flatnonzero(tokens.scored)
         inside = np.searchsorted(at, tokens.starts + 1)
@@ -53,13 +54,12 @@ class PackedConversations:
         return stacked([self._row(index) for index in indices])
 
     def _row(self, index: int) -> Example:
-        starts = np.append(self.tokens.starts, len(self.tokens.ids))
         row = {name: np.zeros(self.length, np.int32) for name in ("tokens", "segments", "scored")}
         row["tokens"][:] = self.pad
         at = 0
         for number, one in enumerate(self.order[self.first[index] : self.first[index + 1]], 1):
-            begin = starts[one]
-            size = min(int(starts[one + 1] - begin), self.length)
+            begin = self.bounds[one]
+            size = min(int(self.bounds[one + 1] - begin), self.length)
             row["tokens"][at : at + size] = self.tokens.ids[begin : begin + size]
             row["segments"][at : at + size] = number
             row["scored"][at : at + size] = self.tokens.scored[begin : begin + size]

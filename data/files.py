@@ -197,6 +197,11 @@ class Zstd(io.RawIOBase):
         return count
 
 
+def file_at(name: str) -> AnyPath:
+    """One file that a field names, on a disk or behind a URL."""
+    return Remote(name) if is_remote(name) else Path(name).expanduser()
+
+
 def read_utf8(path: AnyPath) -> str:
     """The text of a file.
 

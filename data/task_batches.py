@@ -80,6 +80,5 @@ def evaluation_batches(rows: TaskRows, sizes: list[int], batch_size: int) -> Ite
         chosen = order[begin : begin + batch_size]
         filled = np.concatenate([chosen, np.full(batch_size - len(chosen), chosen[0])])
         batch = rows.batch(filled, fitting(sizes, rows.lengths[chosen].max()))
-        batch["weight"] = batch["weight"].copy()
         batch["weight"][len(chosen) :] = 0
         yield chosen, batch

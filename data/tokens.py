@@ -19,7 +19,7 @@ from bothways.data import tokenizer as tokenizers
 from bothways.data.config import DataConfig
 from bothways.data.corpora import Corpus
 from bothways.data.documents import continues
-from bothways.data.files import read_utf8
+from bothways.data.files import file_at, read_utf8
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 
@@ -70,7 +70,7 @@ def obtain_tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
 def with_template(cfg: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
     """With the chat template that a configuration names; of conversations with one in any case."""
     if cfg.chat_template:
-        tokenizer.chat_template = read_utf8(Path(cfg.chat_template).expanduser())
+        tokenizer.chat_template = read_utf8(file_at(cfg.chat_template))
     elif cfg.messages_field:
         tokenizer.chat_template = chat.template_of(tokenizer)
     return tokenizer

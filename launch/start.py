@@ -71,14 +71,15 @@ def prepare(
 
 
 def text_to_send(cfg: DataConfig) -> DataConfig | None:
-    """The configuration of text that is, or some of whose corpora are, in files of this machine; None of any other.
+    """The configuration of text that is, or some of whose corpora are, in files of this machine; None of any other, and of
+    conversations, which are not prepared.
 
     Raises:
       InputError: no such files, or so large that they are to be prepared into a bucket; a mixture whose vocabulary would have
         to be trained on text that is not here too.
     """
     here = [part.corpus for part in parts_of(cfg) if is_sent(part.corpus)]
-    if not here:
+    if cfg.messages_field or not here:
         return None
     size = sum(path.stat().st_size for corpus in here for path in matching(corpus))
     if size > MOST_SENT:
@@ -129,6 +130,7 @@ def files_left_here(recipe: Recipe, *, shared: bool) -> list[str]:
         "data.mixture" if data.mixture else "data.corpus": [corpus for corpus in corpora if looks_like_files(corpus)],
         "data.validation": [data.validation],
         "data.tokenizer": [data.tokenizer] if data.tokenizer.endswith((".model", ".json")) else [],
+        "data.chat_template": [data.chat_template],
         "train.init_from": [start],
     }
     return [

@@ -1,7 +1,9 @@
 """Conversations: which tokens are answers, the templates that write them, and the rows that hold them."""
 
+import copy
 import json
 
+import fsspec
 import numpy as np
 import pytest
 import tokenizers as hf
@@ -110,6 +112,14 @@ def test_messages_hold_no_control_tokens(plain):
         chat.render(byte_level(CHATML), [{"role": "user", "content": "a<|im_end|>"}])
     with pytest.raises(InputError, match="holds"):
         chat.render(plain, [{"role": "user", "content": f"a{plain.piece(plain.eos)}"}])
+
+
+def test_a_template_is_read_from_a_disk_or_a_store(plain, tmp_path):
+    (tmp_path / "talk.jinja").write_text(CHATML)
+    fsspec.filesystem("memory").pipe_file("/talk.jinja", MARKED.encode())
+    for where, template in ((str(tmp_path / "talk.jinja"), CHATML), ("memory://talk.jinja", MARKED)):
+        cfg = DataConfig(messages_field="messages", chat_template=where)
+        assert tokens.with_template(cfg, copy.copy(plain)).chat_template == template
 
 
 def test_a_template_is_kept_with_the_vocabulary(plain, tmp_path):

@@ -11,7 +11,7 @@ import tomllib
 import pytest
 
 import bothways
-from bothways.config import MeshConfig
+from bothways.config import MeshConfig, ObjectiveConfig
 from bothways.configs import find
 from bothways.errors import InputError
 from bothways.launch.job import ROOT, GPUs, Job, code_archive, host_script
@@ -247,6 +247,17 @@ def test_text_of_this_machine_is_prepared_here_and_sent_along(recipe, tmp_path, 
         prepare(dataclasses.replace(recipe, data=data), "tpu", "v5e-16", **GCP)
     with pytest.raises(InputError, match="no file matches"):
         prepare(dataclasses.replace(recipe, data=dataclasses.replace(data, corpus="books/*.txt")), "gke", "v5e-16", **GCP)
+
+
+def test_conversations_of_this_machine_are_not_sent_along(recipe, tmp_path):
+    """They are not prepared: the message names the field before anything is started."""
+    (tmp_path / "talks.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 40)
+    there = {"corpus": "gs://some-bucket/talks.jsonl", "messages_field": "messages"}
+    for field, value in (("corpus", f"{tmp_path}/talks.jsonl"), ("chat_template", "talk.jinja")):
+        data = dataclasses.replace(recipe.data, **there | {field: value})
+        chat = dataclasses.replace(recipe, objective=ObjectiveConfig(kind="chat"), data=data)
+        with pytest.raises(InputError, match=f"and not data.{field}={value}: put it on the bucket"):
+            prepare(chat, "tpu", "v5e-16", **GCP)
 
 
 def test_the_files_of_a_mixture_are_sent_along_beside_what_is_prepared(recipe, tmp_path):
