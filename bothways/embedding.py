@@ -21,6 +21,8 @@ class EmbeddingInfo:
     longer than the context is refused."""
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
     """Name -> what is put before a text, such as "query" -> "query: "."""
+    similarity: str = "cosine"
+    """How sentence-transformers compares two vectors, by its name; kept for an export."""
     default_prompt: str = ""
     """The name of the prompt where none is chosen."""
 

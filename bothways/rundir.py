@@ -182,7 +182,8 @@ def write_task(home: Path, task: TaskInfo) -> None:
 
 def write_base(home: Path, base: Path) -> None:
     """Note which run, and which checkpoint of it, adapters are for."""
-    (home / BASE).write_text(json.dumps({"format": FORMAT, "base": str(base), "step": newest_step(base)}))
+    where = base if on_bucket(base) else base.absolute()  # opened from any working directory
+    (home / BASE).write_text(json.dumps({"format": FORMAT, "base": str(where), "step": newest_step(base)}))
 
 
 def base_of(home: Path) -> tuple[Path, int]:
@@ -203,14 +204,8 @@ def base_params(home: Path, shapes: Any, log: Log, place: Callable[[Any], Any] |
     Raises:
       InputError: the base, or the checkpoint that the adapters are for, is not there, or has other parameters.
     """
-    found = json.loads((home / BASE).read_text())
-    version_of(found, str(home / BASE))
-    base = directory(found["base"])
-    if not (base / "recipe.json").exists():
-        raise InputError(
-            f"{home} holds adapters for {base}, which is not there; put it back, or change base in {home / BASE}"
-        )
-    run = load_run(base, log, place, step=found["step"])
+    base, step = base_of(home)
+    run = load_run(base, log, place, step=step)
     try:
         return base, adapters.of_base(run.params["body"] if run.task is not None else run.params, shapes)
     except KeyError as e:

@@ -76,8 +76,7 @@ def pairs_right(model: MaskedModel, reading: str, pairs: list[tuple[str, str, st
 
 
 def measured(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, dict[str, Any]]:
-    """By reading, for every item: bits of a piece; whether a pair, or a cloze, is right."""
-    """Of every reading that the model was trained in: bits per byte, pairs by phenomenon, cloze."""
+    """By direction, for every item: bits of a piece; whether a pair, or a cloze, is right."""
     text, model, found = text_of(lab), lab.text(arm, seed), {}
     pairs, blanks = minimal_pairs(max(4, lab.size.items // 6)), cloze(text, max(4, lab.size.items // 2))
     for reading, asks in directions(model).items():

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from bothways import rundir
 from bothways.convert.families import family_for
 from bothways.convert.family import Family
+from bothways.convert.fitting import origin_of
 from bothways.convert.layout import shapes_of
-from bothways.convert.run import ORIGIN, Converted, save_params, whole_directory
+from bothways.convert.run import Converted, save_params, whole_directory
 from bothways.errors import InputError
 from bothways.model import adapters
 from bothways.model.config import LoRAConfig
@@ -32,10 +33,9 @@ def family_of_base(base: Path) -> tuple[Recipe, Family]:
     Raises:
       InputError: no run, or no family: PEFT's files name the projections of a published model.
     """
-    recipe, tokenizer, origin = rundir.read_recipe(base), rundir.Tokenizer.load(base), base / ORIGIN
-    preferred = json.loads(origin.read_text())["family"] if origin.exists() else ""
+    recipe, tokenizer = rundir.read_recipe(base), rundir.Tokenizer.load(base)
     plain = dataclasses.replace(recipe.model.resolved(), lora=LoRAConfig())
-    family = family_for(plain, recipe.family, tokenizer.pad, preferred)
+    family = family_for(plain, recipe.family, tokenizer.pad, origin_of(base).get("family", ""))
     if family.layout.by_head or family.paired:
         raise InputError(f"adapters of a {family.name}, whose queries and keys lie otherwise there, are not supported")
     return recipe, family

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from bothways.convert.files import REFERENCE, WEIGHTS, stored_tensors
+from bothways.convert.files import REFERENCE, stored_tensors, weight_files
 from bothways.convert.heads import suffix_for
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
@@ -61,12 +61,12 @@ def _logits(module: nn.Module, params: Any, tokens: jax.Array) -> jax.Array:
 
 
 def digest(home: Path) -> str:
-    """SHA-256 of the weights in a directory; empty where they are not in one file."""
-    path = home / WEIGHTS
-    if not path.is_file():
-        return ""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    """SHA-256 of the weights in a directory: of the file, or of those of its shards."""
+    found = []
+    for path in weight_files(home):
+        with path.open("rb") as f:
+            found.append(hashlib.file_digest(f, "sha256").hexdigest())
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def save_reference(home: Path, tokens: np.ndarray, logits: np.ndarray) -> None:
@@ -152,10 +152,12 @@ def against_reference(
     log: Log,
     task: TaskInfo | None = None,
     may_run: bool = True,
+    dtype: str = "float32",
 ) -> tuple[float | None, str]:
     """`difference` from the stored reference, else from `transformers`; None where there is neither, and why.
 
     Args:
+      dtype: what the parameters were rounded to.
       may_run: `transformers` itself knows the family; False: it would run code from the checkpoint, which is never done.
     """
     stored = stored_reference(path, log) if path.is_dir() else None
@@ -164,17 +166,19 @@ def against_reference(
     if wanted is None and may_run:
         wanted, missing = transformers_logits(path, recipe, tokens, task)
         why = f"{why}, and {missing}"
-    return (None, why) if wanted is None else (difference(our_logits(recipe, params, tokens, task), wanted), "")
+    return (None, why) if wanted is None else (difference(our_logits(recipe, params, tokens, task), wanted, dtype), "")
 
 
-def difference(got: np.ndarray, wanted: np.ndarray) -> float:
+def difference(got: np.ndarray, wanted: np.ndarray, dtype: str = "float32") -> float:
     """The largest difference of logits. Raises InputError if it is beyond the tolerance."""
     if got.shape != wanted.shape:
         raise InputError(f"the reference has logits of shape {list(wanted.shape)}, and this model {list(got.shape)}")
     largest, allowed = float(np.abs(got - wanted).max()), TOLERANCE * max(1.0, float(np.abs(wanted).max()))
     if not largest <= allowed:
+        why = "the weights or config.json are not what they say"
+        if dtype != "float32":
+            why += f", or lost something where they were rounded to {dtype}; --dtype float32 tells which"
         raise InputError(
-            f"the logits differ from the reference by {largest:.3g}, and {allowed:.3g} is allowed: "
-            "the weights or config.json are not what they say; nothing was written"
+            f"the logits differ from the reference by {largest:.3g}, and {allowed:.3g} is allowed: {why}; nothing was written"
         )
     return largest

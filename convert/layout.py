@@ -183,7 +183,11 @@ class Layout:
             return np.ascontiguousarray(self._theirs(ours, [a if layer is None else a[layer] for a in arrays]))
 
         return {
-            name: Stored(self._shape_of_theirs(ours, [whole[p] for p in ours]), functools.partial(one, ours, layer))
+            name: Stored(
+                self._shape_of_theirs(ours, [whole[p] for p in ours]),
+                functools.partial(one, ours, layer),
+                narrow=not ours[0].startswith("task_head/"),
+            )
             for name, ours, layer in self.names(shapes, absent)
         }
 

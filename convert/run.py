@@ -94,7 +94,7 @@ def import_run(source: str, home: Path, corpus: str, log: Log, dtype: str = "flo
             train=TrainConfig(),
         )
         params, ours = fit.params(allocate), fit.name == own.NAME
-        difference, why = check.against_reference(recipe, params, tokenizer, found.path, log, fit.task, not ours)
+        difference, why = check.against_reference(recipe, params, tokenizer, found.path, log, fit.task, not ours, dtype)
         save_params(partial, params)
         (partial / ORIGIN).write_text(json.dumps({"family": fit.name, "dtype": dtype}))
         if fit.task is not None:
@@ -160,6 +160,8 @@ def export_run(
     """
     dtype = dtype or origin_of(home).get("dtype", "float32")
     if destination.suffix == ".gguf":
+        if license_:
+            raise InputError("--license stands on a model's card, and a .gguf file comes with none; leave it out")
         from bothways.convert.to_gguf import export_gguf
 
         return Converted(*export_gguf(home, destination, log, embeds, dtype))
@@ -168,6 +170,8 @@ def export_run(
     with whole_directory(destination) as partial:
         run = rundir.load_run(home, log, dtype="" if dtype == "float32" else dtype)
         out, task = going(run, jax.device_get(run.params), log), run.task
+        if embeds and task is not None:
+            raise InputError(f"--embeds is of a body's vectors, and {home} is fine-tuned for {task.name}; leave it out")
         recipe = out.recipe
         if out.family is None:
             own.save_modelling_files(partial, task)

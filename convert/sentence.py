@@ -52,10 +52,20 @@ def read(home: Path) -> EmbeddingInfo | None:
         raise InputError(f"{home / kinds[1][1]} leaves the prompt out of the mean; that is not supported")
     settings, length = home / "config_sentence_transformers.json", home / kinds[0][1] / "sentence_bert_config.json"
     said = read_json(settings) if settings.is_file() else {}
-    most = (read_json(length) if length.is_file() else {}).get("max_seq_length") or 0
+    transformer = read_json(length) if length.is_file() else {}
+    if transformer.get("do_lower_case"):
+        raise InputError(f"{length} lowers capitals before the vocabulary does (do_lower_case); that is not supported")
+    most = transformer.get("max_seq_length") or 0
     prompts = {str(name): str(text) for name, text in (said.get("prompts") or {}).items() if text}
     chosen = said.get("default_prompt_name") or ""
-    return EmbeddingInfo(POOLS[active[0]], len(kinds) == 3, int(most), prompts, chosen if chosen in prompts else "")
+    return EmbeddingInfo(
+        POOLS[active[0]],
+        normalize=len(kinds) == 3,
+        length=int(most),
+        prompts=prompts,
+        similarity=said.get("similarity_fn_name") or "cosine",
+        default_prompt=chosen if chosen in prompts else "",
+    )
 
 
 def _modules(home: Path) -> list[tuple[str, str]]:
@@ -82,7 +92,7 @@ def write(home: Path, info: EmbeddingInfo, width: int) -> None:
     settings = {
         "prompts": info.prompts,
         "default_prompt_name": info.default_prompt or None,
-        "similarity_fn_name": "cosine",
+        "similarity_fn_name": info.similarity,
     }
     files = {
         MODULES: modules,

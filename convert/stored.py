@@ -27,6 +27,8 @@ class Stored:
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    narrow: bool = True
+    """Whether a checkpoint in bfloat16 may hold it so; heads of tasks stay float32, as they do in our runs."""
 
     @property
     def size(self) -> int:
@@ -39,12 +41,12 @@ class Stored:
     def then(self, change: Callable[..., np.ndarray], *arguments: Any) -> "Stored":
         """The tensor that a function makes of this one, which keeps the shape or turns it round."""
         shape = self.shape[::-1] if change is np.transpose else self.shape
-        return Stored(shape, lambda: change(self.read(), *arguments))
+        return Stored(shape, lambda: change(self.read(), *arguments), self.narrow)
 
 
-def kept_as(dtype: np.dtype, shape: tuple[int, ...]) -> np.dtype:
+def kept_as(dtype: np.dtype, tensor: Stored) -> np.dtype:
     """The type of a tensor in a checkpoint of this type: vectors, which are few, stay float32."""
-    return dtype if len(shape) > 1 else DTYPES["float32"]
+    return dtype if len(tensor.shape) > 1 and tensor.narrow else DTYPES["float32"]
 
 
 @contextlib.contextmanager
@@ -69,7 +71,7 @@ def room_for(home: Path, dtype: np.dtype) -> Iterator[Callable[[str, tuple[int, 
 def save_tensors(home: Path, tensors: Mapping[str, Stored], dtype: np.dtype, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a checkpoint's safetensors: model.safetensors, or numbered files and their index where they are large."""
     shards: list[list[str]] = [[]]
-    sizes = {n: t.size * kept_as(dtype, t.shape).itemsize for n, t in tensors.items()}
+    sizes = {n: t.size * kept_as(dtype, t).itemsize for n, t in tensors.items()}
     for name in tensors:
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > shard_bytes:
             shards.append([])
@@ -77,7 +79,7 @@ def save_tensors(home: Path, tensors: Mapping[str, Stored], dtype: np.dtype, sha
     found: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        part = {n: np.ascontiguousarray(np.asarray(tensors[n], kept_as(dtype, tensors[n].shape))) for n in names}
+        part = {n: np.ascontiguousarray(np.asarray(tensors[n], kept_as(dtype, tensors[n]))) for n in names}
         save_file(part, home / file, {"format": "pt"})
         found |= dict.fromkeys(names, file)
     if len(shards) > 1:

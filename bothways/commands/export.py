@@ -44,8 +44,12 @@ def export(
         raise InputError("--push uploads a directory; give DEST without .gguf")
     if push:
         check_name(push)
-    if adapters and license:
-        raise InputError("--license stands on a model's card, and adapters have none; leave it out")
+    if adapters:
+        unused = {"--license": license, "--embeds": embeds, "--dtype": dtype, dest: dest.endswith(".gguf")}
+        if given := [name for name, value in unused.items() if value]:
+            raise InputError(
+                f"--adapters writes PEFT's files into a directory and takes no {', '.join(given)}; leave it out"
+            )
     home, to = directory(run), on_disk(dest)
     done = export_adapters(home, to, log) if adapters else export_run(home, to, log, license, embeds, dtype)
     if push:

@@ -41,6 +41,9 @@ def import_(
             else f"--base is for PEFT's adapters, and {source} has no adapter_config.json; leave it out"
         )
     if adapters:
+        unused = {"--dtype": dtype != "float32", "--corpus": corpus != "shakespeare"}
+        if given := [name for name, value in unused.items() if value]:
+            raise InputError(f"adapters are kept as they are, beside their base's text: leave {', '.join(given)} out")
         from bothways.convert.adapters import import_adapters
 
         show_converted(import_adapters(Path(source), on_disk(run), directory(base), log), json)

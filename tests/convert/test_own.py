@@ -189,3 +189,16 @@ def test_a_fine_tuned_run_has_its_labels_and_padding_changes_nothing(exported):
         with torch.no_grad():
             alone, beside = model(tokens).logits, model(padded, attention_mask=(padded > 0).long()).logits
         np.testing.assert_allclose(beside[:, : alone.shape[1]], alone, atol=1e-5)
+
+
+def test_a_head_stays_in_float32_where_matrices_are_bfloat16(exported, tmp_path):
+    """As our own heads do, so that the scores there are the scores here."""
+    from safetensors.torch import load_file  # numpy has no bfloat16
+
+    run = exported("classify")[0]
+    done = export_run(run, tmp_path / "out", lambda _: None, dtype="bfloat16")
+    assert done.max_difference < 1e-4
+    kinds = {name: tensor.dtype for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()}
+    heads = {name for name, kind in kinds.items() if kind == torch.float32 and name.endswith("weight") and "head" in name}
+    assert heads
+    assert torch.bfloat16 in kinds.values()

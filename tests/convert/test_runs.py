@@ -1,6 +1,7 @@
 """An imported run is a run like any other: it samples, embeds, goes out again, and trains on."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from bothways.config import TrainConfig
 from bothways.convert.check import digest
 from bothways.convert.files import REFERENCE, WEIGHTS
 from bothways.convert.run import export_run, import_run
+from bothways.convert.stored import save_tensors
 from bothways.errors import InputError
 from bothways.recipes import Recipe
 from bothways.rundir import load_run
@@ -107,6 +109,43 @@ def test_a_stored_reference_is_held_against_the_weights(gpt, tmp_path, capfd):
     reference = load_file(out / REFERENCE)
     save_file(reference, out / REFERENCE, {"weights": digest(out)})
     refused(out, tmp_path / "run", capfd, "the logits differ from the reference by", "nothing was written")
+
+
+def test_rounding_that_loses_something_is_refused_for_what_it_is(gpt, tmp_path, capfd):
+    export_run(gpt[1], tmp_path / "out", quiet)
+    code = bothways.main(["import", str(tmp_path / "out"), str(tmp_path / "run"), "--dtype", "bfloat16"])
+    assert code == 2
+    assert "rounded to bfloat16" in (err := capfd.readouterr().err)
+    assert "--dtype float32" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_knows_weights_in_several_files(gpt, tmp_path, monkeypatch):
+    monkeypatch.setattr("bothways.convert.run.save_tensors", functools.partial(save_tensors, shard_bytes=3000))
+    export_run(gpt[1], tmp_path / "out", quiet)
+    before = digest(tmp_path / "out")
+    shard = max((tmp_path / "out").glob("model-*.safetensors"))
+    save_file({k: v + 1 for k, v in load_file(shard).items()}, shard, {"format": "pt"})
+    assert before != digest(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("argv", "field"),
+    [
+        (["export", "RUN", "out", "--adapters", "--dtype", "bfloat16"], "--dtype"),
+        (["export", "RUN", "out", "--adapters", "--embeds", "mean"], "--embeds"),
+        (["export", "RUN", "out.gguf", "--adapters"], "out.gguf"),
+        (["export", "RUN", "out.gguf", "--license", "mit"], "--license"),
+        (["import", "peft", "out", "--base", "RUN", "--dtype", "bfloat16"], "--dtype"),
+        (["import", "peft", "out", "--base", "RUN", "--corpus", "bible"], "--corpus"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(gpt, argv, field, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
+    assert bothways.main([str(gpt[1]) if a == "RUN" else a for a in argv]) == 2
+    assert field in capfd.readouterr().err.partition("\n")[0]
 
 
 def continuation_of(home: Path, text: Path, cache: Path) -> Recipe:

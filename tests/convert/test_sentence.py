@@ -13,10 +13,10 @@ from bothways.errors import InputError
 from tests.convert.published import checkpoint, quiet, refused
 
 TEXTS = ["the dog sees the queen", "the king"]
-QUERY = EmbeddingInfo("mean", True, 7, {"query": "the queen: "}, "")
+QUERY = EmbeddingInfo("mean", True, 7, {"query": "the queen: "}, "dot")
 CASES = {
     "bert": QUERY,
-    "distilbert": EmbeddingInfo("cls", False, 0, {"query": "a ", "text": "b "}, "text"),
+    "distilbert": EmbeddingInfo("cls", False, 0, {"query": "a ", "text": "b "}, default_prompt="text"),
     "llama": EmbeddingInfo("last", True),
 }
 
@@ -63,6 +63,8 @@ def test_the_files_of_an_export_are_those_that_came(imported, tmp_path, monkeypa
     source, home = imported("bert")
     export_run(home, tmp_path / "out", quiet)
     assert sentence.read(tmp_path / "out") == QUERY
+    settings = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())
+    assert settings["similarity_fn_name"] == "dot"
     for name in (sentence.MODULES, "1_Pooling/config.json", "config_sentence_transformers.json"):
         assert (source / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     with pytest.raises(InputError, match="no prompt 'answer'; this run has query"):
@@ -95,3 +97,8 @@ def test_modules_that_are_not_computed_are_refused(imported, tmp_path, capfd):
     pooling.write_text(json.dumps({"pooling_mode_max_tokens": True}))
     refused(source, tmp_path / "run", capfd, "pools by pooling_mode_max_tokens; there are mean, cls, lasttoken")
     pooling.write_text(kept)
+    lowered = source / "sentence_bert_config.json"
+    before = lowered.read_text()
+    lowered.write_text(json.dumps(json.loads(before) | {"do_lower_case": True}))
+    refused(source, tmp_path / "run", capfd, "do_lower_case")
+    lowered.write_text(before)
