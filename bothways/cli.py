@@ -51,14 +51,23 @@ def _quiet_libraries() -> None:
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="orbax")
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # of a restore that failed
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _show_exception
         sys.unraisablehook = lambda u: _show_exception(u.exc_type, u.exc_value or u.exc_type(), u.exc_traceback)
 
 
+def is_leftover(error: BaseException) -> bool:
+    """Whether it only follows from a save or a restore that failed, and says nothing itself.
+
+    tensorstore's threads find orbax's event loop closed, and reads of the other arrays are cut off when they are collected.
+    """
+    return "Event loop is closed" in str(error) or isinstance(error.__cause__, GeneratorExit)
+
+
 def _show_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """As Python does; but when a save fails, tensorstore's threads find orbax's event loop closed: that says nothing."""
-    if "Event loop is closed" not in str(error):
+    """As Python does, but for what says nothing."""
+    if not is_leftover(error):
         sys.__excepthook__(kind, error, trace)
 
 
