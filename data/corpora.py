@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def quiet_tfds() -> Iterator[Any]:
             os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
 
 
-def prepared(name: str, key: str, splits: Callable[[], dict[str, Documents]], cache: Path) -> Corpus:
+def prepared(name: str, key: str, splits: Callable[[], Mapping[str, Iterable[tuple[str, str]]]], cache: Path) -> Corpus:
     """A corpus written once to `cache` by a TFDS builder whose config is named after `key`, and read back.
 
     `splits` is asked for only where nothing is prepared yet. TFDS reuses a prepared directory by its name alone; the
@@ -224,20 +225,21 @@ def from_files(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
     what = (*fields(cfg), str(len(paths)))
     key, before = (files.fingerprint(contents, *what, names=n) for n in ((), [path.name for path in paths + held]))
 
-    def splits() -> dict[str, Documents]:
+    @functools.cache  # where few documents are cut is found out once
+    def splits() -> dict[str, Again]:
         found, validation = Again(lambda: read(paths, cfg)), Again(lambda: read(held, cfg))
         if next(iter(found), None) is None:
             raise InputError(f"the corpus {cfg.corpus!r} is empty: {len(paths)} file(s), no text")
         if held and next(iter(validation), None) is None:
             raise InputError(f"data.validation {cfg.validation!r} is empty: {len(held)} file(s), no text")
         if held:
-            return {"train": iter(found), "validation": iter(validation), "test": iter(validation)}
+            return {"train": found, "validation": validation, "test": validation}
         return hold_out(found, paired=bool(cfg.source_field), whole=bool(cfg.messages_field))
 
     if copied and (any(map(is_slow, paths + held)) or sum(path.stat().st_size for path in paths + held) <= MOST_COPIED):
         return dataclasses.replace(prepared("files", key, splits, cache), earlier=(before,))
     whole = () if held else tuple(paths)
-    return Corpus("files", key, lambda split: splits()[split], earlier=(before,), paths=whole)
+    return Corpus("files", key, lambda split: iter(splits()[split]), earlier=(before,), paths=whole)
 
 
 def is_slow(path: files.AnyPath) -> bool:
@@ -281,15 +283,16 @@ def from_hugging_face(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
                 if text.strip() or cfg.source_field:
                     yield f"{split}:{number}", text
 
-    def splits() -> dict[str, Documents]:
+    @functools.cache
+    def splits() -> dict[str, Again]:
         held = next((split for split in ("validation", "test") if split in streams), None)
         if held is None:
             return hold_out(Again(lambda: documents("train")), paired=bool(cfg.source_field))
-        return {s: documents(s if s in streams else held) for s in Corpus.splits}
+        return {s: Again(functools.partial(documents, s if s in streams else held)) for s in Corpus.splits}
 
     state = json.dumps([name, config, builder.hash, str(builder.info.version), *fields(cfg)])
     key = hashlib.sha256(state.encode()).hexdigest()[:16]
-    return prepared("hf", key, splits, cache) if copied else Corpus("hf", key, lambda split: splits()[split])
+    return prepared("hf", key, splits, cache) if copied else Corpus("hf", key, lambda split: iter(splits()[split]))
 
 
 def fields(cfg: DataConfig) -> tuple[str, ...]:

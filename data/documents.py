@@ -5,6 +5,7 @@ one document, of which a piece is in memory at a time.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 Documents = Iterator[tuple[str, str]]
@@ -89,27 +90,23 @@ def held_out_in(number: int, paired: bool) -> str:
     return {18: "validation", 19: "test"}.get((number // 2 if paired else number) % 20, "train")
 
 
-def hold_out(documents: Iterable[tuple[str, str]], paired: bool = False, whole: bool = False) -> dict[str, Documents]:
+def hold_out(documents: Iterable[tuple[str, str]], paired: bool = False, whole: bool = False) -> dict[str, Again]:
     """Splits of a corpus that has none: every 20th document or pair for validation and for test, or the end of the text.
 
     With few documents the last tenth of each is held out, half for validation and half for test, cut at a line
     where one ends near. Pairs are never cut.
 
     Args:
-      documents: gone through once for each split, and up to three times before.
+      documents: gone through each time that a split is, and up to twice before.
       whole: documents are not cut, however few.
     """
-    if paired or whole or is_many(documents):
+    lengths = None if paired or whole else lengths_of_few(documents)
+    if lengths is None:
 
         def part(split: str) -> Documents:
             return (item for i, item in numbered(documents) if held_out_in(i, paired) == split)
 
-        return {split: part(split) for split in SPLITS}
-
-    lengths: list[int] = []
-    for number, (_, text) in numbered(documents):
-        lengths += [0] * (number + 1 - len(lengths))
-        lengths[number] += len(text)
+        return {split: Again(functools.partial(part, split)) for split in SPLITS}
     cuts = _cuts(documents, lengths)
 
     def between(low: int, high: int) -> Documents:
@@ -120,12 +117,18 @@ def hold_out(documents: Iterable[tuple[str, str]], paired: bool = False, whole: 
             if inside or not (continues(name) or lengths[number] > len(text)):
                 yield (name.removesuffix(CONTINUED) if a >= 0 else name), inside
 
-    return {split: between(i, i + 1) for i, split in enumerate(SPLITS)}
+    return {split: Again(functools.partial(between, i, i + 1)) for i, split in enumerate(SPLITS)}
 
 
-def is_many(documents: Iterable[tuple[str, str]]) -> bool:
-    """Whether there are FEW_DOCUMENTS or more."""
-    return any(number + 1 >= FEW_DOCUMENTS for number, _ in numbered(documents))
+def lengths_of_few(documents: Iterable[tuple[str, str]]) -> list[int] | None:
+    """Characters of each document; None where there are FEW_DOCUMENTS or more, which is seen when so many have come."""
+    lengths: list[int] = []
+    for number, (_, text) in numbered(documents):
+        if number + 1 >= FEW_DOCUMENTS:
+            return None
+        lengths += [0] * (number + 1 - len(lengths))
+        lengths[number] += len(text)
+    return lengths
 
 
 def _with_begins(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[int, tuple[str, str], int]]:

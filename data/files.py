@@ -176,7 +176,12 @@ class Zstd(io.RawIOBase):
     the text, and the end of the first frame too."""
 
     def __init__(self, raw: BinaryIO):
-        self.raw, self.frame, self.ready, self.begun = raw, zstandard.ZstdDecompressor().decompressobj(), b"", False
+        self.raw, self.frame, self.ready, self.begun = (
+            raw,
+            zstandard.ZstdDecompressor().decompressobj(),
+            memoryview(b""),
+            False,
+        )
 
     def readable(self) -> bool:
         return True
@@ -191,7 +196,7 @@ class Zstd(io.RawIOBase):
                     raise EOFError("the last frame has no end")
                 return 0
             self.begun = True
-            self.ready = self.frame.decompress(packed)
+            self.ready = memoryview(self.frame.decompress(packed))
         count = min(len(into), len(self.ready))
         into[:count], self.ready = self.ready[:count], self.ready[count:]
         return count

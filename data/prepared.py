@@ -47,7 +47,7 @@ class Shard:
     starts_crc32: int
 
 
-def checksums(ids: bytes) -> tuple[int, ...]:
+def checksums(ids: bytes | bytearray) -> tuple[int, ...]:
     return tuple(zlib.crc32(ids[i : i + BLOCK]) for i in range(0, len(ids), BLOCK))
 
 

@@ -1,10 +1,8 @@
 """Preparing text: from a corpus to a directory of prepared text, in parts that are made in parallel and kept when it is
-cut off. The engine is Apache Beam where there is more than one worker."""
+cut off (data/engine.py)."""
 
 import dataclasses
-import functools
 import hashlib
-import json
 import os
 import tempfile
 import time
@@ -16,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from bothways.data import corpora, documents, files, mixture, mixture_config, prepared, tokens
-from bothways.data import tokenizer as tokenizers
 from bothways.data.config import DataConfig
 from bothways.data.corpora import Corpus
+from bothways.data.engine import DONE, Engine, Part, Work, check_beam, engine
 from bothways.data.prepared import SETTINGS
 from bothways.data.stores import AnyPath, Folder, Remote
 from bothways.data.tokenizer import Tokenizer
@@ -30,10 +28,8 @@ PART_BYTES = (2**22, 2**26)
 """The smallest and the largest such part, unpacked."""
 PACKED = 3
 """Bytes of text, roughly, for each byte of a compressed file."""
-SHARD_TOKENS = 2**24
+SHARD_TOKENS = 2**23
 """Tokens of a shard; a worker holds one of each split in memory."""
-DONE = "parts"
-"""The folder in which finished parts are written down until all are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,26 +40,6 @@ class PreparedText:
     bytes: int
     shards: int
     seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A part of the work. Either files whose documents are dealt to splits by their number, from `first` on; or a split."""
-
-    number: int
-    paths: tuple[AnyPath, ...] = ()
-    first: int = 0
-    split: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What a worker must know."""
-
-    cfg: DataConfig
-    to: Folder
-    key: str
-    """Of the text and the tokenizer: what was done under another key is not used."""
 
 
 def prepare_all(
@@ -87,12 +63,14 @@ def prepare_all(
         return {cfg.corpus: prepare(cfg, to, **options)}
     text = mixture.load(cfg, copied=False, only=only)
     tokenizer = mixture.obtain_tokenizer(cfg, text)
-    raw = [part for part, corpus in zip(text.parts, text.corpora, strict=True) if not corpus.store]
+    raw = [(part, corpus) for part, corpus in zip(text.parts, text.corpora, strict=True) if not corpus.store]
     if not raw:
         raise InputError(f"all of data.mixture is prepared already: {cfg.named}")
     return {
-        part.corpus: prepare(mixture_config.config_of(part, cfg), there[part.corpus], tokenizer=tokenizer, **options)
-        for part in raw
+        part.corpus: prepare(
+            mixture_config.config_of(part, cfg), there[part.corpus], corpus=corpus, tokenizer=tokenizer, **options
+        )
+        for part, corpus in raw
     }
 
 
@@ -103,14 +81,16 @@ def prepare(
     workers: int = 1,
     beam: Sequence[str] = (),
     log: Callable[[str], None] = lambda _: None,
+    corpus: Corpus | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> PreparedText:
     """Tokens of a corpus in a directory, which other commands take as `data.corpus`.
 
     Args:
       to: a directory or a URL, empty, or with what an earlier call left there.
-      workers: processes; of more than one, Apache Beam's.
-      beam: options of another runner of Beam, such as --runner=DataflowRunner --project=...; workers are then its own.
+      workers: processes of this machine.
+      beam: options of a runner of Apache Beam, such as --runner=DataflowRunner --project=...; workers are then its own.
+      corpus: what the configuration names, where it is loaded already.
       tokenizer: the one to use, whatever the configuration names.
 
     Raises:
@@ -119,14 +99,14 @@ def prepare(
     began, folder = time.monotonic(), Folder(to)
     if cfg.messages_field:
         raise InputError("conversations need no preparing: train on them with --data.messages-field; leave it out here")
-    if workers > 1 or beam:
+    if beam:
         check_beam()
     found, names = None, folder.sizes()
     if "manifest.json" in names:
         found = prepared.read_manifest(folder)
     elif names and not folder.sizes(DONE):
         raise InputError(f"--to {to} holds {len(names)} file(s), such as {sorted(names)[0]}; give an empty directory")
-    corpus = corpora.load(cfg, copied=False)
+    corpus = corpus or corpora.load(cfg, copied=False)
     if corpus.store:
         raise InputError(f"{cfg.corpus} is prepared already; train with --data.corpus {cfg.corpus}")
     if found is not None:
@@ -135,9 +115,16 @@ def prepare(
             raise InputError(f"--to {to} holds other prepared text, or of another tokenizer; give an empty directory")
         log(f"{to} is prepared already")
         return result_of(found, to, began)
-    engine = functools.partial(run_in_parallel, workers=workers, options=beam)
     work = Work(cfg, folder, corpus.fingerprint)
-    parts = parts_of(corpus, work, engine, log)
+    with engine(workers, beam) as run:
+        write(corpus, work, run, tokenizer, log)
+    folder.remove(DONE)
+    return result_of(prepared.read_manifest(folder), to, began)
+
+
+def write(corpus: Corpus, work: Work, run: Engine, tokenizer: Tokenizer | None, log: Callable[[str], None]) -> None:
+    """Shards, tokenizer and manifest of a corpus."""
+    cfg, folder, parts = work.cfg, work.to, parts_of(corpus, work, run, log)
     tokenizer = tokenizer or tokens.obtain_tokenizer(cfg, corpus)
     with tempfile.TemporaryDirectory() as home:
         tokenizer.save_in(Path(home))
@@ -145,8 +132,10 @@ def prepare(
     for name, content in own.items():
         folder.write(f"{DONE}/{name}", content)
     key = hashlib.sha256(f"{corpus.fingerprint} {tokenizer.fingerprint} {prepared.FORMAT}".encode()).hexdigest()[:16]
-    done = engine(tokenise, dataclasses.replace(work, key=key), parts)
+    done = run(tokenise, dataclasses.replace(work, key=key), parts)
     splits = {split: [shard for part in done for shard in part["shards"].get(split, [])] for split in Corpus.splits}
+    if not splits["train"]:
+        raise InputError(f"the corpus {cfg.corpus!r} is empty: no text to train on")
     for name, content in own.items():
         folder.write(name, content)
     text = {
@@ -167,11 +156,7 @@ def prepare(
             for split, shards in splits.items()
         },
     }
-    if not splits["train"]:
-        raise InputError(f"the corpus {cfg.corpus!r} is empty: no text to train on")
     prepared.write_manifest(folder, text)
-    folder.remove(DONE)
-    return result_of(prepared.read_manifest(folder), to, began)
 
 
 def settings_of(cfg: DataConfig) -> dict[str, Any]:
@@ -192,11 +177,10 @@ def result_of(text: prepared.Prepared, to: str, began: float) -> PreparedText:
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
 
-def parts_of(corpus: Corpus, work: Work, engine: Callable[..., list[dict]], log: Callable[[str], None]) -> list[Part]:
+def parts_of(corpus: Corpus, work: Work, run: Engine, log: Callable[[str], None]) -> list[Part]:
     """The parts of the work. Documents of files are counted first, in parallel: which are held out goes by their number."""
-    by_split = [Part(i, split=split) for i, split in enumerate(Corpus.splits)]
     if not corpus.paths:
-        return by_split
+        return [Part(i, splits=(split,)) for i, split in enumerate(Corpus.splits)]
     sizes = [size_of(path) for path in corpus.paths]
     enough = min(max(sum(sizes) // PARTS, PART_BYTES[0]), PART_BYTES[1])  # whatever the workers: they may change
     groups, filled = [[]], 0
@@ -207,9 +191,9 @@ def parts_of(corpus: Corpus, work: Work, engine: Callable[..., list[dict]], log:
         filled += size
     parts = [Part(i, tuple(group)) for i, group in enumerate(groups)]
     log(f"counts the documents of {len(corpus.paths)} file(s) in {len(parts)} part(s)")
-    counts = [done["documents"] for done in engine(count, work, parts)]
+    counts = [done["documents"] for done in run(count, work, parts)]
     if sum(counts) < documents.FEW_DOCUMENTS and not work.cfg.source_field:
-        return by_split
+        return [Part(0, splits=Corpus.splits)]  # where few are cut is found out once
     firsts = np.cumsum([0, *counts])
     return [dataclasses.replace(part, first=int(first)) for part, first in zip(parts, firsts, strict=False)]
 
@@ -234,9 +218,10 @@ def tokenise(work: Work, part: Part) -> dict[str, Any]:
                 (Path(home) / name).write_bytes(work.to.read(f"{DONE}/{name}"))
         tokenizer = Tokenizer.load(Path(home))
     paired = bool(work.cfg.source_field)
-    if part.split:
-        texts = corpora.load(work.cfg, copied=False).documents(part.split)
-        return {"shards": {part.split: write_shards(work, part, part.split, texts, tokenizer)}}
+    if part.splits:
+        corpus = corpora.load(work.cfg, copied=False)
+        found = {split: write_shards(work, part, split, corpus.documents(split), tokenizer) for split in part.splits}
+        return {"shards": found}
     shards: dict[str, list[dict]] = {}
     writers: dict[str, ShardWriter] = {s: ShardWriter(work, part, s, tokenizer, paired) for s in Corpus.splits}
     for number, (name, text) in documents.numbered(in_order(part, work.cfg), part.first):
@@ -269,8 +254,7 @@ class ShardWriter:
         self._begin()
 
     def _begin(self) -> None:
-        self.ids: list[np.ndarray] = []
-        self.starts: list[np.ndarray] = []
+        self.ids, self.starts = bytearray(), bytearray()
         self.tokens = self.bytes = 0
 
     def add(self, name: str, text: str) -> None:
@@ -278,26 +262,24 @@ class ShardWriter:
             self._take(*made)
 
     def _take(self, ids: np.ndarray, starts: np.ndarray, size: int) -> None:
-        self.ids.append(ids)
-        self.starts.append(starts + self.tokens)
+        self.ids += ids.tobytes()
+        self.starts += (starts + self.tokens).astype("<i8").tobytes()
         self.tokens, self.bytes = self.tokens + len(ids), self.bytes + size
         if self.tokens >= SHARD_TOKENS:
             self._write()
 
     def _write(self) -> None:
         name = f"{self.split}-{self.part.number:05d}-{len(self.shards):03d}"
-        ids = np.concatenate(self.ids).tobytes()
-        starts = np.concatenate(self.starts).astype("<i8").tobytes()
-        self.work.to.write(f"{name}.ids", ids)
-        self.work.to.write(f"{name}.starts", starts)
+        self.work.to.write(f"{name}.ids", self.ids)
+        self.work.to.write(f"{name}.starts", self.starts)
         self.shards.append(
             {
                 "name": name,
                 "tokens": self.tokens,
-                "documents": len(starts) // 8,
+                "documents": len(self.starts) // 8,
                 "bytes": self.bytes,
-                "crc32": prepared.checksums(ids),
-                "starts_crc32": zlib.crc32(starts),
+                "crc32": prepared.checksums(self.ids),
+                "starts_crc32": zlib.crc32(self.starts),
             }
         )
         self._begin()
@@ -308,74 +290,3 @@ class ShardWriter:
         if self.tokens:
             self._write()
         return self.shards
-
-
-# ---- the engine ----------------------------------------------------------------------------------------------------
-
-
-def check_beam() -> None:
-    """Raises InputError where Apache Beam is not installed."""
-    try:
-        import apache_beam  # noqa: F401
-    except ImportError as e:
-        raise InputError("more than one worker is Apache Beam's: pip install 'bothways[prepare]', or --workers 1") from e
-
-
-def run_in_parallel(
-    function: Callable[[Work, Part], dict], work: Work, parts: Sequence[Part], *, workers: int, options: Sequence[str]
-) -> list[dict]:
-    """What a function gives for each part. Each is written down where the work goes, and not done again."""
-    where = {part.number: f"{DONE}/{function.__name__}-{part.number:05d}.json" for part in parts}
-    step = functools.partial(one, function, work)
-    known = work.to.sizes(DONE)
-
-    def is_done(part: Part) -> bool:
-        name = where[part.number]
-        return os.path.basename(name) in known and "result" in (finished(work, part, name) or {})
-
-    missing = [part for part in parts if not is_done(part)]
-    if (workers <= 1 and not options) or len(missing) <= 1:
-        for part in missing:
-            step(part)
-    elif missing:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-
-        here = ["--runner=DirectRunner", "--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
-        here += ["--default_sdk_harness_log_level=ERROR"]  # or each worker writes a page about itself
-        with beam.Pipeline(options=PipelineOptions(list(options) or here)) as pipeline:
-            _ = pipeline | beam.Create(missing) | beam.Reshuffle() | beam.Map(step)
-    done = []
-    for part in parts:
-        result = finished(work, part, where[part.number]) or {
-            "error": f"part {part.number} was not finished; run it again"
-        }
-        if "error" in result:
-            raise InputError(result["error"])
-        done.append(result["result"])
-    return done
-
-
-def one(function: Callable[[Work, Part], dict], work: Work, part: Part) -> None:
-    """Does one part in a worker. What is wrong with the text is written down too, for the process that waits."""
-    try:
-        with tokenizers.one_thread():  # a worker is one core
-            result = {"result": function(work, part)}
-    except InputError as e:
-        result = {"error": str(e)}
-    name = f"{DONE}/{function.__name__}-{part.number:05d}.json"
-    work.to.write(name, json.dumps({"key": key_of(work, part)} | result).encode())
-
-
-def finished(work: Work, part: Part, name: str) -> dict | None:
-    """What was written down of a part; None where it is of other work."""
-    try:
-        found = json.loads(work.to.read(name))
-    except (InputError, json.JSONDecodeError):
-        return None
-    return found if found.get("key") == key_of(work, part) else None
-
-
-def key_of(work: Work, part: Part) -> str:
-    """What was done under another key is not used."""
-    return f"{work.key} {part.number} {part.first} {part.split} {len(part.paths)}"

@@ -245,11 +245,11 @@ class Folder:
             return fetch(self.fs, path, url, begin, end) if end > begin else b""
         return patiently(lambda: self.fs.cat_file(path), url)
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes | bytearray) -> None:
         """Raises InputError where there is no such bucket, or no permission."""
         path, url = self.path(name), f"{self}/{name}"
         if self.remote:  # an object appears when it is whole
-            patiently(lambda: self.fs.pipe_file(path, content), url)
+            patiently(lambda: self.fs.pipe_file(path, bytes(content)), url)
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -107,6 +108,10 @@ class Tokenizer(abc.ABC):
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text."""
 
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` of each text, [tokens] int32."""
+        return [np.array(ids, np.int32) for ids in self.encode_many(texts)]
+
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text. Special tokens other than [MASK] say nothing; bytes that are not UTF-8 become U+FFFD."""
@@ -186,8 +191,6 @@ class SentencePieceTokenizer(Tokenizer):
         self.sp = spm.SentencePieceProcessor(model_proto=model)
         self.pad, self.unk, self.bos, self.eos = 0, 1, 2, 3
         self.mask = self.sp.piece_to_id(MASK)
-        self._byte_lengths = self.byte_lengths()
-        self._byte_lengths[self.mask] = len(MASK)
 
     def __len__(self) -> int:
         return self.sp.get_piece_size()
@@ -195,6 +198,13 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.model).hexdigest()[:16]
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        """[V] bytes of each token as it is written."""
+        lengths = self.byte_lengths()
+        lengths[self.mask] = len(MASK)
+        return lengths
 
     def encode(self, text: str) -> list[int]:
         return self.encode_many([text])[0] if SPACE in text else self.sp.encode(text)
@@ -205,7 +215,7 @@ class SentencePieceTokenizer(Tokenizer):
         character = np.cumsum(first_bytes) - 1
         found, begin = [], 0
         for token in self.encode(text):
-            end = begin + int(self._byte_lengths[token])
+            end = begin + int(self._lengths[token])
             found.append((token, int(character[begin]), int(character[end - 1]) + 1))
             begin = end
         return found
@@ -224,6 +234,11 @@ class SentencePieceTokenizer(Tokenizer):
                 ids = [*ids, *own, *next(encoded)]
             found.append(ids)
         return found
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        if any(SPACE in text for text in texts):
+            return super().encode_arrays(texts)
+        return self.sp.encode(texts, num_threads=threads(), return_type="numpy")  # in two thirds of the time of lists
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.sp.decode([int(i) for i in ids])

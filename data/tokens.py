@@ -1,6 +1,5 @@
 """Token files: a split of a corpus as one long row of ids, prepared once; and rows cut from it."""
 
-import array
 import dataclasses
 import hashlib
 import json
@@ -219,25 +218,25 @@ class Encoder:
           goes_on: what comes next is of the same document as what came last.
         """
         batch, self.waiting, self.size = self.waiting, [], 0
-        ids = self.tokenizer.encode_many([text for _, text in batch])
-        begins, size, eos = [], 0, self.tokenizer.eos
-        flat = array.array(self.dtype.char)  # in half the time of an array of numpy from a list
+        ids = self.tokenizer.encode_arrays([text for _, text in batch])
+        bos, eos = np.array([self.tokenizer.bos]), np.array([self.tokenizer.eos])
+        begins, flat, length, size = [], [np.zeros(0, np.int32)], 0, 0
         for i, (name, text) in enumerate(batch):
             if self.inside and not continues(name):
                 flat.append(eos)
-                self.inside = False
-            if not ids[i] or (self.paired and not ids[i ^ 1]):
+                length, self.inside = length + 1, False
+            if not len(ids[i]) or (self.paired and not len(ids[i ^ 1])):
                 continue
             if not self.inside:
-                begins.append(len(flat))
-                flat.append(self.tokenizer.bos)
-                self.inside = True
-            flat.fromlist(ids[i])
-            size += len(text.encode())
+                begins.append(length)
+                flat.append(bos)
+                length, self.inside = length + 1, True
+            flat.append(ids[i])
+            length, size = length + len(ids[i]), size + len(text.encode())
         if self.inside and not goes_on:
             flat.append(eos)
             self.inside = False
-        return np.frombuffer(flat, self.dtype), np.array(begins, np.int64), size
+        return np.concatenate(flat, dtype=self.dtype, casting="unsafe"), np.array(begins, np.int64), size
 
 
 def encoded(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, paired: bool) -> Iterator[Piece]:

@@ -19,9 +19,10 @@ class PrepareOptions:
     to: str
     """The directory, or gs://BUCKET/PATH: empty, or what an earlier call did not finish."""
     workers: int = 1
-    """Processes; more than one are Apache Beam's (pip install 'bothways[prepare]')."""
+    """Processes of this machine."""
     beam: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """An option of another runner of Beam, once for each: --beam=--runner=DataflowRunner --beam=--project=P."""
+    """An option of a runner of Apache Beam (pip install 'bothways[prepare]'), once for each:
+    --beam=--runner=DataflowRunner --beam=--project=P."""
     json: bool = False
     """Print one JSON object."""
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from bothways.data import corpora, prepared, preparing, tokens
+from bothways.data import corpora, engine, prepared, preparing, tokens
 from bothways.data.config import DataConfig
+from bothways.data.stores import Folder
 from bothways.data.tokenizer import train
 from bothways.errors import InputError
 
@@ -233,6 +235,27 @@ def test_a_part_that_cannot_be_read_is_told(cfg, tmp_path):
     with pytest.raises(InputError, match="line 2: no text under 'text'"):
         preparing.prepare(cfg, str(tmp_path / "text"))
     assert not (tmp_path / "text" / "manifest.json").exists()
+
+
+def test_workers_prepare_the_same_and_say_what_is_wrong(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepared, "BLOCK", 2**20)  # as the workers have it
+    preparing.prepare(cfg, str(tmp_path / "text"), workers=2)
+    assert_same(read(cfg), read(elsewhere(cfg, tmp_path / "text")))
+    (tmp_path / "1.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(InputError, match="line 2: no text under 'text'"):
+        preparing.prepare(cfg, str(tmp_path / "other"), workers=2)
+
+
+def ends(work, part):
+    os._exit(9)
+
+
+def test_a_worker_that_is_killed_is_told(cfg, tmp_path):
+    with (
+        engine.engine(2) as run,
+        pytest.raises(InputError, match="a worker ended before its part was done"),
+    ):
+        run(ends, engine.Work(cfg, Folder(str(tmp_path / "text")), "key"), [engine.Part(0), engine.Part(1)])
 
 
 def test_beam_prepares_the_same(cfg, tmp_path):

@@ -179,8 +179,8 @@ class Words:
     def __len__(self) -> int:
         return self.size
 
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        return [[int(word) for word in text.split()] for text in texts]
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array([int(word) for word in text.split()], np.int32) for text in texts]
 
 
 @dataclasses.dataclass

@@ -123,7 +123,12 @@ def test_pad_bos_and_eos_say_nothing(trained):
 
 def test_many_texts_at_once_are_encoded_as_one_by_one(trained):
     for tokenizer in trained.values():
-        assert tokenizer.encode_many(TEXTS[:5]) == [tokenizer.encode(text) for text in TEXTS[:5]]
+        for texts in (TEXTS[:5], [*TEXTS[:5], "", "\u2581a"]):
+            ids = [tokenizer.encode(text) for text in texts]
+            assert tokenizer.encode_many(texts) == ids
+            found = tokenizer.encode_arrays(texts)
+            assert [each.tolist() for each in found] == ids
+            assert {each.dtype for each in found} == {np.dtype(np.int32)}
 
 
 def test_a_newline_is_one_token_and_never_part_of_another(trained):
