@@ -176,12 +176,8 @@ class Zstd(io.RawIOBase):
     the text, and the end of the first frame too."""
 
     def __init__(self, raw: BinaryIO):
-        self.raw, self.frame, self.ready, self.begun = (
-            raw,
-            zstandard.ZstdDecompressor().decompressobj(),
-            memoryview(b""),
-            False,
-        )
+        self.raw, self.frame = raw, zstandard.ZstdDecompressor().decompressobj()
+        self.ready, self.begun = memoryview(b""), False
 
     def readable(self) -> bool:
         return True
