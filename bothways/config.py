@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from bothways.errors import InputError
+from bothways.model.config import LoRAConfig
 
 OBJECTIVES_BY_FAMILY: dict[str, tuple[str, ...]] = {
     "gpt": ("causal", "chat", "hybrid", "diffusion"),
@@ -281,7 +282,7 @@ class FinetuneConfig:
     batch_size: int = 32
     """Items in a batch."""
     learning_rates: tuple[float, ...] = ()
-    """The grid. Empty: 2e-5, 3e-5, 5e-5 as in BERT; for small bodies 3e-3."""
+    """The grid. Empty: 2e-5, 3e-5, 5e-5 as in BERT; for small bodies 3e-3; of adapters ten times these, and 1e-2."""
     optimizer: Literal["", "adamw", "adafactor", "lion", "muon"] = ""
     """Empty: what the run was trained with."""
     seeds: int = 3
@@ -301,24 +302,38 @@ class FinetuneConfig:
     patience: int = 2
     """Stop after so many epochs without a better validation metric."""
     scratch: bool = True
-    """Also train the same network from random weights, over the same grid."""
+    """Also train the same network from random weights, over the same grid; not with adapters."""
     save_every_minutes: int = 10
     """A checkpoint is written after every epoch, and as often as this. 0: after epochs only."""
+    lora: LoRAConfig = LoRAConfig()
+    """With lora.rank above 0 the body stays as it is, and adapters and the head are trained."""
     mesh: MeshConfig = MeshConfig()
 
     def settled(self, parameters: int, optimizer: str) -> "FinetuneConfig":
-        """With what was left open, for a body of so many parameters that was trained with this optimizer."""
+        """With what was left open, for a body of so many parameters that was trained with this optimizer. Adapters want
+        ten times the rates (arXiv 2106.09685, appendix D), and on random weights they say nothing."""
         epochs, rates, pool = (5, (3e-3,), "mean") if parameters < 20_000_000 else (3, (2e-5, 3e-5, 5e-5), "token")
+        if self.lora.rank:
+            rates = tuple(min(round(10 * rate, 10), 1e-2) for rate in rates)
         return dataclasses.replace(
             self,
             epochs=self.epochs or epochs,
             learning_rates=self.learning_rates or rates,
             optimizer=self.optimizer or optimizer,
             pool=self.pool or pool,
+            scratch=self.scratch and not self.lora.rank,
         )
 
-    def check(self, kind: str, context: int) -> None:
-        """Raises InputError for numbers out of range."""
+    def check(self, kind: str, context: int, gated: bool) -> None:
+        """Raises InputError for numbers out of range.
+
+        Args:
+          kind: the objective that the body was trained with.
+          context: most tokens that it reads.
+          gated: whether its MLPs have a gate.
+        """
+        if problems := self.lora.problems(gated):
+            raise InputError("; ".join(problem.removeprefix("model.") for problem in problems))
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{name.replace('_', '-')} is {value}; it must be a finite number")

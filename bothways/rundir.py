@@ -8,7 +8,8 @@ runs/x/corpus.json         of a run trained here: the fingerprint of its text
 runs/x/checkpoints/STEP/   orbax: params, train (optimizer and counters), meta (step, data position)
 runs/x/metrics.jsonl       a line per logged step and per evaluation
 runs/x/task.json           of a fine-tuned run: kind, labels, length; beside it finetune.json and grid/ (train/finetune.py)
-runs/x/adapters.json       of a run of adapters: the run, and its checkpoint, that they are for; checkpoints hold them alone
+runs/x/adapters.json       of a run of adapters: the run, and its checkpoint, that they are for; checkpoints hold them alone,
+                           and a task's head
 runs/x/events/             TensorBoard
 runs/x/loss.png            the curves
 """
@@ -180,10 +181,11 @@ def write_task(home: Path, task: TaskInfo) -> None:
     (home / "task.json").write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(task)}, indent=2))
 
 
-def write_base(home: Path, base: Path) -> None:
-    """Note which run, and which checkpoint of it, adapters are for."""
+def write_base(home: Path, base: Path, step: int | None = None) -> None:
+    """Note which run, and which checkpoint of it (None: the newest), adapters are for."""
     where = base if on_bucket(base) else base.absolute()  # opened from any working directory
-    (home / BASE).write_text(json.dumps({"format": FORMAT, "base": str(where), "step": newest_step(base)}))
+    step = newest_step(base) if step is None else step
+    (home / BASE).write_text(json.dumps({"format": FORMAT, "base": str(where), "step": step}))
 
 
 def base_of(home: Path) -> tuple[Path, int]:
@@ -268,7 +270,7 @@ def _restored(home: Path, targets: Any, log: Log, step: int | Literal["newest", 
 
 
 def load_adapters(home: Path, log: Log) -> tuple[Recipe, Any]:
-    """The recipe and the newest adapters of a run, on the first device, not merged.
+    """The recipe and the newest adapters of a run, of a fine-tuned one with its head, on the first device, not merged.
 
     Raises:
       InputError: a run without adapters, or without a checkpoint that can be read.
@@ -276,7 +278,7 @@ def load_adapters(home: Path, log: Log) -> tuple[Recipe, Any]:
     recipe, one = read_recipe(home), SingleDeviceSharding(jax.local_devices()[0])
     if not recipe.model.lora.rank:
         raise InputError(f"{home} has no adapters: it was trained whole; leave --adapters out")
-    shapes = adapters.split(param_shapes(recipe))[0]
+    shapes = adapters.split(param_shapes(recipe, read_task(home)))[0]
     targets = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one), shapes)
     return recipe, _restored(home, targets, log, "newest", recipe.train.average_last_checkpoints)[1]
 
@@ -308,10 +310,10 @@ def load_run(
     task = read_task(home)
     shapes = param_shapes(recipe, task)
     kept = shapes
-    adapted = bool(recipe.model.lora.rank) and task is None
+    adapted = bool(recipe.model.lora.rank)
     if adapted:
-        shapes, frozen = adapters.split(shapes)
-        kept = frozen
+        plain = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora=LoRAConfig()))
+        (shapes, frozen), kept = adapters.split(shapes), param_shapes(plain, task)
     if for_inference or dtype:
         kept = compute_dtype_shapes(kept, dataclasses.replace(recipe.model, dtype=dtype or recipe.model.dtype))
     if not adapted and (recipe.train.average_last_checkpoints == 1 or task is not None):
@@ -322,9 +324,9 @@ def load_run(
     found = _restored(home, targets, log, step, recipe.train.average_last_checkpoints if task is None else 1)
     params = found[1]
     if adapted:
-        _, base = base_params(home, frozen, log, place)
-        params = adapters.merge(adapters.join(params, base), recipe.model)
-        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora=LoRAConfig()))
+        _, base = base_params(home, frozen if task is None else frozen["body"], log, place)
+        base = base if task is None else {"body": base}
+        params, recipe = adapters.merge(adapters.join(params, base), recipe.model), plain
     params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, kept)
     alone = all(len(at.device_set) == 1 for at in jax.tree.leaves(shardings))
     if for_inference and recipe.family != "bert":

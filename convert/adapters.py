@@ -11,15 +11,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from bothways import rundir
+from bothways.convert import heads
 from bothways.convert.families import family_for
 from bothways.convert.family import Family
 from bothways.convert.fitting import origin_of
-from bothways.convert.layout import shapes_of
+from bothways.convert.layout import Layout, shapes_of
 from bothways.convert.run import Converted, save_params, whole_directory
 from bothways.errors import InputError
 from bothways.model import adapters
 from bothways.model.config import LoRAConfig
 from bothways.recipes import Recipe
+from bothways.rundir import TaskInfo
 
 Log = Callable[[str], None]
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -27,25 +29,54 @@ UNSUPPORTED = ("use_dora", "modules_to_save", "layers_to_transform", "layer_repl
 """Settings of PEFT's that make another function than y = W x + alpha / r B A x on every layer."""
 
 
-def family_of_base(base: Path) -> tuple[Recipe, Family]:
-    """The recipe of a run and the published family that computes what it does.
+TASK_TYPES = {
+    "SequenceClassification": "SEQ_CLS",
+    "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS",
+}
+"""What PEFT calls a model with such a head; a choice has no name there."""
+
+
+def family_of_base(base: Path, task: TaskInfo | None = None, bias: np.ndarray | None = None) -> tuple[Recipe, Family]:
+    """The recipe of a run and the published family that computes what it does, under a task's head whose output layer has
+    this bias.
 
     Raises:
       InputError: no run, or no family: PEFT's files name the projections of a published model.
     """
     recipe, tokenizer = rundir.read_recipe(base), rundir.Tokenizer.load(base)
     plain = dataclasses.replace(recipe.model.resolved(), lora=LoRAConfig())
-    family = family_for(plain, recipe.family, tokenizer.pad, origin_of(base).get("family", ""))
+    differences = None
+    if task is not None:
+        ends_in_pad = tokenizer.pad == tokenizer.eos
+        differences = lambda family: heads.differences(family, task, plain, bias, ends_in_pad)  # noqa: E731
+    family = family_for(plain, recipe.family, tokenizer.pad, origin_of(base).get("family", ""), differences)
     if family.layout.by_head or family.paired:
         raise InputError(f"adapters of a {family.name}, whose queries and keys lie otherwise there, are not supported")
     return recipe, family
 
 
-def matrices(family: Family, recipe: Recipe) -> Iterator[tuple[str, int, tuple[str, ...], list[tuple[int, int]]]]:
+def laid_out(family: Family, recipe: Recipe, task: TaskInfo | None) -> tuple[Layout, Any, set[str]]:
+    """How a published model, under a task's head if there is one, lies: its layout, our shapes, the tensors it lacks."""
+    model = dataclasses.replace(recipe.model, lora=LoRAConfig())
+    if task is None:
+        return (
+            family.layout,
+            shapes_of(rundir.param_shapes(dataclasses.replace(recipe, model=model))),
+            family.absent(model),
+        )
+    suffix = heads.suffix_for(task)
+    absent, body = heads.absent(family, suffix, model), heads.body_config(family, suffix, model)
+    shapes = shapes_of(heads.flat(rundir.param_shapes(dataclasses.replace(recipe, model=body), task)))
+    return heads.layout_of(family, suffix, body), shapes, absent
+
+
+def matrices(
+    family: Family, recipe: Recipe, task: TaskInfo | None = None
+) -> Iterator[tuple[str, int, tuple[str, ...], list[tuple[int, int]]]]:
     """(module, layer, our projections, their inputs and outputs) of every matrix in the blocks of a published model."""
-    plain = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora=LoRAConfig()))
-    shapes = shapes_of(rundir.param_shapes(plain))
-    for name, ours, layer in family.layout.names(shapes, family.absent(recipe.model)):
+    layout, shapes, absent = laid_out(family, recipe, task)
+    for name, ours, layer in layout.names(shapes, absent):
         if layer is not None and ours[0].endswith("/kernel"):
             cut = [2 if path.endswith("/out/kernel") else 1 for path in ours]
             sizes = [
@@ -55,15 +86,18 @@ def matrices(family: Family, recipe: Recipe) -> Iterator[tuple[str, int, tuple[s
             yield name.removesuffix(".weight"), layer, tuple(p.removesuffix("/kernel") for p in ours), sizes
 
 
-def to_peft(family: Family, recipe: Recipe, params: dict) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """PEFT's tensors, and its adapter_config.json, of our adapters.
+def to_peft(
+    family: Family, recipe: Recipe, params: dict, task: TaskInfo | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """PEFT's tensors, and its adapter_config.json, of our adapters, and of a task's head, which PEFT keeps whole beside them
+    (modules_to_save).
 
     Projections that the published model has as one matrix become one adapter of their ranks' sum: its A is theirs one
     under the other, its B theirs along the diagonal.
     """
-    flat, lora = flatten_dict(params, sep="/"), recipe.model.lora
+    flat, lora = flatten_dict(params if task is None else heads.flat(params), sep="/"), recipe.model.lora
     tensors, targets, several = {}, set(), {}
-    for module, layer, ours, sizes in matrices(family, recipe):
+    for module, layer, ours, sizes in matrices(family, recipe, task):
         there = [f"{path}/{adapters.NAME}/a" in flat for path in ours]
         if not any(there):
             continue
@@ -98,18 +132,28 @@ def to_peft(family: Family, recipe: Recipe, params: dict) -> tuple[dict[str, np.
         "inference_mode": True,
         "base_model_name_or_path": "",
     }
+    if task is not None:
+        layout, shapes, absent = laid_out(family, recipe, task)
+        head = {path: x for path, x in flat.items() if path.startswith("task_head/")}
+        names = [name for name, ours, _ in layout.names(shapes, absent) if ours[0] in head]
+        whole = layout.stored(unflatten_dict(head, sep="/"), absent)
+        tensors |= {f"{PREFIX}{name}": np.asarray(whole[name], np.float32) for name in names}
+        config["modules_to_save"] = sorted({name.partition(".")[0] for name in names})
+        config["task_type"] = TASK_TYPES.get(heads.suffix_for(task))
     return tensors, config
 
 
 def export_adapters(home: Path, destination: Path, log: Log) -> Converted:
-    """Write the adapters of a run as PEFT's files, unmerged.
+    """Write the adapters of a run as PEFT's files, unmerged; of a fine-tuned one its head too.
 
     Raises:
-      InputError: a run without adapters, or whose base is no published family; or there is something at the destination.
+      InputError: a run without adapters, or whose base, under such a head, is no published family; or there is something at
+        the destination.
     """
-    recipe, params = rundir.load_adapters(home, log)
-    base, family = family_of_base(rundir.base_of(home)[0])
-    tensors, config = to_peft(family, dataclasses.replace(base, model=recipe.model.resolved()), params)
+    (recipe, params), task = rundir.load_adapters(home, log), rundir.read_task(home)
+    bias = None if task is None else np.asarray(params["task_head"]["bias"])
+    base, family = family_of_base(rundir.base_of(home)[0], task, bias)
+    tensors, config = to_peft(family, dataclasses.replace(base, model=recipe.model.resolved()), params, task)
     with whole_directory(destination) as partial:
         save_file(tensors, partial / WEIGHTS, {"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -14,6 +14,8 @@ from bothways.model.products import project
 
 NAME = "lora"
 """Of the module beside a kernel that holds `a` [*in, r] and `b` [r, *features]."""
+TRAINED = (NAME, "task_head")
+"""Modules that are trained where the rest is frozen: adapters, and a task's head, which no base has."""
 
 
 class LowRank(nn.Module):
@@ -37,10 +39,10 @@ class LowRank(nn.Module):
 
 
 def split(params: dict) -> tuple[dict, dict]:
-    """(adapters, all other parameters) of a tree; either may be empty."""
+    """(what is TRAINED, all other parameters) of a tree; either may be empty."""
     adapters, rest = {}, {}
     for name, inner in params.items():
-        if name == NAME:
+        if name in TRAINED:
             adapters[name] = inner
         elif isinstance(inner, dict):
             mine, others = split(inner)

@@ -66,7 +66,7 @@ class LoRAConfig:
         found = []
         if self.rank < 0:
             found.append(f"model.lora.rank is {self.rank}; it must be 0 (no adapters) or more")
-        if self.alpha <= 0:
+        if not 0 < self.alpha < float("inf"):
             found.append(f"model.lora.alpha is {self.alpha}; it must be positive")
         if not 0 <= self.dropout < 1:
             found.append(f"model.lora.dropout is {self.dropout}; it must be in [0, 1)")

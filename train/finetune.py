@@ -1,4 +1,4 @@
-"""Fine-tuning: a head and the whole stack on a labelled task, over a grid of learning rates and seeds.
+"""Fine-tuning: a head and the whole stack, or adapters for it, on a labelled task, over a grid of learning rates and seeds.
 
 HOME/finetune.json        what is trained: task, body, settings; written first, and what a resumed grid must agree with
 HOME/grid/RATE-SEED/      a candidate: checkpoints and metrics while it runs, then result.json
@@ -74,12 +74,12 @@ def baselines_of(task: Task) -> dict[str, float]:
 
 
 def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> Finetuned:
-    """Tune a run's whole stack and a new head on a task, or go on with a grid that was stopped; the best candidate is
-    kept in `workdir`.
+    """Tune a run's whole stack, or adapters for it, and a new head on a task, or go on with a grid that was stopped; the
+    best candidate is kept in `workdir`.
 
-    Weights come from the run; the head is random. For every learning rate and seed the epoch that is best on
-    validation counts; the rate with the best mean over seeds is reported, on test. Of a grid that is complete the
-    result is returned again.
+    Weights come from the run (for adapters, one checkpoint of it, and not a mean of several); the head is random. For
+    every learning rate and seed the epoch that is best on validation counts; the rate with the best mean over seeds is
+    reported, on test. Of a grid that is complete the result is returned again.
 
     Raises:
       InputError: numbers out of range, or a directory that holds something else.
@@ -89,7 +89,7 @@ def finetune(run: Run, task: Task, workdir: str | Path, cfg: FinetuneConfig) -> 
       Busy: another process works in this directory.
     """
     home = rundir.directory(workdir)
-    cfg.check(run.recipe.objective.kind, run.recipe.model.context_length)
+    cfg.check(run.recipe.objective.kind, run.recipe.model.context_length, run.recipe.model.gated)
     metrics.sklearn_metrics()
     cfg = cfg.settled(sum(x.size for x in jax.tree.leaves(run.params)), run.recipe.optimizer.name)
     plan = plan_of(run, task, cfg)
@@ -116,7 +116,8 @@ def _grid(runner: FinetuneRunner, home: Path) -> Finetuned:
         tests = [result["test"][lead] for result in search(runner, home / "grid", pretrained=False)[1]]
         baselines["from_scratch"] = metrics.mean_interval(tests)[0]
     if not complete:
-        save(home, runner.run, runner.best(best)[-1], runner.info)
+        tuned = dataclasses.replace(runner.run, recipe=runner.recipe)
+        save(home, tuned, runner.best(best)[-1], runner.info)
     discard(best)
     mean, low, high = metrics.mean_interval([result["test"][lead] for result in found])
     others = {m: round(metrics.mean_interval([r["test"][m] for r in found])[0], 4) for m in task.metrics[1:]}
@@ -200,7 +201,8 @@ def plan_of(run: Run, task: Task, cfg: FinetuneConfig) -> dict[str, Any]:
     """What is trained, as finetune.json has it."""
     items = json.dumps(task.splits, ensure_ascii=False, sort_keys=True)
     body = run.recipe.to_json() + run.tokenizer.fingerprint
-    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in MAY_CHANGE}
+    left_out = (*MAY_CHANGE, *(() if cfg.lora.rank else ("lora",)))  # as grids of before there were adapters have it
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in left_out}
     plan = {
         "format": FORMAT,
         "task": task.name,
@@ -240,10 +242,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save(home: Path, run: Run, params: Any, info: TaskInfo) -> None:
-    """A fine-tuned run directory: the body's tokenizer, task.json, the parameters; the recipe last, which makes it a run."""
+    """A fine-tuned run directory: the body's tokenizer, task.json, the parameters (of adapters, these and the head, and which
+    checkpoint of which run they are for); the recipe last, which makes it a run."""
     home.mkdir(parents=True, exist_ok=True)
     run.tokenizer.save_in(home)
     rundir.write_task(home, info)
+    if run.recipe.model.lora.rank:
+        rundir.write_base(home, run.home, run.step)
     with rundir.checkpoint_manager(home, keep=1) as manager:
         if 0 not in manager.all_steps():  # else it was stopped between the two
             items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave({"step": 0})}

@@ -20,6 +20,7 @@ from bothways.data.task_examples import TaskRows, decisions
 from bothways.data.tasks import Task
 from bothways.flops import training_flops_per_token
 from bothways.log import log
+from bothways.model import adapters
 from bothways.model.axes import activation_shardings
 from bothways.rundir import Run, TaskInfo
 from bothways.train.objectives.core import Batch
@@ -44,12 +45,14 @@ class FinetuneRunner:
         placed = jax.device_put(run.params, sharding.parameter_shardings(self.mesh, run.params))
         self.task, self.cfg, self.lead = task, cfg, task.metrics[0]
         self.run = dataclasses.replace(run, params=placed)
+        model = dataclasses.replace(run.recipe.model, lora=cfg.lora)
+        self.recipe = dataclasses.replace(run.recipe, model=model)  # of the run that comes of it
         longest = cfg.length or run.recipe.model.context_length
         causal = run.recipe.family == "gpt" and run.recipe.objective.kind != "hybrid"
         null = "last" if causal else "first"
         can_be_empty = {"no_answer": task.no_answer, "null_position": null}
         self.info = TaskInfo(task.name, task.kind, task.labels, longest, task.metrics, cfg.pool, **can_be_empty)
-        self.module = rundir.module_of(run.recipe, self.info).clone(dropout=cfg.dropout)
+        self.module = rundir.module_of(self.recipe, self.info).clone(dropout=cfg.dropout)
         self.rows = {split: TaskRows(items, task, run.tokenizer, longest, null) for split, items in task.splits.items()}
         self.sizes = task_batches.batch_lengths(np.concatenate([r.lengths for r in self.rows.values()]), longest)
         devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
@@ -59,9 +62,9 @@ class FinetuneRunner:
         self._programs()
 
     def _programs(self) -> None:
-        """`fresh`: (key, peak learning rate, the body's parameters or None for random ones) -> state; the train step;
-        and the scores and loss of a batch."""
-        cfg = self.cfg
+        """`fresh`: (key, peak learning rate, the body's parameters or None for random ones) -> state, without what is
+        frozen; `frozen`, the body that adapters are for, or None; the train step; the scores and loss of a batch."""
+        cfg, model = self.cfg, self.recipe.model
         unit = OptimizerConfig(  # updates are proportional to the rate, which comes behind them
             name=cfg.optimizer,
             learning_rate=1.0,
@@ -77,14 +80,26 @@ class FinetuneRunner:
         def fresh(key: jax.Array, rate: jax.Array, body: Any) -> TrainState:
             tokens = jnp.zeros((1, 2), jnp.int32)
             params = self.module.init(key, tokens, tokens + 1, tokens)["params"]
-            params = params | ({} if body is None else {"body": body})
+            frozen = None
+            if cfg.lora.rank:
+                params, frozen = adapters.split(params)
+                frozen = jax.tree.map(lambda x, s: x.astype(s.dtype), frozen, adapters.frozen_types(frozen, model))
+            else:
+                params = params | ({} if body is None else {"body": body})
             zero, opt_state = jnp.zeros((), jnp.int32), optimizer.init(params)
             opt_state[-1].hyperparams["step_size"] = jnp.asarray(rate, jnp.float32)
-            return TrainState(zero, params, opt_state, zero, zero)
+            return TrainState(zero, params, opt_state, zero, zero, frozen)
 
         self.shapes = jax.eval_shape(fresh, jax.random.key(0), 1.0, self.run.params)
         self.shardings = state_shardings(self.mesh, self.shapes, cfg.mesh.max_replicated_fraction)
-        self.fresh = jax.jit(fresh, out_shardings=self.shardings)
+        self.fresh = jax.jit(
+            lambda *given: fresh(*given).replace(frozen=None), out_shardings=self.shardings.replace(frozen=None)
+        )
+        self.frozen = None
+        if cfg.lora.rank:
+            body = {"body": adapters.of_base(self.run.params, self.shapes.frozen["body"])}
+            placed = jax.tree.map(lambda x, s: x.astype(s.dtype), body, self.shapes.frozen)
+            self.frozen = jax.device_put(placed, self.shardings.frozen)
         kind, objective = self.task.kind, task_objective(self.task.kind, cfg.lm_weight)
         self.step = make_train_step(
             self.module, objective, optimizer, self.mesh, self.shardings, vmem_kib=cfg.mesh.vmem_kib
@@ -98,7 +113,7 @@ class FinetuneRunner:
             return scores, loss.nats, jnp.sum(batch["weight"])
 
         batch_spec = sharding.batch_sharding(self.mesh)
-        self.read = jax.jit(read, in_shardings=(self.shardings.params, batch_spec))
+        self.read = jax.jit(read, in_shardings=(self.shardings.weights, batch_spec))
 
     def job(self, home: Path, rate: float, seed: int, pretrained: bool) -> Job:
         """The candidate of this rate and seed, from the run's weights or from random ones, kept in `home`."""
@@ -141,6 +156,7 @@ class FinetuneRunner:
             shapes=self.shapes,
             shardings=self.shardings,
             begin=begin,
+            frozen=lambda: jax.tree.map(jnp.copy, self.frozen),  # a step consumes its state
             batches=batches,
             step=self.step,
             evaluate=evaluate,
@@ -150,7 +166,8 @@ class FinetuneRunner:
         )
 
     def best(self, home: Path) -> tuple[int, float, Any]:
-        """(step, validation metric, parameters) of the epoch of a candidate that was best on validation, on the mesh."""
+        """(step, validation metric, trained parameters) of the epoch of a candidate that was best on validation, on the
+        mesh."""
         targets = jax.tree.map(
             lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), self.shapes.params, self.shardings.params
         )
@@ -163,7 +180,12 @@ class FinetuneRunner:
             return step, manager.metrics(step)[self.lead], params
 
     def answers(self, params: Any, split: str) -> tuple[list[tuple[Any, Any]], float]:
-        """(answer, probability) of every item of a split, and the loss per item or word."""
+        """(answer, probability) of every item of a split, and the loss per item or word.
+
+        Args:
+          params: all of them, or what is trained of them.
+        """
+        params = adapters.join(params, self.frozen)
         rows, items, kind = self.rows[split], self.task.splits[split], self.task.kind
         scores: list[Any] = [None] * len(rows)
         nats = weight = 0.0

@@ -1,4 +1,4 @@
-"""`bothways finetune`: a head and the whole stack on a labelled task."""
+"""`bothways finetune`: a head and the whole stack, or adapters for it, on a labelled task."""
 
 import functools
 from typing import Annotated
@@ -24,7 +24,8 @@ def finetune(
     label_field: str = "label",
     json: bool = False,
 ) -> None:
-    """A head and the whole stack on a labelled task, over a grid of learning rates and seeds.
+    """A head and the whole stack, or adapters for it (--lora.rank), on a labelled task, over a grid of learning rates and
+    seeds.
 
     A grid that was stopped goes on with the same command, and says the same in the end.
 
@@ -41,12 +42,15 @@ def finetune(
 
     from bothways import sharding
     from bothways.data import tasks
-    from bothways.rundir import directory, load_run
+    from bothways.rundir import directory, load_run, newest_step
     from bothways.train.finetune import finetune as run_finetuning
 
     if problems := how.mesh.problems(jax.device_count()):
         raise InputError("; ".join(problems))
-    body = load_run(directory(run), log, functools.partial(sharding.parameter_shardings, sharding.make_mesh(how.mesh)))
+    place = functools.partial(sharding.parameter_shardings, sharding.make_mesh(how.mesh))
+    # Adapters are for one checkpoint: those that a mean is made of may be gone one day.
+    step = newest_step(directory(run)) if how.lora.rank else "newest"
+    body = load_run(directory(run), log, place, step=step)
     if body.task is not None:
         raise InputError(f"{run} is fine-tuned already, for {body.task.name}; start from the run it came from")
     if body.recipe.family == "seq2seq":

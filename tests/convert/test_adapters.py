@@ -1,5 +1,6 @@
 """Adapters in PEFT's files: the same function there and here, and the same losses when they are trained."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,10 +11,13 @@ import pytest
 from bothways import rundir, sharding
 from bothways.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from bothways.convert.adapters import export_adapters, import_adapters
-from bothways.convert.run import import_run
+from bothways.convert.run import export_run, import_run
 from bothways.data.tokenizer import made_up_vocabulary
 from bothways.errors import InputError
+from bothways.model import adapters
+from bothways.model.config import LoRAConfig
 from bothways.registry import make_module, tiny_inputs
+from bothways.train.finetune import save
 from bothways.train.objectives import make_objective
 from bothways.train.optimizer import make_optimizer
 from bothways.train.start import load_base
@@ -146,3 +150,30 @@ def test_adapters_that_do_not_fit(made, tmp_path):
     with pytest.raises(InputError, match="has no adapters"):
         export_adapters(home / "base", tmp_path / "out", quiet)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_head_goes_beside_its_adapters(tmp_path):
+    """A fine-tuned run's adapters and head are PEFT's modules_to_save; merged, the run leaves as any other."""
+    source = checkpoint("bert", tmp_path / "source")
+    import_run(str(source), tmp_path / "base", "", quiet)
+    base = rundir.load_run(tmp_path / "base", quiet)
+    model = dataclasses.replace(base.recipe.model, lora=LoRAConfig(rank=3, alpha=7.0, targets=("query", "out", "down")))
+    recipe = dataclasses.replace(base.recipe, model=model)
+    info = rundir.TaskInfo("dogs", "classify", ("a", "b", "c"), 23, ("accuracy",))
+    shapes, rng = adapters.split(rundir.param_shapes(recipe, info))[0], np.random.default_rng(0)
+    trained = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
+    save(tmp_path / "run", dataclasses.replace(base, recipe=recipe), trained, info)
+    tokens = rng.integers(5, 80, (3, 11)).astype(np.int32)
+    run = rundir.load_run(tmp_path / "run", quiet)
+    ours = jax.jit(lambda p: run.module.apply({"params": p}, tokens, tokens * 0 + 1, tokens * 0))(run.params)
+
+    export_adapters(tmp_path / "run", tmp_path / "peft", quiet)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=3, dtype=torch.float32)
+    before = logits_there(plain.eval(), tokens)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
+    assert np.abs(before - ours).max() > 0.1
+    np.testing.assert_allclose(logits_there(theirs, tokens), ours, atol=1e-4)
+    export_run(tmp_path / "run", tmp_path / "merged", quiet)
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    np.testing.assert_allclose(logits_there(merged.eval(), tokens), ours, atol=1e-4)
+    assert merged.config.id2label == {0: "a", 1: "b", 2: "c"}

@@ -10,12 +10,16 @@ import pytest
 
 import bothways
 from bothways import rundir, sharding
-from bothways.config import MeshConfig, TrainConfig
+from bothways.config import MeshConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from bothways.data.tokenizer import made_up_vocabulary
 from bothways.errors import InputError
 from bothways.model import adapters
 from bothways.model.config import LoRAConfig
-from bothways.registry import make_module
+from bothways.registry import make_module, tiny_inputs
 from bothways.train.loop import train
+from bothways.train.objectives import make_objective
+from bothways.train.optimizer import make_optimizer
+from bothways.train.step import init_state, make_train_step, state_shardings
 
 LORA = LoRAConfig(rank=3, alpha=7.0)
 
@@ -159,6 +163,30 @@ def test_a_resumed_run_is_the_same_run(run, recipe, tmp_path):
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
         *(rundir.load_run(home, print).params for home in (tmp_path / "run", run)),
     )
+
+
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole(tiny_with):
+    """Of adapters: a step in two pieces changes them as one step does."""
+    cfg = tiny_with(lora=LORA, n_layers=1)
+    module, mesh = make_module("gpt", cfg), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer = make_optimizer(OptimizerConfig(name="adamw", clip_norm=0.0), 6)
+    state = init_state(module, tiny_inputs("gpt"), optimizer, 0)
+    state = state.replace(params=randomised(state.params))
+    shardings = state_shardings(mesh, jax.eval_shape(lambda: state))
+    objective = make_objective(ObjectiveConfig(), made_up_vocabulary(37))
+    rng, shape = np.random.default_rng(3), (4, 11)
+    batch = {name: rng.integers(5, 37, shape).astype(np.int32) for name in ("tokens", "targets")}
+    batch |= {"segments": np.ones(shape, np.int32), "positions": np.tile(np.arange(11, dtype=np.int32), (4, 1))}
+    batch["weights"] = (rng.random(shape) < [[0.9], [0.1], [0.5], [0.3]]).astype(np.float32)  # pieces of unequal weight
+
+    def after(pieces):
+        step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=pieces)
+        found, metrics = step(jax.tree.map(jnp.copy, state), batch, 0)
+        return found.opt_state, metrics["loss"], metrics["grad_norm"]
+
+    whole, pieces = after(1), after(2)
+    assert whole[2] > 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, pieces)
 
 
 def test_adapters_lie_as_their_kernels_and_a_mesh_changes_nothing(run, recipe, tmp_path, eight_devices):
