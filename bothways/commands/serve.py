@@ -85,7 +85,7 @@ def serve(
     server = uvicorn.Server(config)
     try:
         config.load()
-        listening = config.bind_socket()
+        listening = app.listen(config)
     except SystemExit as e:
         raise InputError(f"cannot listen on {host}:{port}; another program may, or the address is not ours") from e
     if warm:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import json
 import threading
 import time
@@ -21,7 +22,7 @@ from bothways.config import ObjectiveConfig
 from bothways.data import tokenizer as tokenizers
 from bothways.model.config import TransformerConfig
 from bothways.recipes import Recipe
-from bothways.serve.app import make_app
+from bothways.serve.app import listen, make_app
 from bothways.serve.engine import Engine
 from bothways.serve.http import Settings
 from bothways.serve.runs import Limits, Runs, named
@@ -37,12 +38,19 @@ KINDS = {
     "masked": ("bert", ObjectiveConfig(kind="masked")),
     "pairs": ("seq2seq", ObjectiveConfig(kind="spans")),
 }
+SLOTS = {"slots": 3, "piece": 16}
+"""Of every server here, so that one compiled program serves all."""
 
 
-def write_run(home: Path, tiny: TransformerConfig, kind: str, spare: int = 5) -> Path:
+@functools.cache
+def trained_tokenizer() -> tokenizers.Tokenizer:
+    return tokenizers.train([made_up_text(60), "caf\u00e9 \U0001f389\n"], "bpe", 330)
+
+
+def write_run(home: Path, tiny: TransformerConfig, kind: str, spare: int = 6) -> Path:
     """A run as train/loop.py leaves it, whose table has `spare` rows that stand for no token."""
     family, objective = KINDS[kind]
-    tokenizer = tokenizers.train([made_up_text(60), "caf\u00e9 \U0001f389\n"], "bpe", 330)
+    tokenizer = trained_tokenizer()
     extra = {"predicts": "own"} if kind == "dial" else {}
     model = dataclasses.replace(tiny, n_layers=1, context_length=48, vocab_size=len(tokenizer) + spare, **extra)
     if family == "bert":
@@ -75,7 +83,7 @@ class Running:
 
     def __post_init__(self):
         config = uvicorn.Config(make_app(self.engine, self.settings), port=0, log_level="error")
-        self.socket = config.bind_socket()
+        self.socket = listen(config)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = uvicorn.Server(config)
@@ -101,7 +109,7 @@ def homes(tmp_path_factory, tiny) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def running(homes):
-    runs = Runs(named([str(home) for home in homes.values()]), Limits(slots=5, piece=16))
+    runs = Runs(named([str(home) for home in homes.values()]), Limits(**SLOTS))
     with Running(Engine(runs, queue=64)) as server:
         yield server
 

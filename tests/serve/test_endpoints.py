@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import json
+import threading
 import time
 
 import numpy as np
@@ -85,33 +86,29 @@ def test_long_prompts_go_in_pieces_and_their_beginnings_are_kept(http, causal, r
 
 
 def test_log_probabilities_sum_to_the_score_of_the_text(http, causal):
-    answer = complete(http, seed=3, logprobs=2)
-    found = answer["choices"][0]["logprobs"]
-    assert len(found["tokens"]) == answer["usage"]["completion_tokens"]
-    [expected] = causal.sample([PROMPT], max_tokens=12, seed=3)
-    ended = expected.tokens - len(found["tokens"])
-    assert ended or sum(found["token_logprobs"]) == pytest.approx(expected.logprob, abs=0.01)
-    for logprob, top in zip(found["token_logprobs"], found["top_logprobs"], strict=True):
-        assert len(top) <= 2
-        assert logprob <= max(top.values()) + 1e-5
+    answer = complete(http, seed=7, n=2, logprobs=2)
+    expected = causal.sample([PROMPT], max_tokens=12, num=2, seed=7)
+    for choice, sample in zip(answer["choices"], expected, strict=True):
+        found = choice["logprobs"]
+        ended = sample.tokens - len(found["tokens"])
+        assert ended or sum(found["token_logprobs"]) == pytest.approx(sample.logprob, abs=0.01)
+        for logprob, top in zip(found["token_logprobs"], found["top_logprobs"], strict=True):
+            assert len(top) <= 2
+            assert logprob <= max(top.values()) + 1e-5
+    assert sum(len(c["logprobs"]["tokens"]) for c in answer["choices"]) == answer["usage"]["completion_tokens"]
 
 
-def test_probabilities_of_tokens_multiply_to_the_score(http, causal, homes):
-    text = "the king fears the river"
-    forward = http.post("/tokens", json={"model": "causal", "text": text, "top": 3}).json()
-    [score] = causal.score([text])
-    assert forward["direction"] == "forward"
-    assert "".join(t["text"] for t in forward["tokens"]) == text
-    assert np.log([t["p"] for t in forward["tokens"]]).sum() == pytest.approx(score.logprob, abs=0.1)
-    both = http.post("/tokens", json={"model": "masked", "text": text}).json()
-    [pll] = bothways.load(homes["masked"]).score([text], rule="pll")
-    assert both["direction"] == "both"
-    assert np.log([t["p"] for t in both["tokens"]]).sum() == pytest.approx(pll.logprob, abs=0.1)
-    either = {
-        d: http.post("/tokens", json={"model": "hybrid", "text": text, "direction": d}).json()
-        for d in ("forward", "both")
-    }
-    assert either["forward"]["tokens"] != either["both"]["tokens"]
+def test_probabilities_of_tokens_multiply_to_the_score(http, homes):
+    text, hybrid = "the king fears the river", bothways.load(homes["hybrid"])
+    found = {}
+    for direction, rule in (("forward", "causal"), ("both", "pll")):
+        answer = http.post("/tokens", json={"model": "hybrid", "text": text, "direction": direction, "top": 3}).json()
+        [score] = hybrid.score([text], rule=rule)
+        assert answer["direction"] == direction
+        assert "".join(t["text"] for t in answer["tokens"]) == text
+        assert np.log([t["p"] for t in answer["tokens"]]).sum() == pytest.approx(score.logprob, abs=0.1)
+        found[direction] = answer["tokens"]
+    assert found["forward"] != found["both"]
 
 
 def test_vectors_are_those_of_the_run_in_either_encoding(http, causal):
@@ -142,47 +139,47 @@ def test_masks_are_filled_and_gaps_too(http, homes):
     body = {"model": "masked", "input": ["the [MASK] fears", "the king [MASK] [MASK]"], "top": 3, "steps": 2}
     found = http.post("/fill", json=body).json()["data"]
     assert [f["filled"] for f in found] == [f.filled for f in masked.fill(body["input"], top=3, steps=2)]
-    for model in ("masked", "hybrid"):
-        gap = complete(http, model=model, prompt="the king", suffix=" the river", max_tokens=3, n=2, seed=1)
-        assert len({c["text"] for c in gap["choices"]}) == 2
-        assert gap["usage"]["completion_tokens"] == 6
+    gap = complete(http, model="hybrid", prompt="the king", suffix=" the river", max_tokens=3, n=2, seed=1)
+    assert len({c["text"] for c in gap["choices"]}) == 2
+    assert gap["usage"]["completion_tokens"] == 6
 
 
 def test_blocks_are_written_and_streamed(http, homes):
-    for model, options in (("masked", {"block": 4, "steps": 2}), ("dial", {"block": 4})):
-        [expected] = bothways.load(homes[model]).sample([PROMPT], max_tokens=12, seed=9, **options)
-        body = {"model": model, "prompt": PROMPT, "max_tokens": 12, "seed": 9} | options
-        assert complete(http, **body)["choices"][0]["text"] == expected.text
-        with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as s:
-            events = [json.loads(line[6:]) for line in s.iter_lines() if line.startswith("data: {")]
-        assert "".join(e["choices"][0]["text"] for e in events) == expected.text
-        assert len(events) > 2
+    options = {"block": 4, "steps": 2}
+    [expected] = bothways.load(homes["masked"]).sample([PROMPT], max_tokens=12, seed=9, **options)
+    body = {"model": "masked", "prompt": PROMPT, "max_tokens": 12, "seed": 9} | options
+    assert complete(http, **body)["choices"][0]["text"] == expected.text
+    with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as s:
+        events = [json.loads(line[6:]) for line in s.iter_lines() if line.startswith("data: {")]
+    assert "".join(e["choices"][0]["text"] for e in events) == expected.text
+    assert len(events) > 2
 
 
-@pytest.mark.parametrize(("model", "options"), [("masked", {"block": 4, "steps": 2}), ("dial", {"block": 4})])
-def test_blocks_of_several_requests_are_written_together_each_as_if_alone(http, running, monkeypatch, model, options):
+def test_blocks_of_several_requests_are_written_together_each_as_if_alone(http, running, monkeypatch):
     """Requests that differ in prompt, seed and length, behind one that is being written."""
     wanted = [(PROMPT, 8, 3), ("a ship", 5, 4), (PROMPT, 12, 5)]
 
     def one(prompt: str, most: int, seed: int) -> str:
-        return complete(http, model=model, prompt=prompt, max_tokens=most, seed=seed, **options)["choices"][0]["text"]
+        body = {"model": "dial", "prompt": prompt, "max_tokens": most, "seed": seed, "block": 4}
+        return complete(http, **body)["choices"][0]["text"]
 
     alone = [one(*some) for some in wanted]
-    loaded, sizes = running.engine.runs.loaded[model].model, []
+    loaded, sizes, begun = running.engine.runs.loaded["dial"].model, [], threading.Event()
     sample = loaded.sample
 
-    def slowly(prompts, **named):
+    def when_others_wait(prompts, **named):
         sizes.append(len(prompts))
-        time.sleep(0.4)
+        begun.set()
+        while len(sizes) == 1 and running.engine.waiting < len(wanted):
+            time.sleep(0.01)
         return sample(prompts, **named)
 
-    monkeypatch.setattr(loaded, "sample", slowly)
+    monkeypatch.setattr(loaded, "sample", when_others_wait)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        first = pool.submit(one, "the", 4, 9)
-        while not sizes:
-            time.sleep(0.01)
+        first = pool.submit(one, *wanted[0])
+        assert begun.wait(60)
         together = list(pool.map(lambda some: one(*some), wanted))
-        first.result()
+        assert first.result() == alone[0]
     assert together == alone
     assert sizes == [1, 3]
 

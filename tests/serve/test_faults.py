@@ -3,21 +3,25 @@
 import concurrent.futures
 import json
 import os
+import queue
 import random
 import shutil
 import signal
-import subprocess
-import sys
+import socket
+import threading
 import time
-from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 
+from bothways.commands import serve as command
+from bothways.serve import slots
+from bothways.serve.app import listen
 from bothways.serve.engine import Engine
 from bothways.serve.http import Settings
 from bothways.serve.runs import Limits, Runs, named
-from tests.serve.conftest import Running
+from tests.serve.conftest import SLOTS, Running
 
 ENDPOINTS = (
     "/v1/completions",
@@ -31,7 +35,7 @@ ENDPOINTS = (
 )
 
 
-def wait_for(what, seconds=30):
+def wait_for(what, seconds=60):
     ends = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < ends
@@ -70,25 +74,32 @@ def test_two_hundred_malformed_bodies_are_refused(http):
     assert http.get("/health").json() == {"status": "ok"}
 
 
-def test_a_client_that_vanishes_frees_its_slot(running, http):
+def test_a_client_that_vanishes_frees_its_slot(running, http, monkeypatch):
     body = {"model": "causal", "prompt": "the king", "max_tokens": 40, "seed": 11, "n": 8, "stream": True}
-    loaded = running.engine.runs.loaded
     http.post("/v1/completions", json=body | {"stream": False, "max_tokens": 2, "n": 1})
-    steps = loaded["causal"].pool.step
-    loaded["causal"].pool.step = lambda n=1: (time.sleep(0.05), steps(1))[1]  # so that it is still at it
-    try:
-        with httpx.Client(base_url=running.url) as client, client.stream("POST", "/v1/completions", json=body) as stream:
-            next(stream.iter_lines())
-            assert running.engine.busy_slots + running.engine.waiting > 0
-        wait_for(lambda: running.engine.busy_slots + running.engine.waiting == 0, 1.5)
-    finally:
-        loaded["causal"].pool.step = steps
+    pool, known, calls = running.engine.runs.loaded["causal"].pool, threading.Event(), []
+
+    def step(n=1):
+        calls.append(n)
+        assert len(calls) < 3 or known.wait(60)
+        return slots.Pool.step(pool, 1)
+
+    monkeypatch.setattr(pool, "step", step)
+    with httpx.Client(base_url=running.url) as client, client.stream("POST", "/v1/completions", json=body) as stream:
+        next(stream.iter_lines())
+    wait_for(lambda: len(calls) == 3)
+    held = [row for row in pool.rows if row is not None]
+    wait_for(lambda: all(row.gone() for row in held))
+    assert held
+    known.set()
+    wait_for(lambda: running.engine.busy_slots + running.engine.waiting == 0)
+    assert len(calls) <= 4
 
 
 @pytest.fixture
 def small(homes):
-    """A server with one slot, one place in its queue, and a key."""
-    runs = Runs(named([str(homes["causal"])]), Limits(slots=1, piece=16))
+    """A server with a queue of one, and a key."""
+    runs = Runs(named([str(homes["causal"])]), Limits(**SLOTS))
     with Running(Engine(runs, queue=1), Settings(api_key="open sesame", seconds=2.0, max_tokens=30)) as server:
         yield server
 
@@ -130,7 +141,7 @@ def test_a_damaged_run_and_one_without_memory_are_unavailable_and_others_go_on(h
     runs = Runs(served, Limits(slots=999, piece=16, memory=max(sizes)))
     with Running(Engine(runs)) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         assert client.post("/v1/completions", json={"model": "damaged", "prompt": "a", "stream": True}).status_code == 503
-        for model in ("masked", "hybrid", "masked"):
+        for model in ("masked", "hybrid"):
             answer = client.post("/v1/embeddings", json={"model": model, "input": "the king"})
             expected = 200 if model == "masked" else 503  # so many slots do not fit
             assert answer.status_code == expected, answer.text
@@ -159,28 +170,55 @@ def test_a_fault_while_writing_is_an_error_of_its_own_and_the_engine_goes_on(run
     assert http.post("/v1/completions", json=body).json()["choices"] == before["choices"]
 
 
-def test_sigterm_lets_running_requests_end(homes, tmp_path):
-    port = 20_000 + os.getpid() % 20_000
-    args = ["serve", str(homes["causal"]), "--port", str(port), "--slots", "2"]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "bothways", *args], stderr=log)
+def test_sigterm_lets_running_requests_end(homes, monkeypatch):
+    """The command in this process and thread, with its own handling of the signal; clients in another."""
+    messages, may_step, steps = queue.Queue(), threading.Event(), slots.Pool.step
+    monkeypatch.setattr(command, "log", messages.put)
+    monkeypatch.setattr(slots.Pool, "step", lambda pool, n=slots.CHUNK: (may_step.wait(60), steps(pool, n))[1])
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    statuses, refused = [], []
+
+    def clients():
+        try:
+            while not (message := messages.get(timeout=60)).startswith("serving causal at "):
+                pass
+            url = message.split()[-1].rstrip("/")
+            body = {"model": "causal", "prompt": "the king", "max_tokens": 9, "n": 5}
+            with concurrent.futures.ThreadPoolExecutor(3) as threads, httpx.Client(base_url=url, timeout=60) as client:
+                answers = [threads.submit(client.post, "/v1/completions", json=body | {"seed": i}) for i in range(3)]
+                held = ("bothways_slots_busy", "bothways_requests_waiting")
+                lines = lambda: [line.split() for line in client.get("/metrics").text.splitlines()]  # noqa: E731
+                wait_for(lambda: sum(float(line[1]) for line in lines() if line[0] in held) == 15)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+                def closed():
+                    try:
+                        httpx.get(f"{url}/health")
+                    except httpx.TransportError as e:
+                        refused.append(e)
+                    return refused
+
+                wait_for(closed)
+                may_step.set()
+                statuses.extend(a.result().status_code for a in answers)
+        finally:
+            may_step.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=clients)
+    thread.start()
     try:
-        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-
-        def up():
-            try:
-                return client.get("/health").status_code == 200
-            except httpx.ConnectError:
-                return False
-
-        wait_for(up, 60)
-        body = {"model": "causal", "prompt": "the king", "max_tokens": 40, "seed": 2}
-        with concurrent.futures.ThreadPoolExecutor(5) as threads:
-            answers = [threads.submit(client.post, "/v1/completions", json=body | {"seed": i}) for i in range(5)]
-            wait_for(lambda: "is loaded" in Path(tmp_path / "log").read_text(), 60)
-            process.send_signal(signal.SIGTERM)
-            assert [a.result().status_code for a in answers] == [200] * 5
-        assert process.wait(timeout=30) == 0
+        command.serve((str(homes["causal"]),), port=0, slots=SLOTS["slots"])
     finally:
-        process.kill()
-    assert "serving causal at" in (tmp_path / "log").read_text()
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
+    assert refused
+    assert statuses == [200] * 3
+
+
+def test_connections_send_their_answers_at_once():
+    """Without Nagle's algorithm, which holds the second part of every answer back for 40 ms."""
+    with listen(uvicorn.Config("", port=0)) as listening:
+        listening.listen()
+        with socket.create_connection(listening.getsockname()), listening.accept()[0] as connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

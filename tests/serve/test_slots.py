@@ -8,7 +8,7 @@ from bothways.config import MeshConfig
 from bothways.sample.sampling_params import SamplingParams
 from bothways.serve.runs import Limits, Runs, named
 from bothways.serve.slots import Generation
-from tests.serve.conftest import write_run
+from tests.serve.conftest import SLOTS
 
 KEPT = [7, 11, 5, 17, 3, 29, 2, 23, 13, 19, 31, 37, 41, 43, 47, 53, 59, 61]
 GREEDY = jax.tree.map(np.asarray, SamplingParams.make(temperature=0))
@@ -24,7 +24,7 @@ def generation(pool, ids: list[int], most: int) -> Generation:
 
 @pytest.fixture(scope="module")
 def pool(homes):
-    pool = Runs(named([str(homes["causal"])]), Limits(slots=2, piece=16)).get("causal").pool
+    pool = Runs(named([str(homes["causal"])]), Limits(**SLOTS)).get("causal").pool
     pool.eos = -1
     return pool
 
@@ -61,21 +61,21 @@ def test_a_row_that_has_ended_does_not_say_how_much_of_the_cache_is_read(pool):
     run(pool, lambda: not pool.busy)
     pool.add(generation(pool, [3], 4))
     run(pool, lambda: not pool.busy)
-    assert pool.state.cache.length.tolist() == [5, 0]
+    assert pool.state.cache.length.tolist() == [5, 0, 0]
 
 
-def test_slots_of_a_run_on_two_devices_write_what_one_device_writes(tiny, tmp_path):
+def test_slots_of_a_run_on_two_devices_write_what_one_device_writes(pool, homes):
     """Heads and their keys and values over `tensor`, as `serve --mesh.tensor 2` has them."""
-    home, found = write_run(tmp_path / "even", tiny, "causal", spare=6), []
-    for mesh in (MeshConfig(data=1), MeshConfig(data=1, tensor=2)):
-        pool = Runs(named([str(home)]), Limits(slots=2, piece=16), mesh).get("even").pool
-        pool.eos = -1
-        rows = [generation(pool, ids, 8) for ids in (KEPT, [3])]
+    mesh, found = MeshConfig(data=1, tensor=2), []
+    spread = Runs(named([str(homes["causal"])]), Limits(**SLOTS), mesh).get("causal").pool
+    spread.eos = -1
+    for one in (pool, spread):
+        rows = [generation(one, ids, 8) for ids in (KEPT, [3])]
         for row in rows:
-            pool.add(row)
-        run(pool, lambda pool=pool: not pool.busy)
+            one.add(row)
+        run(one, lambda one=one: not one.busy)
         found.append([row.said for row in rows])
     assert found[0] == found[1]
-    keys = pool.state.cache.layers[0].k
+    keys = spread.state.cache.layers[0].k
     assert len(keys.sharding.device_set) == 2
     assert keys.addressable_shards[0].data.shape[1] == 1  # of two heads
