@@ -5,7 +5,6 @@ import socket
 from collections.abc import AsyncIterator
 
 import uvicorn
-
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
