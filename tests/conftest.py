@@ -6,20 +6,20 @@ import os
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".jax_cache"
-EMITTERS = b"xla_cpu_use_fusion_emitters"
 
 
-def jaxlib_knows(flag: bytes) -> bool:
+def jaxlib_knows(flag: str) -> bool:
     """Whether XLA has this flag: one that it has not ends the process."""
     library = Path(importlib.util.find_spec("jaxlib").origin).parent / "libjax_common.so"
     if not library.exists():
         return False
     with library.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(flag) >= 0
+        return content.find(flag.encode()) >= 0
 
 
-# Programs of XLA's older emitters take half as long to compile.
-QUICK = f"--{EMITTERS.decode()}=false" if jaxlib_knows(EMITTERS) else ""
+# Programs of XLA's older emitters take half as long to compile; tiny ones are not worth splitting between threads.
+FLAGS = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
+QUICK = " ".join(f"--{flag}={value}" for flag, value in FLAGS.items() if jaxlib_knows(flag))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 # Tiny programs run a few times: compiling them well takes ten times as long as running them badly.
