@@ -206,18 +206,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int:
 def encode_with_offsets(tokenizer: Tokenizer, text: str) -> list[tuple[int, int, int]]:
     """(id, first character, end) of every token of a rendered conversation. Its control tokens are those of the
     vocabulary, which the text of a message may not hold; nothing is put around it, since the template has done that."""
-    fast = getattr(tokenizer, "fast", None)
-    if fast is not None:
-        found = fast.encode(text, add_special_tokens=False)
-        return [(token, begin, end) for token, (begin, end) in zip(found.ids, found.offsets, strict=True)]
-    controls, found, at = control_tokens(tokenizer), [], 0
-    for part in re.split(f"({'|'.join(map(re.escape, controls))})", text):
-        if part in controls:
-            found.append((controls[part], at, at + len(part)))
-        elif part:
-            found += [(token, at + begin, at + end) for token, begin, end in tokenizer.encode_with_offsets(part)]
-        at += len(part)
-    return found
+    return tokenizer.encode_marked(text, control_tokens(tokenizer))
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -224,17 +224,12 @@ def tokenise(work: Work, part: Part) -> dict[str, Any]:
         return {"shards": found}
     shards: dict[str, list[dict]] = {}
     writers: dict[str, ShardWriter] = {s: ShardWriter(work, part, s, tokenizer, paired) for s in Corpus.splits}
-    for number, (name, text) in documents.numbered(in_order(part, work.cfg), part.first):
+    texts = corpora.read(part.paths, work.cfg)
+    for number, (name, text) in documents.numbered(texts if paired else documents.in_pieces(texts), part.first):
         writers[documents.held_out_in(number, paired)].add(name, text)
     for split, writer in writers.items():
         shards[split] = writer.finished()
     return {"shards": shards}
-
-
-def in_order(part: Part, cfg: DataConfig) -> documents.Documents:
-    """The documents of a part's files, long ones in pieces."""
-    found = corpora.read(part.paths, cfg)
-    return found if cfg.source_field else documents.in_pieces(found)
 
 
 def write_shards(work: Work, part: Part, split: str, texts: documents.Documents, tokenizer: Tokenizer) -> list[dict]:

@@ -1,6 +1,7 @@
 """Published vocabularies: byte-level BPE, WordPiece and the rest, through the `tokenizers` library."""
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -86,7 +87,7 @@ class PublishedTokenizer(Tokenizer):
 
     def framing_as_published(self) -> "PublishedTokenizer":
         other = copy.copy(self)
-        other.frame = self._published_frame
+        other.frame = functools.cache(self._published_frame)
         return other
 
     def _published_frame(self, pair: bool) -> tuple[list[int], list[int], list[int]]:
@@ -151,6 +152,10 @@ class PublishedTokenizer(Tokenizer):
     def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
         encoding = self.plain.encode(text, add_special_tokens=False)
         return [(token, begin, end) for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def encode_marked(self, text: str, marks: dict[str, int]) -> list[tuple[int, int, int]]:
+        found = self.fast.encode(text, add_special_tokens=False)  # which knows its special tokens itself
+        return [(token, begin, end) for token, (begin, end) in zip(found.ids, found.offsets, strict=True)]
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         found = self.plain.encode_batch([self._with_mask(t) for t in texts], add_special_tokens=False)

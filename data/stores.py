@@ -23,7 +23,19 @@ T = TypeVar("T")
 
 TRIES = 6
 """Times a request is made before it counts as failed; the waits between them double from a quarter of a second."""
-CHECKSUMS = ("md5Hash", "crc32c", "sha256", "blob_id", "ETag", "etag", "generation", "LastModified", "mtime", "created")
+CHECKSUMS = (
+    "md5Hash",
+    "crc32c",
+    "sha256",
+    "blob_id",
+    "ETag",
+    "etag",
+    "generation",
+    "LastModified",
+    "Last-Modified",
+    "mtime",
+    "created",
+)
 """What stores report of an object's content, the strongest check first."""
 
 
@@ -53,9 +65,9 @@ class Remote:
         """Raises InputError where the object is missing or forbidden; a read that fails is tried again."""
         fs, path = filesystem(self.url)
         size = patiently(lambda: fs.info(path), self.url).get("size")
-        if size is None:  # a server that does not say: a stream
-            with fs.open(path, "rb") as stream:
-                yield stream
+        if size is None or not has_ranges(fs, path, self.url, size):
+            with fs.open(path, "rb", **({} if size is None else {"block_size": 0})) as stream:
+                yield io.BufferedReader(stream, 2**20)
             return
         yield io.BufferedReader(Ranges(fs, path, self.url, size), 2**22)
 
@@ -108,6 +120,22 @@ class Ranges(io.RawIOBase):
         return len(found)
 
 
+def has_ranges(fs: Any, path: str, url: str, size: int) -> bool:
+    """Whether parts of an object can be had. Some servers of http have no ranges; those are read from the beginning to the end."""
+    if size < 2 or not url.startswith(("http://", "https://")):
+        return True
+
+    def second_byte() -> bool:
+        with fs.open(path, "rb", cache_type="none") as stream:
+            stream.seek(1)
+            try:
+                return len(stream.read(1)) == 1
+            except ValueError:
+                return False
+
+    return patiently(second_byte, url)
+
+
 def is_remote(name: str) -> bool:
     """Whether a name is a URL rather than a path."""
     return bool(re.match(r"[a-z][a-z0-9+]*://", name))
@@ -127,7 +155,8 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as e:
-        extra = " (pip install 'bothways[gcs]')" if url.startswith("gs") else ""
+        known = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "hf": "hf"}.get(url.partition(":")[0])
+        extra = f" (pip install 'bothways[{known}]')" if known else ""
         raise InputError(f"{url}: {e}{extra}") from e
     except ValueError as e:
         raise InputError(f"{url}: {e}; give a path, or a URL such as gs://, s3://, hf:// or https://") from e

@@ -104,6 +104,17 @@ class Tokenizer(abc.ABC):
     def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
         """(id, first character, end) of every token; the bytes of one character share its place."""
 
+    def encode_marked(self, text: str, marks: dict[str, int]) -> list[tuple[int, int, int]]:
+        """The same of a text in which these strings are special tokens."""
+        found, at = [], 0
+        for part in re.split(f"({'|'.join(map(re.escape, marks))})", text):
+            if part in marks:
+                found.append((marks[part], at, at + len(part)))
+            elif part:
+                found += [(token, at + begin, at + end) for token, begin, end in self.encode_with_offsets(part)]
+            at += len(part)
+        return found
+
     @abc.abstractmethod
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text."""

