@@ -81,7 +81,12 @@ def unprepared(cfg: DataConfig) -> list[str]:
     if cfg.messages_field:
         return []
     found = [part.corpus for part in parts_of(cfg) if part.corpus not in EMBEDDED]
-    return [name for name in found if (is_raw_url(name) if is_remote(name) else not looks_like_files(name))]
+    return [name for name in found if (is_raw_url(name) if is_remote(name) else not is_path(name))]
+
+
+def is_path(name: str) -> bool:
+    """Whether a corpus is named by a path, be it of a disk that is not here."""
+    return looks_like_files(name) or name.startswith(("/", "~", "."))
 
 
 def is_raw_url(name: str) -> bool:
@@ -157,7 +162,7 @@ def files_left_here(recipe: Recipe, *, shared: bool) -> list[str]:
     data, start = recipe.data, recipe.train.init_from
     corpora = [part.corpus for part in parts_of(data)]
     found = {
-        "data.mixture" if data.mixture else "data.corpus": [corpus for corpus in corpora if looks_like_files(corpus)],
+        "data.mixture" if data.mixture else "data.corpus": [corpus for corpus in corpora if is_path(corpus)],
         "data.validation": [data.validation],
         "data.tokenizer": [data.tokenizer] if data.tokenizer.endswith((".model", ".json")) else [],
         "data.chat_template": [data.chat_template],
