@@ -25,6 +25,7 @@ COMMANDS = {
     "fill": "fill the masks of a text",
     "score": "log-probability of each line of a file",
     "embed": "a vector for each line of a file",
+    "search": "the texts nearest to a query, and how often they are right",
     "finetune": "train a head and the whole stack on a labelled task",
     "predict": "labels from a fine-tuned run",
     "evaluate": "held-out loss and bits per byte of a run",
@@ -37,7 +38,7 @@ COMMANDS = {
 }
 """Each command is the function of its name in commands/, in the module of its name."""
 
-ANSWERING = ("sample", "chat", "fill", "score", "embed", "predict", "evaluate", "plan")
+ANSWERING = ("sample", "chat", "fill", "score", "embed", "search", "predict", "evaluate", "plan")
 """Commands whose result is what they print, and nothing else."""
 
 RECIPE_FIRST = ("prepare", "train", "plan", "launch")

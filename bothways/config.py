@@ -8,8 +8,8 @@ from bothways.errors import InputError
 from bothways.model.config import LoRAConfig
 
 OBJECTIVES_BY_FAMILY: dict[str, tuple[str, ...]] = {
-    "gpt": ("causal", "chat", "hybrid", "diffusion"),
-    "bert": ("masked", "diffusion"),
+    "gpt": ("causal", "chat", "hybrid", "diffusion", "contrastive"),
+    "bert": ("masked", "diffusion", "contrastive"),
     "seq2seq": ("pairs", "spans"),
 }
 """Objectives per family."""
@@ -17,11 +17,12 @@ OBJECTIVES_BY_FAMILY: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    kind: Literal["causal", "chat", "masked", "hybrid", "diffusion", "pairs", "spans"] = "causal"
+    kind: Literal["causal", "chat", "masked", "hybrid", "diffusion", "contrastive", "pairs", "spans"] = "causal"
     """causal: predict the next token. chat: predict the answers in conversations (data.messages_field). masked: predict
     hidden tokens from both sides. hybrid: both, by one decoder.
-    diffusion: hide a random share of every block of tokens, given all blocks before it (arXiv 2503.09573). Of
-    encoder-decoders, pairs: predict a target after its source; spans: restore hidden spans of plain text."""
+    diffusion: hide a random share of every block of tokens, given all blocks before it (arXiv 2503.09573).
+    contrastive: tell the text that belongs to another from those that do not, by vectors (data.text_fields).
+    Of encoder-decoders, pairs: predict a target after its source; spans: restore hidden spans of plain text."""
     causal_share: float = 0.5
     """Share of the rows that a hybrid objective reads forward; the others it reads both ways."""
     mask_rate: float = 0.15
@@ -45,8 +46,29 @@ class ObjectiveConfig:
     label_smoothing: float = 0.0
     """Share of each target's probability spread over the vocabulary."""
 
+    loss: Literal["ranking", "triplet", "cosent"] = "ranking"
+    """Of `contrastive`. ranking: the text that belongs to another among all texts of the batch (arXiv 1705.00652, section
+    4.4); triplet: nearer than its hard negatives by a margin (arXiv 1503.03832); cosent: pairs in the order of their scores."""
+    pool: Literal["mean", "cls", "last"] = "mean"
+    """A text's vector: the mean over its tokens, or the features of the first (cls) or of the last."""
+    text_length: int = 0
+    """Tokens of a text that are read, those that open and close it counted; the rest is left out. 0: model.context_length."""
+    temperature: float = 0.05
+    """Cosines are divided by it (ranking, cosent)."""
+    margin: float = 0.2
+    """Of `triplet`, between cosines."""
+    widths: tuple[int, ...] = ()
+    """Matryoshka: the loss is the sum of those of the first so many numbers of each vector (arXiv 2205.13147). Empty: of the
+    whole vector alone."""
+
     def problems(self) -> list[str]:
         found = []
+        if self.temperature <= 0:
+            found.append(f"objective.temperature is {self.temperature}; it must be positive")
+        if self.margin < 0:
+            found.append(f"objective.margin is {self.margin}; it cannot be negative")
+        if self.widths and (min(self.widths) < 1 or len(set(self.widths)) < len(self.widths)):
+            found.append(f"objective.widths is {self.widths}; give different numbers, each at least 1")
         if not 0 <= self.label_smoothing < 1:
             found.append(f"objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
         if self.span_length < 1:

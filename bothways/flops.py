@@ -63,6 +63,8 @@ def target_length(recipe: Recipe) -> int:
 
 def tokens_per_row(recipe: Recipe) -> int:
     """Tokens that a row of the batch holds; an encoder-decoder's has a source and a target."""
+    if recipe.objective.kind == "contrastive":
+        return len(recipe.data.text_fields) * (recipe.objective.text_length or recipe.model.context_length)
     return recipe.model.context_length + (target_length(recipe) if recipe.family == "seq2seq" else 0)
 
 
@@ -70,6 +72,11 @@ def recipe_flops_per_token(recipe: Recipe) -> float:
     """training_flops_per_token of a recipe, at its full context; of an encoder-decoder, source and target together."""
     if recipe.family == "seq2seq":
         return seq2seq_flops_per_row(recipe.model, target_length(recipe)) / tokens_per_row(recipe)
+    if recipe.objective.kind == "contrastive":
+        read = dataclasses.replace(
+            recipe.model, context_length=recipe.objective.text_length or recipe.model.context_length
+        )
+        return training_flops_per_token(read, causal=recipe.family == "gpt", predicted_share=0.0)
     causal = recipe.objective.kind in ("causal", "chat")
     if recipe.objective.kind == "diffusion" and set(recipe.objective.block_sizes) != {0}:
         # Hidden and clean tokens; each of the two sees half of the row, and its own block, which is not counted.

@@ -122,6 +122,8 @@ class Recipe:
                 )
             if kind == "chat" and not self.data.messages_field:
                 found.append("objective.kind=chat trains on conversations: set --data.messages-field messages")
+            if kind == "contrastive" or self.data.text_fields:
+                found += self._contrast_problems()
             if self.data.messages_field and kind not in ("chat", "diffusion"):
                 found.append(
                     f"data.messages_field={self.data.messages_field!r}: conversations are for objective.kind=chat or "
@@ -140,7 +142,7 @@ class Recipe:
                     f"train.average_last_checkpoints={self.train.average_last_checkpoints} cannot be averaged of "
                     f"train.max_to_keep={self.train.max_to_keep}; keep more"
                 )
-            if self.family == "bert" and not self.model.masked_head:
+            if self.family == "bert" and not self.model.masked_head and kind != "contrastive":
                 found.append(f"objective.kind={kind} needs the head that predicts tokens: set --model.masked-head")
             if self.family == "bert" and self.model.output_bias:
                 found.append("a bert's masked-token head has a bias already: leave model.output_bias out")
@@ -172,6 +174,35 @@ class Recipe:
                 )
         if found:
             raise InputError(f"recipe {self.name or '(unnamed)'} cannot run:\n" + "\n".join(f"  - {p}" for p in found))
+
+    def _contrast_problems(self) -> list[str]:
+        """What is wrong with contrastive training."""
+        ask, fields, context = self.objective, self.data.text_fields, self.model.context_length
+        if ask.kind != "contrastive":
+            return [
+                f"data.text_fields={' '.join(fields)}: sets of texts are for objective.kind=contrastive, not {ask.kind}"
+            ]
+        found = []
+        if not fields:
+            found.append("objective.kind=contrastive trains on sets of texts: set --data.text-fields QUERY POSITIVE")
+        if ask.loss == "triplet" and len(fields) < 3:
+            found.append("objective.loss=triplet needs hard negatives: name a third of --data.text-fields")
+        if (ask.loss == "cosent") != bool(self.data.score_field):
+            found.append(
+                f"objective.loss={ask.loss} and data.score_field={self.data.score_field!r} disagree: cosent, and only "
+                "cosent, needs scores"
+            )
+        if ask.loss == "cosent" and len(fields) > 2:
+            found.append(f"objective.loss=cosent scores two texts, and data.text_fields has {len(fields)}")
+        if self.family == "gpt" and ask.pool == "cls":
+            found.append("objective.pool=cls: the first token of a gpt sees no other; set --objective.pool last, or mean")
+        if ask.text_length and not 3 <= ask.text_length <= context:
+            found.append(
+                f"objective.text_length is {ask.text_length}; it must be from 3 to model.context_length={context}"
+            )
+        if wide := [width for width in ask.widths if width > self.model.d_model]:
+            found.append(f"objective.widths has {wide[0]}, and model.d_model is {self.model.d_model}")
+        return found
 
     def _dial_problems(self) -> list[str]:
         """What is wrong with block sizes."""

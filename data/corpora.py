@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bothways.data import bibles, conversations, files, plays
+from bothways.data import bibles, contrasts, conversations, files, plays
 from bothways.data import prepared as prepared_text
 from bothways.data.config import DataConfig
 from bothways.data.documents import SPLITS, Again, Documents, hold_out, in_pieces, with_text
@@ -41,6 +41,10 @@ class Corpus:
     """Document 2i is a source, 2i + 1 its target."""
     conversations: bool = False
     """Documents are conversations (data/conversations.py)."""
+    sides: int = 0
+    """Documents are sets of so many texts to be told apart (data/contrasts.py); 0: they are not."""
+    prompts: tuple[str, str] = ("", "")
+    """What is put before the first text of such a set, and before its others."""
     store: "Prepared | None" = None
     """Where its tokens are, of text that is prepared (data/prepared.py)."""
     paths: tuple[files.AnyPath, ...] = ()
@@ -48,7 +52,7 @@ class Corpus:
 
     def documents(self, split: str) -> Documents:
         """(name, text) of every document of a split, long ones in pieces (data/documents.py)."""
-        whole = self.paired or self.conversations
+        whole = self.paired or self.conversations or self.sides
         return self.read(split) if whole else in_pieces(self.read(split))
 
 
@@ -172,13 +176,16 @@ def load(cfg: DataConfig, *, copied: bool = True) -> Corpus:
     if cfg.corpus in ("shakespeare", "bibles"):
         if cfg.validation:
             raise InputError(f"data.validation is for files and TFDS names; {cfg.corpus} has its own held-out text")
-        if (cfg.corpus == "bibles") != bool(cfg.source_field):
+        if (cfg.corpus == "bibles") != bool(cfg.source_field or cfg.text_fields):
             raise InputError(
-                "the corpus 'bibles' is pairs: set --data.source-field kjv --data.target-field web"
+                "the corpus 'bibles' is pairs: set --data.source-field kjv --data.target-field web, or for contrastive "
+                "training --data.text-fields kjv web"
                 if cfg.corpus == "bibles"
-                else "the corpus 'shakespeare' is plain text and has no pairs; leave out data.source_field and target_field"
+                else "the corpus 'shakespeare' is plain text and has no pairs; leave out data.source_field, target_field and "
+                "text_fields"
             )
-    return dataclasses.replace(corpus, paired=bool(cfg.source_field), conversations=bool(cfg.messages_field))
+    kind = {"paired": bool(cfg.source_field), "conversations": bool(cfg.messages_field), "sides": len(cfg.text_fields)}
+    return dataclasses.replace(corpus, **kind, prompts=(cfg.query_prompt, cfg.document_prompt))
 
 
 def from_conversations(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
@@ -200,16 +207,21 @@ def from_conversations(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
 
 
 def from_bibles(cfg: DataConfig, cache: Path) -> Corpus:
-    found = list(bibles.verses(cfg.source_field or "kjv", cfg.target_field or "web"))
+    sets = bool(cfg.text_fields)
+    if sets and (len(cfg.text_fields) != 2 or cfg.score_field):
+        raise InputError("the corpus 'bibles' has two versions and no scores: set --data.text-fields kjv web")
+    versions = cfg.text_fields if sets else (cfg.source_field or "kjv", cfg.target_field or "web")
+    found = list(bibles.verses(*versions))
     key = hashlib.sha256("\0".join(f"{a}\0{b}" for _, a, b in found).encode()).hexdigest()[:16]
 
     def splits() -> dict[str, Documents]:
         parts: dict[str, list[tuple[str, str]]] = {split: [] for split in Corpus.splits}
         for number, *texts in found:
+            texts = [contrasts.document(texts)] if sets else texts
             parts[bibles.split_of(number)] += [(str(number), text) for text in texts]
         return {split: iter(part) for split, part in parts.items()}
 
-    return prepared("bibles", key, splits, cache)
+    return prepared("bibles-sets" if sets else "bibles", key, splits, cache)
 
 
 def from_files(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
@@ -222,19 +234,19 @@ def from_files(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
             same = "" if copies[content] == path else f" as {copies[content]}"
             raise InputError(f"{path} is in data.corpus{same} and in data.validation; hold out other text")
 
-    what = (*fields(cfg), str(len(paths)))
+    what = (*hashed_fields(cfg), str(len(paths)))
     key, before = (files.fingerprint(contents, *what, names=n) for n in ((), [path.name for path in paths + held]))
 
     @functools.cache  # where few documents are cut is found out once
     def splits() -> dict[str, Again]:
-        found, validation = Again(lambda: read(paths, cfg)), Again(lambda: read(held, cfg))
+        found, validation = Again(lambda: read_files(paths, cfg)), Again(lambda: read_files(held, cfg))
         if next(iter(found), None) is None:
             raise InputError(f"the corpus {cfg.corpus!r} is empty: {len(paths)} file(s), no text")
         if held and next(iter(validation), None) is None:
             raise InputError(f"data.validation {cfg.validation!r} is empty: {len(held)} file(s), no text")
         if held:
             return {"train": found, "validation": validation, "test": validation}
-        return hold_out(found, paired=bool(cfg.source_field), whole=bool(cfg.messages_field))
+        return hold_out(found, paired=bool(cfg.source_field), whole=bool(cfg.messages_field or cfg.text_fields))
 
     if copied and (any(map(is_slow, paths + held)) or sum(path.stat().st_size for path in paths + held) <= MOST_COPIED):
         return dataclasses.replace(prepared("files", key, splits, cache), earlier=(before,))
@@ -247,10 +259,12 @@ def is_slow(path: files.AnyPath) -> bool:
     return isinstance(path, files.Remote) or path.suffix.lower() in files.PACKED
 
 
-def read(paths: Sequence[files.AnyPath], cfg: DataConfig) -> Documents:
+def read_files(paths: Sequence[files.AnyPath], cfg: DataConfig) -> Documents:
     """(name, text) of the documents in files, those without text left out."""
     if cfg.messages_field:
         return conversations.read(paths, cfg.messages_field)
+    if cfg.text_fields:
+        return contrasts.read(paths, cfg)
     if cfg.source_field:
         return files.pairs(paths, cfg.source_field, cfg.target_field)
     return with_text(files.documents(paths, cfg.text_field))
@@ -277,6 +291,9 @@ def from_hugging_face(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
 
     def documents(split: str) -> Documents:
         for number, record in enumerate(streams[split]):
+            if cfg.text_fields:
+                yield f"{split}:{number}", contrasts.of_record(record, cfg, cfg.corpus, number)
+                continue
             for field in fields(cfg):
                 flag = "--data.source-field and --data.target-field" if cfg.source_field else "--data.text-field"
                 text = files.text_of(record, field, flag, cfg.corpus, number)
@@ -287,10 +304,10 @@ def from_hugging_face(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
     def splits() -> dict[str, Again]:
         held = next((split for split in ("validation", "test") if split in streams), None)
         if held is None:
-            return hold_out(Again(lambda: documents("train")), paired=bool(cfg.source_field))
+            return hold_out(Again(lambda: documents("train")), bool(cfg.source_field), bool(cfg.text_fields))
         return {s: Again(functools.partial(documents, s if s in streams else held)) for s in Corpus.splits}
 
-    state = json.dumps([name, config, builder.hash, str(builder.info.version), *fields(cfg)])
+    state = json.dumps([name, config, builder.hash, str(builder.info.version), *hashed_fields(cfg)])
     key = hashlib.sha256(state.encode()).hexdigest()[:16]
     return prepared("hf", key, splits, cache) if copied else Corpus("hf", key, lambda split: iter(splits()[split]))
 
@@ -299,7 +316,14 @@ def fields(cfg: DataConfig) -> tuple[str, ...]:
     """The fields that are read: one of plain text or of conversations, two of pairs."""
     if cfg.messages_field:
         return ("conversations", cfg.messages_field)
+    if cfg.text_fields:
+        return (*cfg.text_fields, *filter(None, [cfg.score_field]))
     return (cfg.source_field, cfg.target_field) if cfg.source_field else (cfg.text_field,)
+
+
+def hashed_fields(cfg: DataConfig) -> tuple[str, ...]:
+    """The fields that are read, told apart from those of pairs of the same names."""
+    return (*fields(cfg), "sets") if cfg.text_fields else fields(cfg)
 
 
 def from_tfds(cfg: DataConfig) -> Corpus:
@@ -341,16 +365,17 @@ def from_tfds(cfg: DataConfig) -> Corpus:
         slices = {s: (s if s in names else held) if held else whole[s] for s in Corpus.splits}
         contents = files.contents(held_out, Path(cfg.cache).expanduser())
         names = [path.name for path in held_out]
-        key = files.fingerprint(contents, builder.info.full_name, *fields(cfg), names=names)
+        key = files.fingerprint(contents, builder.info.full_name, *hashed_fields(cfg), names=names)
 
     def read(split: str) -> Documents:
         if split == "validation" and held_out:
-            if cfg.source_field:
-                yield from files.pairs(held_out, cfg.source_field, cfg.target_field)
-            else:
-                yield from files.documents(held_out, cfg.text_field)
+            yield from read_files(held_out, cfg)
             return
         for i, record in enumerate(builder.as_data_source(slices[split])):
+            if cfg.text_fields:
+                known = {k: v.decode("utf-8", errors="replace") if isinstance(v, bytes) else v for k, v in record.items()}
+                yield f"{split}:{i}", contrasts.of_record(known, cfg, cfg.corpus, i)
+                continue
             texts = [record[field].decode("utf-8", errors="replace") for field in fields(cfg)]
             if all(text.strip() for text in texts):
                 yield from ((f"{split}:{i}", text) for text in texts)

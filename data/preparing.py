@@ -99,6 +99,8 @@ def prepare(
     began, folder = time.monotonic(), Folder(to)
     if cfg.messages_field:
         raise InputError("conversations need no preparing: train on them with --data.messages-field; leave it out here")
+    if cfg.text_fields:
+        raise InputError("sets of texts need no preparing: train on them with --data.text-fields; leave it out here")
     if beam:
         check_beam()
     found, names = None, folder.sizes()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from bothways.data import chat
+from bothways.data import chat, contrasts
 from bothways.data import tokenizer as tokenizers
 from bothways.data.config import DataConfig
 from bothways.data.corpora import Corpus
@@ -46,6 +46,8 @@ class Tokens:
     """Where the files are, and where what is made from them may be kept."""
     scored: np.ndarray | None = None
     """Of conversations, [tokens] bool: parts of answers, which the loss is on; None of plain text, all of which it is on."""
+    sets: contrasts.Sets | None = None
+    """Of texts to be told apart, each of which is one document here: how they belong together."""
     block: int = 0
     """Tokens of a block, where `ids` are read by blocks; else 0."""
 
@@ -95,7 +97,7 @@ def training_bytes(corpus: Corpus) -> int:
 
 def training_texts(corpus: Corpus) -> Iterator[str]:
     """What a vocabulary is trained on; of conversations what is said in them."""
-    said = chat.plain_text if corpus.conversations else str
+    said = chat.plain_text if corpus.conversations else contrasts.plain_text if corpus.sides else str
     return (said(text) for _, text in corpus.documents("train"))
 
 
@@ -128,6 +130,8 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
     version = f"{1 + corpus.paired} {corpus.fingerprint} {tokenizer.fingerprint} {split}"
     if corpus.conversations:
         version += f" {chat.template_fingerprint(tokenizer)} {tokenizer.special}"
+    if corpus.sides:
+        version += f" sets {corpus.sides} {json.dumps(corpus.prompts)}"
     key = hashlib.sha256(version.encode()).hexdigest()[:16]
     home = Path(cache).expanduser() / "tokens" / f"{corpus.name.replace('/', '-')}-{split}-{key}"
     if not (home / "meta.json").exists():
@@ -147,7 +151,11 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
         raise InputError(f"the {split} split of {corpus.name} is empty; give more text, or --data.validation FILE")
     ids = np.memmap(home / "ids.bin", dtype=meta["dtype"], mode="r")
     scored = np.memmap(home / "scored.bin", dtype=bool, mode="r") if corpus.conversations else None
-    return Tokens(ids, np.load(home / "starts.npy", mmap_mode="r"), meta["bytes"], home, scored)
+    sets = None
+    if corpus.sides:
+        before, _, behind = tokenizer.framing_as_published().frame(False)
+        sets = contrasts.Sets(corpus.sides, (before, behind), np.load(home / "scores.npy", mmap_mode="r"))
+    return Tokens(ids, np.load(home / "starts.npy", mmap_mode="r"), meta["bytes"], home, scored, sets)
 
 
 def umask() -> int:
@@ -167,6 +175,18 @@ def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) -> None
                 answers.write(scored.tobytes())
                 starts.append(np.array([position]))
                 position, size = position + len(ids), size + count
+        return _finish(home, starts, dtype, position, size)
+    if corpus.sides:
+        scores = []
+        with (home / "ids.bin").open("wb") as out:
+            for texts, score, count in contrasts.encoded(corpus.documents(split), tokenizer, corpus.prompts):
+                scores.append(score)
+                size += count
+                for ids in texts:
+                    out.write(np.array(ids, dtype).tobytes())
+                    starts.append(np.array([position]))
+                    position += len(ids)
+        np.save(home / "scores.npy", np.array(scores, np.float32))
         return _finish(home, starts, dtype, position, size)
     with (home / "ids.bin").open("wb") as out:
         texts = corpus.documents(split)

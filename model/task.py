@@ -25,6 +25,16 @@ def mean_over(features: Float[jax.Array, "B T D"], segments: Int[jax.Array, "B T
     return jnp.sum(features * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
 
 
+def text_vectors(
+    features: Float[jax.Array, "B T D"], segments: Int[jax.Array, "B T"], pool: Literal["mean", "cls", "last"]
+) -> Float[jax.Array, "B D"]:
+    """One vector per row: features of the first token (cls) or the last, or the mean over the row."""
+    if pool == "last":
+        last = jnp.sum(segments > 0, axis=1) - 1
+        return jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
+    return features[:, 0] if pool == "cls" else mean_over(features, segments)
+
+
 class TaskHead(nn.Module):
     """Dropout and one linear layer, float32; before them a dense layer and a norm, where published heads have them."""
 

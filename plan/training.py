@@ -14,6 +14,7 @@ from bothways import sharding
 from bothways.chips import GIB, Topology, usual_shape
 from bothways.compiler import other_vmem
 from bothways.config import MeshConfig
+from bothways.data.contrasts import Sets
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
 from bothways.data.tokens import Tokens
@@ -164,7 +165,7 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> tuple[Any, TrainState, dict[str
     step = make_train_step(module, objective, optimizer, mesh, placed, **how)
     length, rows = model.context_length, recipe.train.batch_size
     document = length // 2 if recipe.objective.kind == "pairs" else 2 * length
-    text = made_up_tokens(document, model.vocab_size, bool(recipe.data.messages_field))
+    text = made_up_tokens(document, model.vocab_size, bool(recipe.data.messages_field), len(recipe.data.text_fields))
     source, example = objective.source(text, length, False)
     one = example(source[np.arange(1)], ExampleRng(0, np.arange(1)))
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in one.items()}
@@ -183,12 +184,13 @@ def planned_model(model: TransformerConfig, platform: str) -> TransformerConfig:
     return dataclasses.replace(model.resolved(), dtype=dtype)
 
 
-def made_up_tokens(length: int, vocab_size: int, conversations: bool = False) -> Tokens:
-    """Four documents of `length` made-up tokens, or conversations that are all answers."""
-    documents, size = 4, length + 2
+def made_up_tokens(length: int, vocab_size: int, conversations: bool = False, sides: int = 0) -> Tokens:
+    """Four documents of `length` made-up tokens, or conversations that are all answers, or a set of texts to be told apart."""
+    documents, size = sides or 4, length + 2
     ids = 5 + np.arange(documents * size) % (vocab_size - 5)
     scored = np.ones(len(ids), bool) if conversations else None
-    return Tokens(ids.astype(np.int32), np.arange(0, len(ids), size), len(ids), scored=scored)
+    sets = Sets(sides, ([2], [3]), np.zeros(1, np.float32)) if sides else None
+    return Tokens(ids.astype(np.int32), np.arange(0, len(ids), size), len(ids), scored=scored, sets=sets)
 
 
 def _roofline(

@@ -1,4 +1,4 @@
-"""Vectors of texts, from any body; and a body that reads both ways, with or without a head that predicts tokens."""
+"""Vectors of texts, from any body; and runs that make vectors alone."""
 
 import functools
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bothways.data.contrasts import framed
 from bothways.embedding import EmbeddingInfo, read_embedding
 from bothways.errors import InputError
 from bothways.model.seq2seq import Seq2Seq
-from bothways.model.task import mean_over
+from bothways.model.task import text_vectors
 from bothways.rundir import Run
 from bothways.sample.batching import batched, rows_that_fit
 from bothways.sample.decode import padded
@@ -25,10 +26,7 @@ def pooled(module: nn.Module, params: Any, tokens: jax.Array, segments: jax.Arra
     method = "encode" if isinstance(module, Seq2Seq) else None
     features = module.apply({"params": params}, tokens, segments=segments, method=method)
     features = (features[0] if isinstance(features, tuple) else features).astype(jnp.float32)
-    if pool == "last":
-        last = jnp.sum(segments > 0, axis=1) - 1
-        return jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
-    return features[:, 0] if pool == "cls" else mean_over(features, segments)
+    return text_vectors(features, segments, pool)
 
 
 def prompted(info: EmbeddingInfo, texts: Sequence[str], prompt: str) -> list[str]:
@@ -47,8 +45,7 @@ def published_rows(run: Run, info: EmbeddingInfo, texts: Sequence[str]) -> list[
     """Tokens of texts wrapped as a published vocabulary wraps them, of long ones the first."""
     tokenizer = run.tokenizer.framing_as_published()
     before, _, behind = tokenizer.frame(False)
-    room = (info.length or 1 << 30) - len(before) - len(behind)
-    return [[*before, *tokenizer.encode(text)[:room], *behind] for text in texts]
+    return [framed((before, behind), ids, info.length or 1 << 30) for ids in tokenizer.encode_many(texts)]
 
 
 def shaped(info: EmbeddingInfo, found: np.ndarray) -> np.ndarray:
@@ -74,7 +71,8 @@ def vectors(run: Run, texts: Sequence[str], rows: Sequence[list[int]], pool: str
 
 
 class Embedder:
-    """A bidirectional run ready for inference: `embed`. Made by `bothways.load`, of a body without a masked-token head."""
+    """A run that makes vectors alone, ready for inference: `embed`. Made by `bothways.load`, of a body without a masked-token
+    head and of what contrastive training left."""
 
     def __init__(self, run: Run):
         self.run, self.recipe, self.tokenizer = run, run.recipe, run.tokenizer

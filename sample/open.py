@@ -23,6 +23,8 @@ def open_model(run: Run) -> OpenModel:
     """A loaded run as the class that can answer for it."""
     if run.task is not None:
         return TaskPredictor(run)
+    if run.recipe.objective.kind == "contrastive":
+        return Embedder(run)
     if run.recipe.objective.kind == "hybrid":
         return HybridModel(run)
     if run.recipe.objective.kind == "diffusion" and run.recipe.family == "gpt":

@@ -70,6 +70,27 @@ class TaskPredictor:
         Raises:
           InputError: a line without the columns that the task wants.
         """
+        found = []
+        for line, label, p in self._decide(lines):
+            rounded = [round(x, 4) for x in p] if isinstance(p, list) else None if p is None else round(p, 4)
+            found.append(Prediction(line, label, rounded))
+        return found
+
+    def pair_scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """How well the second text of each pair answers the first: the number, or the probability of the second of two labels.
+
+        Raises:
+          InputError: the run is not fine-tuned for numbers or for two labels.
+        """
+        kind, labels = self.task.kind, self.task.labels
+        if kind not in ("regress", "classify") or (kind == "classify" and len(labels) != 2):
+            what = f"tells {len(labels)} labels apart" if kind == "classify" else f"is fine-tuned for {kind}"
+            raise InputError(f"{self.run.home} {what}; the score of a pair of texts is a number, or one of two labels")
+        found = self._decide(["\t".join(text.replace("\t", " ") for text in pair) for pair in pairs])
+        return [float(label) if kind == "regress" else float(p if label == labels[1] else 1 - p) for _, label, p in found]
+
+    def _decide(self, lines: Sequence[str]) -> list[tuple[str, Any, Any]]:
+        """(line, label, probability) of every line."""
         task, items = self.task, [self.parse(line) for line in lines]
         examples: list[Example] = []
         item_of: list[int] = []
@@ -81,8 +102,7 @@ class TaskPredictor:
         answers = decisions(task, self._read(examples), examples, item_of, items)
         for line, item, (label, p) in zip(lines, items, answers, strict=True):
             label = item["choices"][label] if task.kind == "choice" else label
-            rounded = [round(x, 4) for x in p] if isinstance(p, list) else None if p is None else round(p, 4)
-            found.append(Prediction(line, label, rounded))
+            found.append((line, label, p))
         return found
 
     def _read(self, examples: list[Example]) -> list[np.ndarray]:

@@ -38,13 +38,7 @@ def classify(model: Any, texts: list[str], between: Between) -> list[Any]:
 def rank(model: Any, pairs: list[tuple[str, str]], between: Between) -> list[float]:
     """How well each document answers its query: by a head tuned for pairs, or the cosine of two vectors."""
     if getattr(model, "task", None) is not None:
-        lines = ["\t".join(text.replace("\t", " ") for text in pair) for pair in pairs]
-        found = model.predict(lines)
-        if model.task.kind == "regress":
-            return [float(f.label) for f in found]
-        if len(labels := model.task.labels) != 2:
-            raise InputError(f"{model.run.home} tells {len(labels)} labels apart; a score needs two, or a number")
-        return [f.p if f.label == labels[1] else 1 - f.p for f in found]
+        return model.pair_scores(pairs)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     rows = model.embed(texts, pool="mean")
     unit = dict(zip(texts, rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9), strict=True))

@@ -72,6 +72,8 @@ class Served:
     def kind(self) -> str:
         if self.task is not None:
             return "task"
+        if self.recipe.objective.kind == "contrastive":
+            return "embedder"
         if self.recipe.family == "bert":
             return "masked" if self.recipe.model.masked_head else "embedder"
         if self.recipe.objective.kind in ("hybrid", "diffusion") and self.recipe.family == "gpt":

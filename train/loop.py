@@ -18,6 +18,7 @@ from bothways import rundir, sharding
 from bothways.data import mixture, pipeline
 from bothways.data.metrics import Ratio
 from bothways.data.tokenizer import Tokenizer
+from bothways.embedding import write_embedding
 from bothways.errors import Busy, InputError
 from bothways.flops import recipe_flops_per_token
 from bothways.log import log
@@ -51,7 +52,10 @@ def resolve(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
             f"model.vocab_size={size} is smaller than the tokenizer's {len(tokenizer)} pieces; "
             "set --model.vocab-size 0 to follow the tokenizer, or a smaller --data.vocab-size"
         )
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model.resolved(), vocab_size=size))
+    model = dataclasses.replace(recipe.model.resolved(), vocab_size=size)
+    if recipe.objective.kind == "contrastive":  # it predicts no tokens
+        model = dataclasses.replace(model, masked_head=False)
+    return dataclasses.replace(recipe, model=model)
 
 
 def train(recipe: Recipe, workdir: str | Path, profile: int = 0) -> Result:
@@ -144,6 +148,8 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
         home.mkdir(parents=True, exist_ok=True)
         tokenizer.save_in(home)
         (home / "corpus.json").write_text(json.dumps({"fingerprint": corpus.fingerprint}))
+        if objective.embedding:
+            write_embedding(home, objective.embedding(recipe))
         if recipe.model.lora.rank:
             rundir.write_base(home, rundir.directory(cfg.init_from))
     if writes and existing != recipe:  # of a run that goes on: what it may change, readers must see
@@ -252,10 +258,10 @@ class Evaluator:
         options = {"batch_size": batch_size, "seed": cfg.seed, "limit": limit, "mine": mine}
         for rows in pipeline.evaluation_batches(*source, **options):
             batch = sharding.to_global(self.mesh, rows)
-            size = int(self.count_bytes(batch["targets"], batch.get("scored", batch["weights"])))
             for name, term in self.step(params, batch).items():
                 sums[name] = sums.get(name, 0) + np.array([float(x) for x in term])
                 if name in ("nll", "bound"):
+                    size = int(self.count_bytes(batch["targets"], batch.get("scored", batch["weights"])))
                     bits_per_byte.add(np.array([float(term[0]) / math.log(2)]), np.array([size]))
         held = {name: nats / weight for name, (nats, _, weight) in sums.items()}
         held["loss"] = sum(held.values())

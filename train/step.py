@@ -1,5 +1,6 @@
 """The train step: one jitted function of (state, batch), the same for every family and every mesh."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ from bothways import sharding
 from bothways.compiler import compiler_options
 from bothways.model.adapters import frozen_types, join, split
 from bothways.model.axes import activation_shardings
-from bothways.train.objectives import Batch, Objective
+from bothways.train.gradient_cache import cached_gradients, cut
+from bothways.train.objectives import Batch, Objective, Sums
 
 Metrics = dict[str, jax.Array]
 
@@ -76,6 +78,11 @@ def make_train_step(
     the counters.
     """
 
+    def measured(sums: Sums, totals: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+        shares = {name: term.nats / totals[name] for name, term in sums.items()}
+        accuracy = {f"{name}_accuracy": term.correct / totals[name] for name, term in sums.items()}
+        return sum(shares.values()), shares | accuracy
+
     def gradients(
         params: Any, batch: Batch, totals: dict[str, jax.Array], key: jax.Array, frozen: Any
     ) -> tuple[Any, Metrics]:
@@ -84,9 +91,7 @@ def make_train_step(
                 return objective.terms(bound, batch, False)
 
             sums = module.apply({"params": join(params, frozen)}, rngs={"dropout": key}, method=run)
-            shares = {name: term.nats / totals[name] for name, term in sums.items()}
-            accuracy = {f"{name}_accuracy": term.correct / totals[name] for name, term in sums.items()}
-            return sum(shares.values()), shares | accuracy
+            return measured(sums, totals)
 
         (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         return grads, metrics
@@ -97,10 +102,18 @@ def make_train_step(
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             if accumulate == 1:
                 grads, metrics = gradients(state.params, batch, totals, key, state.frozen)
-            else:
-                # Piece a takes rows a, a + A, ...: each device cuts its own rows, and none travel.
-                pieces = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
+            elif objective.halves:
+                halves = objective.halves
+
+                def encode(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
+                    weights = {"params": join(params, state.frozen)}
+                    return module.apply(weights, rngs={"dropout": key}, method=lambda m: halves.encode(m, batch, False))
+
                 keys = jax.random.split(key, accumulate)
+                measure = functools.partial(measured, totals=totals)
+                grads, metrics = cached_gradients(encode, halves.compare, measure, state.params, batch, keys)
+            else:
+                pieces, keys = cut(batch, accumulate), jax.random.split(key, accumulate)
 
                 def add(carry: Any, inputs: Any) -> tuple[Any, None]:
                     more = gradients(state.params, inputs[0], totals, inputs[1], state.frozen)

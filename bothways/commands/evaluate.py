@@ -1,4 +1,4 @@
-"""`bothways evaluate`: held-out loss and bits per byte, and tasks of lm-evaluation-harness."""
+"""`bothways evaluate`: held-out loss and bits per byte, and tasks of lm-evaluation-harness and mteb."""
 
 from pathlib import Path
 
@@ -22,11 +22,12 @@ def evaluate(
     step: str = "newest",
     json: bool = False,
 ) -> None:
-    """Held-out loss and bits per byte, and tasks of lm-evaluation-harness, with 95 % intervals.
+    """Held-out loss and bits per byte, and tasks of lm-evaluation-harness, with 95 % intervals; tasks of mteb, without.
 
     Args:
         run: A run directory.
-        suites: validation or test: the run's own held-out text. lm-eval:TASK: a task of lm-evaluation-harness.
+        suites: validation or test: the run's own held-out text. lm-eval:TASK: a task of lm-evaluation-harness. mteb:TASK: a
+            task of mteb, on the run's vectors.
         shots: Demonstrations before each question of an lm-eval task; by default as the task says.
         rule: How an lm-eval task scores a continuation: causal; pll_word (the default of masked models) or pll; bound (the
             default of diffusion models).
@@ -38,7 +39,9 @@ def evaluate(
     from bothways.sample.evaluate import evaluate
 
     model = bothways.load(run, step=which(step))
-    capability(model, "sample", "")
+    vectors = [s.removeprefix("mteb:") for s in suites if s.startswith("mteb:")]
+    suites = [s for s in suites if not s.startswith("mteb:")]
+    capability(model, "embed" if vectors and not suites else "sample", "")
     tasks = [s.removeprefix("lm-eval:") for s in suites if s.startswith("lm-eval:")]
     own = [s for s in suites if not s.startswith("lm-eval:")]
     if (shots is not None or rule or tasks_from) and not tasks:
@@ -56,7 +59,16 @@ def evaluate(
                 f"lm-eval tasks need {e.name}, which is not installed: pip install 'bothways[lmeval]'"
             ) from e
         figures += harness.evaluate(model, tasks, shots, rule, tasks_from)
+    if vectors:
+        try:
+            from bothways.sample import mteb_backend
+        except ModuleNotFoundError as e:
+            raise InputError(f"mteb tasks need {e.name}, which is not installed: pip install 'bothways[mteb]'") from e
+        figures += mteb_backend.evaluate(model, vectors)
     for figure in figures:
+        if figure.suite.startswith("mteb:"):
+            emit(figure, json, f"{figure.suite} {figure.metric} {figure.value:.4f}", ("interval",))
+            continue
         low, high = figure.interval
         shown = f"{figure.value:.4f} [{low:.4f}, {high:.4f}] ({figure.n} {figure.resampled})"
         undefined = ("interval", "value") if figure.suite.startswith("lm-eval:") else ("interval",)

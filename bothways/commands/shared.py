@@ -99,6 +99,8 @@ def capability(model: Any, verb: str, why: str) -> Callable[..., Any]:
         raise InputError(
             f"{model.run.home} is fine-tuned for {model.task.name}, and can `predict`; use the run it came from"
         )
+    if not hasattr(model, verb) and model.recipe.objective.kind == "contrastive":
+        raise InputError(f"{model.run.home} was trained to make vectors: it can embed and search, but not {verb}")
     if not hasattr(model, verb) and not model.recipe.model.masked_head:
         raise InputError(
             f"{model.run.home} is a body without a masked-token head: it can embed and be fine-tuned, but not {verb}; "

@@ -62,7 +62,9 @@ def train(argv: list[str]) -> None:
             emit(result, given.json, shown)
         return
     model = bothways.load(given.workdir)
-    if model.recipe.family == "bert":
+    if model.recipe.objective.kind == "contrastive":
+        shown += "; how well it finds is what `bothways search` says"
+    elif model.recipe.family == "bert":
         from bothways.sample.evaluate import evaluate
 
         for figure in evaluate(model, ["validation"], limit=model.recipe.train.eval_rows):

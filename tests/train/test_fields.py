@@ -11,6 +11,7 @@ import pytest
 
 from bothways.config import ObjectiveConfig, OptimizerConfig
 from bothways.data import pipeline
+from bothways.data.contrasts import Sets
 from bothways.data.tokenizer import made_up_vocabulary
 from bothways.data.tokens import Tokens
 from bothways.registry import make_module, tiny_inputs
@@ -37,7 +38,7 @@ OPTIMIZER = {
 }
 """Another value of the field, beside these others."""
 
-MASKED, HYBRID = {"kind": "masked"}, {"kind": "hybrid"}
+MASKED, HYBRID, CONTRAST = {"kind": "masked"}, {"kind": "hybrid"}, {"kind": "contrastive"}
 OBJECTIVE = {
     "kind": ("hybrid", {}),
     "causal_share": (0.9, HYBRID),
@@ -50,6 +51,12 @@ OBJECTIVE = {
     "whole_words": (True, MASKED),
     "next_sentence": (True, MASKED),
     "label_smoothing": (0.2, {}),
+    "loss": ("cosent", CONTRAST),
+    "pool": ("last", CONTRAST),
+    "text_length": (7, CONTRAST),
+    "temperature": (0.3, CONTRAST),
+    "margin": (0.3, CONTRAST | {"loss": "triplet"}),
+    "widths": ((5, 11), CONTRAST),
 }
 
 
@@ -91,7 +98,8 @@ def objective_effect(tiny, **fields) -> tuple[dict[str, bytes], str]:
     ids = np.random.default_rng(0).integers(5, tiny.vocab_size, 600).astype(np.int32)
     ids[::75] = 2
     objective = make_objective(cfg, made_up_vocabulary(tiny.vocab_size))
-    rows, example = objective.source(Tokens(ids, np.arange(0, 600, 75), 600), 22, False)
+    sets = Sets(4, ([2], [3]), np.arange(2.0)) if cfg.kind == "contrastive" else None
+    rows, example = objective.source(Tokens(ids, np.arange(0, 600, 75), 600, sets=sets), 22, False)
     batches = pipeline.training_batches(rows, example, batch_size=8, seed=0)
     batch = next(itertools.islice(batches, 1, 2))
     module = make_module(family, model)

@@ -85,6 +85,8 @@ TRAIN = {
     "eval_rows": (5, {}),
 }
 PAIRS = {"corpus": "pairs.jsonl", "tokenizer": "char"}
+SETS = {"corpus": "sets.jsonl", "tokenizer": "char", "text_fields": ("a", "b")}
+SCORED = SETS | {"score_field": "s"}
 CHAT = {"corpus": "talks.jsonl", "tokenizer": "char", "messages_field": "messages"}
 DATA = {
     "corpus": ("other.txt", {}),
@@ -95,6 +97,10 @@ DATA = {
     "target_field": ("a", PAIRS | {"source_field": "a", "target_field": "b"}),
     "messages_field": ("others", CHAT),
     "chat_template": ("short.jinja", CHAT),
+    "text_fields": (("a", "c"), SETS),
+    "score_field": ("r", SCORED),
+    "query_prompt": ("a: ", SETS),
+    "document_prompt": ("a: ", SETS),
     "tokenizer": ("bpe", {}),
     "vocab_size": (310, {}),
     "separate_documents": (False, PAIRS | {"text_field": "a"}),
@@ -119,6 +125,8 @@ def folder(tmp_path_factory, tiny_recipe):
         for i in range(90)
     ]
     (home / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    sets = [{"a": f"a{i}", "b": f"b{i}", "c": f"c{i}", "s": i / 90, "r": i / 80} for i in range(90)]
+    (home / "sets.jsonl").write_text("".join(json.dumps(one) + "\n" for one in sets))
     (home / "short.jinja").write_text("{% for m in messages %}{{ m.role[0] }}{{ m.content }}{{ eos_token }}{% endfor %}")
     (home / "start").mkdir()
     (home / "start" / "recipe.json").write_text(tiny_recipe.to_json())
@@ -139,11 +147,12 @@ class JobEffect:
         files["mixture"] = tuple(str(self.folder / entry) for entry in files.get("mixture", ()))
         data = dataclasses.replace(self.recipe.data, **files)
         kind = "pairs" if data.source_field else "chat" if data.messages_field else "causal"
+        kind = "contrastive" if data.text_fields else kind
         recipe = dataclasses.replace(
             self.recipe,
             family="seq2seq" if kind == "pairs" else "gpt",
             model=dataclasses.replace(self.recipe.model, n_layers=1, context_length=64 if kind == "chat" else 16),
-            objective=ObjectiveConfig(kind=kind),
+            objective=ObjectiveConfig(kind=kind, loss="cosent" if data.score_field else "ranking"),
             data=data,
             train=dataclasses.replace(self.recipe.train, **train),
         )

@@ -5,6 +5,7 @@ chat     as causal, of the answers in conversations alone
 masked   masked tokens are the targets          the encoder's mask hides nothing
 hybrid   some rows as causal; in the others a hidden token is predicted at the position before it, and every token sees the whole row
 diffusion  hidden tokens of a block are the targets, given all blocks before it: causal at blocks of 1, masked at the row
+contrastive  the text that belongs to another, by their vectors  the body's own mask
 pairs    as causal, after a source              the decoder sees all of what the encoder made of it
 spans    as pairs, with hidden spans of a text for targets
 """
@@ -19,6 +20,7 @@ from bothways.registry import predicts
 from bothways.train.objectives.after_source import after_source
 from bothways.train.objectives.causal import causal
 from bothways.train.objectives.chat import chat
+from bothways.train.objectives.contrastive import contrastive
 from bothways.train.objectives.core import Batch, Objective, Setting, Sums, class_loss
 from bothways.train.objectives.diffusion import diffusion
 from bothways.train.objectives.hybrid import hybrid
@@ -32,6 +34,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig, Setting], Objective]] = {
     "masked": masked,
     "hybrid": hybrid,
     "diffusion": diffusion,
+    "contrastive": contrastive,
     "pairs": after_source,
     "spans": after_source,
 }

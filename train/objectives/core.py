@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from bothways.data.pipeline import ExampleFn, RowSource
 from bothways.data.tokenizer import Vocabulary
 from bothways.data.tokens import Tokens
+from bothways.embedding import EmbeddingInfo
 from bothways.model.loss import TokenLoss
+from bothways.recipes import Recipe
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, TokenLoss]
@@ -31,6 +33,19 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
+class Halves:
+    """`terms` in two parts, where rows meet only after the model: what each row gives, and the loss over all of them.
+
+    Args:
+      encode: bound module, batch, deterministic -> [B, ...] of each row, by itself.
+      compare: that of the whole batch, and the batch -> sums of every term.
+    """
+
+    encode: Callable[[Any, Batch, bool], jax.Array]
+    compare: Callable[[jax.Array, Batch], Sums]
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """The loss is the sum over terms of (sum of nats) / (sum of weights), each division made once, globally.
 
@@ -39,11 +54,15 @@ class Objective:
         model inputs, in numpy.
       weights: batch -> weight of every term; a function of the batch alone.
       terms: bound module, batch, deterministic -> sums of every term.
+      halves: `terms` in two parts, where a row's loss depends on the other rows.
+      embedding: how a run of this recipe makes vectors of texts, where it is trained for that.
     """
 
     source: Callable[[Tokens, int, bool], tuple[RowSource, ExampleFn]]
     weights: Callable[[Batch], dict[str, jax.Array]]
     terms: Callable[[Any, Batch, bool], Sums]
+    halves: Halves | None = None
+    embedding: Callable[[Recipe], EmbeddingInfo] | None = None
 
 
 def class_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenLoss:

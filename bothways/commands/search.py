@@ -1,0 +1,81 @@
+"""`bothways search`: the texts nearest to a query, and how often they are the right ones."""
+
+from pathlib import Path
+
+import tyro
+
+import bothways
+from bothways.commands.shared import capability, emit, which
+from bothways.errors import InputError
+from bothways.log import log
+
+Positional = tyro.conf.Positional
+
+
+def search(
+    run: Positional[str],
+    corpus: Positional[Path],
+    queries: Positional[Path | None] = None,
+    qrels: Path | None = None,
+    split: str = "test",
+    top: int = 10,
+    bm25: bool = False,
+    rerank: str = "",
+    rerank_top: int = 50,
+    step: str = "newest",
+    json: bool = False,
+) -> None:
+    """The texts nearest to each query by the vectors of a run; with right answers, nDCG@10, MRR@10 and recall.
+
+    Args:
+        run: A run directory.
+        corpus: Documents: BEIR's directory (corpus.jsonl, queries.jsonl, qrels/); a file with `_id` and `text`, or a text per
+            line; or `bibles`, whose held-out books are searched for in modern words.
+        queries: Queries, in a file of the same kinds; without it, those of the directory.
+        qrels: Right answers: query-id, corpus-id and score, with tabs between. A directory has its own.
+        split: Of a directory, whose queries are asked: qrels/SPLIT.tsv.
+        top: So many texts for each query, best first; and the k of recall@k.
+        bm25: Beside it, what BM25 finds by words alone (pip install 'bothways[search]').
+        rerank: A run that was fine-tuned on pairs of texts: it reads each query together with its best texts, and orders them.
+        rerank_top: So many of the best texts are read again.
+        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
+        json: One JSON object per text, or per figure.
+    """
+    from bothways.data import bibles
+    from bothways.data.config import DataConfig
+    from bothways.data.retrieval import check_answers, collection
+    from bothways.sample import search as of
+
+    for name, value in (("--top", top), ("--rerank-top", rerank_top)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    if str(corpus) == "bibles" and not corpus.exists():
+        corpus = bibles.beir(Path(DataConfig.cache).expanduser())
+        log(f"BEIR's directory of the held-out books is {corpus}")
+    found = collection(corpus, queries, qrels, split)
+    model = bothways.load(run, step=which(step))
+    capability(model, "embed", "")
+    scorer = bothways.load(rerank) if rerank else None
+    depth = max(top, of.DEPTH if found.right else 1, rerank_top if rerank else 1)
+    ranking, names = of.search(model, found.queries, found.documents(), depth)
+    check_answers(found.right, dict.fromkeys(names))
+    systems = {"search": ranking}
+    if bm25:
+        systems = {"bm25": of.by_words(found.queries, found.documents(), depth)} | systems
+    if scorer is not None:
+        best = {query: ranked[:rerank_top] for query, ranked in ranking.items()}
+        wanted = {name for ranked in best.values() for name, _ in ranked}
+        texts = {name: text for name, text in found.documents() if name in wanted}
+        systems["rerank"] = of.reranked(scorer, best, found.queries, texts)
+    if found.right:
+        for system, ranked in systems.items():
+            for figure in of.measures(ranked, found.right, top, system):
+                low, high = figure.interval
+                shown = f"{system} {figure.metric} {figure.value:.4f} [{low:.4f}, {high:.4f}] ({figure.n} queries)"
+                emit(figure, json, shown)
+        return
+    for system, ranked in systems.items():
+        for query, texts_of in ranked.items():
+            for rank, (name, score) in enumerate(texts_of[:top], 1):
+                line = {"system": system, "query": query, "id": name, "score": round(score, 6), "rank": rank}
+                emit(line, json, f"{system}\t{query}\t{rank}\t{name}\t{score:.4f}")
