@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import generation, scoring, start, training
+from benchmarks import embedding, generation, scoring, start, training
 from benchmarks.harness import OURS, Row, Setting, keep, record, write_table
 
 HERE = Path(__file__).parent
@@ -16,6 +16,7 @@ ROWS: dict[str, Callable[[Setting], Row]] = {
     "generate-1": generation.one,
     "generate-8": generation.eight,
     "score-pll": scoring.pll,
+    "embed-short": embedding.short,
     "start": start.first_step,
 }
 

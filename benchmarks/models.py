@@ -44,8 +44,10 @@ FULL = {
     "gpt-small": gpt(6, 384, 6, 8192, 256),
     "gpt2": gpt(12, 768, 12, 50_257, 1024),
     "bert-base": bert(12, 768, 12, 30_522, 512),
+    "minilm": bert(6, 384, 12, 30_522, 512),
 }
 TINY = {"gpt-small": gpt(2, 32, 2, 300, 64), "gpt2": gpt(2, 32, 2, 300, 64), "bert-base": bert(2, 32, 2, 300, 64)}
+TINY["minilm"] = TINY["bert-base"]
 
 
 def model_of(setting: Setting, name: str) -> tuple[Recipe, Path]:

@@ -178,11 +178,9 @@ def load(cfg: DataConfig, *, copied: bool = True) -> Corpus:
             raise InputError(f"data.validation is for files and TFDS names; {cfg.corpus} has its own held-out text")
         if (cfg.corpus == "bibles") != bool(cfg.source_field or cfg.text_fields):
             raise InputError(
-                "the corpus 'bibles' is pairs: set --data.source-field kjv --data.target-field web, or for contrastive "
-                "training --data.text-fields kjv web"
+                "the corpus 'bibles' is pairs: set --data.source-field kjv --data.target-field web, or --data.text-fields kjv web"
                 if cfg.corpus == "bibles"
-                else "the corpus 'shakespeare' is plain text and has no pairs; leave out data.source_field, target_field and "
-                "text_fields"
+                else "the corpus 'shakespeare' is plain text and has no pairs; leave out source_field, target_field, text_fields"
             )
     kind = {"paired": bool(cfg.source_field), "conversations": bool(cfg.messages_field), "sides": len(cfg.text_fields)}
     return dataclasses.replace(corpus, **kind, prompts=(cfg.query_prompt, cfg.document_prompt))
@@ -239,7 +237,7 @@ def from_files(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
 
     @functools.cache  # where few documents are cut is found out once
     def splits() -> dict[str, Again]:
-        found, validation = Again(lambda: read_files(paths, cfg)), Again(lambda: read_files(held, cfg))
+        found, validation = Again(lambda: read(paths, cfg)), Again(lambda: read(held, cfg))
         if next(iter(found), None) is None:
             raise InputError(f"the corpus {cfg.corpus!r} is empty: {len(paths)} file(s), no text")
         if held and next(iter(validation), None) is None:
@@ -259,7 +257,7 @@ def is_slow(path: files.AnyPath) -> bool:
     return isinstance(path, files.Remote) or path.suffix.lower() in files.PACKED
 
 
-def read_files(paths: Sequence[files.AnyPath], cfg: DataConfig) -> Documents:
+def read(paths: Sequence[files.AnyPath], cfg: DataConfig) -> Documents:
     """(name, text) of the documents in files, those without text left out."""
     if cfg.messages_field:
         return conversations.read(paths, cfg.messages_field)
@@ -367,9 +365,9 @@ def from_tfds(cfg: DataConfig) -> Corpus:
         names = [path.name for path in held_out]
         key = files.fingerprint(contents, builder.info.full_name, *hashed_fields(cfg), names=names)
 
-    def read(split: str) -> Documents:
+    def documents(split: str) -> Documents:
         if split == "validation" and held_out:
-            yield from read_files(held_out, cfg)
+            yield from read(held_out, cfg)
             return
         for i, record in enumerate(builder.as_data_source(slices[split])):
             if cfg.text_fields:
@@ -380,7 +378,7 @@ def from_tfds(cfg: DataConfig) -> Corpus:
             if all(text.strip() for text in texts):
                 yield from ((f"{split}:{i}", text) for text in texts)
 
-    return Corpus(cfg.corpus, key, read)
+    return Corpus(cfg.corpus, key, documents)
 
 
 def unavailable(name: str, error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """Vectors of texts, from any body; and runs that make vectors alone."""
 
+import collections
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,9 @@ from bothways.model.task import text_vectors
 from bothways.rundir import Run
 from bothways.sample.batching import batched, rows_that_fit
 from bothways.sample.decode import padded
+
+AHEAD = 2
+"""Batches that are on their way to the device while one is computed."""
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -64,9 +68,19 @@ def vectors(run: Run, texts: Sequence[str], rows: Sequence[list[int]], pool: str
         if len(row) > context:
             raise InputError(f"{len(row)} tokens, and the context is {context}: {text[:60]!r}...; shorten it")
     found = np.zeros((len(rows), run.recipe.model.d_model), np.float32)
+    computed: collections.deque[tuple[list[int], jax.Array]] = collections.deque()
+
+    def fetch() -> None:
+        chosen, of = computed.popleft()
+        found[chosen] = np.asarray(of)[: len(chosen)]
+
     for chosen in batched(range(len(rows)), lambda i: (len(rows[i]),), rows_that_fit(run.recipe.model)):
         tokens, segments = padded([rows[i] for i in chosen], context, run.tokenizer.pad)
-        found[chosen] = np.asarray(pooled(run.module, run.params, tokens, segments, pool))[: len(chosen)]
+        computed.append((chosen, pooled(run.module, run.params, tokens, segments, pool)))
+        if len(computed) > AHEAD:  # the next batches are made ready while these are computed
+            fetch()
+    while computed:
+        fetch()
     return found
 
 

@@ -34,10 +34,17 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def embed_side(model: Any, texts: Sequence[str], side: str) -> np.ndarray:
-    """[texts, D] of length 1, each behind the run's prompt for queries, or for documents, where it has one."""
+    """[texts, D] of length 1, each behind the run's prompt for queries, or for documents, where it has one.
+
+    Raises:
+      InputError: vectors that are not finite.
+    """
     said = getattr(model, "embedding", None)
     names = [name for name in SIDES[side] if said and name in said.prompts]
-    return unit(model.embed(texts, prompt=names[0] if names else ""))
+    found = model.embed(texts, prompt=names[0] if names else "")
+    if not np.isfinite(found).all():
+        raise InputError(f"the vectors of {model.run.home} are not finite: use an earlier checkpoint with --step")
+    return unit(found)
 
 
 @functools.partial(jax.jit, static_argnames="k")

@@ -15,6 +15,7 @@ from bothways.sample.decode import padded
 from bothways.sample.denoise import hidden_logits
 from bothways.sample.directions import BOTH, FORWARD, directions
 from bothways.sample.masked import columns
+from bothways.sample.search import embed_side
 
 Between = Callable[[], None]
 
@@ -39,10 +40,11 @@ def rank(model: Any, pairs: list[tuple[str, str]], between: Between) -> list[flo
     """How well each document answers its query: by a head tuned for pairs, or the cosine of two vectors."""
     if getattr(model, "task", None) is not None:
         return model.pair_scores(pairs)
-    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    rows = model.embed(texts, pool="mean")
-    unit = dict(zip(texts, rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9), strict=True))
-    return [float(unit[query] @ unit[document]) for query, document in pairs]
+    vectors = []
+    for i, side in enumerate(("query", "document")):
+        texts = list(dict.fromkeys(pair[i] for pair in pairs))
+        vectors.append(dict(zip(texts, embed_side(model, texts, side), strict=True)))
+    return [float(vectors[0][query] @ vectors[1][document]) for query, document in pairs]
 
 
 @functools.partial(jax.jit, static_argnames=("module", "top"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import generation, gpu, scoring, start, training
+from benchmarks import embedding, generation, gpu, scoring, start, training
 from benchmarks.harness import OURS, Apart, Row, Setting, alternate, keep, record, table, write_table
 
 
@@ -75,7 +75,7 @@ def tiny(tmp_path_factory) -> Setting:
     return Setting(tmp_path_factory.mktemp("benchmarks"), tiny=True, rounds=1, peers=False)
 
 
-@pytest.mark.parametrize("measure", [training.gpt2, training.bert_base, generation.one, scoring.pll])
+@pytest.mark.parametrize("measure", [training.gpt2, training.bert_base, generation.one, scoring.pll, embedding.short])
 def test_our_own_side_runs(tiny, measure):
     row = measure(tiny)
     assert row.amount > 0

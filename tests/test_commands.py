@@ -92,6 +92,7 @@ def commands(home: Path, kind: str, out: Path) -> dict[str, list[str]]:
         "fill": ["fill", run, "the [MASK] sees"],
         "score": ["score", run, lines],
         "embed": ["embed", run, lines],
+        "search": ["search", run, lines, lines],
         "predict": ["predict", run, lines],
         "evaluate": ["evaluate", run, "--rows", "2"],
         "finetune": ["finetune", run, str(home / "labelled.csv"), "--workdir", str(out / "tuned"), *tuning],
@@ -120,7 +121,7 @@ REFUSED = {
     "spans": {"chat", "fill", "predict", "finetune"},
     "diffusion": {"predict"},
     "bare": {"chat", "launch", "sample", "fill", "score", "predict", "evaluate"},
-    "tuned": {"chat", "sample", "fill", "score", "embed", "evaluate", "finetune"},
+    "tuned": {"chat", "sample", "fill", "score", "embed", "search", "evaluate", "finetune"},
 }
 """What a kind has no answer to."""
 

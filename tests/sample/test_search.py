@@ -70,6 +70,13 @@ def test_documents_are_embedded_a_block_at_a_time():
     assert names == [str(i) for i in range(8)]
 
 
+def test_vectors_that_are_not_finite_find_nothing():
+    model = ByLetters()
+    model.embed, model.run = lambda *_, **__: np.full((1, 2), np.nan), type("R", (), {"home": "runs/x"})
+    with pytest.raises(InputError, match="the vectors of runs/x are not finite"):
+        of.embed_side(model, ["a"], "query")
+
+
 def test_bm25_finds_by_words():
     pytest.importorskip("bm25s", reason="bm25s is not installed")
     found = of.by_words({"q": "old king"}, iter([("1", "the queen sees"), ("2", "the old king sees")]), 10)
