@@ -170,7 +170,8 @@ class JobEffect:
             held = []
             evaluate = job.evaluate
             evaluate.count_bytes = lambda *_: 3
-            evaluate.step = lambda _, batch: held.append(rows_of(batch)) or {"nll": (1.0, 1.0, 1.0)}
+            term = "contrast" if cfg.text_fields else "nll"
+            evaluate.step = lambda _, batch: held.append(rows_of(batch)) or {term: (1.0, 1.0, 1.0)}
             evaluate(None)
             batches = [next(job.batches(step)) for step in (0, 3)]
             program = job.step.trace(job.shapes, batches[0], 0).jaxpr if train else ""
