@@ -97,7 +97,7 @@ DATA = {
     "target_field": ("a", PAIRS | {"source_field": "a", "target_field": "b"}),
     "messages_field": ("others", CHAT),
     "chat_template": ("short.jinja", CHAT),
-    "text_fields": (("a", "c"), SETS),
+    "text_fields": (("a", "b", "c"), SETS),
     "score_field": ("r", SCORED),
     "query_prompt": ("a: ", SETS),
     "document_prompt": ("a: ", SETS),
