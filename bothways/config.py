@@ -317,6 +317,9 @@ class FinetuneConfig:
     warmup_share: float = 0.1
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = 0.01
+    class_weights: tuple[str, ...] = ()
+    """How much a label counts in the loss: `balanced`, all labels the same in sum, or LABEL=WEIGHT, others 1. Of texts with
+    several labels, how much each that a text has counts beside those that it has not."""
     dropout: float = 0.1
     """Of the new head."""
     lm_weight: float = 0.0

@@ -128,7 +128,7 @@ class TaskInfo:
 
     @property
     def outputs(self) -> int:
-        return {"classify": len(self.labels), "tag": len(self.labels), "span": 2}.get(self.kind, 1)
+        return len(self.labels) or {"span": 2}.get(self.kind, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,16 @@ from bothways.model.config import TransformerConfig
 from bothways.rundir import TaskInfo
 
 KINDS = {
-    "SequenceClassification": ("classify", "regress"),
+    "SequenceClassification": ("classify", "regress", "multilabel"),
     "TokenClassification": ("tag",),
     "QuestionAnswering": ("span",),
     "MultipleChoice": ("choice",),
 }
 """Class of `transformers` -> our kinds of task."""
 METRICS = {"classify": ("accuracy", "macro_f1"), "regress": ("pearson", "spearman"), "choice": ("accuracy",)}
-METRICS |= {"tag": ("accuracy", "macro_f1"), "span": ("span_f1", "exact_match")}
+METRICS |= {"tag": ("accuracy", "macro_f1"), "span": ("span_f1", "exact_match"), "multilabel": ("micro_f1", "macro_f1")}
+LABELLED, OF_TEXTS = ("classify", "multilabel", "tag"), ("classify", "multilabel", "regress", "choice")
+"""Kinds whose outputs have names, and those that read one vector per text."""
 OUTPUT = ("tie_embeddings", "output_bias")
 """Fields of output layers over the vocabulary, which no head reads."""
 LONGEST = 512
@@ -59,13 +61,11 @@ def task_of(family: Family, theirs: Config, cfg: TransformerConfig, name: str) -
     """What an imported head was tuned for.
 
     Raises:
-      InputError: the family has no such head, or a text may have several labels at once.
+      InputError: the family has no such head, or its labels are not numbered and named one by one.
     """
     suffix = suffix_of(theirs)
     if suffix not in family.tasks:
         raise InputError(f"config.json: a {family.name} with a head for {suffix} is not supported")
-    if theirs.get("problem_type") == "multi_label_classification":
-        raise InputError("config.json: problem_type is multi_label_classification; a text has one label here")
     count = len(theirs.get("id2label") or range(theirs.get("num_labels", 2)))
     labels = {int(number): str(label) for number, label in (theirs.get("id2label") or {}).items()}
     if sorted(labels) != list(range(len(labels))):
@@ -74,17 +74,19 @@ def task_of(family: Family, theirs: Config, cfg: TransformerConfig, name: str) -
     kind = KINDS[suffix][0]
     if suffix == "SequenceClassification" and (theirs.get("problem_type") == "regression" or len(named) == 1):
         kind = "regress"
-    if kind in ("classify", "tag") and len(set(named)) != len(named):
+    if suffix == "SequenceClassification" and theirs.get("problem_type") == "multi_label_classification":
+        kind = "multilabel"
+    if kind in LABELLED and len(set(named)) != len(named):
         raise InputError(f"config.json: id2label gives two classes one name: {', '.join(named[:12])}")
     head = family.tasks[suffix]
     pool = "mean" if head.pool_key and theirs.get(head.pool_key) == "mean" else "token"
     return TaskInfo(
         name,
         kind,
-        named if kind in ("classify", "tag") else (),
+        named if kind in LABELLED else (),
         min(cfg.context_length, LONGEST),
         METRICS[kind],
-        pool if kind in ("classify", "regress", "choice") else "token",
+        pool if kind in OF_TEXTS else "token",
         head.hidden,
         head.hidden_norm,
         "vocabulary",
@@ -137,7 +139,7 @@ def differences(family: Family, task: TaskInfo, cfg: TransformerConfig, bias: np
     for field, theirs in (("hidden", head.hidden), ("hidden_norm", head.hidden_norm)):
         mine = getattr(task, field)
         found += [] if mine == theirs else [f"a head with {field}={theirs}, not {mine}"]
-    pools = task.kind in ("classify", "regress", "choice")
+    pools = task.kind in OF_TEXTS
     if pools and task.pool == "mean" and not head.pool_key:
         found.append("a head that reads one token, not the mean")
     if pools and family.ours == "bert" and cfg.pooled != head.pooler:
@@ -155,6 +157,7 @@ def labels_json(task: TaskInfo) -> Config:
         return {
             "id2label": {str(i): label for i, label in enumerate(task.labels)},
             "label2id": {label: i for i, label in enumerate(task.labels)},
+            **({"problem_type": "multi_label_classification"} if task.kind == "multilabel" else {}),
         }
     if task.kind == "regress":
         return {"problem_type": "regression", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}

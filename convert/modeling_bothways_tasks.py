@@ -49,6 +49,8 @@ class BothwaysForSequenceClassification(WithTaskHead):
         logits, loss = self.read(input_ids, attention_mask, token_type_ids), None
         if labels is not None and self.config.task["kind"] == "regress":
             loss = F.mse_loss(logits[:, 0], labels.float())
+        elif labels is not None and self.config.task["kind"] == "multilabel":
+            loss = F.binary_cross_entropy_with_logits(logits, labels.float())
         elif labels is not None:
             loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
         return modeling_outputs.SequenceClassifierOutput(loss=loss, logits=logits)

@@ -15,7 +15,7 @@ MOST_HELD_OUT = 5000
 
 def labels_of(item: Item, kind: str) -> list[str]:
     """Names that training has to show; none where labels are numbers, spans or choices."""
-    if kind not in ("classify", "tag"):
+    if kind not in ("classify", "multilabel", "tag"):
         return []
     return list(item["label"]) if isinstance(item["label"], list | tuple) else [item["label"]]
 

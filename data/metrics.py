@@ -4,6 +4,7 @@ import collections
 import re
 import string
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,11 +70,17 @@ def entity_f1(gold: Sequence[Sequence[str]], got: Sequence[Sequence[str]]) -> fl
 
 
 def compute(metric: str, gold: Sequence, got: Sequence) -> float:
-    """One metric over items. Tags come as a list per item, spans as (accepted answers) against (answer)."""
+    """One metric over items. Tags come as a list per item, several labels as a frozenset, spans as (accepted answers)
+    against (answer). F1 of several labels is over all decisions (micro_f1) or the mean over labels (macro_f1)."""
     if metric == "entity_f1":
         return entity_f1(gold, got)
     if metric in ("span_f1", "exact_match"):
         return float(np.mean([span_scores(a, b)[metric == "span_f1"] for a, b in zip(gold, got, strict=True)]))
+    if gold and isinstance(gold[0], frozenset):
+        each = sorted(frozenset().union(*gold, *got))
+        gold, got = ([[int(label in item) for label in each] for item in items] for items in (gold, got))
+        average = metric.partition("_")[0]
+        return float(sklearn_metrics().f1_score(gold, got, average=average, zero_division=0.0)) if each else 1.0
     if gold and isinstance(gold[0], list):
         gold, got = [g for item in gold for g in item], [g for item in got for g in item]
     if metric in ("pearson", "spearman"):
@@ -91,6 +98,43 @@ def compute(metric: str, gold: Sequence, got: Sequence) -> float:
         ),
     }
     return float(measures[metric]())
+
+
+def decisions_of(kind: str, gold: Sequence, found: Sequence[tuple[Any, Any]]) -> tuple[list[float], list[bool]]:
+    """How sure each answer of a task was, a probability, and whether it was right; none for numbers and spans.
+
+    Args:
+      gold: the right answers, as `compute` has them.
+      found: (answer, probability) of every item; of tags a list of each, of several labels {label: probability}.
+    """
+    pairs: list[tuple[float, bool]] = []
+    for right, (answer, p) in zip(gold, found, strict=True):
+        match kind:
+            case "classify" | "choice":
+                pairs.append((p, answer == right))
+            case "tag":
+                pairs += [(q, a == r) for q, a, r in zip(p, answer, right, strict=True)]
+            case "multilabel":
+                pairs += [(max(q, 1 - q), (label in answer) == (label in right)) for label, q in p.items()]
+    return [p for p, _ in pairs], [right for _, right in pairs]
+
+
+def calibration_error(confidences: Sequence[float], right: Sequence[bool], bins: int = 15) -> float:
+    """Expected calibration error: how far confidence is from accuracy, in bins of equal width, by how many answers lie in
+    each (arXiv 1706.04599, equation 3)."""
+    p, hit = np.asarray(confidences, float), np.asarray(right, float)
+    of = np.minimum((p * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(of, p - hit, bins)).sum() / len(p))
+
+
+def confusion(labels: Sequence[str], gold: Sequence, got: Sequence) -> list[list[int]]:
+    """How often an item, or word, of each label (rows) was given each label (columns)."""
+    if gold and isinstance(gold[0], list):
+        gold, got = [g for item in gold for g in item], [g for item in got for g in item]
+    number = {label: i for i, label in enumerate(labels)}
+    counts = np.zeros((len(labels), len(labels)), int)
+    np.add.at(counts, ([number[g] for g in gold], [number[g] for g in got]), 1)
+    return counts.tolist()
 
 
 WORD = r"(?u)\b\w+\b"

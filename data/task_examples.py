@@ -1,10 +1,12 @@
 """Labelled items as model inputs, no longer than they are. The layout is BERT's and GPT-1's alike: bos A eos, bos A eos B eos."""
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from bothways.data.hold_out import labels_of
 from bothways.data.tasks import Item, Task
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
@@ -12,6 +14,8 @@ from bothways.errors import InputError
 Example = dict[str, np.ndarray]
 
 
+THRESHOLD = 0.5
+"""Of an item that may have several labels, each label's least probability."""
 NO_TEXT = {"begin_char": -1, "end_char": -1, "word": -1}
 """What stands at positions of padding; pad among tokens, elsewhere 0."""
 
@@ -33,11 +37,16 @@ def wrap(a: list[int], b: list[int] | None, tokenizer: Tokenizer, length: int) -
     }
 
 
+PER_LABEL = ("labels", "label_weights")
+"""Arrays [labels] of an item that may have several; all else of more than one number is [..., n tokens]."""
+
+
 def collated(examples: list[Example], length: int, pad: int) -> Example:
-    """Examples of any lengths as arrays [n, ...], positions [..., length] filled with padding; numbers as [n]."""
+    """Examples of any lengths as arrays [n, ...], positions [..., length] filled with padding; numbers as [n],
+    what is PER_LABEL as [n, labels]."""
     found = {}
     for name, first in examples[0].items():
-        if not np.ndim(first):
+        if not np.ndim(first) or name in PER_LABEL:
             found[name] = np.array([example[name] for example in examples])
             continue
         fill = pad if name == "tokens" else NO_TEXT.get(name, 0)
@@ -55,9 +64,13 @@ def encode(
     Args:
       null_position: `first` or `last`, where a window of a span task says that it has no answer.
     """
-    if kind in ("classify", "regress"):
+    if kind in ("classify", "regress", "multilabel"):
         second = tokenizer.encode(item["text_b"]) if "text_b" in item else None
         example = wrap(tokenizer.encode(item["text"]), second, tokenizer, length)
+        if kind == "multilabel":
+            mine = item.get("label", ())
+            each = {"labels": np.array([name in mine for name in labels], np.float32)}
+            return [example | each | {"label_weights": np.ones(len(labels), np.float32), "weight": np.float32(1)}]
         label = item.get("label", 0 if kind == "regress" else labels[0])
         value = np.float32(label) if kind == "regress" else np.int32(labels.index(label))
         return [example | {"label": value, "weight": np.float32(1)}]
@@ -153,10 +166,64 @@ def span_windows(
         at += max(1, room // 2)
 
 
-class TaskRows:
-    """A split's examples, a source of rows; `item_of[i]` is the item that example i comes from."""
+def label_weights(spec: Sequence[str], task: Task) -> np.ndarray | None:
+    """[labels] how much an item, or word, of each label counts in training; None: all the same.
 
-    def __init__(self, items: list[Item], task: Task, tokenizer: Tokenizer, length: int, null_position: str = "first"):
+    Args:
+      spec: `balanced`, or LABEL=WEIGHT for some of them. balanced: n / (labels x n of the label); of items with several
+        labels, how many lack the label for each that has it.
+
+    Raises:
+      InputError: a task without labels, a label that it does not have, a weight that is no positive number.
+    """
+    if not spec:
+        return None
+    if not task.labels:
+        raise InputError(f"--class-weights are for labels, and {task.name} is a {task.kind} task, which has none")
+    if tuple(spec) == ("balanced",):
+        items = task.splits["train"]
+        counts = collections.Counter(label for item in items for label in labels_of(item, task.kind))
+        n = np.array([counts[label] for label in task.labels], float)
+        return (len(items) - n).clip(1) / n if task.kind == "multilabel" else n.sum() / (len(n) * n)
+    found = np.ones(len(task.labels))
+    for part in spec:
+        label, _, number = part.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if label not in task.labels or not 0 < weight < float("inf"):
+            raise InputError(
+                f"--class-weights {part!r}: wanted balanced, or LABEL=WEIGHT with a positive number and one of the labels "
+                f"{', '.join(task.labels[:10])}"
+            )
+        found[task.labels.index(label)] = weight
+    return found
+
+
+def weighted(example: Example, kind: str, weights: np.ndarray) -> Example:
+    """An example whose items, words or labels count as much as these say."""
+    if kind == "multilabel":
+        return example | {"label_weights": np.where(example["labels"] > 0, weights, 1).astype(np.float32)}
+    return example | {"weight": (example["weight"] * weights[example["label"]]).astype(np.float32)}
+
+
+class TaskRows:
+    """A split's examples, a source of rows; `item_of[i]` is the item that example i comes from.
+
+    Args:
+      weights: [labels] how much each counts in the loss; None: all the same.
+    """
+
+    def __init__(
+        self,
+        items: list[Item],
+        task: Task,
+        tokenizer: Tokenizer,
+        length: int,
+        null_position: str = "first",
+        weights: np.ndarray | None = None,
+    ):
         self.examples: list[Example] = []
         self.item_of: list[int] = []
         self.pad = tokenizer.pad
@@ -164,7 +231,7 @@ class TaskRows:
             raise InputError(f"task {task.name}: every item must have the same number of choices")
         for i, item in enumerate(items):
             encoded = encode(item, task.kind, task.labels, tokenizer, length, null_position)
-            self.examples += encoded
+            self.examples += encoded if weights is None else [weighted(e, task.kind, weights) for e in encoded]
             self.item_of += [i] * len(encoded)
         self.lengths = np.array([example["tokens"].shape[-1] for example in self.examples])
 
@@ -198,7 +265,8 @@ def decisions(
       longest: tokens in an answer span.
 
     Returns:
-      classify: a label; regress: a number and None; tag: a label and a probability per word; choice: an index;
+      classify: a label; multilabel: the labels whose probability is at least THRESHOLD, and {label: probability} of all;
+      regress: a number and None; tag: a label and a probability per word; choice: an index;
       span: a piece of the document, or the empty text where that is more likely and the task has such questions
         (info.no_answer): SQuAD 2.0 has, 1.1 has not (arXiv 1806.03822).
     """
@@ -208,6 +276,9 @@ def decisions(
         return [(info.labels[i] if info.kind == "classify" else i, float(row[i])) for i, row in zip(best, p, strict=True)]
     if info.kind == "regress":
         return [(float(row[0]), None) for row in scores]
+    if info.kind == "multilabel":
+        each = [dict(zip(info.labels, (1 / (1 + np.exp(-row.astype(float)))).tolist(), strict=True)) for row in scores]
+        return [([label for label, p in of.items() if p >= THRESHOLD], of) for of in each]
     return (tags if info.kind == "tag" else spans)(info, scores, examples, item_of, items, longest)
 
 

@@ -33,7 +33,7 @@ class Task:
     """Items by split, and what they ask.
 
     An item holds, by kind:
-      classify: text, text_b (pairs), label (a name);   regress: the same with a number
+      classify: text, text_b (pairs), label (a name);   regress: the same with a number;   multilabel: with a list of names
       tag: words, label (a name per word)
       span: text (the question), text_b (the document), answers: [(first character, text)], none if unanswerable
       choice: text, choices, label (the index of the right one)
@@ -227,11 +227,15 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
             any("." in str(r[label]) or not math.isfinite(float(r[label])) for _, _, r in records) if numbers else False
         )
         kind = "regress" if fractions else "classify"
+        if any(isinstance(r.get(label), list) for _, _, r in records):
+            kind = "multilabel"
 
         def make(r: dict) -> Item:
             second = {"text_b": r[pair]} if pair in fields else {}
             value = r[label]
-            if value not in (None, ""):
+            if kind == "multilabel":
+                value = sorted({str(name).strip() for name in value}) if isinstance(value, list) else value
+            elif value not in (None, ""):
                 value = float(value) if kind == "regress" else str(value).strip()
             return {"text": r[text], **second, "label": value}
 
@@ -256,8 +260,10 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
     given = {split: items(part) for split, part in by_split.items()}
     splits, selected_on, tested_on = with_held_out(given, kind, seed)
     metrics = {"classify": ("accuracy", "macro_f1"), "regress": ("pearson", "spearman"), "tag": ("entity_f1", "accuracy")}
-    metrics |= {"span": ("span_f1", "exact_match"), "choice": ("accuracy",)}
-    labels = seen_labels(splits["train"]) if kind in ("classify", "tag") else ()
+    metrics |= {"span": ("span_f1", "exact_match"), "choice": ("accuracy",), "multilabel": ("micro_f1", "macro_f1")}
+    labels = seen_labels(splits["train"]) if kind in ("classify", "multilabel", "tag") else ()
+    if kind == "multilabel" and not labels:
+        raise InputError(f"{pattern}: no item to train on has a label: every {label!r} is an empty list")
     if kind == "tag" and not any(
         name.startswith(("B-", "I-")) for name in labels
     ):  # no entities, such as parts of speech
@@ -274,6 +280,10 @@ def misfit(item: Item, kind: str) -> str:
     if not parts or not all(part.strip() for part in parts):
         return "an empty field"
     label = item.get("label")
+    if kind == "multilabel" and not isinstance(label, list):
+        return f"the label {label!r}, which is no list as others are,"
+    if kind == "multilabel" and not all(label):
+        return "an empty label"
     if isinstance(label, float) and not math.isfinite(label):
         return f"the label {label}, which is no finite number,"
     if kind == "tag" and len(item["words"]) != len(item["label"]):

@@ -14,7 +14,7 @@ from bothways.model.dropout import Dropout
 from bothways.model.gpt import GPT
 from bothways.model.layers import Norm, Projection
 
-Kind = Literal["classify", "regress", "tag", "span", "choice"]
+Kind = Literal["classify", "regress", "multilabel", "tag", "span", "choice"]
 Pool = Literal["token", "mean"]
 Hidden = Literal["", "tanh", "relu", "gelu"]
 
@@ -61,7 +61,7 @@ class TaskHead(nn.Module):
 class TaskModel(nn.Module):
     """A GPT or BERT under a task head (arXiv 1810.04805, section 3.2; GPT-1, section 3.2).
 
-    classify, regress and choice read one vector per text: of a BERT the pooler's (or the first token's where
+    classify, multilabel, regress and choice read one vector per text: of a BERT the pooler's (or the first token's where
     there is no pooler), of a GPT the last token's features; with pool "mean" the mean over the text. tag and span read
     every token's features.
     """

@@ -16,6 +16,7 @@ from bothways.sample.decode import bucket, close_bucket
 
 COLUMNS = {
     "classify": "a text, or two texts separated by a tab",
+    "multilabel": "a text, or two texts separated by a tab",
     "regress": "a text, or two texts separated by a tab",
     "tag": "words separated by spaces",
     "span": "a question and a document separated by a tab",
@@ -25,11 +26,19 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """`label` is a name, a number, a list of tags, an answer or a choice; `p` its probability (tags: one each)."""
+    """`label` is a name, a list of names, a number, a list of tags, an answer or a choice; `p` its probability (tags: one
+    each; several labels: {label: probability} of all that there are)."""
 
     text: str
     label: Any
     p: Any
+
+
+def rounded(p: Any) -> Any:
+    """A probability, or each of several, to four digits."""
+    if isinstance(p, dict):
+        return {name: round(x, 4) for name, x in p.items()}
+    return [round(x, 4) for x in p] if isinstance(p, list) else None if p is None else round(p, 4)
 
 
 class TaskPredictor:
@@ -70,11 +79,7 @@ class TaskPredictor:
         Raises:
           InputError: a line without the columns that the task wants.
         """
-        found = []
-        for line, label, p in self._decide(lines):
-            rounded = [round(x, 4) for x in p] if isinstance(p, list) else None if p is None else round(p, 4)
-            found.append(Prediction(line, label, rounded))
-        return found
+        return [Prediction(line, label, rounded(p)) for line, label, p in self._decide(lines)]
 
     def pair_scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """How well the second text of each pair answers the first: the number, or the probability of the second of two labels.

@@ -305,7 +305,7 @@ class TextTokens(Struct):
 class Label(Struct):
     text: str
     label: str | float | list[str]
-    p: float | list[float] | None
+    p: float | list[float] | dict[str, float] | None
 
 
 class Labels(Struct):

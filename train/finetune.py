@@ -3,7 +3,7 @@
 HOME/finetune.json        what is trained: task, body, settings; written first, and what a resumed grid must agree with
 HOME/grid/RATE-SEED/      a candidate: checkpoints and metrics while it runs, then result.json
 HOME/grid/scratch-.../    the same from random weights
-HOME/recipe.json, ...     the run of the best candidate, once the grid is complete
+HOME/recipe.json, ...     the run of the best candidate, once the grid is complete; of labels also confusion.png
 
 One candidate is in memory at a time, and the checkpoints of two are kept: the leader's and that of the rate at hand.
 """
@@ -24,11 +24,13 @@ from etils import epath
 from bothways import rundir
 from bothways.config import FinetuneConfig
 from bothways.data import metrics
+from bothways.data.hold_out import labels_of
 from bothways.data.tasks import Task
 from bothways.errors import Diverged, InputError
 from bothways.formats import FORMAT
 from bothways.log import log
 from bothways.rundir import Run, TaskInfo
+from bothways.train.confusion import picture
 from bothways.train.steps import run_steps
 from bothways.train.tuning import FinetuneRunner
 
@@ -51,6 +53,11 @@ class Finetuned:
     selected_on: str
     """What epoch, learning rate and seed were chosen on, in words."""
     tested_on: str
+    metrics: dict[str, float]
+    """Every metric on what is reported, the loss, and of labels and choices the calibration error, means over seeds."""
+    confusion: dict[str, Any] | None
+    """Of the candidate that is kept, on what is reported: {"labels", "counts"}, right answers in rows; None where an item
+    has not one of some labels."""
 
 
 def baselines_of(task: Task) -> dict[str, float]:
@@ -70,6 +77,13 @@ def baselines_of(task: Task) -> dict[str, float]:
         )
         if guesses is not None:
             found["naive_bayes"] = metrics.compute(lead, gold, guesses)
+    if task.kind == "multilabel":  # every text has the label that most have
+        common = collections.Counter(label for item in task.splits["train"] for label in item["label"]).most_common(1)[0][
+            0
+        ]
+        found["majority"] = metrics.compute(
+            lead, [frozenset(i["label"]) for i in test], [frozenset([common])] * len(test)
+        )
     return found
 
 
@@ -106,8 +120,8 @@ def _grid(runner: FinetuneRunner, home: Path) -> Finetuned:
     counts = {split: len(items) for split, items in task.splits.items()}
     log(f"{task.name}: {task.kind}, " + ", ".join(f"{n} {split}" for split, n in counts.items()))
     log(f"  epoch, rate and seed are chosen on {task.selected_on}; reported is {task.tested_on}")
-    if task.kind == "classify":
-        shares = collections.Counter(item["label"] for item in task.splits["train"])
+    if task.kind in ("classify", "multilabel"):
+        shares = collections.Counter(name for item in task.splits["train"] for name in labels_of(item, task.kind))
         log("  labels: " + ", ".join(f"{label} {n / counts['train']:.0%}" for label, n in shares.most_common()))
     baselines = baselines_of(task)
     complete = (home / "recipe.json").exists()
@@ -115,13 +129,17 @@ def _grid(runner: FinetuneRunner, home: Path) -> Finetuned:
     if runner.cfg.scratch:
         tests = [result["test"][lead] for result in search(runner, home / "grid", pretrained=False)[1]]
         baselines["from_scratch"] = metrics.mean_interval(tests)[0]
+    counts_of = json.loads((best / "result.json").read_text()).get("confusion")
+    if counts_of is not None:
+        picture(home, task.labels, counts_of)
     if not complete:
         tuned = dataclasses.replace(runner.run, recipe=runner.recipe)
         save(home, tuned, runner.best(best)[-1], runner.info)
     discard(best)
     mean, low, high = metrics.mean_interval([result["test"][lead] for result in found])
-    others = {m: round(metrics.mean_interval([r["test"][m] for r in found])[0], 4) for m in task.metrics[1:]}
-    log(f"  best rate {rate:g}; test {lead} {mean:.4f}; " + ", ".join(f"{k} {v}" for k, v in others.items()))
+    each = {m: round(metrics.mean_interval([r["test"][m] for r in found])[0], 4) for m in found[0]["test"]}
+    others = ", ".join(f"{m.replace('_', ' ')} {value}" for m, value in each.items() if m != lead)
+    log(f"  best rate {rate:g}; test {lead} {mean:.4f}; {others}")
     return Finetuned(
         str(home),
         task.name,
@@ -132,6 +150,8 @@ def _grid(runner: FinetuneRunner, home: Path) -> Finetuned:
         {k: round(v, 4) for k, v in baselines.items()},
         task.selected_on,
         task.tested_on,
+        each,
+        None if counts_of is None else {"labels": list(task.labels), "counts": counts_of},
     )
 
 
@@ -180,14 +200,15 @@ def candidate(runner: FinetuneRunner, home: Path, rate: float, seed: int, pretra
     done = home / "result.json"
     if done.exists():
         return json.loads(done.read_text())
-    result: dict[str, Any] = {"validation": None, "test": None, "step": None}
+    result: dict[str, Any] = {"validation": None, "test": None, "step": None, "confusion": None}
     try:
         run_steps(runner.job(home, rate, seed, pretrained))
     except Diverged as e:
         log(f"  rate {rate:g}, seed {seed}: {e}")
     else:
         step, validation, params = runner.best(home)
-        result = {"validation": validation, "test": runner.measure(params, "test"), "step": step}
+        test, counts = runner.tested(params)
+        result = {"validation": validation, "test": test, "step": step, "confusion": counts}
     write_json(done, result)
     return result
 
@@ -201,7 +222,11 @@ def plan_of(run: Run, task: Task, cfg: FinetuneConfig) -> dict[str, Any]:
     """What is trained, as finetune.json has it."""
     items = json.dumps(task.splits, ensure_ascii=False, sort_keys=True)
     body = run.recipe.to_json() + run.tokenizer.fingerprint
-    left_out = (*MAY_CHANGE, *(() if cfg.lora.rank else ("lora",)))  # as grids of before there were adapters have it
+    old = {
+        "lora": not cfg.lora.rank,
+        "class_weights": not cfg.class_weights,
+    }  # grids of before there were these lack them
+    left_out = (*MAY_CHANGE, *(name for name, says_nothing in old.items() if says_nothing))
     settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in left_out}
     plan = {
         "format": FORMAT,

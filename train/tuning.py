@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from bothways import checkpoints, rundir, sharding
 from bothways.config import FinetuneConfig, OptimizerConfig, TrainConfig
 from bothways.data import metrics, task_batches
-from bothways.data.task_examples import TaskRows, decisions
+from bothways.data.task_examples import TaskRows, decisions, label_weights
 from bothways.data.tasks import Task
 from bothways.flops import training_flops_per_token
 from bothways.log import log
@@ -24,7 +24,7 @@ from bothways.model import adapters
 from bothways.model.axes import activation_shardings
 from bothways.rundir import Run, TaskInfo
 from bothways.train.objectives.core import Batch
-from bothways.train.objectives.labels import inputs, span_scores, task_loss, task_objective
+from bothways.train.objectives.labels import inputs, item_weights, span_scores, task_loss, task_objective
 from bothways.train.optimizer import make_optimizer
 from bothways.train.step import TrainState, make_train_step, state_shardings
 from bothways.train.steps import Job, Throughput
@@ -53,7 +53,11 @@ class FinetuneRunner:
         can_be_empty = {"no_answer": task.no_answer, "null_position": null}
         self.info = TaskInfo(task.name, task.kind, task.labels, longest, task.metrics, cfg.pool, **can_be_empty)
         self.module = rundir.module_of(self.recipe, self.info).clone(dropout=cfg.dropout)
-        self.rows = {split: TaskRows(items, task, run.tokenizer, longest, null) for split, items in task.splits.items()}
+        counts = {"train": label_weights(cfg.class_weights, task)}
+        self.rows = {
+            split: TaskRows(items, task, run.tokenizer, longest, null, counts.get(split))
+            for split, items in task.splits.items()
+        }
         self.sizes = task_batches.batch_lengths(np.concatenate([r.lengths for r in self.rows.values()]), longest)
         devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self.batch_size = -(-cfg.batch_size // devices) * devices
@@ -110,7 +114,7 @@ class FinetuneRunner:
                 scores = self.module.apply({"params": params}, *inputs(kind, batch))
                 loss = task_loss(kind, scores, batch)
             scores = jnp.stack(span_scores(scores, batch), axis=-1) if kind == "span" else scores
-            return scores, loss.nats, jnp.sum(batch["weight"])
+            return scores, loss.nats, jnp.sum(item_weights(batch))
 
         batch_spec = sharding.batch_sharding(self.mesh)
         self.read = jax.jit(read, in_shardings=(self.shardings.weights, batch_spec))
@@ -198,16 +202,31 @@ class FinetuneRunner:
         return decisions(self.info, scores, rows.examples, rows.item_of, items), nats / max(weight, 1e-9)
 
     def measure(self, params: Any, split: str) -> dict[str, float]:
-        """Every metric of the task on a split, and the loss."""
-        found, loss = self.answers(params, split)
+        """Every metric of the task on a split, the loss, and of labels and choices the calibration error."""
+        return self.measures(*self.answers(params, split), split)
+
+    def measures(self, found: list[tuple[Any, Any]], loss: float, split: str) -> dict[str, float]:
+        """What `measure` gives, of answers that are there."""
         gold, got = self.gold(split), [answer for answer, _ in found]
-        return {"loss": loss} | {m: metrics.compute(m, gold, got) for m in self.task.metrics}
+        measured = {"loss": loss} | {m: metrics.compute(m, gold, got) for m in self.task.metrics}
+        confidences, right = metrics.decisions_of(self.task.kind, gold, found)
+        return measured | ({"calibration_error": metrics.calibration_error(confidences, right)} if right else {})
+
+    def tested(self, params: Any) -> tuple[dict[str, float], list[list[int]] | None]:
+        """`measure` on test, and how often each label was given for each; None where an item has not one of some labels."""
+        found, loss = self.answers(params, "test")
+        counts = None
+        if self.task.kind in ("classify", "tag"):
+            counts = metrics.confusion(self.task.labels, self.gold("test"), [answer for answer, _ in found])
+        return self.measures(found, loss, "test"), counts
 
     def gold(self, split: str) -> list[Any]:
         """The right answers of a split, as metrics.compute wants them."""
         items = self.task.splits[split]
         if self.task.kind == "span":
             return [[text for _, text in item["answers"]] for item in items]
+        if self.task.kind == "multilabel":
+            return [frozenset(item["label"]) for item in items]
         return [item["label"] for item in items]
 
 

@@ -118,7 +118,6 @@ def test_what_a_head_does_not_read_stays_behind_and_what_is_no_single_label_is_r
     source = published("bert", "TokenClassification", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     for values, says in (
-        ({"problem_type": "multi_label_classification"}, "one label"),
         ({"id2label": {"0": "a", "2": "b", "3": "c"}}, "number its labels from 0"),
         ({"id2label": {"0": "a", "1": "a", "2": "c"}}, "one name"),
         ({"architectures": ["BertForNextSentencePrediction"]}, "left over: classifier"),

@@ -213,7 +213,8 @@ def test_filling_a_batch_changes_no_score(bodies, kind, monkeypatch):
     for alone, together in zip(*seen, strict=True):
         np.testing.assert_allclose(alone, together, rtol=1e-4, atol=1e-5)
     assert found[0] == pytest.approx(found[1], abs=1e-5)
-    assert set(found[0]) == {"loss", *task.metrics}
+    calibrated = {"calibration_error"} if kind in ("classify", "tag", "choice") else set()
+    assert set(found[0]) == {"loss", *task.metrics} | calibrated
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -286,7 +287,19 @@ def tuned(request, bodies, labelled, tmp_path_factory):
 
 def test_finetune_prints_one_json_object(tuned):
     result = json.loads(tuned[2])
-    assert list(result) == ["run", "task", "metric", "value", "interval", "n", "baselines", "selected_on", "tested_on"]
+    assert list(result) == [
+        "run",
+        "task",
+        "metric",
+        "value",
+        "interval",
+        "n",
+        "baselines",
+        "selected_on",
+        "tested_on",
+        "metrics",
+        "confusion",
+    ]
     assert result["selected_on"] == "6 other items held out of train"
     assert result["tested_on"] == "6 items held out of train"
     assert (result["run"], result["task"], result["metric"], result["n"]) == (str(tuned[1]), "dogs", "accuracy", 6)

@@ -16,7 +16,7 @@ def task_objective(kind: str, lm_weight: float = 0.0) -> Objective:
     (GPT-1, section 3.2)."""
 
     def weights(batch: Batch) -> dict[str, jax.Array]:
-        found = {"task": jnp.sum(batch["weight"])}
+        found = {"task": jnp.sum(item_weights(batch))}
         return found | ({"lm": jnp.sum(batch["segments"][..., 1:] > 0).astype(jnp.float32)} if lm_weight else {})
 
     def terms(module: TaskModel, batch: Batch, deterministic: bool) -> Sums:
@@ -38,6 +38,12 @@ def inputs(kind: str, batch: Batch) -> list[jax.Array]:
     return [fold(batch[name]) for name in INPUTS]
 
 
+def item_weights(batch: Batch) -> jax.Array:
+    """How much each item, or word, or label of an item, counts in the loss of a batch."""
+    each = batch["weight"]
+    return each[:, None] * batch["label_weights"] if "label_weights" in batch else each
+
+
 def task_loss(kind: str, scores: jax.Array, batch: Batch) -> TokenLoss:
     """Sum of nats (of squares for regress) over the items, or words, of a batch, and how many are right.
 
@@ -48,6 +54,10 @@ def task_loss(kind: str, scores: jax.Array, batch: Batch) -> TokenLoss:
     match kind:
         case "classify":
             return class_loss(scores, batch["label"], weight)
+        case "multilabel":  # a decision of its own for each label
+            scores, weight, has = scores.astype(jnp.float32), item_weights(batch), batch["labels"] > 0
+            nats = jax.nn.softplus(jnp.where(has, -scores, scores))
+            return TokenLoss(jnp.sum(weight * nats), jnp.sum(weight * ((scores >= 0) == has)))
         case "choice":
             return class_loss(scores.reshape(batch["label"].shape[0], -1), batch["label"], weight)
         case "regress":
