@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import embedding, generation, scoring, start, training
+from benchmarks import adapters, embedding, generation, scoring, start, training
 from benchmarks.harness import OURS, Row, Setting, keep, record, write_table
 
 HERE = Path(__file__).parent
@@ -13,6 +13,7 @@ ROWS: dict[str, Callable[[Setting], Row]] = {
     "train-gpt-small": training.gpt_small,
     "train-gpt2": training.gpt2,
     "train-bert": training.bert_base,
+    "train-lora": adapters.lora,
     "generate-1": generation.one,
     "generate-8": generation.eight,
     "score-pll": scoring.pll,

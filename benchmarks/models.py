@@ -40,13 +40,27 @@ def bert(layers: int, width: int, heads: int, vocabulary: int, context: int) -> 
     return Recipe("bert", "bert", model, DataConfig(), ObjectiveConfig("masked"), ADAMW)
 
 
+def llama(layers: int, width: int, heads: tuple[int, int], inner: int, vocabulary: int, context: int) -> Recipe:
+    """A Llama; heads are those of queries, and of keys and values."""
+    sizes = {"n_layers": layers, "d_model": width, "n_heads": heads[0], "n_kv_heads": heads[1], "d_ff": inner}
+    like = {"position_embedding": "rotary", "rotary_base": 1e5, "norm": "rms", "norm_eps": 1e-5, "activation": "swiglu"}
+    like |= {"bias": False, "vocab_size": vocabulary, "context_length": context, "scan_layers": layers > 12}
+    return Recipe("llama", "gpt", TransformerConfig(**sizes, **like).resolved(), RUNNING_TEXT, optimizer=ADAMW)
+
+
 FULL = {
+    "smollm2": llama(30, 576, (9, 3), 1536, 49_152, 2048),
     "gpt-small": gpt(6, 384, 6, 8192, 256),
     "gpt2": gpt(12, 768, 12, 50_257, 1024),
     "bert-base": bert(12, 768, 12, 30_522, 512),
     "minilm": bert(6, 384, 12, 30_522, 512),
 }
-TINY = {"gpt-small": gpt(2, 32, 2, 300, 64), "gpt2": gpt(2, 32, 2, 300, 64), "bert-base": bert(2, 32, 2, 300, 64)}
+TINY = {
+    "smollm2": llama(2, 32, (4, 2), 48, 300, 64),
+    "gpt-small": gpt(2, 32, 2, 300, 64),
+    "gpt2": gpt(2, 32, 2, 300, 64),
+    "bert-base": bert(2, 32, 2, 300, 64),
+}
 TINY["minilm"] = TINY["bert-base"]
 
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import OURS, Row, Setting, alternate
+from benchmarks.harness import OURS, Maker, Row, Setting, alternate
 from benchmarks.models import ADAMW, model_of, random_tokens, torch_model
 from bothways import sharding
 from bothways.data.tokenizer import Vocabulary
+from bothways.model.adapters import join
 from bothways.recipes import Recipe
 from bothways.registry import make_module
 from bothways.rundir import load_run
@@ -50,8 +51,8 @@ Steps = Callable[[int], float]
 """Takes so many steps and returns the last one's loss."""
 
 
-def ours(recipe: Recipe, params: Any, batches: list[Batch]) -> tuple[Steps, Callable[[Batch], float]]:
-    """(training steps, the loss of a batch without dropout)."""
+def ours(recipe: Recipe, params: Any, batches: list[Batch], frozen: Any = None) -> tuple[Steps, Callable[[Batch], float]]:
+    """(training steps, the loss of a batch without dropout); of adapters, `frozen` is what they are for."""
     mesh = sharding.make_mesh(recipe.mesh, jax.devices()[:1])
     ids = np.arange(recipe.model.vocab_size)
     vocabulary = Vocabulary(0, 2, 3, MASK_ID, ids < 5, ids[5:], ids > 4, ids > 4)
@@ -59,11 +60,11 @@ def ours(recipe: Recipe, params: Any, batches: list[Batch]) -> tuple[Steps, Call
     optimizer = make_optimizer(recipe.optimizer, 1_000)
     zero = jnp.zeros((), jnp.int32)
     module = make_module(recipe.family, recipe.model)
-    state = TrainState(zero, params, optimizer.init(params), zero, zero)
+    state = TrainState(zero, params, optimizer.init(params), zero, zero, frozen)
     shardings = state_shardings(mesh, jax.eval_shape(lambda: state))
     state = jax.tree.map(jnp.copy, jax.device_put(state, shardings))  # the step consumes it
     step = make_train_step(module, objective, optimizer, mesh, shardings)
-    evaluate = make_eval_step(module, objective, mesh, shardings.params)
+    evaluate = make_eval_step(module, objective, mesh, shardings.weights)
 
     def run(steps: int) -> float:
         nonlocal state
@@ -72,7 +73,7 @@ def ours(recipe: Recipe, params: Any, batches: list[Batch]) -> tuple[Steps, Call
         return float(jax.block_until_ready((state, metrics))[1]["loss"])
 
     def loss(batch: Batch) -> float:
-        nats, _, weight = next(iter(evaluate(params, sharding.to_global(mesh, batch)).values()))
+        nats, _, weight = next(iter(evaluate(join(params, frozen), sharding.to_global(mesh, batch)).values()))
         return float(nats / weight)
 
     return run, loss
@@ -82,8 +83,9 @@ def pytorch(model: Any, batches: list[Batch]) -> tuple[Steps, Callable[[Batch], 
     """The same of a module of `transformers`; a masked loss is marked by labels of -100, as its users do."""
     import torch
 
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2]}, {"params": plain, "weight_decay": 0.0}]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plain = [p for p in trained if p.ndim < 2]
+    groups = [{"params": [p for p in trained if p.ndim >= 2]}, {"params": plain, "weight_decay": 0.0}]
     how = {"lr": ADAMW.learning_rate, "betas": (ADAMW.b1, ADAMW.b2), "eps": ADAMW.eps}
     adamw = torch.optim.AdamW(groups, weight_decay=ADAMW.weight_decay, fused=True, **how)
 
@@ -101,7 +103,7 @@ def pytorch(model: Any, batches: list[Batch]) -> tuple[Steps, Callable[[Batch], 
             adamw.zero_grad()
             value = loss_of(batches[i % len(batches)])
             value.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW.clip_norm)
+            torch.nn.utils.clip_grad_norm_(trained, ADAMW.clip_norm)
             adamw.step()
         return value.item()
 
@@ -124,17 +126,26 @@ def their_side(recipe: Recipe, home: Path, batches: list[Batch], steps: int) -> 
     return {"warm": lambda: take(1), "run": lambda: take(steps), "loss": loss}
 
 
-def compare(setting: Setting, name: str, rows: int, length: int, steps: int, what: str) -> Row:
+def compare(
+    setting: Setting,
+    name: str,
+    rows: int,
+    length: int,
+    steps: int,
+    what: str,
+    makers: tuple[Maker, Maker] = (our_side, their_side),
+    peer: str = PEER,
+) -> Row:
     """Tokens per second of `steps` steps in a row, after one that is not counted: in it a side asks anew for memory that
     the system took back while another had its turn. All begin with the same weights, and must agree on the first loss."""
     recipe, home = model_of(setting, name)
     rows, length = (2, 16) if setting.tiny else (rows, length)
     make = gpt_batch if recipe.family == "gpt" else bert_batch
     batches = [make(recipe, rows, length, seed) for seed in range(4)]
-    sides = {OURS: setting.side(our_side, recipe, home, batches, steps, ours=True)}
+    sides = {OURS: setting.side(makers[0], recipe, home, batches, steps, ours=True)}
     if setting.peers:
-        sides[PEER] = setting.side(their_side, recipe, home, batches, steps)
-        differ = abs(sides[OURS].loss(batches[0]) - sides[PEER].loss(batches[0]))
+        sides[peer] = setting.side(makers[1], recipe, home, batches, steps)
+        differ = abs(sides[OURS].loss(batches[0]) - sides[peer].loss(batches[0]))
         assert differ < 1e-3, "the sides do not compute the same loss"
     seconds = alternate(sides, setting.rounds)
     for side in sides.values():

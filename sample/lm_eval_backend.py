@@ -5,43 +5,22 @@ module registers it too. Needs the extra `lmeval`.
 """
 
 import collections
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from bothways.errors import InputError
 from bothways.log import log
 from bothways.rundir import directory, load_run
-from bothways.sample.batching import batched, rows_that_fit
+from bothways.sample.continuations import Continuations
 from bothways.sample.diffusion import DiffusionModel
-from bothways.sample.directions import BOTH, FORWARD, directions
 from bothways.sample.evaluate import Metric
-from bothways.sample.masked import MaskedModel, hidden_batch
+from bothways.sample.masked import MaskedModel
 from bothways.sample.open import open_model
 from bothways.sample.text import Sample
-
-RULES = ("causal", "pll", "pll_word", "bound")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logprobs_and_greedy(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """[B, P] log p(target) at `mask_positions`, in nats, and whether the target is the most likely token."""
-
-    def run(bound: nn.Module) -> tuple[jax.Array, jax.Array]:
-        features = bound(batch["tokens"], segments=batch["segments"])
-        logits = bound.logits(jnp.take_along_axis(features, batch["mask_positions"][..., None], axis=1))
-        target = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
-        return target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == batch["targets"]
-
-    return module.apply({"params": params}, method=run)
 
 
 @register_model("bothways")
@@ -66,20 +45,8 @@ class BothwaysLM(TemplateLM):
         self.model = open_model(load_run(directory(run), log)) if isinstance(run, str | Path) else run
         self.tokens = self.model.tokenizer
         self.add_bos = str(add_bos) != "False"
-        known, in_blocks = directions(self.model), isinstance(self.model, DiffusionModel)
-        fits = [r for r in RULES if (FORWARD if r == "causal" else BOTH) in known or (in_blocks and r == "bound")]
-        if not fits:
-            raise InputError(
-                f"lm-eval needs a gpt or a bert run; {self.model.run.home} is a {self.model.recipe.family} run"
-            )
-        diffuses = self.model.recipe.objective.kind == "diffusion"
-        self.rule = rule or ("bound" if diffuses else "causal" if FORWARD in known else "pll_word")
-        if self.rule not in fits:
-            raise InputError(f"rule {self.rule!r} is not for this run; it scores by: {', '.join(fits)}")
-        self.scorer: MaskedModel | DiffusionModel = (
-            self.model if in_blocks and self.rule == "bound" else known[FORWARD if self.rule == "causal" else BOTH]
-        )
-        self.closing = 0 if self.scorer is self.model and in_blocks else len(self.scorer.closing)
+        self.continuations = Continuations(self.model, rule, self.add_bos)
+        self.rule, self.scorer = self.continuations.rule, self.continuations.scorer
 
     @property
     def eot_token_id(self) -> int:
@@ -100,44 +67,8 @@ class BothwaysLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self.tokens.encode(string)
 
-    def _row(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], int]:
-        """The tokens as they are read, cut from the left where they are too many; and where the continuation begins."""
-        start = [self.tokens.bos] if self.add_bos or list(context) == [self.tokens.bos] else []
-        before = [t for t in context if t != self.tokens.bos]
-        # Read forward, the last token is predicted and is no input; both ways, [SEP] stands behind it.
-        room = self.max_length + (1 if self.rule == "causal" else -self.closing) - len(start) - len(continuation)
-        if room < 0:
-            raise InputError(
-                f"a continuation of {len(continuation)} tokens does not fit into a context of {self.max_length}"
-            )
-        row = [*start, *before[len(before) - min(room, len(before)) :]]
-        return [*row, *continuation], len(row)
-
-    def _copies(self, row: list[int], begin: int) -> list[tuple[list[int], list[int], list[int]]]:
-        """(row, positions, targets) to score: one for a causal model, one for each masked token else."""
-        if self.rule == "causal":
-            return [(row, list(range(begin, len(row))), row[begin:])]
-        return list(self.scorer.pll_copies([*row, *self.scorer.closing], self.rule, begin))
-
     def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-        if self.rule == "bound":
-            rows, begins = zip(*(self._row(context, continuation) for _, context, continuation in requests), strict=True)
-            return [(float(nats), False) for nats in self.scorer.bound_rows(rows, begins)]
-        copies = (
-            (i, *copy)
-            for i, (_, context, continuation) in enumerate(requests)
-            for copy in self._copies(*self._row(context, continuation))
-        )
-        nats, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-        key = lambda copy: (len(copy[1]), len(copy[2]))  # noqa: E731
-        for some in batched(copies, key, rows_that_fit(self.model.recipe.model, logits=True)):
-            _, rows, positions, targets = zip(*some, strict=True)
-            batch = hidden_batch(rows, positions, targets, self.max_length + 1, self.tokens.pad)
-            logprobs, best = map(np.asarray, logprobs_and_greedy(self.scorer.run.module, self.scorer.run.params, batch))
-            for k, (i, _, positions, _) in enumerate(some):
-                nats[i] += logprobs[k, : len(positions)].sum()
-                greedy[i] &= best[k, : len(positions)].all()
-        return [(float(n), bool(g)) for n, g in zip(nats, greedy, strict=True)]
+        return self.continuations.score([(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts: of a model read forward in windows that overlap by half; of others, rule bound."""
@@ -172,7 +103,9 @@ class BothwaysLM(TemplateLM):
         if isinstance(writer, MaskedModel | DiffusionModel):  # they put [CLS] there themselves
             if isinstance(writer, MaskedModel):
                 options |= {"block": min(16, self.max_length // 2)}
-            return writer.sample([self._end_of(context, room - self.closing) for context in contexts], **options)
+            return writer.sample(
+                [self._end_of(context, room - self.continuations.closing) for context in contexts], **options
+            )
         rows = [[*start, *self.tokens.encode(context)[-room:]] or [self.tokens.bos] for context in contexts]
         return writer.sample(contexts, encoded=rows, **options)
 

@@ -132,3 +132,21 @@ def test_what_a_head_does_not_read_stays_behind_and_what_is_no_single_label_is_r
     import_run(str(source), tmp_path / "run", "shakespeare", quiet)
     assert not load_run(tmp_path / "run", quiet).recipe.model.pooler
     assert dataclasses.asdict(load_run(tmp_path / "run", quiet).task)["wrap"] == "vocabulary"
+
+
+def test_a_head_of_several_labels_comes_in_predicts_and_goes_out(tmp_path):
+    several = {"problem_type": "multi_label_classification"}
+    source = published("bert", "SequenceClassification", tmp_path / "source", **several)
+    import_run(str(source), tmp_path / "run", "shakespeare", quiet)
+    task = load_run(tmp_path / "run", quiet).task
+    assert (task.kind, task.labels, task.metrics) == ("multilabel", tuple(LABELS), ("micro_f1", "macro_f1"))
+    (found,) = bothways.load(tmp_path / "run").predict([TEXT])
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(source).eval()
+    with torch.no_grad():
+        scores = model(**transformers.AutoTokenizer.from_pretrained(source)(TEXT, return_tensors="pt")).logits[0]
+    p = torch.sigmoid(scores).numpy()
+    np.testing.assert_allclose(list(found.p.values()), p, atol=1e-4)
+    assert found.label == [label for label, x in zip(LABELS, p, strict=True) if x >= 0.5]
+    export_run(tmp_path / "run", tmp_path / "out", quiet)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["problem_type"] == several["problem_type"]

@@ -14,6 +14,7 @@ from bothways.compare.core import continued
 from bothways.config import ObjectiveConfig
 from bothways.errors import InputError
 from bothways.sample import lm_eval_backend as harness
+from bothways.sample.continuations import RULES
 from bothways.sample.score import causal_logprobs
 from bothways.train import loop
 
@@ -76,8 +77,7 @@ def test_long_contexts_lose_their_beginning(runs):
 def test_a_hybrid_run_is_scored_by_every_rule_and_others_are_refused(runs):
     texts = [request("the dog sees", " the cat")]
     found = {
-        r: harness.BothwaysLM(str(runs["hybrid"]), rule=r).loglikelihood(texts, disable_tqdm=True)[0][0]
-        for r in harness.RULES
+        r: harness.BothwaysLM(str(runs["hybrid"]), rule=r).loglikelihood(texts, disable_tqdm=True)[0][0] for r in RULES
     }
     assert len(set(found.values())) == 4
     with pytest.raises(InputError, match="causal"):
