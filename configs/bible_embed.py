@@ -1,10 +1,10 @@
-"""An embedding model from nothing: which verse of the World English Bible is this one of the King James?
+"""An embedding model from nothing: which verse of the World English Bible are these five words of the King James from?
 
     bothways train bible_embed --workdir runs/bible_embed
-    bothways search runs/bible_embed bibles --bm25
+    bothways search runs/bible_embed bibles:5 --bm25
 
-A small bidirectional stack of the shape of configs/shakespeare.py, its vectors the mean over a verse. Batches of 128 verses, each
-among the 128 of its batch; whole books are held out, and searched among thousands of verses.
+A small bidirectional stack of the shape of configs/shakespeare.py, its vectors the mean over a text. Each phrase is looked for among
+the 128 verses of its batch; whole books are held out, and searched among thousands of verses.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ recipes = {
     "bible_embed": Recipe(
         family="bert",
         model=TransformerConfig(**SMALL | {"context_length": 64, "n_layers": 2, "tie_embeddings": True}),
-        data=DataConfig(corpus="bibles", text_fields=("kjv", "web"), tokenizer="unigram", vocab_size=8192),
+        data=DataConfig(corpus="bibles", text_fields=("kjv:5", "web"), tokenizer="unigram", vocab_size=8192),
         objective=ObjectiveConfig(kind="contrastive"),
         optimizer=dataclasses.replace(OPTIMIZER, learning_rate=0.005, adam_learning_rate=0.005),
-        train=TrainConfig(steps=1200, batch_size=128, eval_every=600, save_every=200, log_every=20),
+        train=TrainConfig(steps=400, batch_size=128, eval_every=200, save_every=100, log_every=20),
     )
 }

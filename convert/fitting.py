@@ -138,7 +138,7 @@ def _only(params: Any, kept: Shapes) -> Any:
 def _published(run: rundir.Run, log: Callable[[str], None]) -> Family | None:
     """The published family that a run leaves as; None where it leaves as one of its own."""
     recipe, differences = run.recipe, None
-    if recipe.objective.kind not in ("causal", "chat", "masked"):
+    if recipe.objective.kind not in ("causal", "chat", "masked", "contrastive"):
         return None
     if run.task is not None:
         bias = np.asarray(run.params["task_head"]["bias"])

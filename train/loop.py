@@ -54,7 +54,7 @@ def resolve(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
         )
     model = dataclasses.replace(recipe.model.resolved(), vocab_size=size)
     if recipe.objective.kind == "contrastive":  # it predicts no tokens
-        model = dataclasses.replace(model, masked_head=False)
+        model = dataclasses.replace(model, masked_head=False, next_sentence=False)
     return dataclasses.replace(recipe, model=model)
 
 

@@ -30,7 +30,7 @@ def search(
     Args:
         run: A run directory.
         corpus: Documents: BEIR's directory (corpus.jsonl, queries.jsonl, qrels/); a file with `_id` and `text`, or a text per
-            line; or `bibles`, whose held-out books are searched for in modern words.
+            line; or `bibles`, whose held-out verses are searched for in modern words (bibles:5 by five words of each).
         queries: Queries, in a file of the same kinds; without it, those of the directory.
         qrels: Right answers: query-id, corpus-id and score, with tabs between. A directory has its own.
         split: Of a directory, whose queries are asked: qrels/SPLIT.tsv.
@@ -49,8 +49,9 @@ def search(
     for name, value in (("--top", top), ("--rerank-top", rerank_top)):
         if value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
-    if str(corpus) == "bibles" and not corpus.exists():
-        corpus = bibles.beir(Path(DataConfig.cache).expanduser())
+    name, _, words = str(corpus).partition(":")
+    if name == "bibles" and not corpus.exists():
+        corpus = bibles.beir(Path(DataConfig.cache).expanduser(), f"kjv:{words}" if words else "kjv")
         log(f"BEIR's directory of the held-out books is {corpus}")
     found = collection(corpus, queries, qrels, split)
     model = bothways.load(run, step=which(step))

@@ -108,3 +108,8 @@ def test_the_held_out_books_are_a_collection(tmp_path):
     assert set(found.queries) <= set(documents)
     assert len(documents) > 4000
     assert found.queries["17001002"] != documents["17001002"]
+    phrases = collection(bibles.beir(tmp_path, "kjv:3"), None, None).queries
+    assert all(phrase in found.queries[name] and len(phrase.split()) <= 3 for name, phrase in phrases.items())
+    for name in ("kjv:", "kjv:0", "kjv:x", "asv"):
+        with pytest.raises(InputError, match=f"no version '{name}'"):
+            bibles.beir(tmp_path, name)

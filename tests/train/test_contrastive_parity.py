@@ -21,7 +21,8 @@ library = pytest.importorskip("sentence_transformers", reason="sentence-transfor
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.filterwarnings("ignore")]
-STEPS, RATE, TEMPERATURE = 20, 0.003, 0.05
+STEPS, RATE, TEMPERATURE = 20, 0.001, 0.05
+EPS = 1e-6  # gradients that are nothing but rounding move nothing
 NAMES, VERBS = "king queen fool ship dog".split(), "sees the storm,loves the crown,is old".split(",")
 PAIRS = [(f"the {name} {verb}", f"{verb.split()[-1]} {name}") for name in NAMES for verb in VERBS]
 
@@ -41,7 +42,7 @@ def theirs(home, cached):
     model = library.SentenceTransformer(str(home), device="cpu").train()
     kind = losses.CachedMultipleNegativesRankingLoss if cached else losses.MultipleNegativesRankingLoss
     loss_of = kind(model, scale=1 / TEMPERATURE, **({"mini_batch_size": 5} if cached else {}))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=EPS, weight_decay=0.0)
     read = getattr(model, "preprocess", model.tokenize)  # its name before version 6
     found = []
     for _ in range(STEPS):
@@ -54,6 +55,16 @@ def theirs(home, cached):
     return found, model.eval().encode([text for text, _ in PAIRS])
 
 
+@pytest.fixture
+def one_thread():
+    """Matrices so small wait for threads longer than for products."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("cached", [False, True])
 def test_losses_and_vectors_are_those_of_sentence_transformers(published, cached, tmp_path, cache_dir, monkeypatch):
     monkeypatch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
@@ -73,7 +84,7 @@ def test_losses_and_vectors_are_those_of_sentence_transformers(published, cached
             cache=str(cache_dir),
         ),
         objective=ObjectiveConfig(kind="contrastive", temperature=TEMPERATURE, text_length=11),
-        optimizer=OptimizerConfig(learning_rate=RATE, schedule="constant", b1=0.9, b2=0.95, weight_decay=0.0),
+        optimizer=OptimizerConfig(learning_rate=RATE, schedule="constant", b1=0.9, b2=0.95, eps=EPS, weight_decay=0.0),
         train=TrainConfig(
             steps=STEPS,
             batch_size=len(PAIRS),
@@ -92,7 +103,7 @@ def test_losses_and_vectors_are_those_of_sentence_transformers(published, cached
     assert wanted[0] - wanted[-1] > 0.2  # it learns, so that the steps are compared and not the start alone
     assert ours == pytest.approx(wanted, abs=1e-3)
     found = bothways.load(tmp_path / "tuned").embed([text for text, _ in PAIRS])
-    np.testing.assert_allclose(found, vectors, atol=2e-3)
+    np.testing.assert_allclose(found, vectors, atol=5e-4)
     if not cached:
         export_run(tmp_path / "tuned", tmp_path / "out", quiet)
         opened = library.SentenceTransformer(str(tmp_path / "out"), device="cpu")
