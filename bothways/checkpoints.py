@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from bothways.errors import CheckpointUnavailable, InputError
+from bothways.files import write_whole
 
 T = TypeVar("T")
 
@@ -218,6 +219,14 @@ def restore_step(manager: ocp.CheckpointManager, restore: Callable[[int], T], st
     if isinstance(found, Exception):
         raise InputError(f"checkpoint {step} in {manager.directory} is damaged ({_first_line(found)}); there are {kept}")
     return step, found
+
+
+def add_metrics(home: Path, step: int, metrics: dict[str, float]) -> None:
+    """Give a checkpoint that was written without an evaluation its metrics, where orbax has them; managers see them after
+    `reload`. All else stays as it is: the checkpoint may be the only one."""
+    into = home / "checkpoints" / str(step) / "metrics"
+    into.mkdir(exist_ok=True)
+    write_whole(into / "metrics", json.dumps(metrics))
 
 
 def put_aside(home: Path, step: int) -> Path:

@@ -5,6 +5,7 @@ import importlib
 import io
 import logging
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -96,19 +97,21 @@ def _check_output(verb: str) -> None:
 def _refused_path(error: BaseException, arguments: list[str]) -> str | None:
     """The path of the command line that cannot be used, if that is what the error says: any other is a fault of ours.
 
-    A file that may not be written counts below such a path too; one that is there already, or is no directory, only where
-    it is that path or leads there.
+    A file that may not be written counts below such a path too, and so does a name that is too long, as a text is where a
+    path is wanted; one that is there already, or is no directory, only where it is that path or leads there.
     """
     if not isinstance(error, OSError) or not isinstance(error.filename, str | bytes | os.PathLike):
         return None
-    forbidden = isinstance(error, PermissionError) or error.errno == errno.EROFS
+    forbidden = isinstance(error, PermissionError) or error.errno in (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
     if not forbidden and not isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError):
         return None
     path = Path(os.fsdecode(error.filename)).absolute()
     words = [word.partition("=")[2] if word.startswith("-") else word for word in arguments]
     named = [Path(os.path.expanduser(word)).absolute() for word in [*words, "runs", "launches"] if word]
     leads_there = any(path == p or path in p.parents for p in named)
-    return str(path) if leads_there or (forbidden and any(p in path.parents for p in named)) else None
+    if not leads_there and not (forbidden and any(p in path.parents for p in named)):
+        return None
+    return f"{str(path)[:100]}..." if error.errno == errno.ENAMETOOLONG else str(path)
 
 
 def _keep_compiled_programs() -> None:
@@ -128,6 +131,17 @@ def _disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _nobody_reads() -> bool:
+    """Whether whoever read standard output has gone, as `| head` does. A store's connection breaks with the same error."""
+    try:
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)  # errors are reported in any case
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _several_processes() -> bool:
@@ -206,9 +220,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except SystemExit as e:  # tyro has said what was wrong
         return e.code if isinstance(e.code, int) else 2
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (whoever read us has gone)
-        return 0
     except (Busy, CheckpointUnavailable) as e:
         log(f"bothways {verb}: {e}")
         return _leave(1)
@@ -216,6 +227,9 @@ def main(argv: list[str] | None = None) -> int:
         log(f"bothways {verb}: {e}")
         return 128 + e.signal if isinstance(e, Stopped) else 3
     except Exception as e:
+        if isinstance(e, BrokenPipeError) and _nobody_reads():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for what Python writes at its end)
+            return 0
         if path := _refused_path(e, rest):
             log(f"bothways {verb}: cannot use {path}: {e.strerror}; name another file or directory")
             return _leave(2)

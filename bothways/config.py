@@ -368,11 +368,20 @@ class FinetuneConfig:
         for name in ("epochs", "save_every_minutes"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it cannot be negative")
-        if self.lm_weight < 0:
-            raise InputError(f"lm-weight is {self.lm_weight}; it cannot be negative")
+        for name in ("lm_weight", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it cannot be negative")
+        for name in ("warmup_share", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be in [0, 1)")
         if self.lm_weight and kind != "causal":
             raise InputError("--lm-weight is for causal runs; one that reads both ways sees the next token")
         if self.length and not 5 <= self.length <= context:  # two texts of a token each, and what stands around them
             raise InputError(f"length is {self.length}; it must be between 5 and the model's context, {context}, or 0")
-        if not all(rate > 0 for rate in self.learning_rates):
-            raise InputError(f"learning rates {self.learning_rates}: each must be positive")
+        if not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise InputError(f"learning-rates is {self.learning_rates}; each must be positive and finite")
+        names = [f"{rate:g}" for rate in self.learning_rates]  # those of the candidates' directories
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(
+                f"learning-rates has {', '.join(twice)} more than once, to the six digits that tell rates apart; give each once"
+            )

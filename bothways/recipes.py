@@ -93,7 +93,8 @@ class Recipe:
                         f"{shards * self.train.grad_accum_steps}, or change the mesh"
                     )
             kind, wanted = self.objective.kind, OBJECTIVES_BY_FAMILY[self.family]
-            least = 5 if self.objective.next_sentence else 3 if kind == "spans" else 2  # with what stands around a token
+            framed = kind in ("masked", "hybrid", "spans")  # a token, and what stands around it
+            least = 5 if self.objective.next_sentence else 3 if framed else 2
             for name, length in (
                 ("model.context_length", self.model.context_length),
                 ("train.short_length", self.train.short_length),
@@ -233,7 +234,12 @@ class Recipe:
             values = json.loads(text)
         except json.JSONDecodeError as e:
             raise InputError(f"a recipe that is not JSON: {e}") from e
-        return _build(cls, upgrade_recipe(values) if isinstance(values, dict) else values, "recipe")
+        return cls.from_values(values, "recipe")
+
+    @classmethod
+    def from_values(cls, values: Any, where: str) -> "Recipe":
+        """As `from_json`, of what the JSON holds; `where` is what an error calls it."""
+        return _build(cls, upgrade_recipe(values) if isinstance(values, dict) else values, where)
 
     def differences(self, other: "Recipe") -> list[str]:
         """Fields in which two recipes make different runs, as `field: mine -> other's`."""
@@ -287,6 +293,10 @@ def _build(cls: type, values: Any, where: str) -> Any:
         types, expected = IN_JSON[get_origin(hint) or hint]
         if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
             raise InputError(f"{where}.{name} is {json.dumps(value)[:60]}; it must be {expected}")
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise InputError(f"{where}.{name} is {value!r}; there are {', '.join(map(repr, get_args(hint)))}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{where}.{name} is {value}; it must be a finite number")
         if types is list:
             element, wanted = IN_JSON[get_origin(get_args(hint)[0]) or get_args(hint)[0]]
             if not all(isinstance(v, element) and (element is bool or not isinstance(v, bool)) for v in value):

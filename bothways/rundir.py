@@ -39,6 +39,7 @@ from bothways.checkpoints import (
 )
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import CheckpointUnavailable, InputError
+from bothways.files import read_json, write_whole
 from bothways.formats import FORMAT, version_of
 from bothways.locks import locked
 from bothways.model import adapters
@@ -54,14 +55,23 @@ BASE = "adapters.json"
 Log = Callable[[str], None]
 
 
+def _named(home: str | os.PathLike) -> str:
+    name = os.fspath(home)
+    if not name:
+        raise InputError(
+            "the name of a directory is empty, as of a variable that is not set; give one, or . for this one"
+        )
+    return name
+
+
 def directory(home: str | os.PathLike) -> Path:
     """A run directory by its name: a path on disk, or gs://, s3:// on a bucket, which has the same methods.
 
     Raises:
-      InputError: the bucket cannot be reached from here.
+      InputError: an empty name, or a bucket that cannot be reached from here.
       CheckpointUnavailable: it does not answer now.
     """
-    name = os.fspath(home)
+    name = _named(home)
     if "://" not in name:
         return Path(name)
     if name.startswith(("gs://", "gcs://")):
@@ -83,9 +93,9 @@ def on_disk(home: str | os.PathLike) -> Path:
     """A directory by its name that only a disk can hold.
 
     Raises:
-      InputError: it is on a bucket.
+      InputError: an empty name, or it is on a bucket.
     """
-    if "://" in os.fspath(home):
+    if "://" in _named(home):
         raise InputError(
             f"{home} is on a bucket, and this is written to a disk only: give a directory, and copy it there"
         )
@@ -151,13 +161,13 @@ def read_recipe(home: Path) -> Recipe:
     if not path.exists():
         what = "is not a run directory: it has no recipe.json" if home.exists() else "does not exist"
         raise InputError(f"{home} {what}; give the directory that `bothways train` wrote, such as runs/shakespeare_gpt")
-    return Recipe.from_json(path.read_text())
+    return Recipe.from_values(read_json(path), f"{path}: recipe")
 
 
 def trained_on(home: Path, *fingerprints: str) -> bool:
     """Whether text with one of these fingerprints is what a run was trained on; of imported runs nobody knows: yes."""
     path = home / "corpus.json"
-    return not path.exists() or json.loads(path.read_text())["fingerprint"] in fingerprints
+    return not path.exists() or read_json(path).get("fingerprint") in fingerprints
 
 
 def newest_step(home: Path) -> int:
@@ -171,27 +181,32 @@ def read_task(home: Path) -> TaskInfo | None:
     path = home / "task.json"
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
+    found = read_json(path)
     version_of(found, str(path))
     found.pop("format", None)
-    return TaskInfo(**found | {"labels": tuple(found["labels"]), "metrics": tuple(found["metrics"])})
+    try:
+        return TaskInfo(**found | {name: tuple(found[name]) for name in ("labels", "metrics")})
+    except (KeyError, TypeError) as e:
+        raise InputError(f"{path} does not say what the run was fine-tuned for ({e}); put back a copy of it") from e
 
 
 def write_task(home: Path, task: TaskInfo) -> None:
-    (home / "task.json").write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(task)}, indent=2))
+    write_whole(home / "task.json", json.dumps({"format": FORMAT, **dataclasses.asdict(task)}, indent=2))
 
 
 def write_base(home: Path, base: Path, step: int | None = None) -> None:
     """Note which run, and which checkpoint of it (None: the newest), adapters are for."""
     where = base if on_bucket(base) else base.absolute()  # opened from any working directory
     step = newest_step(base) if step is None else step
-    (home / BASE).write_text(json.dumps({"format": FORMAT, "base": str(where), "step": step}))
+    write_whole(home / BASE, json.dumps({"format": FORMAT, "base": str(where), "step": step}))
 
 
 def base_of(home: Path) -> tuple[Path, int]:
     """The run, and the step of its checkpoint, that a run of adapters is for. Raises InputError where it is not there."""
-    found = json.loads((home / BASE).read_text())
+    found = read_json(home / BASE)
     version_of(found, str(home / BASE))
+    if not isinstance(found.get("base"), str) or not isinstance(found.get("step"), int):
+        raise InputError(f"{home / BASE} does not say which run, and which step of it, adapters are for; put back a copy")
     base = directory(found["base"])
     if not (base / "recipe.json").exists():
         raise InputError(

@@ -178,6 +178,8 @@ def shardings_for_inference(shapes: Any, cfg: MeshConfig) -> Any:
     devices = jax.local_devices()
     sizes = cfg.sizes(len(devices))
     wanted = math.prod(sizes.values())
+    if wanted <= len(devices) and (problems := cfg.problems(wanted)):
+        raise InputError("; ".join(problems))
     if wanted > len(devices):
         raise InputError(f"mesh {sizes} wants {wanted} devices, and this host has {len(devices)}")
     if wanted > 1:

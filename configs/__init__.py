@@ -8,6 +8,7 @@ import pkgutil
 from pathlib import Path
 
 from bothways.errors import InputError
+from bothways.files import read_json
 from bothways.recipes import Recipe
 
 
@@ -31,7 +32,7 @@ def find(name: str) -> Recipe:
     if name.endswith(".json"):
         if not Path(name).is_file():
             raise InputError(f"no recipe file {name}")
-        return Recipe.from_json(Path(name).read_text())
+        return Recipe.from_values(read_json(Path(name)), f"{name}: recipe")
     known = names()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

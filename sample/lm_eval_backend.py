@@ -129,6 +129,24 @@ def generation_options(how: dict[str, Any], most: int) -> dict[str, Any]:
     } | drawing
 
 
+def check(tasks: Sequence[str], tasks_from: Path | None = None) -> Any:
+    """The harness' task manager.
+
+    Raises:
+      InputError: no such task.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if tasks_from is not None and not tasks_from.is_dir():
+        raise InputError(f"--tasks-from {tasks_from} is no directory; give one with the YAML files of tasks")
+    manager = TaskManager(include_path=str(tasks_from) if tasks_from else None)
+    if unknown := [t for t in tasks if t not in manager.all_tasks]:
+        raise InputError(
+            f"lm-eval has no task {unknown[0]!r}; `lm-eval ls tasks` lists them, --tasks-from DIR adds your own"
+        )
+    return manager
+
+
 def evaluate(
     model: Any,
     tasks: Sequence[str],
@@ -148,15 +166,11 @@ def evaluate(
       InputError: no such task, or data that cannot be had here.
     """
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(tasks_from) if tasks_from else None)
+    manager = check(tasks, tasks_from)
+    if shots is not None and shots < 0:
+        raise InputError(f"shots is {shots}; it must be 0 or more demonstrations")
     backend = BothwaysLM(model, rule)
-    unknown = [t for t in tasks if t not in manager.all_tasks]
-    if unknown:
-        raise InputError(
-            f"lm-eval has no task {unknown[0]!r}; `lm-eval ls tasks` lists them, --tasks-from DIR adds your own"
-        )
     try:
         found = lm_eval.simple_evaluate(
             backend, tasks=list(tasks), num_fewshot=shots, task_manager=manager, limit=limit, log_samples=False

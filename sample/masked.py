@@ -34,6 +34,8 @@ from bothways.sample.text import (
 
 Batch = dict[str, np.ndarray]
 BATCH = 64
+USUAL_BLOCK = 16
+"""Masks that are written together by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +180,8 @@ class MaskedModel(Embedder):
         Returns:
           for every row log-probabilities [masks] of its tokens, and ids and log-probabilities [masks, top] of candidates.
         """
+        if not rows:
+            return []
         method = method or SamplingParams.make(greedy=True)
         keys = keys if keys is not None else [jax.random.key(0)] * len(rows)
         how = Denoising.make(steps, threshold, remask, any_order)
@@ -215,7 +219,7 @@ class MaskedModel(Embedder):
         num: int = 1,
         seed: PerPrompt = 0,
         stop: Sequence[str] = (),
-        block: int = 16,
+        block: int | None = None,
         steps: int = 16,
         threshold: float = 0.0,
         remask: bool = False,
@@ -232,12 +236,14 @@ class MaskedModel(Embedder):
 
         Args:
           max_tokens, seed: one for all prompts, or one for each.
+          block: None: 16, or half of a shorter context.
           stream: called with (index of the result, new piece of text) after every block.
 
         Raises:
           InputError: numbers out of range, or a prompt longer than the context.
         """
         check_limits(max_tokens, num, stop)
+        block = min(USUAL_BLOCK, self.context_length // 2) if block is None else block
         for name, value in (("block", block), ("steps", steps)):
             if value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")

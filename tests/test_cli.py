@@ -1,5 +1,6 @@
 """The command line: results on standard output, everything else on standard error, exit codes that mean something."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,9 +11,11 @@ import pytest
 
 import bothways
 from bothways.cli import COMMANDS
+from bothways.commands.chat import turns
 from bothways.commands.plan import PlanOptions
 from bothways.commands.shared import parse_recipe
 from bothways.data import tokens
+from bothways.errors import InputError
 from bothways.sample.text import Score
 from bothways.train.loop import Result
 
@@ -64,6 +67,19 @@ def test_only_texts_that_fit_are_filled_after_training(monkeypatch, capfd):
     assert asked == ["the [MASK] of the [MASK]", "I [MASK] you,"]
 
 
+def test_a_run_that_cannot_be_shown_is_trained_all_the_same(monkeypatch, capfd):
+    def evaluate(*_, **__):
+        raise InputError("the validation split has no token that the model predicts")
+
+    model = types.SimpleNamespace(recipe=bothways.recipe("shakespeare_bert"))
+    monkeypatch.setattr("bothways.train.loop.train", lambda *_: Result("x", 1, 1.0, None, 1.0, 1.0))
+    monkeypatch.setattr("bothways.load", lambda *_, **__: model)
+    monkeypatch.setattr("bothways.sample.evaluate.evaluate", evaluate)
+    out, err = call(capfd, "train", "shakespeare_bert", "--json")
+    assert json.loads(out)["loss"] == 1.0
+    assert "no token that the model predicts" in err
+
+
 def test_sample_json(run_home, capfd):
     argv = ["sample", run_home, "the dog", "QUEEN:", "--num", "2", "--seed", "1", "--max-tokens", "9", "--json"]
     first = call(capfd, *argv).out
@@ -100,6 +116,30 @@ def test_a_text_without_tokens_has_no_log_probability(monkeypatch, tmp_path, cap
     found = [json.loads(line) for line in call(capfd, *argv, "--json").out.splitlines()]
     assert [(r["logprob"], r["tokens"]) for r in found] == [(-6.0, 3), (None, 0)]
     assert [line.split()[0] for line in call(capfd, *argv).out.splitlines()] == ["-6.000", "-"]
+
+
+def test_lines_come_from_a_pipe_and_from_standard_input(monkeypatch, tmp_path, capfd):
+    score = lambda texts: [Score.of(text, -1.0, 1, "causal") for text in texts]  # noqa: E731
+    monkeypatch.setattr("bothways.load", lambda *_, **__: types.SimpleNamespace(task=None, score=score))
+    reader, writer = os.pipe()  # as <(...) of a shell gives
+    os.write(writer, b"a line\r\n")
+    os.close(writer)
+    assert "a line" in call(capfd, "score", "run", f"/dev/fd/{reader}").out
+    os.close(reader)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfanother\n")))
+    assert call(capfd, "score", "run", "-").out.endswith("  another\n")
+    assert "is a directory; give a file" in call(capfd, "score", "run", str(tmp_path), code=2).err
+
+
+def test_a_byte_order_mark_is_none_of_the_first_turn(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfwho is there?\r\n\nno one\n")))
+    assert list(turns()) == ["who is there?", "no one"]
+
+
+@pytest.mark.parametrize("argv", [["train"], ["evaluate"], ["import", "x"], ["finetune", "x"], ["export", "x"]])
+def test_a_text_where_a_path_is_wanted_is_refused(capfd, argv):
+    """Its name is too long for a file; nothing is read before."""
+    assert "File name too long; name another" in call(capfd, *argv[:1], "to be or not " * 40, *argv[1:], code=2).err
 
 
 def test_scores_are_shown_while_later_lines_wait(monkeypatch, tmp_path, capfd):

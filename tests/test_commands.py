@@ -139,7 +139,7 @@ def plainly(text: str) -> object:
 def test_every_command_gives_json_or_says_what_is_wrong(folder, kind, tmp_path, capfd, monkeypatch):
     refused = set()
     for name, argv in commands(folder, kind, tmp_path).items():
-        monkeypatch.setattr("sys.stdin", io.StringIO("the dog\n"))  # a turn of `chat`
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the dog\n")))  # a turn of `chat`
         code = bothways.main([*argv, "--json"])
         out, err = capfd.readouterr()
         assert code in (0, 2), f"{name}: {err}"

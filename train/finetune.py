@@ -27,6 +27,7 @@ from bothways.data import metrics
 from bothways.data.hold_out import labels_of
 from bothways.data.tasks import Task
 from bothways.errors import Diverged, InputError
+from bothways.files import read_json, write_whole
 from bothways.formats import FORMAT
 from bothways.log import log
 from bothways.rundir import Run, TaskInfo
@@ -199,12 +200,12 @@ def candidate(runner: FinetuneRunner, home: Path, rate: float, seed: int, pretra
     no validation."""
     done = home / "result.json"
     if done.exists():
-        return json.loads(done.read_text())
+        return read_json(done)
     result: dict[str, Any] = {"validation": None, "test": None, "step": None, "confusion": None}
     try:
         run_steps(runner.job(home, rate, seed, pretrained))
     except Diverged as e:
-        log(f"  rate {rate:g}, seed {seed}: {e}")
+        log(f"  rate {rate:g}, seed {seed}: {str(e).partition(';')[0]}; it counts for nothing")
     else:
         step, validation, params = runner.best(home)
         test, counts = runner.tested(params)
@@ -246,7 +247,7 @@ def check_free(home: Path, plan: dict[str, Any]) -> None:
     kept = home / "finetune.json"
     if not home.is_dir() or not kept.exists():
         raise InputError(f"{home} exists already; give another directory with --workdir")
-    theirs = json.loads(kept.read_text())
+    theirs = read_json(kept)
     if changed := [f"{k}: {theirs.get(k)} -> {v}" for k, v in plan.items() if theirs.get(k) != v]:
         raise InputError(
             f"{home} exists already and holds another fine-tuning; its settings -> yours:\n"
@@ -261,9 +262,7 @@ def write_json(path: Path, value: Any) -> None:
     with contextlib.suppress(FileNotFoundError):
         if path.read_text() == text:
             return
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text)
-    partial.replace(path)
+    write_whole(path, text)
 
 
 def save(home: Path, run: Run, params: Any, info: TaskInfo) -> None:
@@ -279,6 +278,4 @@ def save(home: Path, run: Run, params: Any, info: TaskInfo) -> None:
             items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave({"step": 0})}
             manager.save(0, args=ocp.args.Composite(**items))
             manager.wait_until_finished()
-    partial = home / ".recipe.json"
-    partial.write_text(run.recipe.to_json())
-    partial.replace(home / "recipe.json")
+    write_whole(home / "recipe.json", run.recipe.to_json())

@@ -48,13 +48,18 @@ def start(cfg: HostsConfig) -> None:
     """Join the other processes; does nothing where there are none, or where they are joined already.
 
     Raises:
-      InputError: some of address, count and index are known, and not the others.
+      InputError: some of address, count and index are known, and not the others; or one is no such number.
     """
+    if cfg.count < 0 or cfg.index < -1 or cfg.heartbeat < 1:
+        raise InputError(
+            f"hosts.count={cfg.count} must be 0 or more, hosts.index={cfg.index} -1 or more, and hosts.heartbeat="
+            f"{cfg.heartbeat} at least 1 second"
+        )
     if cfg.count == 1 or jax.distributed.is_initialized():
         return
     address = cfg.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    count = cfg.count or int(os.environ.get("JAX_NUM_PROCESSES", 0)) or None
-    index = cfg.index if cfg.index >= 0 else int(os.environ.get("JAX_PROCESS_ID", -1))
+    count = cfg.count or _number("JAX_NUM_PROCESSES", 0) or None
+    index = cfg.index if cfg.index >= 0 else _number("JAX_PROCESS_ID", -1)
     given = {"coordinator_address": address or None, "num_processes": count, "process_id": index if index >= 0 else None}
     explicit = any(value is not None for value in given.values())
     try:
@@ -71,6 +76,15 @@ def start(cfg: HostsConfig) -> None:
         alone = isinstance(e, ValueError) or "before any JAX calls" in str(e)  # no cluster; or JAX runs already
         if not alone:
             raise
+
+
+def _number(variable: str, otherwise: int) -> int:
+    """What an environment variable says, if it is set to anything."""
+    found = os.environ.get(variable) or str(otherwise)
+    try:
+        return int(found)
+    except ValueError:
+        raise InputError(f"{variable} is {found!r}; it must be a whole number") from None
 
 
 NOISE = b"[Gloo]"
@@ -156,37 +170,74 @@ def time_to_save(minutes: int, every: int) -> Callable[[int], bool]:
     return due
 
 
-@contextlib.contextmanager
-def preemption_requested() -> Iterator[Callable[[int], int]]:
-    """A function (step) -> the signal after which to save and stop there, or 0; every process calls it once a step.
+class Abandoned(Exception):
+    """A signal came while something was done that can be done again."""
 
-    SIGTERM and Ctrl-C no longer end the process; a second Ctrl-C does. Of several processes any may get the signal; JAX's
-    coordination service tells the others, and all stop at the same step.
-    """
-    several, came = jax.process_count() > 1, 0
+    def __init__(self, number: int):
+        super().__init__(f"signal {number}")
+        self.number = number
 
-    def notice(number: int, _: Any) -> None:
-        nonlocal came
+
+@dataclasses.dataclass
+class Preemption:
+    """Whether to save and stop: called once a step by every process, (step) -> the signal that came, or 0."""
+
+    several: bool = False
+    came: int = 0
+    _abandons: bool = False
+
+    def __call__(self, step: int) -> int:
+        if not self.several:
+            return self.came
+        return (self.came or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else 0
+
+    @contextlib.contextmanager
+    def abandons(self) -> Iterator[None]:
+        """What is done inside is left at once when a signal comes: a notice gives 30 s, and an evaluation may take longer.
+
+        Several processes go on to its end, since all must leave together.
+
+        Raises:
+          Abandoned: a signal came.
+        """
+        self._abandons = not self.several
+        try:
+            yield
+        finally:
+            self._abandons = False
+
+    def notice(self, number: int, _: Any) -> None:
+        """What a signal does."""
         if number == signal.SIGINT:
-            if came == signal.SIGINT:
+            if self.came == signal.SIGINT:
                 raise KeyboardInterrupt
             # Not through the console, which the signal may have interrupted.
             os.write(2, b"Ctrl-C: saves after this step and stops; once more ends it at once, unsaved\n")
-            if several:
-                os.kill(os.getpid(), signal.SIGTERM)  # which JAX shares with the other processes
-        came = number
+        if self.several and number != signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGTERM)  # which JAX shares with the other processes
+        self.came = number
+        if self._abandons:
+            raise Abandoned(number)
 
-    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+
+@contextlib.contextmanager
+def preemption_requested() -> Iterator[Preemption]:
+    """Says at each step whether a signal came after which to save and stop.
+
+    SIGTERM, Ctrl-C and a terminal that closes no longer end the process; a second Ctrl-C does. Of several processes any may
+    get the signal; JAX's coordination service tells the others, and all stop at the same step.
+    """
+    found = Preemption(jax.process_count() > 1)
+    numbers = [signal.SIGINT] if found.several else [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup, which ignores it, or whoever handles it
+        numbers.append(signal.SIGHUP)
     try:
-        before = {number: signal.signal(number, notice) for number in numbers}
+        before = {number: signal.signal(number, found.notice) for number in numbers}
     except ValueError:  # not in the main thread: whoever runs the thread handles signals
-        yield lambda _: 0
+        yield found
         return
     try:
-        if several:
-            yield lambda step: (came or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else 0
-        else:
-            yield lambda _: came
+        yield found
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

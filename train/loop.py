@@ -20,6 +20,7 @@ from bothways.data.metrics import Ratio
 from bothways.data.tokenizer import Tokenizer
 from bothways.embedding import write_embedding
 from bothways.errors import Busy, InputError
+from bothways.files import write_whole
 from bothways.flops import recipe_flops_per_token
 from bothways.log import log
 from bothways.recipes import Recipe
@@ -147,15 +148,13 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
     if writes and existing is None:
         home.mkdir(parents=True, exist_ok=True)
         tokenizer.save_in(home)
-        (home / "corpus.json").write_text(json.dumps({"fingerprint": corpus.fingerprint}))
+        write_whole(home / "corpus.json", json.dumps({"fingerprint": corpus.fingerprint}))
         if objective.embedding:
             write_embedding(home, objective.embedding(recipe))
         if recipe.model.lora.rank:
             rundir.write_base(home, rundir.directory(cfg.init_from))
     if writes and existing != recipe:  # of a run that goes on: what it may change, readers must see
-        partial = home / ".recipe.json"
-        partial.write_text(recipe.to_json())
-        partial.replace(home / "recipe.json")
+        write_whole(home / "recipe.json", recipe.to_json())
 
     # ---- weights ----------------------------------------------------------------------------------------------
     # The first of these that there is:
@@ -224,7 +223,8 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
     )
     figures = run_steps(job)
     bpb = figures.get("bits_per_byte")
-    return Result(str(home), cfg.steps, figures["loss"], bpb, time.monotonic() - began, meter.tokens_per_second)
+    made = rundir.newest_step(home)  # fewer than train.steps where train.patience ended it
+    return Result(str(home), made, figures["loss"], bpb, time.monotonic() - began, meter.tokens_per_second)
 
 
 class Evaluator:

@@ -2,12 +2,14 @@
 
 import io
 import json
+import math
 import time
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bothways import rundir
+from bothways.files import write_whole
 from bothways.log import console, log
 from bothways.train.trackers import TRACKERS, Tracker
 
@@ -56,20 +58,22 @@ class Reporter:
     def _drop_lines_after(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
+        text, kept = self.path.read_text(errors="replace"), []
+        for line in text.splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError):
+            except (json.JSONDecodeError, KeyError, TypeError):
                 continue  # the line that a kill cut short
-        self.path.write_text("".join(line + "\n" for line in kept))
+        if (left := "".join(line + "\n" for line in kept)) != text:
+            write_whole(self.path, left)  # on a full disk the curves so far stay
 
     def log(self, step: int, metrics: dict[str, float], shown: str) -> None:
         """One line of metrics, and what the progress bar says beside it."""
         if not self.active:
             return
-        self.lines.write(json.dumps({"step": step, **metrics}) + "\n")
+        known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        self.lines.write(json.dumps({"step": step, **known}) + "\n")
         self.lines.flush()
         if time.monotonic() - self.uploaded > UPLOAD_EVERY:
             self.upload()
@@ -112,9 +116,8 @@ class Reporter:
         import matplotlib.pyplot as plt
 
         rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-        train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
         key = "eval_bits_per_byte" if any("eval_bits_per_byte" in r for r in rows) else "eval_loss"
-        held = [(r["step"], r[key]) for r in rows if key in r]
+        train, held = ([(r["step"], r[name]) for r in rows if r.get(name) is not None] for name in ("loss", key))
         if not train:
             return
         figure, left = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -132,12 +135,13 @@ class Reporter:
             label = "held-out " + key.removeprefix("eval_").replace("_", " ")
             right.plot(*zip(*held, strict=True), color="tab:orange", marker="o", markersize=3, label=label)
             for name in sorted({name for r in rows for name in r if name.startswith(f"{key}/")}):
-                of = [(r["step"], r[name]) for r in rows if name in r]
+                of = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
                 right.plot(*zip(*of, strict=True), linewidth=1, linestyle="--", label=name.removeprefix("eval_"))
             right.set_ylabel(f"{label} (last {held[-1][1]:.3f})")
             more = right.get_legend_handles_labels()
             handles, labels = handles + more[0], labels + more[1]
         left.legend(handles, labels)
-        with (self.home / "loss.png").open("wb") as out:
-            figure.savefig(out, dpi=120, format="png")
+        out = io.BytesIO()
+        figure.savefig(out, dpi=120, format="png")
         plt.close(figure)
+        write_whole(self.home / "loss.png", out.getvalue())

@@ -92,8 +92,8 @@ def run_steps(job: Job) -> dict[str, float]:
         manager.save(step, args=items, metrics=metrics)
         reporter.upload()
 
-    def evaluated(step: int) -> dict[str, float]:
-        with meter.paused():
+    def evaluated(step: int, stop_at: hosts.Preemption) -> dict[str, float]:
+        with meter.paused(), stop_at.abandons():
             held = job.evaluate(state.weights)
         reporter.log(step, {f"eval_{k}": v for k, v in held.items()}, job.shown(held))
         return held
@@ -107,9 +107,10 @@ def run_steps(job: Job) -> dict[str, float]:
         with hosts.preemption_requested() as stop_at:
             if start and (start % cfg.eval_every == 0 or start == cfg.steps) and not manager.metrics(start):
                 # A signal cut this off: the checkpoint gets what it lacks, so that it may be the best.
-                held = evaluated(start)
-                manager.delete(start)
-                save(start, held)
+                held = evaluated(start, stop_at)
+                with hosts.process_zero_first():
+                    checkpoints.add_metrics(home, start, held)
+                manager.reload()
                 if checkpoints.selection(held) < best:
                     best, best_at = checkpoints.selection(held), start
                 settled = cfg.patience > 0 and start - best_at >= cfg.patience * cfg.eval_every
@@ -135,7 +136,11 @@ def run_steps(job: Job) -> dict[str, float]:
                     _report(reporter, meter, *pending, cfg)
                     pending = None
                 if evaluating:
-                    held = evaluated(done)
+                    try:
+                        held = evaluated(done, stop_at)
+                    except hosts.Abandoned as e:
+                        stopping = e.number
+                if held is not None:
                     if checkpoints.selection(held) < best:
                         best, best_at = checkpoints.selection(held), done
                     last = last or (cfg.patience > 0 and done - best_at >= cfg.patience * cfg.eval_every)
@@ -143,15 +148,17 @@ def run_steps(job: Job) -> dict[str, float]:
                     save(done, held)
                 if stopping:
                     manager.wait_until_finished()
-                    by = "Ctrl-C" if stopping == signal.SIGINT else "SIGTERM"
-                    saved = f"stopped by {by} at step {done}; saved in {home}, run the same command to go on"
-                    raise Stopped(saved, stopping)
+                    raise _stopped(stopping, done, home)
                 if last:
                     break
             if held is None:  # the run was complete already
-                held = job.evaluate(state.weights)
+                with stop_at.abandons():
+                    held = job.evaluate(state.weights)
             manager.wait_until_finished()
         tidy = True
+    except hosts.Abandoned as e:  # in an evaluation behind a checkpoint
+        tidy = True
+        raise _stopped(e.number, start, home) from e
     except (Stopped, Diverged):  # on every process
         tidy = True
         raise
@@ -162,6 +169,11 @@ def run_steps(job: Job) -> dict[str, float]:
             reporter.plot()
             manager.close()
     return held
+
+
+def _stopped(number: int, step: int, home: Path) -> Stopped:
+    by = {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the end of its terminal (SIGHUP)"}.get(number, "SIGTERM")
+    return Stopped(f"stopped by {by} at step {step}; saved in {home}, run the same command to go on", number)
 
 
 def _restore(job: Job) -> tuple[int, TrainState] | None:

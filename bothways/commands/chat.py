@@ -90,14 +90,16 @@ def turns() -> Iterator[str]:
     asked = sys.stdin.isatty()
     if asked:
         import readline  # noqa: F401  (so that a line can be edited)
+    first = True
     while True:
         try:
-            line = input("> ") if asked else sys.stdin.readline()
+            line = input("> ") if asked else sys.stdin.buffer.readline().decode("utf-8-sig" if first else "utf-8")
         except EOFError:
             print(file=sys.stderr)
             return
         except UnicodeDecodeError as e:
             raise InputError(f"standard input is not UTF-8 (offset {e.start})") from e
+        first = False
         if not asked and not line:
             return
         if text := line.strip():

@@ -1,6 +1,7 @@
 """`bothways evaluate`: held-out loss and bits per byte, and tasks of lm-evaluation-harness and mteb."""
 
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -48,9 +49,12 @@ def evaluate(
         raise InputError("--shots, --rule and --tasks-from are for lm-eval tasks, such as lm-eval:lambada_openai")
     if rows < 0:
         raise InputError(f"--rows is {rows}; it must be 0 (all) or more")
-    figures = (
-        evaluate(model, own, log, rows) if own else []
-    )  # a task needs nothing of the text that the run was trained on
+    harness: Any = None
+    if vectors:
+        try:
+            from bothways.sample import mteb_backend
+        except ModuleNotFoundError as e:
+            raise InputError(f"mteb tasks need {e.name}, which is not installed: pip install 'bothways[mteb]'") from e
     if tasks:
         try:
             from bothways.sample import lm_eval_backend as harness
@@ -58,13 +62,17 @@ def evaluate(
             raise InputError(
                 f"lm-eval tasks need {e.name}, which is not installed: pip install 'bothways[lmeval]'"
             ) from e
-        figures += harness.evaluate(model, tasks, shots, rule, tasks_from)
+        harness.check(tasks, tasks_from)  # before minutes are spent on the others
+    if own:  # a task needs nothing of the text that the run was trained on
+        show(evaluate(model, own, log, rows), json)
+    if tasks:
+        show(harness.evaluate(model, tasks, shots, rule, tasks_from), json)
     if vectors:
-        try:
-            from bothways.sample import mteb_backend
-        except ModuleNotFoundError as e:
-            raise InputError(f"mteb tasks need {e.name}, which is not installed: pip install 'bothways[mteb]'") from e
-        figures += mteb_backend.evaluate(model, vectors)
+        show(mteb_backend.evaluate(model, vectors), json)
+
+
+def show(figures: list[Any], json: bool) -> None:
+    """Print figures, each with its interval."""
     for figure in figures:
         if figure.suite.startswith("mteb:"):
             emit(figure, json, f"{figure.suite} {figure.metric} {figure.value:.4f}", ("interval",))

@@ -113,6 +113,7 @@ def capability(model: Any, verb: str, why: str) -> Callable[..., Any]:
 
 def read_lines(file: Path | None, columns: tuple[str, ...] = ("text",)) -> list[str]:
     """Texts, one a line; of a .csv, .tsv or .jsonl file the texts under `columns`, those that there are, with tabs between.
+    No file, or `-`, is standard input; a file may be a pipe.
 
     Line ends are those of any system, and a byte order mark is none of the text.
 
@@ -121,8 +122,11 @@ def read_lines(file: Path | None, columns: tuple[str, ...] = ("text",)) -> list[
     """
     from bothways.data import files
 
-    if file is not None and not file.is_file():
+    file = None if file == Path("-") else file
+    if file is not None and not file.exists():
         raise InputError(f"no file {file}")
+    if file is not None and file.is_dir():
+        raise InputError(f"{file} is a directory; give a file, with a text on each line")
     if file is not None and files.kind(file) in files.TABLES:
         return [files.line_of(record, columns, file, number) for number, record in files.records(file)]
     if file is None and sys.stdin is None:

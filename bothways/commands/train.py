@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -61,9 +61,20 @@ def train(argv: list[str]) -> None:
         if jax.process_index() == 0:
             emit(result, given.json, shown)
         return
-    model = bothways.load(given.workdir)
+    try:
+        result, more = show_model(bothways.load(given.workdir), result)
+    except InputError as e:  # of a few held-out texts, say, nothing can be measured: the run is trained all the same
+        more = ""
+        log(f"the run is trained, and not shown: {e}")
+    emit(result, given.json, shown + more)
+
+
+def show_model(model: Any, result: Any) -> tuple[Any, str]:
+    """What a run that has been trained writes, on standard error; the result, and what is shown of it, with figures that
+    training does not measure."""
+    more = ""
     if model.recipe.objective.kind == "contrastive":
-        shown += "; how well it finds is what `bothways search` says"
+        more = "; how well it finds is what `bothways search` says"
     elif model.recipe.family == "bert":
         from bothways.sample.evaluate import evaluate
 
@@ -73,7 +84,7 @@ def train(argv: list[str]) -> None:
             log(f"held-out{name} {figure.metric} {figure.value:.3f} [{low:.3f}, {high:.3f}]")
             if figure.metric == "bits_per_byte" and not name:
                 result = dataclasses.replace(result, bits_per_byte=figure.value)
-                shown += f"; bits per byte by the diffusion bound {figure.value:.3f}"
+                more = f"; bits per byte by the diffusion bound {figure.value:.3f}"
         texts = ["To be, or [MASK] to be", "the [MASK] of the [MASK]", "I [MASK] you,"]
         fitting = [text for text in texts if len(model.tokenizer.encode(text)) + 2 <= model.context_length]
         for filled in model.fill(fitting, top=3, steps=2):
@@ -91,7 +102,7 @@ def train(argv: list[str]) -> None:
     else:
         speech = model.sample([""], max_tokens=250, temperature=0.8, top_p=0.95)[0]
         log(f"--- a sample without a prompt:\n{speech.text.strip()}\n---")
-    emit(result, given.json, shown)
+    return result, more
 
 
 def continuation_of(home: Path) -> Recipe:
@@ -99,7 +110,10 @@ def continuation_of(home: Path) -> Recipe:
     from bothways.rundir import read_recipe
 
     run = read_recipe(home)
-    vocabulary = next(home / name for name in ("tokenizer.json", "tokenizer.model") if (home / name).exists())
+    known = (home / name for name in ("tokenizer.json", "tokenizer.model"))
+    vocabulary = next((path for path in known if path.exists()), None)
+    if vocabulary is None:
+        raise InputError(f"{home} has no tokenizer.json or tokenizer.model; put back a copy of it")
     return dataclasses.replace(
         run,
         name=f"{home.name}-on",

@@ -241,6 +241,11 @@ def test_filling_a_text_changes_no_score(bodies, family):
         ("gpt", {"epochs": -1}, "epochs is -1; it cannot be negative"),
         ("gpt", {"batch_size": 0}, "batch-size is 0"),
         ("gpt", {"learning_rates": (1e-3, -1.0)}, "each must be positive"),
+        ("gpt", {"learning_rates": (1e-3, float("inf"))}, "each must be positive"),
+        ("gpt", {"learning_rates": (1e-3, 0.0010000001)}, "has 0.001 more than once"),
+        ("gpt", {"dropout": 1.0}, r"dropout is 1.0; it must be in \[0, 1\)"),
+        ("gpt", {"warmup_share": -0.1}, "warmup-share is -0.1"),
+        ("gpt", {"weight_decay": -1.0}, "weight-decay is -1.0; it cannot be negative"),
     ],
 )
 def test_numbers_out_of_range_are_refused(bodies, tmp_path, family, fields, message):

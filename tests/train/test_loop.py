@@ -22,7 +22,7 @@ from bothways.data.tokenizer import Tokenizer
 from bothways.errors import CheckpointUnavailable, Diverged, InputError, Stopped
 from bothways.flops import recipe_flops_per_token
 from bothways.sample import evaluate as figures
-from bothways.train import steps
+from bothways.train import loop, steps
 from bothways.train.loop import Evaluator, train
 from bothways.train.steps import Throughput, run_steps
 from tests.train.jobs import counting
@@ -296,3 +296,13 @@ def test_patience_ends_a_run_and_the_best_checkpoint_stays(tmp_path):
     for _ in range(2):  # it has ended: evaluated again, not gone on with
         assert run_steps(counting(tmp_path, cfg, held=losses.__getitem__)) == {"loss": 2.1}
         assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [2, 4]
+
+
+def test_the_result_says_how_many_steps_were_made(whole, recipe, monkeypatch):
+    """Not how many were allowed: patience may end a run before."""
+    home, result = whole
+    longer = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=recipe.train.steps + 9))
+    kept = (home / "recipe.json").read_text()
+    monkeypatch.setattr(loop, "run_steps", lambda job: {"loss": 1.0})
+    assert train(longer, home).steps == result.steps == recipe.train.steps
+    (home / "recipe.json").write_text(kept)
