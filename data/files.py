@@ -238,9 +238,7 @@ def text_stream(path: AnyPath, newline: str = "\n") -> Iterator[io.TextIOWrapper
 def _where_not_utf8(path: AnyPath) -> str:
     """The first bytes of a file that are no UTF-8; it is read once more for that, if it is no pipe."""
     offset = 0
-    if isinstance(path, Path) and not path.is_file():
-        return f"{path} is not UTF-8"
-    with opened(path) as stream:
+    with contextlib.nullcontext(()) if isinstance(path, Path) and not path.is_file() else opened(path) as stream:
         for number, line in enumerate(stream, 1):
             try:
                 line.decode()
