@@ -46,6 +46,38 @@ def test_the_openai_client_knows_what_went_wrong(client):
         client.completions.create(model="causal", prompt="a", suffix="b")
 
 
+def test_langchain_answers_streams_and_embeds(running, client):
+    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    where = {"base_url": f"{running.url}/v1", "api_key": "none", "max_retries": 0}
+    chat = langchain.ChatOpenAI(model="causal", max_tokens=8, seed=3, temperature=1, **where)
+    messages = [{"role": "user", "content": "the king?"}]
+    expected = client.chat.completions.create(model="causal", messages=messages, max_tokens=8, seed=3)
+    answer = chat.invoke("the king?")
+    assert answer.content == expected.choices[0].message.content
+    assert answer.usage_metadata["output_tokens"] == expected.usage.completion_tokens
+    assert "".join(piece.content for piece in chat.stream("the king?")) == answer.content
+    written = langchain.OpenAI(model="causal", max_tokens=8, seed=3, temperature=1, **where).invoke("the king")
+    assert written == client.completions.create(model="causal", prompt="the king", max_tokens=8, seed=3).choices[0].text
+    # Otherwise it cuts texts by the tokens of OpenAI's own models.
+    embedder = langchain.OpenAIEmbeddings(model="masked", check_embedding_ctx_length=False, **where)
+    found = client.embeddings.create(model="masked", input=["a river"]).data[0].embedding
+    np.testing.assert_allclose(embedder.embed_query("a river"), found, atol=1e-5)
+
+
+def test_mteb_embeds(client, homes, monkeypatch):
+    """Its client of OpenAI's endpoint, which counts tokens by a vocabulary that it would fetch."""
+    openai_models = pytest.importorskip(
+        "mteb.models.model_implementations.openai_models", reason="mteb is not installed", exc_type=ImportError
+    )
+    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: type("Bytes", (), {"encode": staticmethod(str.encode)}))
+    texts = ["the king", "a river"]
+    expected = [one.embedding for one in client.embeddings.create(model="masked", input=texts).data]
+    model = openai_models.OpenAIModel("masked", 100, embed_dim=len(expected[0]), client=client)
+    found = model.encode([{"text": texts}], task_metadata=None, hf_split="test", hf_subset="default")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_curl(running):
     call = ["curl", "-sN", f"{running.url}/v1/completions", "-d", '{"model": "causal", "prompt": "a", "stream": true}']
     lines = subprocess.run(call, capture_output=True, text=True, check=True).stdout.split("\n\n")

@@ -16,7 +16,7 @@ GREEDY = jax.tree.map(np.asarray, SamplingParams.make(temperature=0))
 
 def generation(pool, ids: list[int], most: int) -> Generation:
     """A text that is not ended by eos, whose tokens come into `.said`."""
-    one = Generation(ids, np.zeros(pool._key_words, np.uint32), GREEDY, most, emit=lambda *_: False)
+    one = Generation(ids, np.zeros(pool.programs.key_words, np.uint32), GREEDY, most, emit=lambda *_: False)
     one.said = []
     one.emit = lambda new, *_: one.said.extend(new)
     return one
