@@ -18,32 +18,45 @@ from bothways.sample.masked import columns
 from bothways.sample.search import embed_side
 
 Between = Callable[[], None]
+PORTION = 64
+"""Texts that are computed before slots go on."""
+
+
+def in_portions(verb: Callable[[list[Any]], Any], items: list[Any], between: Between) -> list[Any]:
+    """What a verb gives for many items: slots go on between two portions, and the rest is left where nobody waits for it."""
+    found: list[Any] = []
+    for i in range(0, len(items), PORTION):
+        if i:
+            between()
+        found.extend(verb(items[i : i + PORTION]))
+    return found
 
 
 def embed(pool: str, model: Any, texts: list[str], between: Between) -> list[np.ndarray]:
-    return list(model.embed(texts, pool=pool))
+    return in_portions(functools.partial(model.embed, pool=pool), texts, between)
 
 
 def fill(top: int, steps: int, model: Any, texts: list[str], between: Between) -> list[Any]:
-    return model.fill(texts, top=top, steps=steps)
+    return in_portions(functools.partial(model.fill, top=top, steps=steps), texts, between)
 
 
 def score(rule: str | None, model: Any, texts: list[str], between: Between) -> list[Any]:
-    return model.score(texts, **({} if rule is None else {"rule": rule}))
+    return in_portions(functools.partial(model.score, **({} if rule is None else {"rule": rule})), texts, between)
 
 
 def classify(model: Any, texts: list[str], between: Between) -> list[Any]:
-    return model.predict(texts)
+    return in_portions(model.predict, texts, between)
 
 
 def rank(model: Any, pairs: list[tuple[str, str]], between: Between) -> list[float]:
     """How well each document answers its query: by a head tuned for pairs, or the cosine of two vectors."""
     if getattr(model, "task", None) is not None:
-        return model.pair_scores(pairs)
+        return in_portions(model.pair_scores, pairs, between)
     vectors = []
     for i, side in enumerate(("query", "document")):
         texts = list(dict.fromkeys(pair[i] for pair in pairs))
-        vectors.append(dict(zip(texts, embed_side(model, texts, side), strict=True)))
+        rows = in_portions(functools.partial(embed_side, model, side=side), texts, between)
+        vectors.append(dict(zip(texts, rows, strict=True)))
     return [float(vectors[0][query] @ vectors[1][document]) for query, document in pairs]
 
 

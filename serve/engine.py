@@ -104,7 +104,14 @@ class Engine:
         return sum(one.pool.busy for one in list(self.runs.loaded.values()) if one.pool)
 
     def submit(self, *jobs: Call | Writing) -> None:
-        """All of them, or none. Raises QueueFull."""
+        """All of them, or none.
+
+        Raises:
+          QueueFull: others wait; later there is room.
+          InputError: there is never room for so many.
+        """
+        if len(jobs) > self.queue:
+            raise InputError(f"the request has {len(jobs)} texts, and the queue holds {self.queue}; send fewer at a time")
         with self._changed:
             if len(self._waiting) + len(jobs) > self.queue:
                 raise QueueFull
@@ -214,29 +221,37 @@ class Engine:
                 raise Gone
             self._admit()
             self._step()
-            quick = next((job for job in list(self._waiting) if isinstance(job, Call) and job.short), None)
-            if quick is not None and not calls[0].short:
-                self._take(quick)
-                self._compute([quick])
+            if not calls[0].short:
+                with self._changed:
+                    quick = next((job for job in self._waiting if isinstance(job, Call) and job.short), None)
+                if quick is not None:
+                    self._take(quick)
+                    self._compute([quick])
 
         return between
 
     def _compute(self, calls: list[Call]) -> None:
-        calls = [call for call in calls if not call.gone()]
+        # From here on a future cannot be cancelled: its client may go away at any time, and it must still take a result.
+        calls = [
+            call
+            for call in calls
+            if not call.gone() and (call.future.running() or call.future.set_running_or_notify_cancel())
+        ]
         if not calls:
             return
         items = [item for call in calls for item in call.items]
         try:
-            model = self.runs.get(calls[0].run).model
+            loaded = self.runs.get(calls[0].run)
         except Exception as e:
             for call in calls:
                 call.future.set_exception(self._reason(call.run, e))
             return
+        loaded.calls += 1
         try:
-            found = calls[0].compute(model, items, self._between(calls))
-        except Gone:
+            found = calls[0].compute(loaded.model, items, self._between(calls))
+        except Gone as e:
             for call in calls:
-                call.future.cancel()
+                call.future.set_exception(e)
         except Exception as e:
             if len(calls) > 1:  # the fault of one is not that of the others
                 for call in calls:
@@ -248,3 +263,5 @@ class Engine:
             for call in calls:
                 call.future.set_result(found[: len(call.items)])
                 found = found[len(call.items) :]
+        finally:
+            loaded.calls -= 1

@@ -159,6 +159,13 @@ class Loaded:
     model: OpenModel
     pool: Pool | None
     bytes: int
+    """Of parameters, slots, and as many kept prompts as there may be."""
+    calls: int = 0
+    """That are being computed."""
+
+    @property
+    def idle(self) -> bool:
+        return not self.calls and (self.pool is None or not self.pool.busy)
 
 
 class Runs:
@@ -178,7 +185,7 @@ class Runs:
 
     @property
     def bytes(self) -> int:
-        return sum(one.bytes for one in self.loaded.values())
+        return sum(one.bytes for one in list(self.loaded.values()))
 
     def get(self, name: str) -> Loaded:
         """A run, ready to compute.
@@ -198,7 +205,8 @@ class Runs:
                 params = jax.jit(transpose_kernels, donate_argnums=0)(model.run.params)
                 model = open_model(dataclasses.replace(model.run, params=params))
             pool = self._pool(run, model)
-        size = run.bytes + (pool.bytes if pool else 0)
+        kept = self.limits.prefix_cache if pool and pool.prefixes is not None else 0
+        size = run.bytes + (pool.bytes + kept if pool else 0)
         self._make_room(size, run)
         self.loaded[name] = Loaded(model, pool, size)
         log(
@@ -208,7 +216,7 @@ class Runs:
 
     def _make_room(self, size: int, run: Served) -> None:
         while self.limits.memory and self.loaded and self.bytes + size > self.limits.memory:
-            idle = next((n for n, one in self.loaded.items() if one.pool is None or not one.pool.busy), None)
+            idle = next((n for n, one in self.loaded.items() if one.idle), None)
             if idle is None:
                 break
             del self.loaded[idle]

@@ -16,9 +16,9 @@ import pytest
 import uvicorn
 
 from bothways.commands import serve as command
-from bothways.serve import slots
+from bothways.serve import compute, slots
 from bothways.serve.app import listen
-from bothways.serve.engine import Engine
+from bothways.serve.engine import Call, Engine
 from bothways.serve.http import Settings
 from bothways.serve.runs import Limits, Runs, named
 from tests.serve.conftest import SLOTS, Running
@@ -86,9 +86,10 @@ def test_a_client_that_vanishes_frees_its_slot(running, http, monkeypatch):
 
     monkeypatch.setattr(pool, "step", step)
     with httpx.Client(base_url=running.url) as client, client.stream("POST", "/v1/completions", json=body) as stream:
-        next(stream.iter_lines())
-    wait_for(lambda: len(calls) == 3)
-    held = [row for row in pool.rows if row is not None]
+        lines = stream.iter_lines()  # kept, since without it the connection is closed
+        next(lines)
+        wait_for(lambda: len(calls) == 3)
+        held = [row for row in pool.rows if row is not None]
     wait_for(lambda: all(row.gone() for row in held))
     assert held
     known.set()
@@ -116,7 +117,10 @@ def test_a_full_queue_a_key_a_limit_on_time_and_on_tokens(small):
         assert "access-control-allow-origin" not in client.get("/v1/models", headers={"Origin": "http://a"}).headers
         body = {"model": "causal", "prompt": "the king", "max_tokens": 8}
         assert "at most 30" in client.post("/v1/completions", json=body | {"n": 4}).json()["error"]["message"]
-        wait_for(lambda: client.post("/v1/completions", json=body).status_code == 200, 60)  # it may compile at first
+        never = client.post("/v1/completions", json=body | {"n": 2})
+        assert never.status_code == 400
+        assert "the queue holds 1" in never.json()["error"]["message"]
+        wait_for(lambda: client.post("/v1/completions", json=body).status_code == 200)  # it may compile at first
         pool = small.engine.runs.loaded["causal"].pool
         steps = pool.step
         pool.step = lambda n=1: (time.sleep(0.5), steps(1))[1]
@@ -127,7 +131,7 @@ def test_a_full_queue_a_key_a_limit_on_time_and_on_tokens(small):
         assert all(a.headers["Retry-After"] == "1" for a in answers if a.status_code == 429)
         pool.step = steps
         wait_for(lambda: small.engine.busy_slots + small.engine.waiting == 0)
-        assert client.post("/v1/completions", json=body).status_code == 200
+        wait_for(lambda: client.post("/v1/completions", json=body).status_code == 200)
 
 
 def test_a_damaged_run_and_one_without_memory_are_unavailable_and_others_go_on(homes, tmp_path):
@@ -145,10 +149,41 @@ def test_a_damaged_run_and_one_without_memory_are_unavailable_and_others_go_on(h
             answer = client.post("/v1/embeddings", json={"model": model, "input": "the king"})
             expected = 200 if model == "masked" else 503  # so many slots do not fit
             assert answer.status_code == expected, answer.text
-        runs.limits = Limits(slots=2, piece=16, memory=sum(sizes) - 1_000)
+        runs.limits = Limits(slots=2, piece=16, memory=sum(sizes) - 1_000, prefix_cache=500)
         for model in ("masked", "hybrid", "masked"):
             assert client.post("/v1/embeddings", json={"model": model, "input": "the king"}).status_code == 200
             assert sum(one.bytes for one in runs.loaded.values()) <= runs.limits.memory
+            if (pool := runs.loaded[model].pool) is not None:
+                assert runs.loaded[model].bytes == served[model].bytes + pool.bytes + 500
+
+
+def test_a_run_that_computes_is_not_unloaded_for_another(homes):
+    served = named([str(homes["masked"]), f"other={homes['masked']}"])
+    runs = Runs(served, Limits(memory=served["masked"].bytes * 3 // 2))
+    call = Call("masked", lambda *_: runs.get("other"), [1])
+    Engine(runs)._compute([call])
+    assert "ask again later" in str(call.future.exception())
+    assert list(runs.loaded) == ["masked"]
+
+
+def test_a_client_that_goes_while_its_call_is_computed_leaves_the_engine_alive(running):
+    begun, goes_on = threading.Event(), threading.Event()
+    call = Call("masked", lambda model, items, between: (begun.set(), goes_on.wait(60), items)[2], [1])
+    running.engine.submit(call)
+    assert begun.wait(60)
+    call.future.cancel()
+    goes_on.set()
+    later = Call("masked", lambda model, items, between: items, [2])
+    running.engine.submit(later)
+    assert later.future.result(60) == [2]
+
+
+def test_slots_go_on_while_many_texts_are_computed():
+    between, texts = [], list(range(2 * compute.PORTION + 1))
+    assert compute.in_portions(lambda some: [2 * one for one in some], texts, lambda: between.append(1)) == [
+        2 * one for one in texts
+    ]
+    assert len(between) == 2
 
 
 def test_a_fault_while_writing_is_an_error_of_its_own_and_the_engine_goes_on(running, http):

@@ -7,7 +7,7 @@ import pytest
 from bothways.config import MeshConfig
 from bothways.sample.sampling_params import SamplingParams
 from bothways.serve.runs import Limits, Runs, named
-from bothways.serve.slots import Generation
+from bothways.serve.slots import PATIENCE, Generation
 from tests.serve.conftest import SLOTS
 
 KEPT = [7, 11, 5, 17, 3, 29, 2, 23, 13, 19, 31, 37, 41, 43, 47, 53, 59, 61]
@@ -62,6 +62,38 @@ def test_a_row_that_has_ended_does_not_say_how_much_of_the_cache_is_read(pool):
     pool.add(generation(pool, [3], 4))
     run(pool, lambda: not pool.busy)
     assert pool.state.cache.length.tolist() == [5, 0, 0]
+
+
+def test_prompts_that_begin_together_are_read_together_and_write_what_each_writes_alone(pool, monkeypatch):
+    prompts, begin, counts = ([3], [9] * 15, [5, 7, 11]), pool.programs.begin_rows, []
+    alone = []
+    for ids in prompts:
+        pool.add(one := generation(pool, ids, 8))
+        run(pool, lambda: not pool.busy)
+        alone.append(one.said)
+    monkeypatch.setattr(
+        pool.programs, "begin_rows", lambda *args: (counts.append(np.count_nonzero(args[4])), begin(*args))[1]
+    )
+    rows = [generation(pool, ids, 8) for ids in prompts]
+    for row in rows:
+        pool.add(row)
+    run(pool, lambda: not pool.busy)
+    assert [row.said for row in rows] == alone
+    assert len({tuple(said) for said in alone}) == 3
+    assert counts == [2, 1]
+
+
+def test_a_long_prompt_is_read_though_shorter_ones_keep_coming(pool):
+    long = generation(pool, [2, *KEPT], 1)
+    pool.add(long)
+    for _ in range(2 * PATIENCE):
+        while pool.free:
+            pool.add(generation(pool, [3], 1))
+        pool.prefill(1)
+        pool.step()
+    assert long.passed == PATIENCE
+    assert len(long.said) == 1
+    run(pool, lambda: not pool.busy)
 
 
 def test_slots_of_a_run_on_two_devices_write_what_one_device_writes(pool, homes):
