@@ -109,7 +109,8 @@ def run_steps(job: Job) -> dict[str, float]:
                 # A signal cut this off: the checkpoint gets what it lacks, so that it may be the best.
                 held = evaluated(start, stop_at)
                 with hosts.process_zero_first():
-                    checkpoints.add_metrics(home, start, held)
+                    if writes:
+                        checkpoints.add_metrics(home, start, held)
                 manager.reload()
                 if checkpoints.selection(held) < best:
                     best, best_at = checkpoints.selection(held), start
