@@ -58,7 +58,7 @@ class Reporter:
     def _drop_lines_after(self, step: int) -> None:
         if not self.path.exists():
             return
-        text, kept = self.path.read_text(errors="replace"), []
+        text, kept = self.path.read_bytes().decode(errors="replace"), []
         for line in text.splitlines():
             try:
                 if json.loads(line)["step"] <= step:
