@@ -88,7 +88,7 @@ def test_held_out_figures_are_of_answers_alone(model):
 
 
 def at_terminal(monkeypatch, capsys, arguments, text):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     code = main(arguments)
     return code, *capsys.readouterr()
 

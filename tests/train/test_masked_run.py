@@ -120,11 +120,11 @@ def test_one_document_has_no_next_sentences(recipe, tiny_recipe, tmp_path):
     [
         (
             {"family": "gpt"},
-            "objective.kind=masked is not for a gpt, whose mask serves causal or chat or hybrid or diffusion; set --objective.kind causal",
+            "objective.kind=masked is not for a gpt, whose mask serves causal or chat or hybrid or diffusion or contrastive; set --objective.kind causal",
         ),
         (
             {"objective": ObjectiveConfig()},
-            "objective.kind=causal is not for a bert, whose mask serves masked or diffusion; set --objective.kind masked",
+            "objective.kind=causal is not for a bert, whose mask serves masked or diffusion or contrastive; set --objective.kind masked",
         ),
         ({"model.next_sentence": False}, "objective.next_sentence needs the head: set --model.next-sentence"),
         ({"model.segment_types": 3}, "pairs have 2 segment types, and model.segment_types=3"),
