@@ -20,7 +20,6 @@ def file_of(package: str, pattern: str) -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob(pattern))
 
 
-pytestmark = pytest.mark.usefixtures("compiled_well")
 SENTENCES = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell sharply today."]
 
 

@@ -23,7 +23,7 @@ from bothways.sample.chat import Conversation
 from bothways.sample.evaluate import evaluate
 from bothways.train.objectives import objective_of
 
-pytestmark = pytest.mark.usefixtures("compiled_well", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 MODEL = TransformerConfig(
     context_length=96,
     n_layers=1,

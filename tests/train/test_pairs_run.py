@@ -17,7 +17,7 @@ from bothways.recipes import Recipe
 from bothways.sample.directions import directions
 from bothways.sample.evaluate import evaluate, held_out_pairs
 
-pytestmark = pytest.mark.usefixtures("compiled_well", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 MODEL = TransformerConfig(
     context_length=16, n_layers=1, d_model=48, n_heads=4, norm="rms", activation="relu2", bias=False, init_residual="zero"
 )
