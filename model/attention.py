@@ -13,6 +13,7 @@ from bothways.model.dropout import ScoreDropout, seed_words
 from bothways.model.kernels import KERNELS, LANES, choose, is_sequence_sharded, positions_match_order
 from bothways.model.layers import Norm, Projection, rotate
 from bothways.model.mask import Mask
+from bothways.model.score_bias import ScoreBias
 
 BLOCKS = 4
 """Of queries. More leave out more keys, and take longer to compile."""
@@ -29,31 +30,33 @@ def attend(
     mask: Mask,
     dropout: ScoreDropout | None = None,
     kernel: str = "auto",
+    bias: ScoreBias | None = None,
 ) -> Float[jax.Array, "B T H W"]:
     """Scaled dot-product attention (arXiv 1706.03762, section 3.2.1); query heads share G key-value heads.
 
     The kernel is chosen by device, mask and shape (model/kernels.py); dropout of probabilities is known to that of short rows only.
     For XLA, rows whose scores are many are cut into tiles of which one is held at a time (model/blockwise.py). The
     queries of shorter ones are cut into blocks, and keys that are hidden from a whole block are left out: of causal
-    scores three eighths. On a CPU a long cache is read as far as it is filled.
+    scores three eighths. On a CPU a long cache is read as far as it is filled. With a bias of the scores, XLA holds all of
+    them: the kernels know none.
     """
-    chosen = choose(kernel, q, k, v, mask, dropout)
+    chosen = "xla" if bias is not None else choose(kernel, q, k, v, mask, dropout)
     if chosen != "xla":
         return KERNELS[chosen](q, k, v, mask, *([] if dropout is None else [dropout]))
-    if dropout is None and reads_cache_in_tiles(k, mask):
+    if dropout is None and bias is None and reads_cache_in_tiles(k, mask):
         return attend_cached(q, k, v, mask)
     B, T, H, _ = q.shape
-    if T >= LONG and B * H * T * k.shape[1] > SCORES * devices_in_use():
+    if bias is None and T >= LONG and B * H * T * k.shape[1] > SCORES * devices_in_use():
         return attend_blockwise(q, k, v, mask, dropout)
     if T < LONG or not (mask.causal or mask.window) or not positions_match_order(mask) or is_sequence_sharded(q):
-        return attend_whole(q, k, v, mask, dropout)
+        return attend_whole(q, k, v, mask, dropout, bias=bias)
     tile = 1 if platform() == "cpu" else LANES
     size, found = -(-T // (BLOCKS * tile)) * tile, []
     for begin in range(0, T, size):
         queries = slice(begin, min(begin + size, T))
         keys = mask.visible_key_range(queries)
         part = mask.slice(queries, keys)
-        found.append(attend_whole(q[:, queries], k[:, keys], v[:, keys], part, dropout, (T, begin, keys.start)))
+        found.append(attend_whole(q[:, queries], k[:, keys], v[:, keys], part, dropout, (T, begin, keys.start), bias))
     return jnp.concatenate(found, axis=1)
 
 
@@ -64,6 +67,7 @@ def attend_whole(
     mask: Mask,
     dropout: ScoreDropout | None = None,
     part: tuple[int, int, int] | None = None,
+    bias: ScoreBias | None = None,
 ) -> Float[jax.Array, "B T H W"]:
     """Every query on every key: the reference of all kernels. The softmax is in float32. A query that may see nothing
     gets an average that no loss looks at, not NaN.
@@ -71,6 +75,7 @@ def attend_whole(
     Args:
       part: how many queries the row has, and the indices of the first of these queries and keys, where they are a part
         of a row: dropout is a function of the index. None: they are all.
+      bias: what positions add to the scores.
     """
     B, T, H, K = q.shape
     G = k.shape[2]
@@ -80,6 +85,8 @@ def attend_whole(
     if spread and G < H:
         k, v, G = jnp.repeat(k, H // G, axis=1), jnp.repeat(v, H // G, axis=1), H
     scores = scores_of(q.reshape(B, G, H // G * T, K), k).reshape(B, H, T, -1)
+    if bias is not None:
+        scores = scores + bias.of(mask.q_positions, mask.k_positions)
     scores = jnp.where(mask.materialize()[:, None], scores, HIDDEN)
     probabilities = jax.nn.softmax(scores, axis=-1)
     if dropout is not None:
@@ -153,6 +160,7 @@ class Attention(nn.Module):
         memory: Float[jax.Array, "B S D"] | LayerCache | None = None,
         deterministic: bool = True,
         rotary_base: float | None = None,
+        bias: ScoreBias | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], LayerCache | None]:
         cfg = self.cfg
         if self.has_variable("params", "qkv"):
@@ -181,5 +189,5 @@ class Attention(nn.Module):
             k, v = cache.read()
         dropping = cfg.dropout_attention > 0 and not deterministic
         dropout = ScoreDropout(seed_words(self.make_rng("dropout")), cfg.dropout_attention) if dropping else None
-        y = attend(q, k, v, mask, dropout, cfg.attention)
+        y = attend(q, k, v, mask, dropout, cfg.attention, bias)
         return self.out(y), cache

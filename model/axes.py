@@ -13,6 +13,7 @@ PARAMETER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("token", "embedding"): ("vocab", "embed"),
     ("position", "embedding"): ("position", "embed"),
     ("segment", "embedding"): ("segment", "embed"),
+    ("relative", "embedding"): ("bucket", "heads"),
     ("query", "kernel"): ("embed", "heads", "head"),
     ("query", "bias"): ("heads", "head"),
     ("key", "kernel"): ("embed", "kv_heads", "head"),

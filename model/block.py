@@ -14,12 +14,14 @@ from bothways.model.config import TransformerConfig
 from bothways.model.dropout import Dropout
 from bothways.model.layers import Norm, Projection
 from bothways.model.mask import Mask
+from bothways.model.score_bias import ScoreBias
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv 2109.08668, section 4.1
+    "silu": jax.nn.silu,
     "swiglu": jax.nn.silu,  # arXiv 2002.05202
     "geglu": lambda x: jax.nn.gelu(x, approximate=False),
     "geglu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -66,6 +68,7 @@ class Block(nn.Module):
         deterministic: bool = True,
         rotary_base: float | None = None,
         skip_norm: jax.Array | bool = False,
+        bias: ScoreBias | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], LayerCache | None]:
         """`skip_norm`: attention reads x as it is, without the norm before it; may be traced."""
         cfg = self.cfg
@@ -87,7 +90,7 @@ class Block(nn.Module):
         def self_attention(y: jax.Array) -> jax.Array:
             nonlocal cache
             attention = Attention(cfg, name="attention")
-            y, cache = attention(y, mask, positions, cache, length, None, deterministic, rotary_base)
+            y, cache = attention(y, mask, positions, cache, length, None, deterministic, rotary_base, bias)
             return y
 
         def cross_attention(y: jax.Array) -> jax.Array:

@@ -102,7 +102,19 @@ class TransformerConfig:
     d_ff: int = 0
     """F, the width inside the MLP. 0: 4 d_model."""
 
-    position_embedding: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    position_embedding: Literal[
+        "learned", "sinusoidal", "sinusoidal_halves", "sinusoidal_t2t", "rotary", "relative", "alibi"
+    ] = "learned"
+    """sinusoidal: sines and cosines in turn (arXiv 1706.03762, section 3.5); halves: all sines, then all cosines (Marian); t2t:
+    so too, with the slowest wave exactly 10,000 times as long as the fastest (tensor2tensor; M2M-100). relative: a number for
+    each head and bucket of distances is added to the scores, the same in all layers (T5, arXiv 1910.10683, section 2.1). alibi:
+    a slope for each head times the distance is taken from them (arXiv 2108.12409)."""
+    first_position: int = 0
+    """What a sinusoid calls the first position; M2M-100 begins at 2."""
+    relative_buckets: int = 32
+    """Buckets of distances; where queries see keys on both sides, half of them for each."""
+    relative_distance: int = 128
+    """Distances from this on share the last bucket."""
     rotary_base: float = 10_000.0
     rotary_width: int = 0
     """How many features of a head are turned, the first ones (GPT-NeoX). 0: all."""
@@ -117,7 +129,7 @@ class TransformerConfig:
     """MLP and attention both read the block's input, x + attention(norm(x)) + mlp(norm(x)), through one norm (GPT-J, Phi) or
     one each (GPT-NeoX, arXiv 2204.06745, section 2.1)."""
     norm_eps: float = 1e-5
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
     bias: bool = True
     """Biases in every projection and in layer norm."""
     qkv_bias: bool = False
@@ -147,9 +159,13 @@ class TransformerConfig:
     """A norm right after the embeddings, as in BERT."""
     embed_scale: bool = False
     """Multiply token embeddings by sqrt(D) (arXiv 1706.03762, section 3.4)."""
+    shared_embeddings: Literal["all", "tokens"] = "all"
+    """What the two sides of an encoder-decoder share: token table, positions and norm, or the token table only (BART)."""
     tie_embeddings: bool = True
+    output_scale: bool = False
+    """A decoder's features are multiplied by 1/sqrt(D) before the output layer (T5, where that is tied)."""
     output_bias: bool = False
-    """A bias of every token's score (decoders with an output layer of their own; GPT-J)."""
+    """A bias of every token's score (decoders; GPT-J, Marian)."""
     masked_head: bool = True
     """BERT's masked-token head (encoders only). False: a body that embeds texts and can be fine-tuned."""
     next_sentence: bool = False
@@ -268,7 +284,7 @@ class TransformerConfig:
             f"rotary positions turn pairs of features: the head width must be even, not {full.d_head}",
         )
         want(
-            self.position_embedding != "sinusoidal" or self.d_model % 2 == 0,
+            not self.position_embedding.startswith("sinusoidal") or self.d_model % 2 == 0,
             f"sinusoidal positions pair sine and cosine: model.d_model must be even, not {self.d_model}",
         )
         want(len(self.layer_pattern) > 0, "model.layer_pattern is empty; give at least 'global'")
@@ -302,8 +318,14 @@ class TransformerConfig:
             f"model.layer_pattern has nope, a layer without rotary positions, and positions are {self.position_embedding}",
         )
         want(
-            not (self.output_bias and self.tie_embeddings),
-            "model.output_bias wants an output layer of its own: set --model.no-tie-embeddings",
+            self.first_position >= 0 and (not self.first_position or self.position_embedding.startswith("sinusoidal")),
+            f"model.first_position={self.first_position} is for sinusoidal positions, and cannot be negative; positions are "
+            f"{self.position_embedding}",
+        )
+        want(
+            self.position_embedding != "relative" or 4 <= self.relative_buckets < 2 * self.relative_distance,
+            f"model.relative_buckets={self.relative_buckets} must be at least 4, and half of them fewer than "
+            f"model.relative_distance={self.relative_distance}",
         )
         want(self.init_std > 0, f"model.init_std is {self.init_std}; it must be positive")
         want(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; it must be positive")

@@ -1,5 +1,7 @@
 """The decoder, causal self-attention: a token sees what came before it, in this call or in the cache."""
 
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -24,6 +26,8 @@ class Decoder(Transformer):
     Returns:
       features [B, T, D], and the cache with T more tokens or None.
     """
+
+    both_ways: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -51,6 +55,10 @@ class Decoder(Transformer):
             memory_mask = Mask.cross(jnp.ones_like(tokens) if segments is None else segments, cross_segments)
         seen = {"cache": cache, "memory": memory, "memory_mask": memory_mask}
         return self.read(tokens, mask, positions, **seen, deterministic=deterministic)
+
+    def read(self, *args: Any, **options: Any) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
+        features, cache = super().read(*args, **options)
+        return (features * self.cfg.d_model**-0.5 if self.cfg.output_scale else features), cache
 
     def two_streams(
         self,

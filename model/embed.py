@@ -31,10 +31,12 @@ class Embedding(nn.Module):
     """Sum of token, position and segment-type embeddings, [B, T] -> [B, T, D]."""
 
     cfg: TransformerConfig
+    shared: Table | None = None
+    """A token table that another Embedding has already; None: one of its own."""
 
     def setup(self):
         cfg = self.cfg
-        self.token = Table(cfg, cfg.table_rows)
+        self.token = Table(cfg, cfg.table_rows) if self.shared is None else self.shared
         if cfg.position_embedding == "learned":
             self.position = Table(cfg, cfg.context_length)
         if cfg.segment_types:
@@ -56,8 +58,8 @@ class Embedding(nn.Module):
             x = x * jnp.asarray(cfg.d_model**0.5, x.dtype)
         if cfg.position_embedding == "learned":
             x = x + self.position(positions)
-        elif cfg.position_embedding == "sinusoidal":
-            x = x + sinusoid(positions, cfg.d_model).astype(x.dtype)
+        elif cfg.position_embedding.startswith("sinusoidal"):
+            x = x + sinusoid(positions + cfg.first_position, cfg.d_model, cfg.position_embedding).astype(x.dtype)
         if cfg.segment_types:
             x = x + self.segment(jnp.zeros_like(tokens) if types is None else types)
         if cfg.embed_norm:

@@ -23,7 +23,7 @@ class GPT(nn.Module):
 
     def setup(self):
         self.decoder = Decoder(self.cfg)
-        if not self.cfg.tie_embeddings:
+        if not self.cfg.tie_embeddings or self.cfg.output_bias:
             self.lm_head = LMHead(self.cfg)
 
     def __call__(

@@ -12,13 +12,14 @@ from bothways.model.products import table_product
 
 
 class LMHead(nn.Module):
-    """An output layer of its own, where it is not tied to the token embeddings."""
+    """What an output layer has of its own: a table, where it is not tied to the token embeddings, and a bias."""
 
     cfg: TransformerConfig
 
     def setup(self):
-        init = nn.initializers.normal(self.cfg.init_std)
-        self.embedding = self.param("embedding", init, (self.cfg.table_rows, self.cfg.d_model), jnp.float32)
+        if not self.cfg.tie_embeddings:
+            init = nn.initializers.normal(self.cfg.init_std)
+            self.embedding = self.param("embedding", init, (self.cfg.table_rows, self.cfg.d_model), jnp.float32)
         if self.cfg.output_bias:
             self.bias = self.param("bias", nn.initializers.zeros, (self.cfg.table_rows,), jnp.float32)
 

@@ -117,8 +117,12 @@ def rotate(
     return turned.astype(x.dtype)
 
 
-def sinusoid(positions: Int[jax.Array, "B T"], width: int) -> Float[jax.Array, "B T D"]:
-    """Sinusoidal positions (arXiv 1706.03762, section 3.5): feature 2i sin, 2i+1 cos of position / 10000^(2i/D)."""
-    frequency = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*positions.shape, width)
+def sinusoid(positions: Int[jax.Array, "B T"], width: int, kind: str = "sinusoidal") -> Float[jax.Array, "B T D"]:
+    """Sinusoidal positions (arXiv 1706.03762, section 3.5): feature 2i sin, 2i+1 cos of position / 10000^(2i/D); of the other
+    kinds (TransformerConfig.position_embedding) the first half of the features are sines and the second cosines."""
+    half = width // 2
+    steps = max(half - 1, 1) if kind == "sinusoidal_t2t" else half
+    frequency = 10_000.0 ** (-np.arange(half) / steps)
+    angle = positions[..., None].astype(jnp.float32) * frequency.astype(np.float32)
+    waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1 if kind == "sinusoidal" else -2)
+    return waves.reshape(*positions.shape, width)

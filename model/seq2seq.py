@@ -16,8 +16,8 @@ from bothways.model.heads import LMHead, logits_of, mask_padded_vocab
 class Seq2Seq(nn.Module):
     """The Transformer of arXiv 1706.03762 and, by its configuration, of its descendants.
 
-    Source and target share one embedding, and with tie_embeddings the output layer too (section 3.4). n_layers
-    counts the encoder's layers, and the decoder has as many.
+    Source and target share one embedding (of shared_embeddings=tokens its token table), and with tie_embeddings the output
+    layer too (section 3.4). n_layers counts the encoder's layers, and the decoder has as many.
     """
 
     cfg: TransformerConfig
@@ -25,8 +25,11 @@ class Seq2Seq(nn.Module):
     def setup(self):
         self.embed = Embedding(self.cfg)
         self.encoder = Encoder(self.cfg, shared=self.embed)
-        self.decoder = Decoder(self.cfg, cross=True, shared=self.embed)
-        if not self.cfg.tie_embeddings:
+        if self.cfg.shared_embeddings == "tokens":
+            self.target_embed = Embedding(self.cfg, shared=self.embed.token)
+        of_target = self.embed if self.cfg.shared_embeddings == "all" else self.target_embed
+        self.decoder = Decoder(self.cfg, cross=True, shared=of_target)
+        if not self.cfg.tie_embeddings or self.cfg.output_bias:
             self.lm_head = LMHead(self.cfg)
 
     def __call__(

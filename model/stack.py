@@ -10,6 +10,7 @@ from bothways.model.block import Block
 from bothways.model.cache import Cache, LayerCache
 from bothways.model.config import TransformerConfig
 from bothways.model.mask import Mask
+from bothways.model.score_bias import ScoreBias
 
 REMAT = {
     "none": None,
@@ -78,6 +79,7 @@ class Stack(nn.Module):
         memory: Float[jax.Array, "B S D"] | None = None,
         memory_mask: Mask | None = None,
         deterministic: bool = True,
+        bias: ScoreBias | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
         cfg, block, blocks = self.cfg, self.block, self.blocks
         dropout_key = None if deterministic else self.make_rng("dropout")
@@ -88,7 +90,7 @@ class Stack(nn.Module):
             local = mask.windowed(cfg.layer_window(like))
             arguments = (local, positions, layer_cache, cache and cache.length, memory, memory_mask, deterministic)
             base, skip_norm = cfg.layer_rotary_base(like), not cfg.first_norm and layer == 0
-            return block.apply({"params": params}, x, *arguments, base, skip_norm, rngs=rngs)
+            return block.apply({"params": params}, x, *arguments, base, skip_norm, bias, rngs=rngs)
 
         if cache is None and cfg.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan_layers, static_argnums=3)

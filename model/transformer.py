@@ -1,5 +1,7 @@
 """Embeddings, blocks, last norm: what an encoder and a decoder have in common. They differ in the mask they bring."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from bothways.model.config import TransformerConfig
 from bothways.model.embed import Embedding
 from bothways.model.layers import Norm
 from bothways.model.mask import Mask
+from bothways.model.score_bias import RelativePositions, alibi
 from bothways.model.stack import Stack
 
 
@@ -26,10 +29,14 @@ class Transformer(nn.Module):
     """Whether the blocks attend to an encoder's output too."""
     shared: Embedding | None = None
     """An embedding that another Transformer has already; None: one of its own."""
+    both_ways: ClassVar[bool] = True
+    """Whether relative positions tell keys behind a query from those before it."""
 
     def setup(self):
         self.embed = Embedding(self.cfg) if self.shared is None else self.shared
         self.stack = Stack(self.cfg, cross=self.cross)
+        if self.cfg.position_embedding == "relative":
+            self.relative = RelativePositions(self.cfg, self.both_ways)
         if self.cfg.norm_position != "post":
             self.final_norm = Norm(self.cfg)
 
@@ -46,7 +53,9 @@ class Transformer(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
         x = self.embed(tokens, positions, types, deterministic)
-        x, cache = self.stack(x, mask, positions, cache, memory, memory_mask, deterministic)
+        bias = alibi(self.cfg) if self.cfg.position_embedding == "alibi" else None
+        bias = self.relative() if self.cfg.position_embedding == "relative" else bias
+        x, cache = self.stack(x, mask, positions, cache, memory, memory_mask, deterministic, bias)
         return (self.final_norm(x) if self.cfg.norm_position != "post" else x), cache
 
     def token_table(self) -> Float[jax.Array, "V D"]:
