@@ -92,6 +92,8 @@ def published_class(recipe: Recipe, task: TaskInfo | None = None) -> str:
     """The class of `transformers` that opens a run in a published family."""
     if task is not None:
         return f"AutoModelFor{suffix_for(task)}"
+    if recipe.family == "seq2seq":
+        return "AutoModelForSeq2SeqLM"
     masked = "AutoModelForMaskedLM" if recipe.model.masked_head else "AutoModel"
     return "AutoModelForCausalLM" if recipe.family == "gpt" else masked
 

@@ -2,21 +2,20 @@
 
 import dataclasses
 
-from bothways.convert.family import Config, Family, Head, activation_of, published_activation
+from bothways.convert.family import (
+    Config,
+    Family,
+    Head,
+    activation_of,
+    one_dropout,
+    published_activation,
+    shortest_pattern,
+)
 from bothways.convert.layout import Layout
-from bothways.convert.llamas import shortest_pattern
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
 
 # ---- BERT, RoBERTa ----------------------------------------------------------------------------------------------------
-
-
-def _one_dropout(cfg: TransformerConfig) -> float:
-    if cfg.dropout_embed != cfg.dropout_residual:
-        raise InputError(
-            f"dropout_embed={cfg.dropout_embed} and dropout_residual={cfg.dropout_residual} are one number there"
-        )
-    return cfg.dropout_embed
 
 
 def _bert_table(prefix: str) -> dict[str, str]:
@@ -85,7 +84,7 @@ BERT = Family(
         "dropout_embed": theirs.get("hidden_dropout_prob", 0.1),
         "dropout_residual": theirs.get("hidden_dropout_prob", 0.1),
     },
-    write=lambda cfg: {"hidden_act": published_activation(cfg.activation), "hidden_dropout_prob": _one_dropout(cfg)},
+    write=lambda cfg: {"hidden_act": published_activation(cfg.activation), "hidden_dropout_prob": one_dropout(cfg)},
     architecture=lambda cfg: (
         "BertForPreTraining" if cfg.next_sentence else "BertForMaskedLM" if cfg.masked_head else "BertModel"
     ),
@@ -250,7 +249,7 @@ DISTILBERT = dataclasses.replace(
         "dropout_embed": theirs.get("dropout", 0.1),
         "dropout_residual": theirs.get("dropout", 0.1),
     },
-    write=lambda cfg: {"activation": published_activation(cfg.activation), "dropout": _one_dropout(cfg)},
+    write=lambda cfg: {"activation": published_activation(cfg.activation), "dropout": one_dropout(cfg)},
     architecture=lambda cfg: "DistilBertForMaskedLM" if cfg.masked_head else "DistilBertModel",
     prefix="distilbert.",
     copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},

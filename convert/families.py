@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from bothways.convert import llamas, parallel
+from bothways.convert import encoder_decoders, llamas, parallel
 from bothways.convert.decoders import GPT2, LLAMA, MISTRAL, OPENAI_GPT, PHI3, QWEN3
 from bothways.convert.encoders import BERT, CAMEMBERT, DISTILBERT, ELECTRA, MODERNBERT, ROBERTA, XLM_ROBERTA
 from bothways.convert.family import Config, Family
@@ -11,7 +11,7 @@ from bothways.model.config import TransformerConfig
 
 ENCODERS = (ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT, DISTILBERT, ELECTRA, MODERNBERT)
 DECODERS = (GPT2, OPENAI_GPT, LLAMA, MISTRAL, QWEN3, PHI3, *llamas.FAMILIES, *parallel.FAMILIES)
-FAMILIES = {family.name: family for family in (*DECODERS, *ENCODERS)}
+FAMILIES = {family.name: family for family in (*DECODERS, *ENCODERS, *encoder_decoders.FAMILIES)}
 
 
 def family_of(theirs: Config) -> Family:

@@ -63,10 +63,12 @@ class Family:
       classes: how names of its classes begin, such as Bert in BertForMaskedLM.
       paired: rotary positions turn features 2k and 2k + 1 together.
       tasks: its task heads, by the end of their classes' names.
+      gated: stems of the layout in place of others for the same modules, where the MLP is gated.
+      untied: prefix of an output layer of its own; there is one where a checkpoint has it, whatever config.json says (T5).
     """
 
     name: str
-    ours: Literal["gpt", "bert"]
+    ours: Literal["gpt", "bert", "seq2seq"]
     layout: Layout
     constants: Config
     values: dict[str, tuple[str, Any]]
@@ -82,11 +84,17 @@ class Family:
     classes: str = ""
     paired: bool = False
     tasks: dict[str, Head] = dataclasses.field(default_factory=dict)
+    gated: dict[str, str] = dataclasses.field(default_factory=dict)
+    untied: str = ""
 
     def layout_for(self, cfg: TransformerConfig) -> Layout:
         """The layout of a model of this configuration."""
         cfg = cfg.resolved()
-        return dataclasses.replace(self.layout, paired=(cfg.rotary_width or cfg.d_head) if self.paired else 0)
+        gated = self.gated if cfg.gated else {}
+        table = {stem: ours for stem, ours in self.layout.table.items() if ours not in gated.values()} | gated
+        return dataclasses.replace(
+            self.layout, table=table, paired=(cfg.rotary_width or cfg.d_head) if self.paired else 0
+        )
 
     def config(self, theirs: Config, names: Iterable[str]) -> TransformerConfig:
         """Our configuration, from theirs and the names of the tensors.
@@ -112,6 +120,8 @@ class Family:
         names = list(names)
         for ours, stem in self.heads.items():
             fields[ours] = any(n.startswith(stem) for n in names)
+        if self.untied:
+            fields["tie_embeddings"] = not any(n.startswith(self.untied) for n in names)
         if fields.get("next_sentence"):
             fields["pooler"] = False
         cfg = TransformerConfig(**fields)
@@ -137,6 +147,7 @@ class Family:
         """
         stems = [self.prefix, *(stem for ours, stem in self.heads.items() if getattr(cfg, ours))]
         stems += [self.heads["pooler"]] if cfg.next_sentence and "pooler" in self.heads else []
+        stems += [self.untied] if self.untied and not cfg.tie_embeddings else []
         try:
             back = self.config(self.config_json(cfg), stems)
         except (InputError, KeyError) as e:
@@ -177,7 +188,7 @@ class Family:
         if not any(name.startswith(self.prefix) for name in found):  # a body saved by itself, its heads beside it
             found = {self.prefix + n if self._is_body(self.prefix + n) else n: t for n, t in found.items()}
         for copy, original in self.copies.items():
-            if copy in found and original in found and (tied or copy.endswith(".bias")):
+            if copy in found and original in found and (tied or copy.endswith((".bias", "embed_tokens.weight"))):
                 same = found[copy].shape == found[original].shape
                 if not same or not np.array_equal(np.asarray(found[copy]), np.asarray(found[original])):
                     raise InputError(
@@ -195,3 +206,23 @@ def activation_of(theirs: str, allowed: dict[str, str] = ACTIVATIONS) -> str:
 
 def published_activation(ours: str, allowed: dict[str, str] = ACTIVATIONS) -> str:
     return next((theirs for theirs, mine in allowed.items() if mine == ours), ours)
+
+
+def one_dropout(cfg: TransformerConfig) -> float:
+    """What config.json has one number for. Raises InputError where the run has two."""
+    if cfg.dropout_embed != cfg.dropout_residual:
+        raise InputError(
+            f"dropout_embed={cfg.dropout_embed} and dropout_residual={cfg.dropout_residual} are one number there"
+        )
+    return cfg.dropout_embed
+
+
+def without(table: dict[str, Any], *ends: str) -> dict[str, Any]:
+    """A table without the keys that end so."""
+    return {stem: ours for stem, ours in table.items() if not stem.endswith(ends)}
+
+
+def shortest_pattern(kinds: list[str]) -> tuple[str, ...]:
+    """The fewest layers that, repeated, give these."""
+    n = next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
+    return tuple(kinds[:n])

@@ -71,7 +71,7 @@ def coming(found: Checkpoint, name: str) -> Coming:
         tensors = heads.without_other_heads(family, suffix, tensors)
         layout, absent = heads.layout_of(family, suffix, model), heads.absent(family, suffix, model)
     model = dataclasses.replace(model, scan_layers=model.n_layers > 12)  # deep ones would compile for minutes
-    objective = ObjectiveConfig("masked" if family.ours == "bert" else "causal")
+    objective = ObjectiveConfig({"gpt": "causal", "bert": "masked", "seq2seq": "pairs"}[family.ours])
     recipe = Recipe(family=family.ours, model=model, objective=objective)
     shapes = rundir.param_shapes(recipe, task)
     shapes = shapes_of(heads.flat(shapes) if suffix else shapes)
@@ -109,8 +109,8 @@ def going(run: rundir.Run, params: Any, log: Callable[[str], None]) -> Going:
         shapes = shapes_of(params)
         layout = own.layout_of(shapes)
         tensors = layout.stored(params, own.absent(recipe, task, layout, shapes))
-        return Going(None, recipe, params, own.config_json(recipe, task, roles), tensors)
-    ids = {f"{role}_token_id": token for role, token in roles.items()}
+        return Going(None, recipe, params, own.config_json(recipe, task, roles) | _opening(run), tensors)
+    ids = {f"{role}_token_id": token for role, token in roles.items()} | _opening(run)
     if task is None:
         tensors = family.layout_for(recipe.model).stored(params, family.absent(recipe.model))
         return Going(family, recipe, params, ids | family.config_json(recipe.model), tensors)
@@ -121,6 +121,14 @@ def going(run: rundir.Run, params: Any, log: Callable[[str], None]) -> Going:
     params = _only(params, shapes_of(heads.flat(rundir.param_shapes(recipe, task))))
     tensors = heads.layout_of(family, suffix, recipe.model).stored(heads.flat(params), absent)
     return Going(family, recipe, params, config, tensors)
+
+
+def _opening(run: rundir.Run) -> Config:
+    """The keys of config.json that say how an encoder-decoder's target begins."""
+    if run.recipe.family != "seq2seq":
+        return {}
+    keys = ("decoder_start_token_id", "forced_bos_token_id")
+    return dict(zip(keys, run.tokenizer.target_start, strict=False))
 
 
 def origin_of(home: Path) -> Config:
@@ -138,7 +146,7 @@ def _only(params: Any, kept: Shapes) -> Any:
 def _published(run: rundir.Run, log: Callable[[str], None]) -> Family | None:
     """The published family that a run leaves as; None where it leaves as one of its own."""
     recipe, differences = run.recipe, None
-    if recipe.objective.kind not in ("causal", "chat", "masked", "contrastive"):
+    if recipe.objective.kind not in ("causal", "chat", "masked", "contrastive", "pairs", "spans"):
         return None
     if run.task is not None:
         bias = np.asarray(run.params["task_head"]["bias"])

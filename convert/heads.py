@@ -96,7 +96,8 @@ def task_of(family: Family, theirs: Config, cfg: TransformerConfig, name: str) -
 def body_config(family: Family, suffix: str, cfg: TransformerConfig) -> TransformerConfig:
     """The configuration of what a head reads: without output layers over the vocabulary."""
     keeps = {"masked_head": False} if family.ours == "bert" else {}
-    return dataclasses.replace(cfg, **keeps, next_sentence=False, pooler=family.tasks[suffix].pooler, tie_embeddings=True)
+    gone = {"next_sentence": False, "tie_embeddings": True, "output_bias": False}
+    return dataclasses.replace(cfg, **keeps, **gone, pooler=family.tasks[suffix].pooler)
 
 
 def layout_of(family: Family, suffix: str, cfg: TransformerConfig) -> Layout:

@@ -43,6 +43,9 @@ class Layout:
     paired: int = 0
     """So many first features of a head of queries and keys are turned as pairs 2k, 2k + 1, not k, k + half (GPT-J). 0: none."""
 
+    as_row: str = ""
+    """A vector of ours that lies as a row, [1, n], under the name of its stem alone (BART's bias of scores)."""
+
     def entries(self, shapes: Shapes) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(name of a checkpoint's tensor with {} for the layer, our paths) for all that our model has.
 
@@ -51,6 +54,10 @@ class Layout:
         """
         block, left = f"{self.body}/stack/blocks/", set(shapes)
         for stem, modules in self.table.items():
+            if modules == self.as_row:
+                left.discard(modules)
+                yield from [(stem, (modules,))] if modules in shapes else ()
+                continue
             paths = [m.replace("block/", block).replace("body/", f"{self.body}/") for m in modules.split()]
             for suffix, leaves in {".weight": ("kernel", "scale", "embedding"), ".bias": ("bias",)}.items():
                 ours = tuple(f"{p}/{leaf}" for p in paths for leaf in leaves if f"{p}/{leaf}" in shapes)
@@ -70,6 +77,8 @@ class Layout:
 
     def _theirs(self, ours: tuple[str, ...], arrays: list[np.ndarray]) -> np.ndarray:
         """One tensor of a checkpoint from one layer of ours."""
+        if ours[0] == self.as_row:
+            return arrays[0][None]
         if self.by_head and len(ours) == 3:
             heads = np.stack(arrays, axis=-2)  # [D, H, 3, K], of a bias [H, 3, K]
             joined = heads.reshape(*heads.shape[:-3], -1)
@@ -96,6 +105,8 @@ class Layout:
 
     def _ours(self, ours: tuple[str, ...], tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
         """One layer of ours from one tensor: `_theirs` backwards."""
+        if ours[0] == self.as_row:
+            return [tensor[0]]
         if ours[0].endswith("position/embedding"):
             return [tensor[self.first_position :]]
         if self.norms_from_zero and ours[0].endswith("norm/scale"):
@@ -120,6 +131,8 @@ class Layout:
 
     def _shape_of_theirs(self, ours: tuple[str, ...], shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
         """The shape of what `_theirs` makes of parameters of these shapes."""
+        if ours[0] == self.as_row:
+            return (1, *shapes[0])
         matrices = [self._matrix(p, s) for p, s in zip(ours, shapes, strict=True)]
         joined = (*matrices[0][:-1], sum(m[-1] for m in matrices))
         if ours[0].endswith("position/embedding"):

@@ -3,18 +3,21 @@
 import dataclasses
 
 from bothways.convert.decoders import LLAMA
-from bothways.convert.family import Config, Family, Head, activation_of, published_activation
+from bothways.convert.family import (
+    Config,
+    Family,
+    Head,
+    activation_of,
+    published_activation,
+    shortest_pattern,
+    without,
+)
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
 
 _TABLE = LLAMA.layout.table
 _ON_MODEL = LLAMA.tasks | {"QuestionAnswering": Head({"qa_outputs": "task_head"})}
-
-
-def without(table: dict[str, str], *ends: str) -> dict[str, str]:
-    """A table without the stems that end so."""
-    return {stem: ours for stem, ours in table.items() if not stem.endswith(ends)}
 
 
 # ---- Qwen 2, OLMo 2, SmolLM 3 -----------------------------------------------------------------------------------------
@@ -50,12 +53,6 @@ OLMO2 = dataclasses.replace(
     classes="Olmo2",
     tasks={"SequenceClassification": LLAMA.tasks["SequenceClassification"]},
 )
-
-
-def shortest_pattern(kinds: list[str]) -> tuple[str, ...]:
-    """The fewest layers that, repeated, give these."""
-    n = next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
-    return tuple(kinds[:n])
 
 
 def _smollm3_read(theirs: Config) -> Config:

@@ -1,13 +1,12 @@
 """A model trained with bothways, in PyTorch, for `transformers`: `AutoModelFor....from_pretrained(DIR, trust_remote_code=True)`.
 
-This one file lies beside the weights that `bothways export` writes, and needs nothing but torch and transformers.
+This file lies beside the weights that `bothways export` writes, with modeling_bothways_positions.py, and needs nothing but
+torch and transformers.
 config.json says which function is computed: `family` (gpt, bert, seq2seq), `objective` and the fields of `model`.
 
 A mask says which keys a query sees: causal (gpt), the first `prefix` tokens of a row both ways, blocks of `block_size` tokens
 that see each other and all before them, or everything (bert). Padding, on either side, is seen by nobody.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,14 @@ from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, modeling_outputs
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from .modeling_bothways_positions import RelativeBias, alibi, rotate, sinusoid
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
     "swiglu": F.silu,
     "geglu": F.gelu,
     "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -60,34 +62,6 @@ class Norm(nn.Module):
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
 
-def rotary_frequencies(width, base, scaling):
-    """Angle per position of each of the width/2 pairs; and what queries and keys are multiplied by."""
-    pairs = torch.arange(width // 2, dtype=torch.float64)
-    plain = base ** (-pairs / (width // 2))
-    kind, context, high, low = (scaling[k] for k in ("kind", "original_context", "high", "low"))
-    kept, factor = {"none": 1.0, "linear": 0.0}.get(kind), 1.0
-    if kind == "llama3":
-        turns = context * plain / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-    elif kind == "yarn":
-        first, last = (width // 2 * math.log(context / (2 * math.pi * t)) / math.log(base) for t in (high, low))
-        first, last = max(math.floor(first), 0), min(math.ceil(last), width - 1)
-        kept = 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
-        factor = scaling["attention_factor"] or 0.1 * math.log(scaling["factor"]) + 1
-    return (kept * plain + (1 - kept) * plain / scaling["factor"]).float(), factor
-
-
-def rotate(x, positions, base, scaling, width=0):
-    """Rotary positions on x [B, H, T, K]; feature k is paired with feature k + K/2. Of `width` features only, where not 0."""
-    if width and width < x.shape[-1]:
-        return torch.cat([rotate(x[..., :width], positions, base, scaling), x[..., width:]], dim=-1)
-    frequency, factor = rotary_frequencies(x.shape[-1], base, scaling)
-    angle = positions[:, None, :, None].float() * frequency.to(x.device)
-    cos, sin = factor * angle.cos(), factor * angle.sin()
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, m, layer):
         super().__init__()
@@ -108,7 +82,7 @@ class Attention(nn.Module):
         y = y.unflatten(-1, (n, -1)).transpose(1, 2)
         return norm(y) if norm is not None and self.m["qk_norm_over"] == "head" else y
 
-    def forward(self, x, seen, positions, cache=None, memory=None, base=None):
+    def forward(self, x, seen, positions, cache=None, memory=None, base=None, added=None):
         m = self.m
         q = self.heads(self.query, x, m["n_heads"], getattr(self, "query_norm", None))
         if memory is not None and cache is not None and cache.is_updated.get(self.layer):
@@ -125,10 +99,11 @@ class Attention(nn.Module):
             elif cache is not None:
                 k, v = cache.update(k, v, self.layer)
         k, v = (y.repeat_interleave(m["n_heads"] // m["n_kv_heads"], dim=1) for y in (k, v))
-        bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, torch.finfo(q.dtype).min)
+        bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)[:, None] if added is None else added.to(q.dtype)
+        bias = bias.masked_fill(~seen[:, None], torch.finfo(q.dtype).min)
         dropped = m["dropout_attention"] if self.training else 0.0
         scale = (m["query_scale"] or m["d_head"]) ** -0.5
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None], dropout_p=dropped, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -169,36 +144,38 @@ class Block(nn.Module):
         y = x + self.dropout(getattr(self, f"{name}_out_norm")(y) if at in ("out", "both") else y)
         return getattr(self, f"{name}_norm")(y) if at == "post" else y
 
-    def forward(self, x, mask, positions, cache, memory, memory_seen):
+    def forward(self, x, mask, positions, cache, memory, memory_seen, added=None):
         seen, past = mask(self.window), getattr(cache, "self_attention_cache", cache)
         beside = None
         if self.m["parallel"]:
             beside = self.mlp(self.mlp_norm(x) if self.m["parallel"] == "two_norms" else self.attention_norm(x))
-        x = self.residual(x, "attention", lambda y: self.attention(y, seen, positions, past, base=self.base))
+        how = {"base": self.base, "added": added}
+        x = self.residual(x, "attention", lambda y: self.attention(y, seen, positions, past, **how))
         if memory is not None:
             x = self.residual(x, "cross", lambda y: self.cross(y, memory_seen, positions, cache, memory))
         return self.residual(x, "mlp", self.mlp) if beside is None else x + self.dropout(beside)
 
 
 class Embedding(nn.Module):
-    def __init__(self, m):
+    def __init__(self, m, shared=None):
         super().__init__()
         self.m, width = m, m["d_model"]
         filled_up = -(-m["vocab_size"] // m["pad_vocab_to_multiple_of"]) * m["pad_vocab_to_multiple_of"]
-        self.token = nn.Embedding(filled_up, width)
+        if shared is None:
+            self.token = nn.Embedding(filled_up, width)
+        self.__dict__["table"] = self.token if shared is None else shared  # no second name for shared weights
         self.position = nn.Embedding(m["context_length"], width) if m["position_embedding"] == "learned" else None
         self.segment = nn.Embedding(m["segment_types"], width) if m["segment_types"] else None
         self.norm = Norm(m, width) if m["embed_norm"] else nn.Identity()
         self.dropout = nn.Dropout(m["dropout_embed"])
 
     def forward(self, tokens, positions, types=None):
-        x = self.token(tokens) * (self.m["d_model"] ** 0.5 if self.m["embed_scale"] else 1.0)
+        x = self.table(tokens) * (self.m["d_model"] ** 0.5 if self.m["embed_scale"] else 1.0)
         if self.position is not None:
             x = x + self.position(positions.clamp(max=self.m["context_length"] - 1))
-        elif self.m["position_embedding"] == "sinusoidal":
-            pairs = torch.arange(0, x.shape[-1], 2, device=x.device).float()
-            angle = positions[..., None].float() * 10_000.0 ** (-pairs / x.shape[-1])
-            x = x + torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2).to(x.dtype)
+        elif self.m["position_embedding"].startswith("sinusoidal"):
+            first = positions + self.m["first_position"]
+            x = x + sinusoid(first, x.shape[-1], self.m["position_embedding"]).to(x.dtype)
         if self.segment is not None:
             x = x + self.segment(torch.zeros_like(tokens) if types is None else types)
         return self.dropout(self.norm(x))
@@ -211,12 +188,14 @@ class Transformer(nn.Module):
 
     def __init__(self, m, causal, cross=False, shared=None):
         super().__init__()
-        self.causal = causal
+        self.m, self.causal = m, causal
         if shared is None:
             self.embed = Embedding(m)
         self.__dict__["embedding"] = self.embed if shared is None else shared  # no second name for shared weights
         self.layers = nn.ModuleList(Block(m, layer, cross) for layer in range(m["n_layers"]))
         self.final_norm = Norm(m, m["d_model"]) if m["norm_position"] != "post" else nn.Identity()
+        self.scale = m["d_model"] ** -0.5 if m["output_scale"] and causal else 1.0
+        self.relative = RelativeBias(m, not causal) if m["score_bias"] == "relative" else None
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, cache=None, prefix=None,
                 block_size=None, both_ways=False, memory=None, memory_mask=None, **unused):  # fmt: skip
@@ -239,9 +218,12 @@ class Transformer(nn.Module):
             memory_mask = torch.ones_like(memory[..., 0]) if memory_mask is None else memory_mask
             memory_mask = (memory_mask > 0)[:, None, :].expand(-1, q.shape[1], -1)
         x = self.embedding(input_ids, positions, token_type_ids)
+        added = None if self.relative is None else self.relative(positions, keys)
+        added = alibi(self.m["n_heads"], positions, keys) if self.m["score_bias"] == "alibi" else added
         for layer in self.layers:
-            x = layer(x, mask, positions, cache, memory, memory_mask)
-        return modeling_outputs.BaseModelOutputWithPast(last_hidden_state=self.final_norm(x), **{CACHE: cache})
+            x = layer(x, mask, positions, cache, memory, memory_mask, added)
+        x = self.final_norm(x) * self.scale
+        return modeling_outputs.BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
 
 class BothwaysPreTrainedModel(PreTrainedModel):
@@ -251,17 +233,18 @@ class BothwaysPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module):
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.model["init_std"])
+        if isinstance(module, nn.Linear | nn.Embedding | OutputLayer):
+            if module.weight is not None:
+                nn.init.normal_(module.weight, std=self.config.model["init_std"])
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
     def get_input_embeddings(self):
         body = self.model if hasattr(self, "model") else self
-        return (body.decoder if hasattr(body, "decoder") else body.encoder).embedding.token
+        return (body.decoder if hasattr(body, "decoder") else body.encoder).embedding.table
 
     def get_output_embeddings(self):
-        return getattr(self, "lm_head", None)
+        return getattr(self, "lm_head", None) if not self.config.model["tie_embeddings"] else None
 
 
 class BothwaysModel(BothwaysPreTrainedModel):
@@ -277,12 +260,24 @@ class BothwaysModel(BothwaysPreTrainedModel):
         else:
             self.embed = Embedding(m)
             self.encoder = Transformer(m, causal=False, shared=self.embed)
-            self.decoder = Transformer(m, causal=True, cross=True, shared=self.embed)
+            if m["shared_embeddings"] == "tokens":
+                self.target_embed = Embedding(m, shared=self.embed.token)
+            target = self.target_embed if m["shared_embeddings"] == "tokens" else self.embed
+            self.decoder = Transformer(m, causal=True, cross=True, shared=target)
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None, **inputs):
         body = self.encoder if self.config.family != "gpt" else self.decoder
         return body(input_ids, attention_mask, **inputs)
+
+
+class OutputLayer(nn.Module):
+    """What scores have of their own: a table, where it is not the token embeddings, and a bias."""
+
+    def __init__(self, m, rows):
+        super().__init__()
+        self.weight = None if m["tie_embeddings"] else nn.Parameter(torch.empty(rows, m["d_model"]))
+        self.bias = nn.Parameter(torch.zeros(rows)) if m["output_bias"] else None
 
 
 class WithOutputLayer(BothwaysPreTrainedModel):
@@ -292,14 +287,12 @@ class WithOutputLayer(BothwaysPreTrainedModel):
         super().__init__(config)
         self.model = BothwaysModel(config)
         m, table = config.model, self.get_input_embeddings()
-        self.lm_head = (
-            None if m["tie_embeddings"] else nn.Linear(m["d_model"], table.num_embeddings, bias=m["output_bias"])
-        )
+        self.lm_head = OutputLayer(m, table.num_embeddings) if m["output_bias"] or not m["tie_embeddings"] else None
 
     def scores(self, features, bias=None):
-        table = self.get_input_embeddings() if self.lm_head is None else self.lm_head
-        bias = getattr(table, "bias", None) if bias is None else bias
-        logits = F.linear(features, table.weight).float()
+        bias = getattr(self.lm_head, "bias", None) if bias is None else bias
+        tied = self.config.model["tie_embeddings"]
+        logits = F.linear(features, (self.get_input_embeddings() if tied else self.lm_head).weight).float()
         logits = logits if bias is None else logits + bias
         filling = torch.arange(logits.shape[-1], device=logits.device) >= self.config.vocab_size
         return logits.masked_fill(filling, NEG_INF) if self.config.vocab_size < logits.shape[-1] else logits

@@ -15,7 +15,7 @@ from bothways.recipes import Recipe
 from bothways.rundir import TaskInfo
 
 NAME = "bothways"
-BODIES, TASKS = "modeling_bothways", "modeling_bothways_tasks"
+BODIES, POSITIONS, TASKS = "modeling_bothways", "modeling_bothways_positions", "modeling_bothways_tasks"
 HEADS = ("mlm", "nsp", "lm_head", "task_head")
 """Modules beside the body; the body's own are under `model`, as everywhere in `transformers`."""
 AUTO = {
@@ -62,8 +62,6 @@ def config_json(recipe: Recipe, task: TaskInfo | None, roles: dict[str, int]) ->
         "task": task and dataclasses.asdict(task),
         "dtype": "float32",
     }
-    if recipe.family == "seq2seq":
-        found["decoder_start_token_id"] = roles["bos"]
     found |= labels_json(task) if task is not None else {}
     return found | {f"{role}_token_id": token for role, token in roles.items()}
 
@@ -80,7 +78,7 @@ def _class(kind: str) -> str:
 
 def save_modelling_files(home: Path, task: TaskInfo | None) -> None:
     """Write the modelling files beside the weights."""
-    for name in (BODIES, *([TASKS] if task else [])):
+    for name in (BODIES, POSITIONS, *([TASKS] if task else [])):
         shutil.copyfile(Path(__file__).with_name(f"{name}.py"), home / f"{name}.py")
 
 

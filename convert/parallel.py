@@ -3,7 +3,7 @@
 import dataclasses
 
 from bothways.convert.decoders import GPT2, LLAMA
-from bothways.convert.family import Config, Family, Head, activation_of, published_activation
+from bothways.convert.family import Config, Family, Head, activation_of, one_dropout, published_activation
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
@@ -47,14 +47,10 @@ def _neox_read(theirs: Config) -> Config:
 
 
 def _neox_write(cfg: TransformerConfig) -> Config:
-    if cfg.dropout_embed != cfg.dropout_residual:
-        raise InputError(
-            f"dropout_embed={cfg.dropout_embed} and dropout_residual={cfg.dropout_residual} are one number there"
-        )
     return {
         "hidden_act": published_activation(cfg.activation),
         "use_parallel_residual": cfg.parallel == "two_norms",
-        "hidden_dropout": cfg.dropout_residual,
+        "hidden_dropout": one_dropout(cfg),
         "rope_parameters": _rope(cfg),
     }
 
@@ -99,11 +95,7 @@ GPT_NEOX = Family(
     copies={"embed_out.weight": "gpt_neox.embed_in.weight"},
     buffers=(".attention.bias", ".masked_bias", ".rotary_emb.inv_freq"),
     classes="GPTNeoX",
-    tasks={
-        "SequenceClassification": _SCORES,
-        "TokenClassification": Head({"classifier": "task_head"}),
-        "QuestionAnswering": Head({"qa_outputs": "task_head"}),
-    },
+    tasks=GPT2.tasks,
 )
 
 # ---- GPT-J ------------------------------------------------------------------------------------------------------------
@@ -207,13 +199,9 @@ def _opt_read(theirs: Config) -> Config:
 
 
 def _opt_write(cfg: TransformerConfig) -> Config:
-    if cfg.dropout_embed != cfg.dropout_residual:
-        raise InputError(
-            f"dropout_embed={cfg.dropout_embed} and dropout_residual={cfg.dropout_residual} are one number there"
-        )
     return {
         "activation_function": published_activation(cfg.activation),
-        "dropout": cfg.dropout_residual,
+        "dropout": one_dropout(cfg),
         "word_embed_proj_dim": cfg.d_model,
     }
 

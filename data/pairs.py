@@ -58,8 +58,8 @@ def packing(home: Path | None, lengths: np.ndarray, room: int) -> tuple[np.ndarr
 class PackedPairs:
     """Pairs of documents, 2i the source and 2i + 1 its target, several to a row: a source.
 
-    A source ends with eos; a target is read from bos on and predicts its own tokens and eos. Segments keep the pairs
-    of a row apart. Pairs with more than `length` tokens on a side are left out.
+    A source ends with eos; a target is read from bos on and predicts its own tokens and eos; a published vocabulary may say
+    otherwise (data/published.py). Segments keep the pairs of a row apart. Pairs with more than `length` tokens on a side are left out.
 
     Raises:
       InputError: no pair fits into a row.
@@ -67,8 +67,12 @@ class PackedPairs:
 
     def __init__(self, tokens: Tokens, length: int, vocabulary: Vocabulary):
         self.tokens, self.length, self.pad = tokens, length, vocabulary.pad
+        self.start = np.array(vocabulary.target_start or (vocabulary.bos,), np.int32)
+        before, behind = vocabulary.around_source or ((), (vocabulary.eos,))
+        self.before, self.behind = np.array(before, np.int32), np.array(behind, np.int32)
         ends = np.append(tokens.starts[1:], len(tokens.ids))
-        lengths = (ends - tokens.starts - 1).reshape(-1, 2)  # without bos
+        lengths = (ends - tokens.starts - 2).reshape(-1, 2)  # without bos and eos
+        lengths = lengths + np.array([len(before) + len(behind), len(self.start)])
         fitting = np.flatnonzero((lengths <= length).all(axis=1))
         if not len(fitting):
             raise InputError(
@@ -99,8 +103,8 @@ class PackedPairs:
 
     def _row(self, index: int) -> Example:
         pairs = self.order[self.first[index] : self.first[index + 1]]
-        sources = [self._text(2 * pair)[1:] for pair in pairs]
-        targets = [self._text(2 * pair + 1) for pair in pairs]
+        sources = [np.concatenate([self.before, self._text(2 * pair)[1:-1], self.behind]) for pair in pairs]
+        targets = [np.concatenate([self.start, self._text(2 * pair + 1)[1:]]) for pair in pairs]
         return packed(sources, targets, self.length, self.length, self.pad)
 
 
@@ -197,5 +201,5 @@ def with_spans_hidden(text: np.ndarray, rng: np.random.Generator, source: Spans)
     shown = np.where(first, v.mask, text)[~inverse | first]
     ends = np.cumsum(np.stack([stay, go], axis=1).reshape(-1))
     spans = [np.concatenate([[v.mask], text[a:b]]) for a, b in zip(ends[::2], ends[1::2], strict=True)]
-    target = np.concatenate([[v.bos], *spans, [v.eos]])
+    target = np.concatenate([v.target_start[:1] or [v.bos], *spans, [v.eos]])
     return packed([np.append(shown, v.eos)], [target], source.length, source.target_length, v.pad)

@@ -16,6 +16,8 @@ from bothways.data.vocabulary_files import add_tokens, from_files, token_in, wit
 from bothways.errors import InputError
 
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
+START = "decoder_start"
+"""The setting that says which tokens open an encoder-decoder's target."""
 KNOWN = {  # how the roles are called where a checkpoint does not say
     "pad": ("[PAD]", "<pad>"),
     "unk": ("[UNK]", "<unk>"),
@@ -66,7 +68,8 @@ class PublishedTokenizer(Tokenizer):
         self.fast.no_truncation()
         self.fast.no_padding()
         ids = {role: self.fast.token_to_id(token) for role, token in roles.items()}
-        self.bos, self.eos = ids.get("cls", ids.get("bos")), ids.get("sep", ids.get("eos"))
+        start = self.settings.get(START) or [None]
+        self.bos, self.eos = ids.get("cls", ids.get("bos", start[0])), ids.get("sep", ids.get("eos"))
         self.mask, self.pad, self.unk = ids.get("mask"), ids["pad"], ids.get("unk", self.eos)
         around = self.fast.encode("", add_special_tokens=True).ids
         opens = self.settings.get("add_bos_token")  # what a tokenizer_config.json says goes before the post-processor
@@ -84,6 +87,16 @@ class PublishedTokenizer(Tokenizer):
     @chat_template.setter
     def chat_template(self, template: str) -> None:
         self.settings = self.settings | {"chat_template": template}
+
+    @property
+    def target_start(self) -> tuple[int, ...]:
+        return tuple(self.settings.get(START) or [self.bos])
+
+    def around_source(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if START not in self.settings:
+            return super().around_source()
+        before, _, behind = self._published_frame(False)
+        return tuple(before), tuple(behind or [self.eos])
 
     def framing_as_published(self) -> "PublishedTokenizer":
         other = copy.copy(self)
@@ -203,7 +216,8 @@ class PublishedTokenizer(Tokenizer):
             return self, []
         fast = tokenizers.Tokenizer.from_str(model)
         roles = {role: token for role, token in self.roles.items() if token not in gone}
-        roles = roles_of(fast, {f"{role}_token": token for role, token in roles.items()}, {}, Path())
+        said = {START: self.settings.get(START)} | {f"{role}_token": token for role, token in roles.items()}
+        roles = roles_of(fast, said, {}, Path())
         return PublishedTokenizer(model, roles, self.settings), gone
 
     @classmethod
@@ -236,6 +250,8 @@ class PublishedTokenizer(Tokenizer):
             raise
         except Exception as e:  # the library raises plain Exception for what it cannot parse
             raise InputError(f"the vocabulary in {home} cannot be read: {str(e)[:200]}") from e
+        if config.get("is_encoder_decoder"):
+            settings |= _target_start(config, home)
         roles = roles_of(fast, settings, config, home)
         kept = {
             key: value
@@ -257,13 +273,25 @@ def roles_of(fast: tokenizers.Tokenizer, said: dict[str, Any], config: dict[str,
         found = next((c for c in candidates if c and fast.token_to_id(c) is not None), None)
         if found is not None:
             roles[role] = found
-    if not {"bos", "cls"} & roles.keys() or not {"eos", "sep"} & roles.keys():
+    opens = {"bos", "cls"} & roles.keys() or said.get(START)
+    if not opens or not {"eos", "sep"} & roles.keys():
         raise InputError(
             f"the vocabulary in {where} does not say which token opens and which closes a text; put a "
             'tokenizer_config.json beside it, with "bos_token" and "eos_token" (or "cls_token" and "sep_token")'
         )
     roles.setdefault("pad", roles.get("sep", roles.get("eos")))  # padding is hidden, whatever stands there
     return roles
+
+
+def _target_start(config: dict[str, Any], home: Path) -> dict[str, list[int]]:
+    """What an encoder-decoder's target begins with, as its config.json or its generation_config.json says: the token that it
+    is started with, and one that must follow (the target's language). Nothing where they say nothing."""
+    path = home / "generation_config.json"
+    said = config | (json.loads(path.read_text()) if path.exists() else {})
+    names = ("decoder_start_token_id", "forced_bos_token_id")
+    found = [said.get(name) for name in names]
+    found[0] = said.get("bos_token_id", said.get("pad_token_id")) if found[0] is None else found[0]
+    return {START: [token for token in found if token is not None]} if found[0] is not None else {}
 
 
 def _flat(part: Any) -> list[dict[str, Any]]:

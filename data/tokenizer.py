@@ -55,6 +55,10 @@ class Vocabulary:
     """[V] bool: begins with anything but a letter, a digit or an apostrophe: a space, a line break, a punctuation mark."""
     ends_sentence: np.ndarray
     """[V] bool: a line break, or ends with . ! or ?"""
+    target_start: tuple[int, ...] = ()
+    """What an encoder-decoder's target begins with; empty: bos."""
+    around_source: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """What stands before and behind a source; None: nothing, and eos."""
 
 
 def made_up_vocabulary(size: int) -> Vocabulary:
@@ -92,6 +96,15 @@ class Tokenizer(abc.ABC):
     def framing_as_published(self) -> "Tokenizer":
         """The same tokenizer, whose `frame` is what a published vocabulary itself puts around texts."""
         return self
+
+    @property
+    def target_start(self) -> tuple[int, ...]:
+        """What an encoder-decoder reads before the first token of a target."""
+        return (self.bos,)
+
+    def around_source(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What stands before and behind a source."""
+        return self.opening, (self.eos,)
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -161,6 +174,8 @@ class Tokenizer(abc.ABC):
             np.flatnonzero(~special),
             np.array([not (p[:1].isalnum() or p[:1] == "'" or self.is_byte(i)) for i, p in enumerate(pieces)]),
             np.array([p.endswith(("\n", ".", "!", "?")) for p in pieces]) & ~special,
+            self.target_start,
+            self.around_source(),
         )
 
     @staticmethod

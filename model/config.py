@@ -102,13 +102,14 @@ class TransformerConfig:
     d_ff: int = 0
     """F, the width inside the MLP. 0: 4 d_model."""
 
-    position_embedding: Literal[
-        "learned", "sinusoidal", "sinusoidal_halves", "sinusoidal_t2t", "rotary", "relative", "alibi"
-    ] = "learned"
+    position_embedding: Literal["learned", "sinusoidal", "sinusoidal_halves", "sinusoidal_t2t", "rotary", "none"] = (
+        "learned"
+    )
     """sinusoidal: sines and cosines in turn (arXiv 1706.03762, section 3.5); halves: all sines, then all cosines (Marian); t2t:
-    so too, with the slowest wave exactly 10,000 times as long as the fastest (tensor2tensor; M2M-100). relative: a number for
-    each head and bucket of distances is added to the scores, the same in all layers (T5, arXiv 1910.10683, section 2.1). alibi:
-    a slope for each head times the distance is taken from them (arXiv 2108.12409)."""
+    so too, with the slowest wave exactly 10,000 times as long as the fastest (tensor2tensor; M2M-100)."""
+    score_bias: Literal["", "relative", "alibi"] = ""
+    """What positions add to the scores: relative, a number for each head and bucket of distances, the same in all layers (T5,
+    arXiv 1910.10683, section 2.1); alibi, minus a slope for each head times the distance (arXiv 2108.12409)."""
     first_position: int = 0
     """What a sinusoid calls the first position; M2M-100 begins at 2."""
     relative_buckets: int = 32
@@ -323,7 +324,7 @@ class TransformerConfig:
             f"{self.position_embedding}",
         )
         want(
-            self.position_embedding != "relative" or 4 <= self.relative_buckets < 2 * self.relative_distance,
+            self.score_bias != "relative" or 4 <= self.relative_buckets < 2 * self.relative_distance,
             f"model.relative_buckets={self.relative_buckets} must be at least 4, and half of them fewer than "
             f"model.relative_distance={self.relative_distance}",
         )

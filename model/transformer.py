@@ -35,7 +35,7 @@ class Transformer(nn.Module):
     def setup(self):
         self.embed = Embedding(self.cfg) if self.shared is None else self.shared
         self.stack = Stack(self.cfg, cross=self.cross)
-        if self.cfg.position_embedding == "relative":
+        if self.cfg.score_bias == "relative":
             self.relative = RelativePositions(self.cfg, self.both_ways)
         if self.cfg.norm_position != "post":
             self.final_norm = Norm(self.cfg)
@@ -53,8 +53,8 @@ class Transformer(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Float[jax.Array, "B T D"], Cache | None]:
         x = self.embed(tokens, positions, types, deterministic)
-        bias = alibi(self.cfg) if self.cfg.position_embedding == "alibi" else None
-        bias = self.relative() if self.cfg.position_embedding == "relative" else bias
+        bias = alibi(self.cfg) if self.cfg.score_bias == "alibi" else None
+        bias = self.relative() if self.cfg.score_bias == "relative" else bias
         x, cache = self.stack(x, mask, positions, cache, memory, memory_mask, deterministic, bias)
         return (self.final_norm(x) if self.cfg.norm_position != "post" else x), cache
 

@@ -170,10 +170,10 @@ class TextModel:
         Raises:
           InputError: longer than the model's context; or an empty source.
         """
-        ids = [*self.tokenizer.opening, *self.tokenizer.encode(prompt)]
+        before, behind = self.tokenizer.around_source() if self.has_source else (self.tokenizer.opening, ())
         if self.has_source and not prompt:
             raise InputError("a source is empty; an encoder-decoder needs something to read")
-        ids = [*ids, self.tokenizer.eos] if self.has_source else ids or [self.tokenizer.bos]
+        ids = [*before, *self.tokenizer.encode(prompt), *behind] or [self.tokenizer.bos]
         if len(ids) > self.recipe.model.context_length:
             raise InputError(
                 f"the {'source' if self.has_source else 'prompt'} has {len(ids)} tokens and the model's context is "
@@ -182,7 +182,7 @@ class TextModel:
         return ids
 
     def _row(self, ids: list[int], key: jax.Array) -> Row:
-        return Row([self.tokenizer.bos], key, source=ids) if self.has_source else Row(list(ids), key)
+        return Row(list(self.tokenizer.target_start), key, source=ids) if self.has_source else Row(list(ids), key)
 
     def sample(
         self,
@@ -288,7 +288,8 @@ class TextModel:
     def _most(self, row: Row, max_tokens: int | None) -> int:
         if not self.has_source:
             return max_tokens or 256
-        return min(max_tokens or len(row.source) - 1 + 50, self.recipe.model.context_length - 1)
+        longest = self.recipe.model.context_length - len(self.tokenizer.target_start)
+        return min(max_tokens or len(row.source) - 1 + 50, longest)
 
     def _ids(self, row: Row) -> list[int]:
         return row.tokens[:-1] if row.tokens and row.tokens[-1] == self.tokenizer.eos else row.tokens

@@ -100,10 +100,11 @@ def wanted(run: Served, prompt: str, max_tokens: int | None, usual: int | None, 
     tokenizer, context = run.tokenizer, run.context_length
     ids = tokenizer.encode(prompt) if chat is None else chat
     opening = list(tokenizer.opening) if chat is None else []
-    source = [*opening, *ids, tokenizer.eos] if run.kind == "seq2seq" else []
+    before, behind = tokenizer.around_source() if chat is None else ((), (tokenizer.eos,))
+    source = [*before, *ids, *behind] if run.kind == "seq2seq" else []
     if run.kind == "seq2seq" and not prompt:
         raise InputError("a source is empty; an encoder-decoder needs something to read")
-    ids = [tokenizer.bos] if source else [*opening, *ids] or [tokenizer.bos]
+    ids = list(tokenizer.target_start) if source else [*opening, *ids] or [tokenizer.bos]
     most = usual if max_tokens is None else max_tokens
     room = context - len(ids)
     most = max(room, 1) if most is None else most

@@ -60,6 +60,7 @@ def tokenizer_for(family: str) -> tokenizers.Tokenizer:
         "xlm-roberta": "roberta",
         "camembert": "roberta",
         "openai-gpt": "gpt2",
+        **dict.fromkeys(("bart", "mbart", "marian", "pegasus", "m2m_100"), "roberta"),
     }
     family = alike.get(family, family)
     family = family if family in ("bert", "modernbert", "roberta", "gpt2") else "llama"
@@ -119,7 +120,22 @@ SIZES["starcoder2"] = SIZES["phi3"] | {"sliding_window": 5}
 SIZES |= dict.fromkeys(("gpt_neox", "phi"), SIZES["bert"] | {"hidden_size": 24, "rotary_pct": 0.5})
 SIZES["gptj"] = SIZES["gpt2"] | {"n_embd": 24, "rotary_dim": 6}
 SIZES["opt"] = {k: v for k, v in SIZES["bert"].items() if k != "intermediate_size"} | {"ffn_dim": 26}
+SIDES = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 3), ("attention_heads", 2))}
+SIDES |= {"encoder_ffn_dim": 26, "decoder_ffn_dim": 26, "d_model": 22, "max_position_embeddings": 23}
+SIDES |= {"is_encoder_decoder": True, "decoder_start_token_id": 2}
+SIZES |= dict.fromkeys(("bart", "mbart", "marian", "pegasus", "m2m_100"), SIDES)
+SIZES["t5"] = {
+    "d_model": 22,
+    "d_kv": 6,
+    "d_ff": 26,
+    "num_layers": 3,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 10,
+}
+SIZES["t5"] |= {"relative_attention_max_distance": 13, "is_encoder_decoder": True, "decoder_start_token_id": 1}
+SIZES["mt5"] = SIZES["t5"]
 STEM_OF_HEAD = {
+    **{name: ["final_logits_bias"] for name in ("bart", "mbart", "marian", "pegasus")},
     "bert": ["cls.predictions.", "cls.seq_relationship."],
     "roberta": ["lm_head."],
     "modernbert": ["decoder."],

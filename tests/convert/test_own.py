@@ -55,6 +55,33 @@ CASES = {  # name: family, objective, fields
     "local": ("bert", "masked", ROTARY | {"norm_position": "pre", "first_norm": False, "n_layers": 2}),
     "pairs": ("seq2seq", "pairs", {"n_layers": 2, "norm_position": "post", "activation": "relu"}),
     "spans": ("seq2seq", "spans", ROTARY | {"tie_embeddings": False}),
+    "bart": (
+        "seq2seq",
+        "pairs",
+        {"shared_embeddings": "tokens", "embed_norm": True, "output_bias": True, "activation": "silu", "d_value": 5},
+    ),
+    "t5": (
+        "seq2seq",
+        "pairs",
+        {
+            "position_embedding": "none",
+            "score_bias": "relative",
+            "relative_buckets": 6,
+            "relative_distance": 11,
+            "output_scale": True,
+        }
+        | {"n_layers": 2, "pad_vocab_to_multiple_of": 17},
+    ),
+    "m2m": (
+        "seq2seq",
+        "pairs",
+        {"position_embedding": "sinusoidal_t2t", "first_position": 2, "activation": "relu2", "n_heads": 2},
+    ),
+    "alibi": (
+        "gpt",
+        "causal",
+        {"position_embedding": "none", "score_bias": "alibi", "n_heads": 3, "d_head": 4, "activation": "relu2"},
+    ),
 }
 TASKS = {"classify": ("gpt", "mean"), "regress": ("gpt", "token"), "tag": ("bert", "token")}
 TASKS |= {"span": ("bert", "token"), "choice": ("bert", "token")}
@@ -140,7 +167,7 @@ def test_the_modelling_file_computes_what_we_do_and_the_run_comes_back(exported,
             assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize("name", ["gpt", "modern", "gemma", "neox", "hybrid"])
+@pytest.mark.parametrize("name", ["gpt", "modern", "gemma", "neox", "hybrid", "alibi"])
 def test_greedy_text_with_a_cache_and_padding_on_the_left_is_ours(exported, name):
     run, out, _ = exported(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out, padding_side="left", trust_remote_code=True)
@@ -152,7 +179,7 @@ def test_greedy_text_with_a_cache_and_padding_on_the_left_is_ours(exported, name
         assert text_of(run, row) == mine.text
 
 
-@pytest.mark.parametrize("name", ["pairs", "spans"])
+@pytest.mark.parametrize("name", ["pairs", "spans", "bart", "t5"])
 def test_an_encoder_decoder_writes_the_same_target(exported, name):
     run, out, _ = exported(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)

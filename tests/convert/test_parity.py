@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+import bothways
 from bothways import sharding
 from bothways.config import MeshConfig, OptimizerConfig
 from bothways.convert import check
@@ -19,7 +21,7 @@ from bothways.rundir import load_run
 from bothways.train.objectives import make_objective
 from bothways.train.optimizer import make_optimizer
 from bothways.train.step import TrainState, make_train_step, state_shardings
-from tests.convert.published import save_tokenizer, shuffled
+from tests.convert.published import change, save_tokenizer, shuffled
 
 torch = pytest.importorskip("torch", reason="the extra `parity` (torch, transformers) is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra `parity` (torch, transformers) is not installed")
@@ -86,9 +88,30 @@ CASES = {  # name: class, configuration
         | {"max_position_embeddings": 37, "word_embed_proj_dim": 33},
     ),
 }
+SIDES = {"d_model": 36, "max_position_embeddings": 37, "activation_function": "silu", "scale_embedding": True}
+SIDES |= {f"{side}_{k}": n for side in ("encoder", "decoder") for k, n in (("layers", 2), ("attention_heads", 3))}
+SIDES |= {"encoder_ffn_dim": 41, "decoder_ffn_dim": 41}
+T5 = {"d_model": 33, "d_kv": 14, "d_ff": 41, "num_layers": 2, "num_heads": 3, "relative_attention_num_buckets": 10}
+T5 |= {"relative_attention_max_distance": 13, "layer_norm_epsilon": 1e-5}
+CASES |= {
+    "bart": ("BartForConditionalGeneration", SIDES | {"forced_bos_token_id": 0}),
+    "mbart": ("MBartForConditionalGeneration", SIDES | {"activation_function": "gelu"}),
+    "marian": ("MarianMTModel", SIDES),
+    "pegasus": ("PegasusForConditionalGeneration", SIDES | {"activation_function": "relu"}),
+    "m2m_100": ("M2M100ForConditionalGeneration", SIDES | {"activation_function": "relu"}),
+    "t5": ("T5ForConditionalGeneration", T5),
+    "t5 untied": ("T5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "mt5": ("MT5ForConditionalGeneration", T5 | {"tie_word_embeddings": False}),
+}
 SPECIAL_IDS = {
     "modernbert": {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
     "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
+    "t5": {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
+    "mt5": {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
+    **{
+        name: {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+        for name in ("bart", "mbart", "marian", "pegasus", "m2m_100")
+    },
     **{name: {"bos_token_id": 0, "eos_token_id": 1} for name in ("llama", "mistral", "qwen3", "gptj", "phi", "gpt_neox")},
     **{
         name: {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -109,6 +132,11 @@ def published(name: str, home: Path) -> Path:
         home
     )
     shuffled(home)
+    if name == "pegasus":  # transformers stores the sinusoids, which are no parameters
+        change(home, **{f"model/{side}/embed_positions/weight": None for side in ("encoder", "decoder")})
+    if name == "t5 untied":  # transformers 5 writes none of its own; T5 1.1 and flan have it
+        table = load_file(home / "model.safetensors")["shared.weight"]
+        change(home, **{"lm_head/weight": np.roll(table, 1, axis=0)})
     return home
 
 
@@ -172,6 +200,24 @@ def test_export_import_export_is_the_same_bytes_and_transformers_opens_it(import
     assert theirs.input_ids == load_run(home, print).tokenizer.encode(text)
     before, after = (json.loads((p / "config.json").read_text()) for p in (source, tmp_path / "a"))
     assert before["architectures"] == after["architectures"]
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_an_encoder_decoder_writes_what_transformers_does(imported, name):
+    """From the token that starts its decoder, BART's with the one that must follow; sources of two lengths."""
+    source, home, _ = imported(name)
+    model, texts = bothways.load(home), ["the king", "the queen sees the dog and the king"]
+    found = model.sample(texts, max_tokens=9, greedy=True)
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(source).eval()
+    for text, mine in zip(texts, found, strict=True):
+        ids = torch.tensor([model.encode_prompt(text)])
+        with torch.no_grad():
+            row = theirs.generate(ids, max_new_tokens=10, do_sample=False, num_beams=1)[0].tolist()
+        row = row[len(model.tokenizer.target_start) :][:9]
+        eos = model.tokenizer.eos
+        wanted = row[: row.index(eos)] if eos in row else row
+        assert mine.text == model.tokenizer.decode(wanted)
+    assert model.tokenizer.target_start == {"bart": (2, 0), "t5": (0,)}[name]
 
 
 ADAMW = OptimizerConfig(learning_rate=3e-3, schedule="constant", b2=0.99, weight_decay=0.1, clip_norm=1.0)

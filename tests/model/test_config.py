@@ -115,6 +115,9 @@ OTHER = {  # field: another value, and what else must hold for the field to matt
     "rotary_base": (500.0, {"position_embedding": "rotary"}),
     "rotary_width": (2, {"position_embedding": "rotary"}),
     "rotary_base_local": (500.0, {"position_embedding": "rotary"}),
+    "first_position": (2, {"position_embedding": "sinusoidal"}),
+    "relative_buckets": (6, {"score_bias": "relative"}),
+    "relative_distance": (19, {"score_bias": "relative"}),
     "rotary_scaling": (RotaryScaling("linear", 2.0), {"position_embedding": "rotary"}),
     "first_norm": (False, {}),
     "norm_eps": (1e-3, {}),
@@ -129,8 +132,10 @@ OTHER = {  # field: another value, and what else must hold for the field to matt
     "segment_types": (2, {}),
     "embed_norm": (True, {}),
     "embed_scale": (True, {}),
+    "shared_embeddings": ("tokens", {"family": "seq2seq"}),
     "tie_embeddings": (False, {}),
-    "output_bias": (True, {"tie_embeddings": False}),
+    "output_scale": (True, {}),
+    "output_bias": (True, {}),
     "masked_head": (False, {"family": "bert"}),
     "next_sentence": (True, {"family": "bert"}),
     "pooler": (True, {"family": "bert"}),
@@ -144,6 +149,7 @@ OTHER = {  # field: another value, and what else must hold for the field to matt
 HINTS = get_type_hints(TransformerConfig)
 CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}
 del CHOICES["qk_norm_over"]  # above, beside what it wants
+del CHOICES["shared_embeddings"]
 del CHOICES["attention"]  # kernels want larger sizes, and devices: tests/model/test_kernels.py
 del CHOICES["predicts"]  # the order of the features that a loss reads: tests/train/test_diffusion.py
 
@@ -164,6 +170,8 @@ def program(tiny):
                 if not cfg.masked_head:
                     return jnp.sum(features)
                 features = bound.transform(features)
+            elif family == "seq2seq":
+                features = bound(tokens, tokens, deterministic=False)
             else:
                 features, _ = bound(tokens, deterministic=False)
             return cross_entropy(features, *bound.unembedding(), tokens, jnp.ones(tokens.shape)).nats
