@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from bothways.convert import layer_types
 from bothways.convert.family import (
     Config,
     Family,
@@ -9,7 +10,6 @@ from bothways.convert.family import (
     activation_of,
     one_dropout,
     published_activation,
-    shortest_pattern,
 )
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
@@ -166,12 +166,7 @@ _GUESSES = ("dense", "dense_prediction")
 
 def _electra_read(theirs: Config) -> Config:
     narrow, width = theirs.get("embedding_size", 128), theirs["hidden_size"]
-    if narrow != width:
-        raise InputError(
-            f"config.json: embedding_size is {narrow} and hidden_size {width}; embeddings narrower than the model are not "
-            "supported (electra-small, and generators)"
-        )
-    return BERT.read(theirs)
+    return BERT.read(theirs) | {"embed_width": 0 if narrow == width else narrow}
 
 
 _ELECTRA_HEAD = Head({"classifier.dense": "task_head/dense", "classifier.out_proj": "task_head"}, hidden="gelu")
@@ -182,6 +177,7 @@ ELECTRA = dataclasses.replace(
         "encoder",
         {stem: ours for stem, ours in _bert_table("electra").items() if ours != "nsp/pooler"}
         | {
+            "electra.embeddings_project": "body/embed/widen",
             "generator_predictions.dense": "mlm/dense",
             "generator_predictions.LayerNorm": "mlm/norm",
             "generator_lm_head": "mlm lm_head",
@@ -191,7 +187,7 @@ ELECTRA = dataclasses.replace(
     values=BERT.values,
     heads={"masked_head": "generator_lm_head."},
     read=_electra_read,
-    write=lambda cfg: BERT.write(cfg) | {"embedding_size": cfg.d_model},
+    write=lambda cfg: BERT.write(cfg) | {"embedding_size": cfg.narrow},
     architecture=lambda cfg: "ElectraForMaskedLM" if cfg.masked_head else "ElectraModel",
     prefix="electra.",
     copies={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
@@ -260,37 +256,21 @@ DISTILBERT = dataclasses.replace(
 
 # ---- ModernBERT -------------------------------------------------------------------------------------------------------
 
-LAYER_KINDS = {"full_attention": "global", "sliding_attention": "local"}
-
 
 def _modernbert_read(theirs: Config) -> Config:
-    n, every = theirs["num_hidden_layers"], theirs.get("global_attn_every_n_layers", 3)
-    types = theirs.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(n)]
-    bases = theirs.get("rope_parameters") or {}
-    for kind, values in bases.items():
-        if values and values.get("rope_type", "default") != "default":
-            raise InputError(f"config.json: rope_parameters of {kind} has rope_type {values['rope_type']!r}, not default")
-
-    def base(kind: str, old: str, default: float) -> float:
-        return float((bases.get(kind) or {}).get("rope_theta") or theirs.get(old) or default)
-
-    pattern = shortest_pattern([LAYER_KINDS[t] for t in types])
+    pattern = layer_types.pattern(theirs, theirs.get("global_attn_every_n_layers", 3), last=False)
     return {
         "layer_pattern": pattern,
         "window": theirs.get("local_attention", 128) // 2 + 1 if "local" in pattern else 0,
-        "rotary_base": base("full_attention", "global_rope_theta", 160_000.0),
-        "rotary_base_local": base("sliding_attention", "local_rope_theta", 10_000.0),
         "dropout_residual": theirs.get("mlp_dropout", 0.0),
-    }
+    } | layer_types.rotary_bases(theirs, ("global_rope_theta", "local_rope_theta"), (160_000.0, 10_000.0))
 
 
 def _modernbert_write(cfg: TransformerConfig) -> Config:
-    kinds = {ours: theirs for theirs, ours in LAYER_KINDS.items()}
-    bases = {"full_attention": cfg.rotary_base, "sliding_attention": cfg.rotary_base_local or cfg.rotary_base}
     return {
-        "layer_types": [kinds[cfg.layer_pattern[i % len(cfg.layer_pattern)]] for i in range(cfg.n_layers)],
+        "layer_types": layer_types.types(cfg),
         "local_attention": 2 * max(cfg.window - 1, 0),
-        "rope_parameters": {kind: {"rope_theta": base, "rope_type": "default"} for kind, base in bases.items()},
+        "rope_parameters": layer_types.rope_parameters(cfg),
         "mlp_dropout": cfg.dropout_residual,
     }
 

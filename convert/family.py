@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bothways.config import ObjectiveConfig
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
@@ -64,6 +65,8 @@ class Family:
       paired: rotary positions turn features 2k and 2k + 1 together.
       tasks: its task heads, by the end of their classes' names.
       gated: stems of the layout in place of others for the same modules, where the MLP is gated.
+      objective: diffusion, of models that fill masks in whole rows; no class of `transformers` opens these. Empty: causal of a
+        gpt, masked of a bert, pairs or spans of an encoder-decoder.
       untied: prefix of an output layer of its own; there is one where a checkpoint has it, whatever config.json says (T5).
     """
 
@@ -86,6 +89,7 @@ class Family:
     tasks: dict[str, Head] = dataclasses.field(default_factory=dict)
     gated: dict[str, str] = dataclasses.field(default_factory=dict)
     untied: str = ""
+    objective: Literal["", "diffusion"] = ""
 
     def layout_for(self, cfg: TransformerConfig) -> Layout:
         """The layout of a model of this configuration."""
@@ -94,6 +98,14 @@ class Family:
         table = {stem: ours for stem, ours in self.layout.table.items() if ours not in gated.values()} | gated
         return dataclasses.replace(
             self.layout, table=table, paired=(cfg.rotary_width or cfg.d_head) if self.paired else 0
+        )
+
+    def trained_by(self, objective: ObjectiveConfig) -> bool:
+        """Whether a run with this objective may leave as this family."""
+        if self.objective:
+            return objective.kind == self.objective and set(objective.block_sizes) == {0}
+        return (
+            objective.kind in {"gpt": ("causal", "chat"), "bert": ("masked",), "seq2seq": ("pairs", "spans")}[self.ours]
         )
 
     def config(self, theirs: Config, names: Iterable[str]) -> TransformerConfig:
@@ -167,7 +179,7 @@ class Family:
 
     def _is_body(self, name: str) -> bool:
         """Whether a tensor of this name is one of the table's, other than a head's."""
-        stem = re.sub(r"\.\d+\.", ".{}.", name).rpartition(".")[0]
+        stem = re.sub(r"\.\d+\.", ".{}.", name, count=1).rpartition(".")[0]
         return stem in self.layout.table
 
     def canonical_names(self, tensors: dict[str, Any], tied: bool) -> dict[str, Any]:

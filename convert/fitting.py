@@ -71,7 +71,8 @@ def coming(found: Checkpoint, name: str) -> Coming:
         tensors = heads.without_other_heads(family, suffix, tensors)
         layout, absent = heads.layout_of(family, suffix, model), heads.absent(family, suffix, model)
     model = dataclasses.replace(model, scan_layers=model.n_layers > 12)  # deep ones would compile for minutes
-    objective = ObjectiveConfig({"gpt": "causal", "bert": "masked", "seq2seq": "pairs"}[family.ours])
+    kinds = {"gpt": family.objective or "causal", "bert": "masked", "seq2seq": "pairs"}
+    objective = ObjectiveConfig(kinds[family.ours])
     recipe = Recipe(family=family.ours, model=model, objective=objective)
     shapes = rundir.param_shapes(recipe, task)
     shapes = shapes_of(heads.flat(shapes) if suffix else shapes)
@@ -146,8 +147,6 @@ def _only(params: Any, kept: Shapes) -> Any:
 def _published(run: rundir.Run, log: Callable[[str], None]) -> Family | None:
     """The published family that a run leaves as; None where it leaves as one of its own."""
     recipe, differences = run.recipe, None
-    if recipe.objective.kind not in ("causal", "chat", "masked", "contrastive", "pairs", "spans"):
-        return None
     if run.task is not None:
         bias = np.asarray(run.params["task_head"]["bias"])
         ends_in_pad = run.task.wrap == "task" and run.tokenizer.pad == run.tokenizer.eos
@@ -157,7 +156,9 @@ def _published(run: rundir.Run, log: Callable[[str], None]) -> Family | None:
 
     preferred = origin_of(run.home).get("family", "")
     try:
-        return family_for(recipe.model.resolved(), recipe.family, run.tokenizer.pad, preferred, differences)
+        return family_for(
+            recipe.model.resolved(), recipe.family, run.tokenizer.pad, preferred, differences, recipe.objective
+        )
     except InputError as e:
         log(f"{e}\nit leaves with a modelling file of its own: open it with trust_remote_code=True")
         return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from bothways.convert import layer_types
 from bothways.convert.decoders import LLAMA
 from bothways.convert.family import (
     Config,
@@ -13,7 +14,6 @@ from bothways.convert.family import (
     without,
 )
 from bothways.convert.layout import Layout
-from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
 
 _TABLE = LLAMA.layout.table
@@ -109,47 +109,22 @@ GEMMA = dataclasses.replace(
     tasks={name: head for name, head in LLAMA.tasks.items() if name != "QuestionAnswering"},
 )
 
-_KINDS = {"full_attention": "global", "sliding_attention": "local"}
-
 
 def _gemma3_read(theirs: Config) -> Config:
-    n, every = theirs["num_hidden_layers"], theirs.get("sliding_window_pattern") or 6
-    types = theirs.get("layer_types") or [
-        "full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(n)
-    ]
-    bases = theirs.get("rope_parameters") or {}
-    bases = bases if "full_attention" in bases or "sliding_attention" in bases else {"full_attention": bases}
-    stretched = [
-        v for v in (*bases.values(), theirs.get("rope_scaling")) if v and v.get("rope_type", "default") != "default"
-    ]
-    if stretched:
-        raise InputError(f"config.json: a gemma3 with rotary scaling is not supported: {stretched[0]}")
-
-    def base(kind: str, old: str, default: float) -> float:
-        return float((bases.get(kind) or {}).get("rope_theta") or theirs.get(old) or default)
-
-    pattern = shortest_pattern([_KINDS[t] for t in types])
+    pattern = layer_types.pattern(theirs, theirs.get("sliding_window_pattern") or 6, last=True)
     return {
         "activation": activation_of(theirs.get("hidden_activation", "gelu_pytorch_tanh"), _GELU),
         "layer_pattern": pattern,
         "window": theirs.get("sliding_window", 4096) if "local" in pattern else 0,
-        "rotary_base": base("full_attention", "rope_theta", 1_000_000.0),
-        "rotary_base_local": base("sliding_attention", "rope_local_base_freq", 10_000.0),
-    }
+    } | layer_types.rotary_bases(theirs, ("rope_theta", "rope_local_base_freq"), (1_000_000.0, 10_000.0))
 
 
 def _gemma3_write(cfg: TransformerConfig) -> Config:
-    kinds = {ours: theirs for theirs, ours in _KINDS.items()}
-    if "nope" in cfg.layer_pattern or cfg.rotary_scaling.kind != "none":
-        raise InputError("layers without positions, or rotary scaling, which a gemma3 has not")
     return {
         "hidden_activation": published_activation(cfg.activation, _GELU),
-        "layer_types": [kinds[cfg.layer_pattern[i % len(cfg.layer_pattern)]] for i in range(cfg.n_layers)],
+        "layer_types": layer_types.types(cfg),
         "sliding_window": cfg.window or 4096,
-        "rope_parameters": {
-            "full_attention": {"rope_theta": cfg.rotary_base, "rope_type": "default"},
-            "sliding_attention": {"rope_theta": cfg.rotary_base_local or cfg.rotary_base, "rope_type": "default"},
-        },
+        "rope_parameters": layer_types.rope_parameters(cfg),
     }
 
 

@@ -1,6 +1,6 @@
 """A model trained with bothways, in PyTorch, for `transformers`: `AutoModelFor....from_pretrained(DIR, trust_remote_code=True)`.
 
-This file lies beside the weights that `bothways export` writes, with modeling_bothways_positions.py, and needs nothing but
+This file lies beside the weights that `bothways export` writes, with modeling_bothways_layers.py, and needs nothing but
 torch and transformers.
 config.json says which function is computed: `family` (gpt, bert, seq2seq), `objective` and the fields of `model`.
 
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, modeling_outputs
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from .modeling_bothways_positions import RelativeBias, alibi, rotate, sinusoid
+from .modeling_bothways_layers import Embedding, Norm, RelativeBias, alibi, rotate
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -44,22 +44,6 @@ class BothwaysConfig(PretrainedConfig):
         others |= {theirs: self.model[ours] for theirs, ours in names.items() if ours in self.model}
         # An output layer tied to the embeddings reads their table; there is no second tensor for transformers to tie.
         super().__init__(**others | {"is_encoder_decoder": family == "seq2seq", "tie_word_embeddings": False})
-
-
-class Norm(nn.Module):
-    """Layer norm or RMS norm, computed in float32."""
-
-    def __init__(self, m, width, rms=None):
-        super().__init__()
-        self.rms, self.eps = m["norm"] == "rms" if rms is None else rms, m["norm_eps"]
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if m["bias"] and not self.rms else None
-
-    def forward(self, x):
-        y = x.float()
-        y = y if self.rms else y - y.mean(-1, keepdim=True)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
-        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -124,11 +108,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, m, layer, cross):
         super().__init__()
-        self.m, kind = m, m["layer_pattern"][layer % len(m["layer_pattern"])]
-        self.window = m["window"] if kind == "local" else 0
-        self.base = 0 if kind == "nope" else (kind == "local" and m["rotary_base_local"]) or m["rotary_base"]
-        self.attention, self.mlp = Attention(m, layer), MLP(m)
+        self.m, self.attention, self.mlp = m, Attention(m, layer), MLP(m)
         self.cross = Attention(m, layer) if cross else None
+        self.at(layer)
         self.dropout = nn.Dropout(m["dropout_residual"])
         for name in ("attention", "mlp", *(["cross"] if cross else [])):
             first = name == "attention" and layer == 0 and not m["first_norm"]
@@ -136,6 +118,16 @@ class Block(nn.Module):
                 setattr(self, f"{name}_norm", nn.Identity() if first else Norm(m, m["d_model"]))
             if m["norm_position"] in ("out", "both"):
                 setattr(self, f"{name}_out_norm", Norm(m, m["d_model"]))
+
+    def at(self, layer):
+        """This block as layer number `layer`: its window, rotary base and cache; layers that share parameters are one block."""
+        m, kind = self.m, self.m["layer_pattern"][layer % len(self.m["layer_pattern"])]
+        self.window = m["window"] if kind == "local" else 0
+        self.base = 0 if kind == "nope" else (kind == "local" and m["rotary_base_local"]) or m["rotary_base"]
+        for attention in (self.attention, self.cross):
+            if attention is not None:
+                attention.layer = layer
+        return self
 
     def residual(self, x, name, sublayer):
         at, y = self.m["norm_position"], x
@@ -156,31 +148,6 @@ class Block(nn.Module):
         return self.residual(x, "mlp", self.mlp) if beside is None else x + self.dropout(beside)
 
 
-class Embedding(nn.Module):
-    def __init__(self, m, shared=None):
-        super().__init__()
-        self.m, width = m, m["d_model"]
-        filled_up = -(-m["vocab_size"] // m["pad_vocab_to_multiple_of"]) * m["pad_vocab_to_multiple_of"]
-        if shared is None:
-            self.token = nn.Embedding(filled_up, width)
-        self.__dict__["table"] = self.token if shared is None else shared  # no second name for shared weights
-        self.position = nn.Embedding(m["context_length"], width) if m["position_embedding"] == "learned" else None
-        self.segment = nn.Embedding(m["segment_types"], width) if m["segment_types"] else None
-        self.norm = Norm(m, width) if m["embed_norm"] else nn.Identity()
-        self.dropout = nn.Dropout(m["dropout_embed"])
-
-    def forward(self, tokens, positions, types=None):
-        x = self.table(tokens) * (self.m["d_model"] ** 0.5 if self.m["embed_scale"] else 1.0)
-        if self.position is not None:
-            x = x + self.position(positions.clamp(max=self.m["context_length"] - 1))
-        elif self.m["position_embedding"].startswith("sinusoidal"):
-            first = positions + self.m["first_position"]
-            x = x + sinusoid(first, x.shape[-1], self.m["position_embedding"]).to(x.dtype)
-        if self.segment is not None:
-            x = x + self.segment(torch.zeros_like(tokens) if types is None else types)
-        return self.dropout(self.norm(x))
-
-
 class Transformer(nn.Module):
     """Tokens [B, T] to features [B, T, D]: embeddings, blocks, last norm."""
 
@@ -192,7 +159,7 @@ class Transformer(nn.Module):
         if shared is None:
             self.embed = Embedding(m)
         self.__dict__["embedding"] = self.embed if shared is None else shared  # no second name for shared weights
-        self.layers = nn.ModuleList(Block(m, layer, cross) for layer in range(m["n_layers"]))
+        self.layers = nn.ModuleList(Block(m, layer, cross) for layer in range(1 if m["share_layers"] else m["n_layers"]))
         self.final_norm = Norm(m, m["d_model"]) if m["norm_position"] != "post" else nn.Identity()
         self.scale = m["d_model"] ** -0.5 if m["output_scale"] and causal else 1.0
         self.relative = RelativeBias(m, not causal) if m["score_bias"] == "relative" else None
@@ -220,8 +187,9 @@ class Transformer(nn.Module):
         x = self.embedding(input_ids, positions, token_type_ids)
         added = None if self.relative is None else self.relative(positions, keys)
         added = alibi(self.m["n_heads"], positions, keys) if self.m["score_bias"] == "alibi" else added
-        for layer in self.layers:
-            x = layer(x, mask, positions, cache, memory, memory_mask, added)
+        for layer in range(self.m["n_layers"]):
+            block = self.layers[layer % len(self.layers)].at(layer)
+            x = block(x, mask, positions, cache, memory, memory_mask, added)
         x = self.final_norm(x) * self.scale
         return modeling_outputs.BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
@@ -276,7 +244,7 @@ class OutputLayer(nn.Module):
 
     def __init__(self, m, rows):
         super().__init__()
-        self.weight = None if m["tie_embeddings"] else nn.Parameter(torch.empty(rows, m["d_model"]))
+        self.weight = None if m["tie_embeddings"] else nn.Parameter(torch.empty(rows, m["embed_width"] or m["d_model"]))
         self.bias = nn.Parameter(torch.zeros(rows)) if m["output_bias"] else None
 
 
@@ -325,7 +293,8 @@ class MaskedHead(nn.Module):
     def __init__(self, m, rows):
         super().__init__()
         self.activation = ACTIVATIONS[m["activation"]]
-        self.dense, self.norm = nn.Linear(m["d_model"], m["d_model"], bias=m["bias"]), Norm(m, m["d_model"])
+        width = m["embed_width"] or m["d_model"]
+        self.dense, self.norm = nn.Linear(m["d_model"], width, bias=m["bias"]), Norm(m, width)
         self.bias = nn.Parameter(torch.zeros(rows))
 
     def forward(self, x):

@@ -15,7 +15,7 @@ from bothways.recipes import Recipe
 from bothways.rundir import TaskInfo
 
 NAME = "bothways"
-BODIES, POSITIONS, TASKS = "modeling_bothways", "modeling_bothways_positions", "modeling_bothways_tasks"
+BODIES, LAYERS, TASKS = "modeling_bothways", "modeling_bothways_layers", "modeling_bothways_tasks"
 HEADS = ("mlm", "nsp", "lm_head", "task_head")
 """Modules beside the body; the body's own are under `model`, as everywhere in `transformers`."""
 AUTO = {
@@ -78,7 +78,7 @@ def _class(kind: str) -> str:
 
 def save_modelling_files(home: Path, task: TaskInfo | None) -> None:
     """Write the modelling files beside the weights."""
-    for name in (BODIES, POSITIONS, *([TASKS] if task else [])):
+    for name in (BODIES, LAYERS, *([TASKS] if task else [])):
         shutil.copyfile(Path(__file__).with_name(f"{name}.py"), home / f"{name}.py")
 
 

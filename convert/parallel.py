@@ -251,4 +251,63 @@ OPT = dataclasses.replace(
     tasks={"SequenceClassification": _SCORES, "QuestionAnswering": Head({"qa_outputs": "task_head"})},
 )
 
-FAMILIES: tuple[Family, ...] = (GPT_NEOX, GPTJ, PHI, OPT)
+# ---- BLOOM ------------------------------------------------------------------------------------------------------------
+
+
+def _bloom_read(theirs: Config) -> Config:
+    """Sizes have two names each: those of the first checkpoints, and those of transformers."""
+    return {
+        "d_model": theirs["hidden_size"] if "hidden_size" in theirs else theirs["n_embed"],
+        "n_layers": theirs["n_layer"] if "n_layer" in theirs else theirs["num_hidden_layers"],
+        "n_heads": theirs["n_head"] if "n_head" in theirs else theirs["num_attention_heads"],
+        "context_length": theirs.get("seq_length") or 2048,
+    } | dict.fromkeys(("dropout_embed", "dropout_residual"), theirs.get("hidden_dropout", 0.0))
+
+
+BLOOM = dataclasses.replace(
+    GPT_NEOX,
+    name="bloom",
+    layout=Layout(
+        "decoder",
+        {
+            "transformer.word_embeddings": "body/embed/token",
+            "transformer.word_embeddings_layernorm": "body/embed/norm",
+            "transformer.h.{}.input_layernorm": "block/attention_norm",
+            "transformer.h.{}.self_attention.query_key_value": (
+                "block/attention/query block/attention/key block/attention/value"
+            ),
+            "transformer.h.{}.self_attention.dense": "block/attention/out",
+            "transformer.h.{}.post_attention_layernorm": "block/mlp_norm",
+            "transformer.h.{}.mlp.dense_h_to_4h": "block/mlp/up",
+            "transformer.h.{}.mlp.dense_4h_to_h": "block/mlp/down",
+            "transformer.ln_f": "body/final_norm",
+            "lm_head": "lm_head",
+        },
+        by_head=True,
+    ),
+    constants={"position_embedding": "none", "score_bias": "alibi", "norm": "layer", "norm_position": "pre", "bias": True}
+    | {"embed_norm": True, "activation": "gelu_tanh"},
+    values={
+        "vocab_size": ("vocab_size", None),
+        "layer_norm_epsilon": ("norm_eps", 1e-5),
+        "attention_dropout": ("dropout_attention", 0.0),
+        "initializer_range": ("init_std", 0.02),
+        "tie_word_embeddings": ("tie_embeddings", True),
+    },
+    wanted={"apply_residual_connection_post_layernorm": False},
+    read=_bloom_read,
+    write=lambda cfg: {
+        "hidden_size": cfg.d_model,
+        "n_layer": cfg.n_layers,
+        "n_head": cfg.n_heads,
+        "seq_length": cfg.context_length,
+        "hidden_dropout": one_dropout(cfg),
+    },
+    architecture=lambda cfg: "BloomForCausalLM",
+    prefix="transformer.",
+    copies={"lm_head.weight": "transformer.word_embeddings.weight"},
+    buffers=(),
+    classes="Bloom",
+)
+
+FAMILIES: tuple[Family, ...] = (GPT_NEOX, GPTJ, PHI, OPT, BLOOM)

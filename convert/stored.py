@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import mmap
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -53,19 +54,31 @@ def kept_as(dtype: np.dtype, tensor: Stored) -> np.dtype:
 def room_for(home: Path, dtype: np.dtype) -> Iterator[Callable[[str, tuple[int, ...]], np.ndarray]]:
     """For parameters by path and shape: zeros, of which large ones lie in files beside `home` while this is open, so that the
     system can take their memory back."""
-    folder = Path(tempfile.mkdtemp(prefix=".parameters-", dir=home.parent))
+    folder, filled = Path(tempfile.mkdtemp(prefix=".parameters-", dir=home.parent)), []
 
     def allocate(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        for before in filled:  # parameters are filled one after the other
+            let_go(before)
         matrix = path.endswith(("/kernel", "/embedding")) and not path.startswith("task_head/")
         kind = dtype if matrix else DTYPES["float32"]
         if math.prod(shape) * kind.itemsize < ON_DISK:
             return np.zeros(shape, kind)
-        return np.memmap(folder / path.replace("/", "."), kind, "w+", shape=shape)
+        filled.append(np.memmap(folder / path.replace("/", "."), kind, "w+", shape=shape))
+        return filled[-1]
 
     try:
         yield allocate
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def let_go(array: np.ndarray) -> None:
+    """Take the pages of an array that lies in a file out of this process' memory; they are read again where it is used."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def save_tensors(home: Path, tensors: Mapping[str, Stored], dtype: np.dtype, shard_bytes: int = SHARD_BYTES) -> None:

@@ -14,6 +14,8 @@ PARAMETER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("position", "embedding"): ("position", "embed"),
     ("segment", "embedding"): ("segment", "embed"),
     ("relative", "embedding"): ("bucket", "heads"),
+    ("widen", "kernel"): ("narrow", "embed"),
+    ("widen", "bias"): ("norm",),
     ("query", "kernel"): ("embed", "heads", "head"),
     ("query", "bias"): ("heads", "head"),
     ("key", "kernel"): ("embed", "kv_heads", "head"),

@@ -148,6 +148,8 @@ class TransformerConfig:
     position (BERT; LLaDA, arXiv 2502.09992). Empty: as the family does."""
     window: int = 0
     """Reach of local attention: a query sees keys fewer than `window` positions away. 0: no local layers."""
+    share_layers: bool = False
+    """One layer's parameters are those of all n_layers (ALBERT, arXiv 1909.11942, section 3.1)."""
     layer_pattern: tuple[Literal["global", "local", "nope"], ...] = ("global",)
     """Repeated over the layers: GPT-3 alternates ("global", "local"). nope: a global layer without rotary positions (arXiv
     2501.18795; SmolLM 3)."""
@@ -156,6 +158,9 @@ class TransformerConfig:
     """Kinds of segment with an embedding of their own; BERT has 2."""
     first_norm: bool = True
     """A norm before the first block's attention. ModernBERT has none there: the embeddings are normed already."""
+    embed_width: int = 0
+    """E, the width of embeddings and their norm; a dense layer makes D of it, and the masked-token head E of D (ALBERT, arXiv
+    1909.11942, section 3.1; encoders only). 0: D."""
     embed_norm: bool = False
     """A norm right after the embeddings, as in BERT."""
     embed_scale: bool = False
@@ -225,6 +230,11 @@ class TransformerConfig:
         return -(-self.vocab_size // self.pad_vocab_to_multiple_of) * self.pad_vocab_to_multiple_of
 
     @property
+    def narrow(self) -> int:
+        """Width of the embeddings: E, or D."""
+        return self.embed_width or self.d_model
+
+    @property
     def pooled(self) -> bool:
         """Whether there is a pooler."""
         return self.next_sentence or self.pooler
@@ -264,7 +274,7 @@ class TransformerConfig:
         want(self.context_length != 1, "model.context_length is 1; a token needs another to predict or be predicted from")
         for name in ("context_length", "n_layers", "d_model", "n_heads", "pad_vocab_to_multiple_of"):
             want(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("vocab_size", "n_kv_heads", "d_head", "d_value", "d_ff", "window", "segment_types"):
+        for name in ("vocab_size", "n_kv_heads", "d_head", "d_value", "d_ff", "window", "segment_types", "embed_width"):
             want(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it cannot be negative")
         for name in ("dropout_embed", "dropout_attention", "dropout_residual"):
             want(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -308,6 +318,10 @@ class TransformerConfig:
         want(
             not (self.parallel and not self.first_norm),
             f"model.first_norm=False and model.parallel={self.parallel} do not go together",
+        )
+        want(
+            self.first_norm or not self.share_layers,
+            "model.first_norm=False leaves out a norm of the first block only, and model.share_layers makes all blocks one",
         )
         want(
             self.rotary_width % 2 == 0 and 0 <= self.rotary_width <= full.d_head,

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from bothways.model.axes import constrain_activation
 from bothways.model.config import TransformerConfig
 from bothways.model.dropout import Dropout
-from bothways.model.layers import Norm, sinusoid
+from bothways.model.layers import Norm, Projection, sinusoid
 
 
 class Table(nn.Module):
@@ -19,7 +19,7 @@ class Table(nn.Module):
 
     def setup(self):
         init = nn.initializers.normal(self.cfg.init_std)
-        self.embedding = self.param("embedding", init, (self.rows, self.cfg.d_model), jnp.float32)
+        self.embedding = self.param("embedding", init, (self.rows, self.cfg.narrow), jnp.float32)
 
     def __call__(self, ids: Int[jax.Array, "..."]) -> Float[jax.Array, "... D"]:
         # The whole width of a row is wanted at once, however the table is stored. Rows are cast after they are gathered:
@@ -43,6 +43,8 @@ class Embedding(nn.Module):
             self.segment = Table(cfg, cfg.segment_types)
         if cfg.embed_norm:
             self.norm = Norm(cfg)
+        if cfg.embed_width:
+            self.widen = Projection(cfg, (cfg.d_model,))
         self.dropout = Dropout(cfg.dropout_embed)
 
     def __call__(
@@ -55,14 +57,15 @@ class Embedding(nn.Module):
         cfg = self.cfg
         x = self.token(tokens)
         if cfg.embed_scale:
-            x = x * jnp.asarray(cfg.d_model**0.5, x.dtype)
+            x = x * jnp.asarray(cfg.narrow**0.5, x.dtype)
         if cfg.position_embedding == "learned":
             x = x + self.position(positions)
         elif cfg.position_embedding.startswith("sinusoidal"):
-            x = x + sinusoid(positions + cfg.first_position, cfg.d_model, cfg.position_embedding).astype(x.dtype)
+            x = x + sinusoid(positions + cfg.first_position, cfg.narrow, cfg.position_embedding).astype(x.dtype)
         if cfg.segment_types:
             x = x + self.segment(jnp.zeros_like(tokens) if types is None else types)
         if cfg.embed_norm:
             x = self.norm(x)
         x = self.dropout(x, deterministic=deterministic)
+        x = self.widen(x) if cfg.embed_width else x
         return constrain_activation(x, "batch", "stream", "embed")

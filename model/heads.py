@@ -19,7 +19,7 @@ class LMHead(nn.Module):
     def setup(self):
         if not self.cfg.tie_embeddings:
             init = nn.initializers.normal(self.cfg.init_std)
-            self.embedding = self.param("embedding", init, (self.cfg.table_rows, self.cfg.d_model), jnp.float32)
+            self.embedding = self.param("embedding", init, (self.cfg.table_rows, self.cfg.narrow), jnp.float32)
         if self.cfg.output_bias:
             self.bias = self.param("bias", nn.initializers.zeros, (self.cfg.table_rows,), jnp.float32)
 
@@ -30,11 +30,11 @@ class MLMTransform(nn.Module):
     cfg: TransformerConfig
 
     def setup(self):
-        self.dense = Projection(self.cfg, (self.cfg.d_model,))
+        self.dense = Projection(self.cfg, (self.cfg.narrow,))
         self.norm = Norm(self.cfg)
         self.bias = self.param("bias", nn.initializers.zeros, (self.cfg.table_rows,), jnp.float32)
 
-    def __call__(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
+    def __call__(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... E"]:
         return self.norm(ACTIVATIONS[self.cfg.activation](self.dense(features)))
 
 

@@ -67,8 +67,12 @@ class Stack(nn.Module):
         attention = Attention(self.cfg, parent=None)
         return tuple(
             LayerCache.of(*attention.apply({"params": params["cross"]}, memory, method="keys_values"))
-            for params in split_layers(self.blocks)
+            for params in self.layers(self.blocks)
         )
+
+    def layers(self, blocks: dict | tuple[dict, ...]) -> tuple[dict, ...]:
+        """The parameters of each layer; one layer's again and again, where they share them."""
+        return split_layers(blocks) * (self.cfg.n_layers if self.cfg.share_layers else 1)
 
     def __call__(
         self,
@@ -101,18 +105,24 @@ class Stack(nn.Module):
         scanned = cfg.n_layers // period * period if scannable else 0
         if scanned:
             # One turn of the loop is one period of the layer pattern, so that every window stays a constant.
+            shared = split_layers(blocks)[0] if cfg.share_layers else None
+
             def turn(x, turn_input):
                 params, first = turn_input
                 for j in range(period):
-                    x, _ = run(x, jax.tree.map(lambda p: p[j], params), first + j, j)  # noqa: B023
+                    one = jax.tree.map(lambda p: p[j], params) if shared is None else shared  # noqa: B023
+                    x, _ = run(x, one, first + j, j)
                 return x, None
 
-            grouped = jax.tree.map(lambda p: p[:scanned].reshape(-1, period, *p.shape[1:]), blocks)
-            x, _ = jax.lax.scan(turn, x, (grouped, jnp.arange(0, scanned, period)))
-            blocks = jax.tree.map(lambda p: p[scanned:], blocks)
+            grouped, firsts = None, jnp.arange(0, scanned, period)
+            if shared is None:
+                grouped = jax.tree.map(lambda p: p[:scanned].reshape(-1, period, *p.shape[1:]), blocks)
+                blocks = jax.tree.map(lambda p: p[scanned:], blocks)
+            x, _ = jax.lax.scan(turn, x, (grouped, firsts))
 
         new_layers = []
-        for layer, params in enumerate(split_layers(blocks) if scanned < cfg.n_layers else (), start=scanned):
+        rest = self.layers(blocks)[: cfg.n_layers - scanned] if scanned < cfg.n_layers else ()
+        for layer, params in enumerate(rest, start=scanned):
             layer_cache = cache.layers[layer] if cache is not None else None
             x, layer_cache = run(x, params, layer, layer % period, layer_cache)
             new_layers.append(layer_cache)
@@ -129,4 +139,4 @@ class Stack(nn.Module):
             memory = (x, Mask.cross(positions, positions)) if self.cross else (None, None)
             return self.block.init(key, x, mask, positions, None, None, *memory)["params"]
 
-        return jax.vmap(init)(jax.random.split(rng, cfg.n_layers))
+        return jax.vmap(init)(jax.random.split(rng, 1 if cfg.share_layers else cfg.n_layers))

@@ -60,6 +60,8 @@ def tokenizer_for(family: str) -> tokenizers.Tokenizer:
         "xlm-roberta": "roberta",
         "camembert": "roberta",
         "openai-gpt": "gpt2",
+        "albert": "bert",
+        "mpnet": "roberta",
         **dict.fromkeys(("bart", "mbart", "marian", "pegasus", "m2m_100"), "roberta"),
     }
     family = alike.get(family, family)
@@ -120,6 +122,12 @@ SIZES["starcoder2"] = SIZES["phi3"] | {"sliding_window": 5}
 SIZES |= dict.fromkeys(("gpt_neox", "phi"), SIZES["bert"] | {"hidden_size": 24, "rotary_pct": 0.5})
 SIZES["gptj"] = SIZES["gpt2"] | {"n_embd": 24, "rotary_dim": 6}
 SIZES["opt"] = {k: v for k, v in SIZES["bert"].items() if k != "intermediate_size"} | {"ffn_dim": 26}
+SIZES["llada"] = {"d_model": 24, "n_heads": 4, "n_kv_heads": 2, "n_layers": 3, "mlp_hidden_size": 26}
+SIZES["llada"] |= {"max_sequence_length": 23, "rope_theta": 500.0}
+SIZES["Dream"] = SIZES["phi3"]
+SIZES["bloom"] = {"hidden_size": 21, "n_head": 3, "n_layer": 3, "seq_length": 23}
+SIZES["albert"] = SIZES["bert"] | {"embedding_size": 14}
+SIZES["mpnet"] = SIZES["roberta"]
 SIDES = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 3), ("attention_heads", 2))}
 SIDES |= {"encoder_ffn_dim": 26, "decoder_ffn_dim": 26, "d_model": 22, "max_position_embeddings": 23}
 SIDES |= {"is_encoder_decoder": True, "decoder_start_token_id": 2}
@@ -138,6 +146,8 @@ STEM_OF_HEAD = {
     **{name: ["final_logits_bias"] for name in ("bart", "mbart", "marian", "pegasus")},
     "bert": ["cls.predictions.", "cls.seq_relationship."],
     "roberta": ["lm_head."],
+    "albert": ["predictions.", "sop_classifier."],
+    "mpnet": ["lm_head."],
     "modernbert": ["decoder."],
 }
 

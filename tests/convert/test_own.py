@@ -48,6 +48,11 @@ CASES = {  # name: family, objective, fields
         {"position_embedding": "rotary", "parallel": "one_norm", "attention_bias": False}
         | {"tie_embeddings": False, "output_bias": True, "activation": "relu2"},
     ),
+    "albert": (
+        "bert",
+        "masked",
+        {"share_layers": True, "embed_width": 7, "n_layers": 3, "segment_types": 2, "activation": "relu2"},
+    ),
     "out": ("bert", "masked", {"norm_position": "out", "activation": "relu2"}),
     "hybrid": ("gpt", "hybrid", ROTARY | {"activation": "geglu", "rotary_scaling": YARN}),
     "dial": ("gpt", "diffusion", ROTARY | {"predicts": "own"}),

@@ -88,6 +88,16 @@ CASES = {  # name: class, configuration
         | {"max_position_embeddings": 37, "word_embed_proj_dim": 33},
     ),
 }
+CASES |= {
+    "electra small": ("ElectraForMaskedLM", BERT | {"embedding_size": 14, "max_position_embeddings": 37}),
+    "bloom": ("BloomForCausalLM", {"hidden_size": 33, "n_head": 3, "n_layer": 2, "seq_length": 37}),
+    "albert": (
+        "AlbertForPreTraining",
+        BERT | {"embedding_size": 14, "num_hidden_layers": 3, "max_position_embeddings": 37},
+    ),
+    "albert body": ("AlbertModel", BERT | {"embedding_size": 33, "max_position_embeddings": 37, "hidden_act": "relu"}),
+    "mpnet": ("MPNetForMaskedLM", BERT | {"max_position_embeddings": 37}),
+}
 SIDES = {"d_model": 36, "max_position_embeddings": 37, "activation_function": "silu", "scale_embedding": True}
 SIDES |= {f"{side}_{k}": n for side in ("encoder", "decoder") for k, n in (("layers", 2), ("attention_heads", 3))}
 SIDES |= {"encoder_ffn_dim": 41, "decoder_ffn_dim": 41}
@@ -112,7 +122,10 @@ SPECIAL_IDS = {
         name: {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
         for name in ("bart", "mbart", "marian", "pegasus", "m2m_100")
     },
-    **{name: {"bos_token_id": 0, "eos_token_id": 1} for name in ("llama", "mistral", "qwen3", "gptj", "phi", "gpt_neox")},
+    **{
+        name: {"bos_token_id": 0, "eos_token_id": 1}
+        for name in ("llama", "mistral", "qwen3", "gptj", "phi", "gpt_neox", "bloom")
+    },
     **{
         name: {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
         for name in ("phi3", "qwen2", "olmo2", "smollm3", "gemma", "gemma3_text", "starcoder2", "opt")
@@ -212,7 +225,7 @@ def test_an_encoder_decoder_writes_what_transformers_does(imported, name):
     for text, mine in zip(texts, found, strict=True):
         ids = torch.tensor([model.encode_prompt(text)])
         with torch.no_grad():
-            row = theirs.generate(ids, max_new_tokens=10, do_sample=False, num_beams=1)[0].tolist()
+            row = theirs.generate(ids, max_new_tokens=12, do_sample=False, num_beams=1)[0].tolist()
         row = row[len(model.tokenizer.target_start) :][:9]
         eos = model.tokenizer.eos
         wanted = row[: row.index(eos)] if eos in row else row

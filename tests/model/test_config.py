@@ -130,6 +130,8 @@ OTHER = {  # field: another value, and what else must hold for the field to matt
     "window": (2, {}),
     "layer_pattern": (("global", "local"), {}),
     "segment_types": (2, {}),
+    "embed_width": (7, {"family": "bert"}),
+    "share_layers": (True, {"n_layers": 2}),
     "embed_norm": (True, {}),
     "embed_scale": (True, {}),
     "shared_embeddings": ("tokens", {"family": "seq2seq"}),

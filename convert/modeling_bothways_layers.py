@@ -1,9 +1,25 @@
-"""Positions of bothways models in PyTorch; beside modeling_bothways.py: rotary, sinusoids, and what is added to scores."""
+"""Small parts of bothways models in PyTorch, beside modeling_bothways.py: norm, positions, embeddings."""
 
 import math
 
 import torch
 from torch import nn
+
+
+class Norm(nn.Module):
+    """Layer norm or RMS norm, computed in float32."""
+
+    def __init__(self, m, width, rms=None):
+        super().__init__()
+        self.rms, self.eps = m["norm"] == "rms" if rms is None else rms, m["norm_eps"]
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if m["bias"] and not self.rms else None
+
+    def forward(self, x):
+        y = x.float()
+        y = y if self.rms else y - y.mean(-1, keepdim=True)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
 
 def rotary_frequencies(width, base, scaling):
@@ -68,3 +84,29 @@ def alibi(heads, q, k):
     slopes = [2.0 ** (-8 * i / n) for i in range(1, n + 1)] + [2.0 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
     away = (k[:, None, :] - q[:, :, None]).abs()[:, None].float()
     return -torch.tensor(slopes, device=q.device)[:, None, None] * away
+
+
+class Embedding(nn.Module):
+    def __init__(self, m, shared=None):
+        super().__init__()
+        self.m, width = m, m["embed_width"] or m["d_model"]
+        filled_up = -(-m["vocab_size"] // m["pad_vocab_to_multiple_of"]) * m["pad_vocab_to_multiple_of"]
+        if shared is None:
+            self.token = nn.Embedding(filled_up, width)
+        self.__dict__["table"] = self.token if shared is None else shared  # no second name for shared weights
+        self.position = nn.Embedding(m["context_length"], width) if m["position_embedding"] == "learned" else None
+        self.segment = nn.Embedding(m["segment_types"], width) if m["segment_types"] else None
+        self.norm = Norm(m, width) if m["embed_norm"] else nn.Identity()
+        self.widen = nn.Linear(width, m["d_model"], bias=m["bias"]) if m["embed_width"] else nn.Identity()
+        self.dropout = nn.Dropout(m["dropout_embed"])
+
+    def forward(self, tokens, positions, types=None):
+        x = self.table(tokens) * (self.table.embedding_dim**0.5 if self.m["embed_scale"] else 1.0)
+        if self.position is not None:
+            x = x + self.position(positions.clamp(max=self.m["context_length"] - 1))
+        elif self.m["position_embedding"].startswith("sinusoidal"):
+            first = positions + self.m["first_position"]
+            x = x + sinusoid(first, x.shape[-1], self.m["position_embedding"]).to(x.dtype)
+        if self.segment is not None:
+            x = x + self.segment(torch.zeros_like(tokens) if types is None else types)
+        return self.widen(self.dropout(self.norm(x)))
