@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bothways.convert.family import ACTIVATIONS, Config, Family, activation_of, one_dropout, published_activation
+from bothways.convert.family import ACTIVATIONS, Config, Family, activation_of, one_dropout, published_activation, without
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
@@ -240,10 +240,16 @@ T5 = Family(
     untied="lm_head.",
 )
 
+
+def _mt5_write(cfg: TransformerConfig) -> Config:
+    return without(_t5_write(cfg), "scale_decoder_outputs")
+
+
 MT5 = dataclasses.replace(
     T5,
     name="mt5",
-    read=lambda theirs: _t5_read({"feed_forward_proj": "gated-gelu"} | theirs),
+    read=lambda theirs: _t5_read({"feed_forward_proj": "gated-gelu"} | theirs | {"scale_decoder_outputs": False}),
+    write=_mt5_write,
     architecture=lambda cfg: "MT5ForConditionalGeneration",
     classes="MT5",
 )

@@ -174,7 +174,9 @@ class Family:
 
     def tied(self, theirs: Config) -> bool:
         """Whether the output layer is the token embeddings."""
-        said, default = theirs.get("tie_word_embeddings"), self.values.get("tie_word_embeddings", ("", True))[1]
+        found = [(key, default) for key, (ours, default) in self.values.items() if ours == "tie_embeddings"]
+        key, default = found[0] if found else ("tie_word_embeddings", True)
+        said = theirs.get(key)
         return default if said is None else said
 
     def _is_body(self, name: str) -> bool:
