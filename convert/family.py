@@ -104,9 +104,12 @@ class Family:
         """Whether a run with this objective may leave as this family."""
         if self.objective:
             return objective.kind == self.objective and set(objective.block_sizes) == {0}
-        return (
-            objective.kind in {"gpt": ("causal", "chat"), "bert": ("masked",), "seq2seq": ("pairs", "spans")}[self.ours]
-        )
+        kinds = {
+            "gpt": ("causal", "chat", "contrastive"),
+            "bert": ("masked", "contrastive"),
+            "seq2seq": ("pairs", "spans"),
+        }
+        return objective.kind in kinds[self.ours]
 
     def config(self, theirs: Config, names: Iterable[str]) -> TransformerConfig:
         """Our configuration, from theirs and the names of the tensors.

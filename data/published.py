@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from bothways.data.tokenizer import MASK, Tokenizer, template_in
-from bothways.data.vocabulary_files import add_tokens, from_files, token_in, without_rows_beyond
+from bothways.data.tokenizer import MASK, Tokenizer
+from bothways.data.vocabulary_files import add_tokens, from_files, template_in, token_in, without_rows_beyond
 from bothways.errors import InputError
 
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")

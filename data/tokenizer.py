@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sentencepiece as spm
@@ -31,14 +30,6 @@ TRAINING_BYTES = 50_000_000
 """A vocabulary is trained on at most so much text; of a larger corpus, on a sample of its lines."""
 
 
-def template_in(settings: dict[str, Any]) -> str:
-    """The chat template in a tokenizer_config.json; of several named ones the default."""
-    found = settings.get("chat_template") or ""
-    if isinstance(found, list):
-        found = next((each.get("template", "") for each in found if each.get("name") == "default"), "")
-    return found if isinstance(found, str) else ""
-
-
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """What making examples must know of a tokenizer, as arrays over its V tokens."""
@@ -55,10 +46,8 @@ class Vocabulary:
     """[V] bool: begins with anything but a letter, a digit or an apostrophe: a space, a line break, a punctuation mark."""
     ends_sentence: np.ndarray
     """[V] bool: a line break, or ends with . ! or ?"""
-    target_start: tuple[int, ...] = ()
-    """What an encoder-decoder's target begins with; empty: bos."""
-    around_source: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    """What stands before and behind a source; None: nothing, and eos."""
+    target_start: tuple[int, ...] = ()  # what an encoder-decoder's target begins with; empty: bos
+    around_source: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # before and behind; None: nothing, and eos
 
 
 def made_up_vocabulary(size: int) -> Vocabulary:
@@ -304,6 +293,8 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             tokenizer = cls(path.read_bytes())
             if (path.parent / CONFIG).exists():
+                from bothways.data.vocabulary_files import template_in
+
                 tokenizer.chat_template = template_in(json.loads((path.parent / CONFIG).read_text("utf-8")))
         except json.JSONDecodeError as e:
             raise InputError(f"{path.parent / CONFIG} is not JSON: {e}") from e

@@ -213,3 +213,11 @@ def _merges(ranked: list[str]) -> list[tuple[str, str]]:
     known = set(ranked)
     halves = [(piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece))]
     return [(a, b) for a, b in halves if a in known and b in known]
+
+
+def template_in(settings: dict[str, Any]) -> str:
+    """The chat template in a tokenizer_config.json; of several named ones the default."""
+    found = settings.get("chat_template") or ""
+    if isinstance(found, list):
+        found = next((each.get("template", "") for each in found if each.get("name") == "default"), "")
+    return found if isinstance(found, str) else ""

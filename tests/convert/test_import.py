@@ -39,7 +39,7 @@ def test_giving_is_taking_backwards_and_no_tensor_is_left(name, tmp_path):
     for key, tensor in tensors.items():
         np.testing.assert_allclose(again[key], tensor, rtol=0, atol=1e-7 if layout.norms_from_zero else 0)
     with pytest.raises(InputError, match=f"left over: {min(tensors)}"):
-        family.layout.from_checkpoint(tensors, shapes, {min(tensors)})
+        layout.from_checkpoint(tensors, shapes, {min(tensors)})
 
 
 def test_every_problem_with_the_tensors_is_named(tmp_path, capfd):

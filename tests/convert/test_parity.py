@@ -190,6 +190,14 @@ def test_logits_are_those_of_transformers(imported, name):
 
 
 ALIKE = (
+    "mbart",
+    "pegasus",
+    "m2m_100",
+    "t5",
+    "mt5",
+    "albert body",
+    "electra small",
+    "bloom",
     "electra guessing",
     "qwen2",
     "olmo2",
