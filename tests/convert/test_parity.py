@@ -153,6 +153,9 @@ def published(name: str, home: Path) -> Path:
     shuffled(home)
     if name == "pegasus":  # transformers stores the sinusoids, which are no parameters
         change(home, **{f"model/{side}/embed_positions/weight": None for side in ("encoder", "decoder")})
+    if name in ("t5 untied", "mt5"):  # their logits are not scaled, and would be some 20
+        scale = load_file(home / "model.safetensors")["decoder.final_layer_norm.weight"]
+        change(home, **{"decoder/final_layer_norm/weight": scale / 16})
     if name == "t5 untied":  # transformers 5 writes none of its own; T5 1.1 and flan have it
         table = load_file(home / "model.safetensors")["shared.weight"]
         change(home, **{"lm_head/weight": np.roll(table, 1, axis=0)})
