@@ -85,7 +85,7 @@ CASES = {  # name: family, objective, fields
     "alibi": (
         "gpt",
         "causal",
-        {"position_embedding": "none", "score_bias": "alibi", "n_heads": 3, "d_head": 4, "activation": "relu2"},
+        {"position_embedding": "none", "score_bias": "alibi", "n_heads": 3, "n_kv_heads": 3, "activation": "relu2"},
     ),
 }
 TASKS = {"classify": ("gpt", "mean"), "regress": ("gpt", "token"), "tag": ("bert", "token")}
