@@ -21,8 +21,7 @@ from bothways.errors import InputError
 PAD, UNK, BOS, EOS, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 CONFIG = "tokenizer_config.json"
 """What stands beside a vocabulary: in a published one its special tokens, and of either kind the chat template."""
-SPACE = "\u2581"
-"""How sentencepiece writes a space."""
+SPACE = "\u2581"  # how sentencepiece writes a space
 LONGEST_LINE = 4096
 """Characters of a line that a vocabulary is trained on at once: sentencepiece leaves out lines of more than a megabyte,
 and the likelihoods of lines of some 100,000 characters underflow."""
@@ -38,14 +37,11 @@ class Vocabulary:
     bos: int
     eos: int
     mask: int | None
-    special: np.ndarray
-    """[V] bool: stands for no text; never hidden, never a random replacement."""
-    ordinary: np.ndarray
-    """Ids of all other tokens."""
+    special: np.ndarray  # [V] bool: stands for no text; never hidden, never a random replacement
+    ordinary: np.ndarray  # ids of all other tokens
     starts_word: np.ndarray
     """[V] bool: begins with anything but a letter, a digit or an apostrophe: a space, a line break, a punctuation mark."""
-    ends_sentence: np.ndarray
-    """[V] bool: a line break, or ends with . ! or ?"""
+    ends_sentence: np.ndarray  # [V] bool: a line break, or ends with . ! or ?
     target_start: tuple[int, ...] = ()  # what an encoder-decoder's target begins with; empty: bos
     around_source: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # before and behind; None: nothing, and eos
 
