@@ -71,7 +71,7 @@ def test_every_problem_is_listed_at_once(tiny_recipe):
         broken.check(1)
     for part in (
         "family is 'gtp'; there are gpt, bert, seq2seq",
-        "model.position_embedding is 'rope'; there are learned, sinusoidal, rotary",
+        "model.position_embedding is 'rope'; there are learned, sinusoidal, sinusoidal_halves, sinusoidal_t2t, rotary, none",
         "model.layer_pattern is ('dense', 'x'); there are global, local",
         "d_model=22",
         "n_heads=5",
