@@ -227,7 +227,7 @@ async function scoreBoth(signal) {
       const [one, two] = (await (await ask("score", { model: run.id, input, rule }, signal)).json()).data;
       const row = make("tr");
       row.append(Object.assign(make("th", run.id), { scope: "row" }));
-      const prefers = one.logprob === two.logprob ? "neither" : one.logprob > two.logprob ? "A sentence" : "Another";
+      const prefers = one.logprob === two.logprob ? "neither" : one.logprob > two.logprob ? "first" : "second";
       for (const cell of [one.rule, one.logprob?.toFixed(1), two.logprob?.toFixed(1), prefers]) row.append(make("td", cell));
       body.append(row);
     }
