@@ -10,11 +10,12 @@ from bothways.errors import InputError
 def write_whole(path: Path, content: str | bytes) -> None:
     """A file that is there as it was, or as it shall be: never half, however the process ends."""
     partial = path.with_name(f".{path.name}.partial")
-    if isinstance(content, bytes):
-        partial.write_bytes(content)
-    else:
-        partial.write_text(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -129,9 +129,9 @@ def said_both_ways(model: MaskedModel, asked: list[tuple[str, str]]) -> list[str
     """Masks at the answer's positions, filled with the most likely tokens, the most confident first, a forward pass each."""
     t = model.tokenizer
     rows = [[t.bos, *t.encode(q), *[t.mask] * len(a), t.eos] for q, a in asked]
-    places = [[i for i, x in enumerate(row) if x == t.mask] for row in rows]
-    model.fill_rows(rows, places, max(map(len, places)))
-    return [t.decode([row[p] for p in here]) for row, here in zip(rows, places, strict=True)]
+    positions = [[i for i, x in enumerate(row) if x == t.mask] for row in rows]
+    model.fill_rows(rows, positions, max(map(len, positions)))
+    return [t.decode([row[p] for p in here]) for row, here in zip(rows, positions, strict=True)]
 
 
 def nearest(train: list[tuple[str, str]], question: str) -> str:
@@ -191,10 +191,10 @@ def run(lab: ExperimentRunner) -> Result:
 
     def measured(arm: str, seed: int) -> dict[str, list[int]]:
         model = lab.toy("algorithms", arm, seed, texts, row=ROW, mask_rate=0.3, batch_size=16)
-        reading = directions(model)
-        if FORWARD in reading:
+        known = directions(model)
+        if FORWARD in known:
             return {cell: right(asked, said_forward(model, asked)) for cell, asked in cells.items()}
-        return {cell: right(asked, said_both_ways(reading[BOTH], asked)) for cell, asked in cells.items()}
+        return {cell: right(asked, said_both_ways(known[BOTH], asked)) for cell, asked in cells.items()}
 
     arms = lab.arms("causal", "masked")
     found = {a: [lab.part(f"algorithms-{a}-{s}", lambda a=a, s=s: measured(a, s)) for s in lab.seeds] for a in arms}
@@ -205,7 +205,7 @@ def conclude(found: dict[str, list[dict[str, list[int]]]], baseline: dict[str, d
     cells = list(found["causal"][0])
     rule = {
         "causal": "greedy, exact match",
-        "masked": "as many masks as the answer has characters, a reading each; exact match",
+        "masked": "as many masks as the answer has characters, a forward pass each; exact match",
     }
     shown = {(arm, c): mean_share([run[c] for run in runs]) for arm, runs in found.items() for c in cells}
     best = {c: max(b[c] for b in baseline.values()) for c in cells}

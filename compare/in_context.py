@@ -16,7 +16,7 @@ from bothways.sample.masked import MaskedModel
 LETTERS = "abcdefghijklmnop"
 ROW = 36
 Asked = tuple[str, list[int], list[list[float]]]
-"""A document, the places that are asked, and for each the best possible probability of what stands there, as [p]."""
+"""A document, the positions that are asked, and for each the best possible probability of what stands there, as [p]."""
 
 
 def induction(rng: random.Random) -> Asked:
@@ -30,14 +30,14 @@ def recall(rng: random.Random) -> Asked:
     keys = rng.sample(LETTERS, 5)
     value = {k: rng.choice("0123456789") for k in keys}
     seen: set[str] = set()
-    text, places, best = "k", [], []
+    text, positions, best = "k", [], []
     for _ in range(15):
         k = rng.choice(keys)
         text += k + value[k]
-        places.append(len(text) - 1)
+        positions.append(len(text) - 1)
         best.append([1.0 if k in seen else 0.1])
         seen.add(k)
-    return text, places, best
+    return text, positions, best
 
 
 def posterior(rules: list[Callable[[str], str]], examples: list[tuple[str, str]]) -> list[list[float]]:
@@ -98,23 +98,23 @@ def documents(task: str, count: int) -> list[Asked]:
 
 
 def nats(model: MaskedModel, reading: str, items: list[Asked]) -> np.ndarray:
-    """[documents, places] -log p of what stands at each place, given what stands before it and nothing behind.
+    """[documents, positions] -log p of what stands at each position, given what stands before it and nothing behind.
 
-    Read both ways, the place and all behind it, to the length of a training document, are hidden:
+    Read both ways, the position and all behind it, to the length of a training document, are hidden:
     [CLS] ... [MASK] ... [MASK] [SEP].
     """
-    t, rows, places, targets = model.tokenizer, [], [], []
+    t, rows, positions, targets = model.tokenizer, [], [], []
     for text, at, _ in items:
         ids = [t.bos, *t.encode(text)]
         if reading == FORWARD:
             rows.append(ids)
-            places.append([p + 1 for p in at])
+            positions.append([p + 1 for p in at])
             targets.append([ids[p + 1] for p in at])
         else:
             rows += [[*ids[: p + 1], *[t.mask] * (ROW - 2 - p), t.eos] for p in at]
-            places += [[p + 1] for p in at]
+            positions += [[p + 1] for p in at]
             targets += [[ids[p + 1]] for p in at]
-    return -np.concatenate(asked(model, rows, places, targets)).reshape(len(items), -1)
+    return -np.concatenate(asked(model, rows, positions, targets)).reshape(len(items), -1)
 
 
 def run(lab: ExperimentRunner) -> Result:

@@ -162,12 +162,12 @@ def write_beir(
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "qrels").mkdir(parents=True)
     line: Callable[[dict], str] = lambda record: json.dumps(record, ensure_ascii=False) + "\n"  # noqa: E731
-    with (partial / "corpus.jsonl").open("w") as out:
+    with (partial / "corpus.jsonl").open("w", encoding="utf-8") as out:
         out.writelines(line({"_id": name, "title": "", "text": text}) for name, text in documents)
-    with (partial / "queries.jsonl").open("w") as out:
+    with (partial / "queries.jsonl").open("w", encoding="utf-8") as out:
         out.writelines(line({"_id": name, "text": text}) for name, text in queries)
     for split, answers in right.items():
-        with (partial / "qrels" / f"{split}.tsv").open("w") as out:
+        with (partial / "qrels" / f"{split}.tsv").open("w", encoding="utf-8") as out:
             out.write("query-id\tcorpus-id\tscore\n")
             out.writelines(f"{query}\t{name}\t{score}\n" for query, of in answers.items() for name, score in of.items())
     partial.rename(home)

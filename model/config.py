@@ -295,8 +295,13 @@ class TransformerConfig:
             f"rotary positions turn pairs of features: the head width must be even, not {full.d_head}",
         )
         want(
-            not self.position_embedding.startswith("sinusoidal") or self.d_model % 2 == 0,
-            f"sinusoidal positions pair sine and cosine: model.d_model must be even, not {self.d_model}",
+            not self.position_embedding.startswith("sinusoidal") or self.narrow % 2 == 0,
+            f"sinusoidal positions pair sine and cosine: model.{'embed_width' if self.embed_width else 'd_model'} must be even, "
+            f"not {self.narrow}",
+        )
+        want(
+            not self.score_bias or self.attention in ("auto", "xla"),
+            f"model.attention={self.attention} does not know model.score_bias={self.score_bias}: set --model.attention xla",
         )
         want(len(self.layer_pattern) > 0, "model.layer_pattern is empty; give at least 'global'")
         want(

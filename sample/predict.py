@@ -81,16 +81,21 @@ class TaskPredictor:
         """
         return [Prediction(line, label, rounded(p)) for line, label, p in self._decide(lines)]
 
-    def pair_scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """How well the second text of each pair answers the first: the number, or the probability of the second of two labels.
-
-        Raises:
-          InputError: the run is not fine-tuned for numbers or for two labels.
-        """
+    def check_pair_scores(self) -> None:
+        """Raises InputError where a pair of texts has no score: the run is not fine-tuned for numbers or for two labels."""
         kind, labels = self.task.kind, self.task.labels
         if kind not in ("regress", "classify") or (kind == "classify" and len(labels) != 2):
             what = f"tells {len(labels)} labels apart" if kind == "classify" else f"is fine-tuned for {kind}"
             raise InputError(f"{self.run.home} {what}; the score of a pair of texts is a number, or one of two labels")
+
+    def pair_scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """How well the second text of each pair answers the first: the number, or the probability of the second of two labels.
+
+        Raises:
+          InputError: as `check_pair_scores`.
+        """
+        self.check_pair_scores()
+        kind, labels = self.task.kind, self.task.labels
         found = self._decide(["\t".join(text.replace("\t", " ") for text in pair) for pair in pairs])
         return [float(label) if kind == "regress" else float(p if label == labels[1] else 1 - p) for _, label, p in found]
 

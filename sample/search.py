@@ -93,8 +93,8 @@ def top_k(
 
 def search(
     model: Any, queries: dict[str, str], documents: Iterable[tuple[str, str]], k: int, block: int = BLOCK
-) -> tuple[Ranking, list[str]]:
-    """The k documents nearest to each query by the cosine of their vectors, and the ids of all documents.
+) -> Ranking:
+    """The k documents nearest to each query by the cosine of their vectors.
 
     In memory are the vectors of the queries and of one block of documents, the texts of that block, and all ids.
 
@@ -111,11 +111,10 @@ def search(
             yield embed_side(model, [text for _, text in held], "document")
 
     scores, numbers = top_k(embed_side(model, list(queries.values()), "query"), blocks(), k, block)
-    ranking = {
+    return {
         query: [(names[n], float(score)) for n, score in zip(at, of, strict=True) if n >= 0]
         for query, at, of in zip(queries, numbers, scores, strict=True)
     }
-    return ranking, names
 
 
 def by_words(queries: dict[str, str], documents: Iterable[tuple[str, str]], k: int) -> Ranking:
@@ -140,19 +139,20 @@ def by_words(queries: dict[str, str], documents: Iterable[tuple[str, str]], k: i
     }
 
 
-def reranked(scorer: Any, ranking: Ranking, queries: dict[str, str], texts: dict[str, str]) -> Ranking:
+def pair_scorer(model: Any) -> TaskPredictor:
+    """The run that orders texts anew. Raises InputError for one that was not fine-tuned on pairs, or gives them no score."""
+    if not isinstance(model, TaskPredictor):
+        raise InputError(f"{model.run.home} is not fine-tuned on pairs of texts; `bothways finetune` makes a run that is")
+    model.check_pair_scores()
+    return model
+
+
+def reranked(scorer: TaskPredictor, ranking: Ranking, queries: dict[str, str], texts: dict[str, str]) -> Ranking:
     """The same documents in the order of a run that was fine-tuned on pairs of texts; of equals the earlier comes first.
 
     Args:
       texts: of all documents in the ranking.
-
-    Raises:
-      InputError: another run, or one whose labels give a pair no score.
     """
-    if not isinstance(scorer, TaskPredictor):
-        raise InputError(
-            f"{scorer.run.home} is not fine-tuned on pairs of texts; `bothways finetune` makes a run that is"
-        )
     pairs = [(queries[query], texts[name]) for query, found in ranking.items() for name, _ in found]
     scores = iter(scorer.pair_scores(pairs))
     scored = {query: [(name, next(scores)) for name, _ in found] for query, found in ranking.items()}

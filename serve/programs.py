@@ -85,8 +85,13 @@ def choose_tokens(logits: jax.Array, rows: Slots, never: int = -1) -> tuple[jax.
 
 
 class Programs:
-    """Of `slots` rows of up to `size` positions. Every shape is fixed, so a row is computed by the same programs whoever
-    its neighbours are."""
+    """Of `slots` rows of up to `size` positions, which is filled up to whole pieces. Every shape is fixed, so a row is computed
+    by the same programs whoever its neighbours are.
+
+    Args:
+      piece: tokens of a prompt that are read at once.
+      never: a token that is not drawn; -1: none.
+    """
 
     def __init__(
         self,
@@ -101,7 +106,7 @@ class Programs:
         never: int,
     ):
         forward, logits, begin = callbacks
-        self.slots, self.size, self.piece, self.has_source = slots, size, piece, has_source
+        self.slots, self.size, self.piece, self.has_source = slots, -(-size // piece) * piece, piece, has_source
         self.key_words = jax.random.key_data(jax.random.key(0)).size
         top = min(TOP, vocabulary)
 

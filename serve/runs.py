@@ -22,6 +22,7 @@ from bothways.rundir import TaskInfo, compute_dtype_shapes, directory, param_sha
 from bothways.sample.open import OpenModel, open_model, open_run
 from bothways.sample.text import TextModel, callbacks, never_drawn
 from bothways.serve.prefix import PrefixCache
+from bothways.serve.programs import Programs
 from bothways.serve.slots import Pool
 
 WANTS = {
@@ -231,15 +232,14 @@ class Runs:
         size = min(run.context_length, self.limits.context)
         prefixes = None if model.has_source else PrefixCache(self.limits.prefix_cache)
         known = len(run.tokenizer)
-        return Pool(
+        programs = Programs(
             callbacks(model.run.module, run.recipe, known),
             model.run.params,
             slots=self.limits.slots,
             size=size,
             piece=min(self.limits.piece, size),
-            eos=run.tokenizer.eos,
             vocabulary=known,
             has_source=model.has_source,
-            prefixes=prefixes,
             never=never_drawn(run.tokenizer),
         )
+        return Pool(programs, model.run.params, eos=run.tokenizer.eos, prefixes=prefixes)

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from bothways.sample.decode import Begin, Forward, Logits
 from bothways.sample.sampling_params import SamplingParams
 from bothways.serve.prefix import PrefixCache
 from bothways.serve.programs import CHUNK, Programs, Slots, State
@@ -60,41 +59,16 @@ class Generation:
 
 
 class Pool:
-    """`slots` rows of up to `size` positions of one model.
+    """The rows of some `programs`, of one model.
 
     Args:
-      piece: tokens of a prompt that are read at once.
       prefixes: where pieces are kept; None where rows have sources, whose targets begin with nothing in common.
-      never: a token that is not drawn; -1: none.
     """
 
-    def __init__(
-        self,
-        callbacks: tuple[Forward, Logits, Begin],
-        params: Any,
-        *,
-        slots: int,
-        size: int,
-        piece: int,
-        eos: int,
-        vocabulary: int,
-        has_source: bool = False,
-        prefixes: PrefixCache | None = None,
-        never: int = -1,
-    ):
-        self.params, self.slots, self.size, self.piece, self.eos = params, slots, -(-size // piece) * piece, piece, eos
-        self.prefixes = prefixes
-        self.rows: list[Generation | None] = [None] * slots
-        self.programs = Programs(
-            callbacks,
-            params,
-            slots=slots,
-            size=self.size,
-            piece=piece,
-            vocabulary=vocabulary,
-            has_source=has_source,
-            never=never,
-        )
+    def __init__(self, programs: Programs, params: Any, *, eos: int, prefixes: PrefixCache | None = None):
+        self.programs, self.params, self.eos, self.prefixes = programs, params, eos, prefixes
+        self.slots, self.size, self.piece = programs.slots, programs.size, programs.piece
+        self.rows: list[Generation | None] = [None] * self.slots
         self.state: State | None = None
         self._turn = 0.0
         """Seconds that the last token of all slots took."""

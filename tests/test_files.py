@@ -15,13 +15,13 @@ from bothways.train.report import Reporter
 @pytest.fixture
 def full_disk(monkeypatch):
     """A disk that takes half of each file."""
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def half(self, text, *rest, **more):
-        write(self, text[: len(text) // 2])
+    def half(self, data):
+        write(self, data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
 
 
 def test_a_file_is_there_as_it_was_where_the_disk_is_full(tmp_path, request):
@@ -31,6 +31,17 @@ def test_a_file_is_there_as_it_was_where_the_disk_is_full(tmp_path, request):
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, "what comes after")
     assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_written_is_read_in_any_locale(tmp_path, monkeypatch):
+    """Text is UTF-8, whatever Python takes for the system's encoding."""
+    write = Path.write_text
+    monkeypatch.setattr(
+        Path, "write_text", lambda self, text, encoding="latin-1", **more: write(self, text, encoding, **more)
+    )
+    write_whole(tmp_path / "x.json", '{"name": "\u00e9"}')
+    assert read_json(tmp_path / "x.json") == {"name": "\u00e9"}
 
 
 def test_the_curves_so_far_stay_where_the_disk_is_full(tmp_path, request):

@@ -48,10 +48,11 @@ def predict(
     if (shots is None) != (not task):
         raise InputError("--shots K and --task TASK go together: K examples of TASK stand before each item")
     if shots is None:
-        if rule or words or seed:
-            raise InputError(
-                "--rule, --words and --seed are for --shots, and a fine-tuned run draws nothing: leave them out"
-            )
+        fields = {"--text-field": text_field != "text", "--pair-field": pair_field != "text_b"}
+        fields |= {"--label-field": label_field != "label"}
+        unused = {"--rule": rule, "--words": words, "--seed": seed} | fields
+        if given := [name for name, value in unused.items() if value]:
+            raise InputError(f"{', '.join(given)} is for --shots; a fine-tuned run draws no examples: leave it out")
         lines = read_lines(file, ("text", "text_b"))
         predictor = TaskPredictor(load_run(directory(run), log))
         for part in growing(lines):  # the first labels are shown while the rest waits

@@ -10,6 +10,8 @@ from bothways.errors import InputError
 from bothways.log import log
 
 Positional = tyro.conf.Positional
+AGAIN = 50
+"""Texts of each query that are read again."""
 
 
 def search(
@@ -21,7 +23,7 @@ def search(
     top: int = 10,
     bm25: bool = False,
     rerank: str = "",
-    rerank_top: int = 50,
+    rerank_top: int = AGAIN,
     step: str = "newest",
     json: bool = False,
 ) -> None:
@@ -49,20 +51,23 @@ def search(
     for name, value in (("--top", top), ("--rerank-top", rerank_top)):
         if value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
+    if rerank_top != AGAIN and not rerank:
+        raise InputError("--rerank-top is for --rerank; leave it out, or name a run that reads pairs of texts")
     name, _, words = str(corpus).partition(":")
     if name == "bibles" and not corpus.exists():
         corpus = bibles.beir(Path(DataConfig.cache).expanduser(), f"kjv:{words}" if words else "kjv")
         log(f"BEIR's directory of the held-out books is {corpus}")
+    if split != "test" and (queries or qrels or not corpus.is_dir()):
+        raise InputError("--split is for BEIR's directory and its own queries; leave it out")
     found = collection(corpus, queries, qrels, split)
+    # What is wrong with a text or an answer is found before any is embedded.
+    check_answers(found.right, dict.fromkeys(name for name, _ in found.documents()))
     model = bothways.load(run, step=which(step))
     capability(model, "embed", "")
-    scorer = bothways.load(rerank) if rerank else None
+    scorer = of.pair_scorer(bothways.load(rerank)) if rerank else None
     depth = max(top, of.DEPTH if found.right else 1, rerank_top if rerank else 1)
-    ranking, names = of.search(model, found.queries, found.documents(), depth)
-    check_answers(found.right, dict.fromkeys(names))
-    systems = {"search": ranking}
-    if bm25:
-        systems = {"bm25": of.by_words(found.queries, found.documents(), depth)} | systems
+    systems = {"bm25": of.by_words(found.queries, found.documents(), depth)} if bm25 else {}
+    systems["search"] = ranking = of.search(model, found.queries, found.documents(), depth)
     if scorer is not None:
         best = {query: ranked[:rerank_top] for query, ranked in ranking.items()}
         wanted = {name for ranked in best.values() for name, _ in ranked}

@@ -184,15 +184,17 @@ def test_windows_of_a_document_hold_its_answer(tokenizer, words, at, size, lengt
 
     covered, last = set(), -1
     for window in windows:
-        places = np.flatnonzero(window["begin_char"] >= 0)
-        assert places[0] == len(asked) + 2
-        assert (np.diff(places) == 1).all()
-        assert len(places) <= room
-        assert (window["types"][places] == 1).all()
-        assert (window["end_char"] >= 0).sum() == len(places)
-        assert window["tokens"][: places[0]].tolist() == [tokenizer.bos, *asked, tokenizer.eos]
-        assert window["tokens"][places[-1] + 1] == tokenizer.eos
-        spans = list(zip(window["tokens"][places], window["begin_char"][places], window["end_char"][places], strict=True))
+        positions = np.flatnonzero(window["begin_char"] >= 0)
+        assert positions[0] == len(asked) + 2
+        assert (np.diff(positions) == 1).all()
+        assert len(positions) <= room
+        assert (window["types"][positions] == 1).all()
+        assert (window["end_char"] >= 0).sum() == len(positions)
+        assert window["tokens"][: positions[0]].tolist() == [tokenizer.bos, *asked, tokenizer.eos]
+        assert window["tokens"][positions[-1] + 1] == tokenizer.eos
+        spans = list(
+            zip(window["tokens"][positions], window["begin_char"][positions], window["end_char"][positions], strict=True)
+        )
         begin = next(i for i in range(last + 1, len(pieces)) if pieces[i : i + len(spans)] == spans)
         assert not covered or begin < max(covered) + 1  # windows overlap
         covered |= set(range(begin, begin + len(spans)))
@@ -201,7 +203,7 @@ def test_windows_of_a_document_hold_its_answer(tokenizer, words, at, size, lengt
         if begin <= inside[0] and inside[-1] < begin + len(spans):
             assert start
         if start:
-            assert places[0] <= start <= end <= places[-1]
+            assert positions[0] <= start <= end <= positions[-1]
             found = document[window["begin_char"][start] : window["end_char"][end]]
             assert text in found
             assert found.strip() == text.strip() or len(found) <= len(text) + 2
@@ -337,7 +339,7 @@ def test_the_best_window_of_each_document_answers():
 
 
 def test_decisions_undo_encoding(tokenizer):
-    """Scores that point at the right places give the right answers."""
+    """Scores that point at the right positions give the right answers."""
     rng = random.Random(0)
     words = "the king sees a zebra in caf\u00e9 castle".split()
     for _ in range(30):

@@ -47,6 +47,8 @@ from bothways.registry import make_module
             [["yarn", "original_context=0", "low=4.0", "high=3.0"]],
         ),
         ({"position_embedding": "sinusoidal", "d_model": 21, "d_head": 4}, [["sinusoidal", "even", "21"]]),
+        ({"position_embedding": "sinusoidal", "embed_width": 7}, [["sinusoidal", "even", "7"]]),
+        ({"score_bias": "alibi", "attention": "splash"}, [["attention=splash", "score_bias=alibi"]]),
         ({"layer_pattern": ()}, [["layer_pattern is empty"]]),
         ({"window": 8}, [["window=8", "global"]]),
         ({"layer_pattern": ("global", "local")}, [["window=0", "local"]]),

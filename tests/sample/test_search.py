@@ -63,11 +63,10 @@ class ByLetters:
 def test_documents_are_embedded_a_block_at_a_time():
     model = ByLetters()
     documents = ((str(i), word) for i, word in enumerate(WORDS))
-    ranking, names = of.search(model, {"q": "gink", "r": "tropms"}, documents, 2, block=3)
+    ranking = of.search(model, {"q": "gink", "r": "tropms"}, documents, 2, block=3)
     assert model.given == [2, 3, 3, 2]
     assert ranking["q"][0] == ("0", pytest.approx(1))
     assert ranking["r"][0][0] == "3"
-    assert names == [str(i) for i in range(8)]
 
 
 def test_vectors_that_are_not_finite_find_nothing():
@@ -131,12 +130,30 @@ def test_what_cannot_be_measured_ends_with_code_2(folder, capsys):
         (["--top", "0"], "--top is 0"),
         (["--split", "dev"], "no file"),
         (["--rerank", "runs/letters"], "is not fine-tuned on pairs of texts"),
+        (["--rerank-top", "7"], "--rerank-top is for --rerank"),
+        ([str(folder / "queries.jsonl"), "--split", "dev"], "--split is for BEIR's directory"),
     ):
         assert bothways.main(["search", "runs/letters", str(folder), *arguments]) == 2
         assert message in capsys.readouterr().err
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\n")
     assert bothways.main(["search", "runs/letters", str(folder)]) == 2
     assert "has no right answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["an answer that is not there", "an empty document", "no scorer of pairs"])
+def test_what_is_wrong_is_said_before_any_text_is_embedded(folder, wrong, capsys):
+    arguments = ["search", "runs/letters", str(folder)]
+    if wrong == "no scorer of pairs":
+        arguments += ["--rerank", "runs/letters"]
+    elif wrong == "an empty document":
+        with (folder / "corpus.jsonl").open("a") as out:
+            out.write('{"_id": "last", "text": " "}\n')
+    else:
+        with (folder / "qrels" / "test.tsv").open("a") as out:
+            out.write("q0\tnowhere\t1\n")
+    assert bothways.main(arguments) == 2
+    capsys.readouterr()
+    assert bothways.load("runs/letters").given == []
 
 
 def test_prompts_are_those_of_each_side():

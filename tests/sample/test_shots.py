@@ -123,7 +123,8 @@ def test_the_command(runs, tmp_path, capfd):
     assert {line["label"] for line in lines} <= {"dog", "none"}
     for bad, says in (
         (["predict", argv[1], "--shots", "2"], "--shots K and --task TASK go together"),
-        (["predict", argv[1], "--seed", "2"], "--rule, --words and --seed are for --shots"),
+        (["predict", argv[1], "--seed", "2"], "--seed is for --shots"),
+        (["predict", argv[1], "--rule", "pll", "--label-field", "x"], "--rule, --label-field is for --shots"),
     ):
         assert bothways.main(bad) == 2
         assert says in capfd.readouterr().err
