@@ -9,6 +9,7 @@ import os
 import posixpath
 import random
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -166,19 +167,28 @@ def patiently(request: Callable[[], T], what: str) -> T:
     """What a request to a store gives; one that fails for want of an answer is made again.
 
     Raises:
-      InputError: no such object or bucket, or no permission.
+      InputError: no such object or bucket, no permission, a certificate that nobody vouches for, no answer after all tries.
     """
     for n in range(TRIES):
         try:
             return request()
-        except Exception as e:  # what is missing or refused differs from store to store
+        except Exception as raised:  # what is missing or refused differs from store to store
+            e = raised
+            if isinstance(raised, FileNotFoundError) and isinstance(raised.__cause__, OSError):
+                e = raised.__cause__  # fsspec calls a page absent whose host it cannot reach
             code = getattr(e, "code", None) or getattr(e, "status", None)
             text = str(e).splitlines()[0] if str(e) else type(e).__name__
             if isinstance(e, FileNotFoundError) or str(code) == "404":
                 raise InputError(f"there is no {what} ({text}); check the name of bucket and object") from e
             if isinstance(e, PermissionError) or str(code) in ("401", "403") or text.startswith("Forbidden"):
                 raise InputError(f"no permission for {what} ({text}); log in, or ask its owner for access") from e
-            if n + 1 == TRIES or isinstance(e, InputError | TypeError | AttributeError | KeyError):
+            if isinstance(certificate := getattr(e, "certificate_error", e), ssl.SSLError):
+                raise InputError(f"{what}: {certificate}; SSL_CERT_FILE names the certificates that are trusted") from e
+            if isinstance(e, InputError | TypeError | AttributeError | KeyError):
+                raise
+            if n + 1 == TRIES:
+                if isinstance(e, OSError) or code or type(e).__module__.startswith("aiohttp"):
+                    raise InputError(f"{what} ends early, or does not answer ({text}); try again, or copy it anew") from e
                 raise
         time.sleep(0.25 * 2**n * random.uniform(0.5, 1.5))
     raise AssertionError
@@ -197,10 +207,7 @@ def fetch(fs: Any, path: str, url: str, begin: int, end: int) -> bytes:
             raise OSError(f"{len(found)} bytes came for bytes {begin} to {end}")
         return found
 
-    try:
-        return patiently(request, url)
-    except OSError as e:
-        raise InputError(f"{url} ends early, or does not answer ({e}); try again, or copy it anew") from e
+    return patiently(request, url)
 
 
 def matching(pattern: str, wanted: Callable[[Remote], bool], kinds: tuple[str, ...]) -> Iterator[Remote]:
@@ -217,6 +224,8 @@ def matching(pattern: str, wanted: Callable[[Remote], bool], kinds: tuple[str, .
     else:
         found = [p for p in patiently(lambda: fs.find(path), pattern) if wanted(Remote(p))]
     if not found:
+        if path == pattern:  # a URL to one page: a store of pages has no folders, and calls what it cannot reach absent
+            patiently(lambda: fs.info(path), pattern)
         raise InputError(f"nothing matches {pattern!r}; give an object, a folder or a glob of {', '.join(kinds)}")
     for name in sorted(found):
         yield Remote(fs.unstrip_protocol(name))

@@ -1,14 +1,23 @@
-"""Text behind s3://, http:// and hf: is the text of the same files on a disk, and is prepared there and back."""
+"""Text behind s3://, https:// and hf: is the text of the same files on a disk, and is prepared there and back."""
 
+import contextlib
 import dataclasses
+import datetime
 import functools
 import http.server
+import ipaddress
+import json
+import os
+import ssl
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bothways.data import corpora, preparing
+from bothways.data import corpora, preparing, stores
 from bothways.data.config import DataConfig
 from bothways.errors import InputError
 from tests.data.test_prepared import assert_same, jsonl, read, texts, vocabulary  # noqa: F401  (a fixture)
@@ -53,17 +62,29 @@ class Server(http.server.SimpleHTTPRequestHandler):
         self.do_GET()
 
 
-@pytest.mark.parametrize(("ranges", "sizes"), [(True, True), (False, True), (False, False)])
-def test_text_behind_http(here, tmp_path, ranges, sizes):
-    class Serves(Server):
-        pass
-
-    Serves.ranges, Serves.sizes = ranges, sizes
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Serves, directory=here.corpus))
+@contextlib.contextmanager
+def serving(folder: str, certificate: Path | None = None, **how: bool) -> Iterator[str]:
+    """The URL of a server of a folder's files."""
+    handler = functools.partial(type("Serves", (Server,), how), directory=folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.handle_error = lambda *_: None  # a client that does not trust it hangs up
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        url = f"http://127.0.0.1:{server.server_port}"
+        yield f"http{'' if certificate is None else 's'}://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize(("ranges", "sizes"), [(True, True), (False, True), (False, False)])
+def test_text_behind_http(here, tmp_path, ranges, sizes):
+    with serving(here.corpus, ranges=ranges, sizes=sizes) as url:
         there = dataclasses.replace(here, corpus=f"{url}/0.jsonl", cache=here.cache + "-there")
         local = dataclasses.replace(here, corpus=f"{here.corpus}/0.jsonl")
         for split in corpora.Corpus.splits:
@@ -73,10 +94,54 @@ def test_text_behind_http(here, tmp_path, ranges, sizes):
         assert "".join(text for _, text in corpora.load(long).documents("train")) == "a " * 90_000
         with pytest.raises(InputError, match="there is no http://127.0.0.1:.*/2.txt|nothing matches"):
             corpora.load(dataclasses.replace(there, corpus=f"{url}/2.txt"))
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+
+
+@pytest.fixture
+def certificate(tmp_path) -> Path:
+    """Of this machine, with its key, that it has signed itself."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 17, now, now + datetime.timedelta(days=1))
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    made = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path = tmp_path / "certificate.pem"
+    path.write_bytes(private + made.public_bytes(pem))
+    return path
+
+
+READ = """
+import json, sys
+from bothways.data import corpora
+from bothways.data.config import DataConfig
+print(json.dumps(list(corpora.load(DataConfig(corpus=sys.argv[1], cache=sys.argv[2]), copied=False).documents("train"))))
+"""
+
+
+def test_text_behind_https(here, tmp_path, certificate):
+    """In a process of its own, since OpenSSL reads SSL_CERT_FILE once."""
+    local = dataclasses.replace(here, corpus=f"{here.corpus}/0.jsonl")
+    with serving(here.corpus, certificate) as url:
+        argv = [sys.executable, "-c", READ, f"{url}/0.jsonl", here.cache + "-there"]
+        ended = subprocess.run(argv, env=os.environ | {"SSL_CERT_FILE": str(certificate)}, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        found = [tuple(document) for document in json.loads(ended.stdout)]
+        assert found == list(corpora.load(local, copied=False).documents("train"))
+
+
+def test_a_host_that_nobody_vouches_for_and_one_that_is_not_there(here, certificate, monkeypatch):
+    monkeypatch.setattr(stores, "TRIES", 2)
+    with serving(here.corpus, certificate) as url:
+        there = dataclasses.replace(here, corpus=f"{url}/0.jsonl")
+        with pytest.raises(InputError, match="CERTIFICATE_VERIFY_FAILED.*SSL_CERT_FILE names"):
+            corpora.load(there)
+    with pytest.raises(InputError, match="does not answer .*Cannot connect"):
+        corpora.load(there)
 
 
 @pytest.fixture
