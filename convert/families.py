@@ -3,14 +3,15 @@
 from collections.abc import Callable
 
 from bothways.config import ObjectiveConfig
-from bothways.convert import albert_mpnet, dial, encoder_decoders, llamas, parallel
+from bothways.convert import albert_mpnet, dial, encoder_decoders, llamas, parallel, rotary_encoders
 from bothways.convert.decoders import GPT2, LLAMA, MISTRAL, OPENAI_GPT, PHI3, QWEN3
 from bothways.convert.encoders import BERT, CAMEMBERT, DISTILBERT, ELECTRA, MODERNBERT, ROBERTA, XLM_ROBERTA
 from bothways.convert.family import Config, Family
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
 
-ENCODERS = (ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT, DISTILBERT, ELECTRA, MODERNBERT, *albert_mpnet.FAMILIES)
+ENCODERS = (ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT, DISTILBERT, ELECTRA, MODERNBERT)
+ENCODERS += (*albert_mpnet.FAMILIES, *rotary_encoders.FAMILIES)
 DECODERS = (GPT2, OPENAI_GPT, LLAMA, MISTRAL, QWEN3, PHI3, *llamas.FAMILIES, *parallel.FAMILIES, *dial.FAMILIES)
 FAMILIES = {family.name: family for family in (*DECODERS, *ENCODERS, *encoder_decoders.FAMILIES)}
 

@@ -102,12 +102,13 @@ def body_config(family: Family, suffix: str, cfg: TransformerConfig) -> Transfor
 
 def layout_of(family: Family, suffix: str, cfg: TransformerConfig) -> Layout:
     """The family's layout of a model with the head's stems in place of those of other heads."""
-    head, table = family.tasks[suffix], family.layout.table
+    head, whole = family.tasks[suffix], family.layout_for(cfg)
+    table = whole.table
     body = {stem: ours for stem, ours in table.items() if ours.startswith(("body/", "block/"))}
     body |= {stem: ours for stem, ours in table.items() if head.pooler and ours == "nsp/pooler"}
     if head.prefix:
         body = {head.prefix + stem.removeprefix(family.prefix): ours for stem, ours in body.items()}
-    return dataclasses.replace(family.layout_for(cfg), table=body | head.table)
+    return dataclasses.replace(whole, table=body | head.table)
 
 
 def without_other_heads(family: Family, suffix: str, tensors: dict[str, Any]) -> dict[str, Any]:

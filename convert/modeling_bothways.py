@@ -94,12 +94,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, m):
         super().__init__()
-        self.activation = ACTIVATIONS[m["activation"]]
+        self.activation, biased = ACTIVATIONS[m["activation"]], m["bias"] and m["mlp_bias"]
         self.up, self.down = (
-            nn.Linear(m[a], m[b], bias=m["bias"]) for a, b in (("d_model", "d_ff"), ("d_ff", "d_model"))
+            nn.Linear(m[a], m[b], bias=biased) for a, b in (("d_model", "d_ff"), ("d_ff", "d_model"))
         )
         gated = m["activation"] in ("swiglu", "geglu", "geglu_tanh")
-        self.gate = nn.Linear(m["d_model"], m["d_ff"], bias=m["bias"]) if gated else None
+        self.gate = nn.Linear(m["d_model"], m["d_ff"], bias=biased) if gated else None
 
     def forward(self, x):
         return self.down(self.activation(self.up(x)) if self.gate is None else self.up(x) * self.activation(self.gate(x)))
@@ -320,7 +320,7 @@ class BothwaysForMaskedLM(WithOutputLayer):
         super().__init__(config)
         m = config.model
         if config.family == "bert":
-            self.mlm = MaskedHead(m, self.get_input_embeddings().num_embeddings)
+            self.mlm = MaskedHead(m, self.get_input_embeddings().num_embeddings) if m["masked_transform"] else None
             self.nsp = Pooler(m) if m["next_sentence"] or m["pooler"] else None
         self.post_init()
 
@@ -328,7 +328,7 @@ class BothwaysForMaskedLM(WithOutputLayer):
         how = {"token_type_ids": token_type_ids, "block_size": block_size, "both_ways": True}
         features = self.model(input_ids, attention_mask, **how).last_hidden_state
         if self.config.family == "bert":
-            logits = self.scores(self.mlm(features), self.mlm.bias)
+            logits = self.scores(features) if self.mlm is None else self.scores(self.mlm(features), self.mlm.bias)
         else:  # what predicts the next token stands one position before it
             logits = self.scores(features if self.config.model["predicts"] == "own" else features.roll(1, dims=1))
         return modeling_outputs.MaskedLMOutput(loss=self.loss(logits, labels), logits=logits)

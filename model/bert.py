@@ -21,7 +21,7 @@ class BERT(nn.Module):
 
     def setup(self):
         self.encoder = Encoder(self.cfg)
-        if self.cfg.masked_head:
+        if self.cfg.masked_head and self.cfg.masked_transform:
             self.mlm = MLMTransform(self.cfg)
         if self.cfg.pooled:
             self.nsp = NextSentence(self.cfg)
@@ -58,13 +58,13 @@ class BERT(nn.Module):
         return self(hidden, positions, segments, None, deterministic)
 
     def transform(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
-        """The MLM head before its output layer: dense, activation, norm."""
-        return self.mlm(features)
+        """The MLM head before its output layer: dense, activation, norm, where it has them."""
+        return self.mlm(features) if self.cfg.masked_transform else features
 
-    def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"]]:
-        """The output layer: a vector and a bias per token."""
+    def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"] | None]:
+        """The output layer: a vector per token, and a bias where there is one or rows that fill up the table are hidden."""
         table = self.encoder.token_table() if self.cfg.tie_embeddings else self.lm_head.embedding
-        return table, mask_padded_vocab(self.cfg, self.mlm.bias)
+        return table, mask_padded_vocab(self.cfg, self.mlm.bias if self.cfg.masked_transform else None)
 
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
         return logits_of(self.transform(features), *self.unembedding())

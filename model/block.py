@@ -35,11 +35,11 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
-        cfg, activation = self.cfg, ACTIVATIONS[self.cfg.activation]
-        y = Projection(cfg, (cfg.d_ff,), name="up")(x)
-        y = y * activation(Projection(cfg, (cfg.d_ff,), name="gate")(x)) if cfg.gated else activation(y)
+        cfg, activation, bias = self.cfg, ACTIVATIONS[self.cfg.activation], self.cfg.bias and self.cfg.mlp_bias
+        y = Projection(cfg, (cfg.d_ff,), bias=bias, name="up")(x)
+        y = y * activation(Projection(cfg, (cfg.d_ff,), bias=bias, name="gate")(x)) if cfg.gated else activation(y)
         y = constrain_activation(y, "batch", "length", "ff")
-        return Projection(cfg, (cfg.d_model,), residual=True, name="down")(y)
+        return Projection(cfg, (cfg.d_model,), bias=bias, residual=True, name="down")(y)
 
 
 class Block(nn.Module):

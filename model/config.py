@@ -137,6 +137,8 @@ class TransformerConfig:
     """Biases of queries, keys and values where `bias` is False (Qwen 2)."""
     attention_bias: bool = True
     """False: none in attention where `bias` is True (GPT-J)."""
+    mlp_bias: bool = True
+    """False: none in the MLP where `bias` is True (Falcon, Nomic BERT)."""
     qk_norm: bool = False
     """RMS norm of queries and keys (arXiv 2302.05442, section 2)."""
     qk_norm_over: Literal["head", "all"] = "head"
@@ -174,6 +176,9 @@ class TransformerConfig:
     """A bias of every token's score (decoders; GPT-J, Marian)."""
     masked_head: bool = True
     """BERT's masked-token head (encoders only). False: a body that embeds texts and can be fine-tuned."""
+    masked_transform: bool = True
+    """That head's dense layer, activation, norm and bias of the scores. False: the output layer reads the features (EuroBERT,
+    arXiv 2503.05500)."""
     next_sentence: bool = False
     """BERT's pooler and next-sentence head (encoders only)."""
     pooler: bool = False
@@ -331,6 +336,10 @@ class TransformerConfig:
         want(
             self.rotary_width % 2 == 0 and 0 <= self.rotary_width <= full.d_head,
             f"model.rotary_width={self.rotary_width} must be even, and at most the head width {full.d_head}",
+        )
+        want(
+            self.masked_transform or not self.embed_width,
+            f"model.masked_transform=False leaves nothing that makes model.embed_width={self.embed_width} of the features",
         )
         want(self.query_scale >= 0, f"model.query_scale is {self.query_scale}; it cannot be negative")
         want(

@@ -61,6 +61,8 @@ def tokenizer_for(family: str) -> tokenizers.Tokenizer:
         "camembert": "roberta",
         "openai-gpt": "gpt2",
         "albert": "bert",
+        "nomic_bert": "bert",
+        "eurobert": "modernbert",
         "mpnet": "roberta",
         **dict.fromkeys(("bart", "mbart", "marian", "pegasus", "m2m_100"), "roberta"),
     }
@@ -128,6 +130,8 @@ SIZES["Dream"] = SIZES["phi3"]
 SIZES["bloom"] = {"hidden_size": 21, "n_head": 3, "n_layer": 3, "seq_length": 23}
 SIZES["albert"] = SIZES["bert"] | {"embedding_size": 14}
 SIZES["mpnet"] = SIZES["roberta"]
+SIZES["eurobert"] = SIZES["llama"]
+SIZES["nomic_bert"] = SIZES["bert"] | {"hidden_size": 28}
 SIDES = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 3), ("attention_heads", 2))}
 SIDES |= {"encoder_ffn_dim": 26, "decoder_ffn_dim": 26, "d_model": 22, "max_position_embeddings": 23}
 SIDES |= {"is_encoder_decoder": True, "decoder_start_token_id": 2}
@@ -149,6 +153,7 @@ STEM_OF_HEAD = {
     "albert": ["predictions.", "sop_classifier."],
     "mpnet": ["lm_head."],
     "modernbert": ["decoder."],
+    "nomic_bert": ["cls.predictions."],
 }
 
 

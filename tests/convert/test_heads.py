@@ -27,6 +27,8 @@ CASES = {  # those whose heads are another family's under another name are left 
     "electra": ("MultipleChoice",),
     "distilbert": ("SequenceClassification",),
     "modernbert": ("SequenceClassification", "TokenClassification"),
+    "eurobert": ("TokenClassification",),
+    "nomic_bert": ("SequenceClassification",),
     "llama": ("SequenceClassification", "TokenClassification", "QuestionAnswering"),
     "mistral": ("QuestionAnswering",),
 }

@@ -143,6 +143,20 @@ def test_first_names_copies_and_buffers_of_bert(tmp_path):
     assert FAMILIES["bert"].canonical_names(body, tied=True).keys() == {k for k in tensors if k.startswith("bert.")}
 
 
+def test_the_first_checkpoints_of_nomic_bert_have_gpt2s_keys():
+    """nomic-embed-text-v1.5, published before `transformers` had the family."""
+    old = {"n_embd": 28, "n_head": 2, "n_layer": 3, "n_inner": 26, "n_positions": 23, "layer_norm_epsilon": 1e-6}
+    old |= {"attn_pdrop": 0.1, "embd_pdrop": 0.2, "resid_pdrop": 0.2, "rotary_emb_base": 500, "rotary_scaling_factor": None}
+    old |= {"activation_function": "swiglu", "mlp_fc1_bias": False, "prenorm": False, "vocab_size": 31}
+    new = SIZES["nomic_bert"] | {"layer_norm_eps": 1e-6, "attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.2}
+    new |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "vocab_size": 31}
+    family = FAMILIES["nomic_bert"]
+    assert family.config(old, ["nomic_bert."]) == family.config(new, ["nomic_bert."])
+    assert family.config({"vocab_size": 31}, []).rotary_base == 1000.0
+    with pytest.raises(InputError, match="mlp_fc1_bias is True; a nomic_bert with that"):
+        family.config(old | {"mlp_fc1_bias": True}, ["nomic_bert."])
+
+
 def write_gguf(source: Path, path: Path, architecture: str = "llama", add_bos: bool = True) -> None:
     """A GGUF file of a Llama checkpoint, as llama.cpp converts it: rotary pairs side by side, half precision."""
     config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")

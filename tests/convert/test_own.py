@@ -45,7 +45,7 @@ CASES = {  # name: family, objective, fields
     "gptj": (
         "gpt",
         "causal",
-        {"position_embedding": "rotary", "parallel": "one_norm", "attention_bias": False}
+        {"position_embedding": "rotary", "parallel": "one_norm", "attention_bias": False, "mlp_bias": False}
         | {"tie_embeddings": False, "output_bias": True, "activation": "relu2"},
     ),
     "albert": (
@@ -57,7 +57,7 @@ CASES = {  # name: family, objective, fields
     "hybrid": ("gpt", "hybrid", ROTARY | {"activation": "geglu", "rotary_scaling": YARN}),
     "dial": ("gpt", "diffusion", ROTARY | {"predicts": "own"}),
     "bert": ("bert", "masked", {"activation": "relu2", "position_embedding": "sinusoidal", "embed_scale": True}),
-    "local": ("bert", "masked", ROTARY | {"norm_position": "pre", "first_norm": False, "n_layers": 2}),
+    "local": ("bert", "masked", ROTARY | {"norm_position": "pre", "first_norm": False, "n_layers": 2, "masked_transform": False}),
     "pairs": ("seq2seq", "pairs", {"n_layers": 2, "norm_position": "post", "activation": "relu"}),
     "spans": ("seq2seq", "spans", ROTARY | {"tie_embeddings": False}),
     "bart": (

@@ -98,6 +98,15 @@ CASES |= {
     "albert body": ("AlbertModel", BERT | {"embedding_size": 33, "max_position_embeddings": 37, "hidden_act": "relu"}),
     "mpnet": ("MPNetForMaskedLM", BERT | {"max_position_embeddings": 37}),
 }
+CASES |= {
+    "eurobert": ("EuroBertForMaskedLM", LLAMA),
+    "eurobert tied": ("EuroBertForMaskedLM", LLAMA | {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "nomic_bert": (
+        "NomicBertForMaskedLM",
+        WIDE | {"type_vocab_size": 3, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    ),
+    "nomic_bert body": ("NomicBertModel", WIDE | {"hidden_act": "gelu", "head_dim": 14}),
+}
 SIDES = {"d_model": 36, "max_position_embeddings": 37, "activation_function": "silu", "scale_embedding": True}
 SIDES |= {f"{side}_{k}": n for side in ("encoder", "decoder") for k, n in (("layers", 2), ("attention_heads", 3))}
 SIDES |= {"encoder_ffn_dim": 41, "decoder_ffn_dim": 41}
@@ -115,6 +124,7 @@ CASES |= {
 }
 SPECIAL_IDS = {
     "modernbert": {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
+    "eurobert": {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4},
     "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
     "t5": {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
     "mt5": {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
