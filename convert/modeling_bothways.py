@@ -95,9 +95,7 @@ class MLP(nn.Module):
     def __init__(self, m):
         super().__init__()
         self.activation, biased = ACTIVATIONS[m["activation"]], m["bias"] and m["mlp_bias"]
-        self.up, self.down = (
-            nn.Linear(m[a], m[b], bias=biased) for a, b in (("d_model", "d_ff"), ("d_ff", "d_model"))
-        )
+        self.up, self.down = (nn.Linear(m[a], m[b], bias=biased) for a, b in (("d_model", "d_ff"), ("d_ff", "d_model")))
         gated = m["activation"] in ("swiglu", "geglu", "geglu_tanh")
         self.gate = nn.Linear(m["d_model"], m["d_ff"], bias=biased) if gated else None
 

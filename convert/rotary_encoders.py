@@ -58,7 +58,9 @@ _FIRST_VALUES |= dict.fromkeys(("prenorm", "parallel_block", "rotary_emb_interle
 def _nomic_read(theirs: Config) -> Config:
     for key, want in _FIRST_VALUES.items():
         if theirs.get(key, want) != want:
-            raise InputError(f"config.json: {key} is {theirs[key]!r}; a nomic_bert with that is not supported, only {want!r}")
+            raise InputError(
+                f"config.json: {key} is {theirs[key]!r}; a nomic_bert with that is not supported, only {want!r}"
+            )
     found: Config = {"activation": activation_of(theirs.get("hidden_act", "silu"), _GATES)}
     found |= dict.fromkeys(("dropout_embed", "dropout_residual"), theirs.get("hidden_dropout_prob", 0.0))
     found |= layer_types.rotary_bases(theirs, ("rotary_emb_base", ""), (1000.0, 0.0))

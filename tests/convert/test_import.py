@@ -146,7 +146,13 @@ def test_first_names_copies_and_buffers_of_bert(tmp_path):
 def test_the_first_checkpoints_of_nomic_bert_have_gpt2s_keys():
     """nomic-embed-text-v1.5, published before `transformers` had the family."""
     old = {"n_embd": 28, "n_head": 2, "n_layer": 3, "n_inner": 26, "n_positions": 23, "layer_norm_epsilon": 1e-6}
-    old |= {"attn_pdrop": 0.1, "embd_pdrop": 0.2, "resid_pdrop": 0.2, "rotary_emb_base": 500, "rotary_scaling_factor": None}
+    old |= {
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.2,
+        "resid_pdrop": 0.2,
+        "rotary_emb_base": 500,
+        "rotary_scaling_factor": None,
+    }
     old |= {"activation_function": "swiglu", "mlp_fc1_bias": False, "prenorm": False, "vocab_size": 31}
     new = SIZES["nomic_bert"] | {"layer_norm_eps": 1e-6, "attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.2}
     new |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "vocab_size": 31}

@@ -57,7 +57,11 @@ CASES = {  # name: family, objective, fields
     "hybrid": ("gpt", "hybrid", ROTARY | {"activation": "geglu", "rotary_scaling": YARN}),
     "dial": ("gpt", "diffusion", ROTARY | {"predicts": "own"}),
     "bert": ("bert", "masked", {"activation": "relu2", "position_embedding": "sinusoidal", "embed_scale": True}),
-    "local": ("bert", "masked", ROTARY | {"norm_position": "pre", "first_norm": False, "n_layers": 2, "masked_transform": False}),
+    "local": (
+        "bert",
+        "masked",
+        ROTARY | {"norm_position": "pre", "first_norm": False, "n_layers": 2, "masked_transform": False},
+    ),
     "pairs": ("seq2seq", "pairs", {"n_layers": 2, "norm_position": "post", "activation": "relu"}),
     "spans": ("seq2seq", "spans", ROTARY | {"tie_embeddings": False}),
     "bart": (
