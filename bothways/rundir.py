@@ -47,6 +47,7 @@ from bothways.model.axes import path_names
 from bothways.model.config import LoRAConfig, TransformerConfig
 from bothways.model.stack import unstack_layers
 from bothways.model.task import TaskModel
+from bothways.one_by_one import Allocate, one_by_one, unallocated
 from bothways.platform import without_grpc
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
@@ -306,6 +307,7 @@ def load_run(
     for_inference: bool = False,
     step: int | Literal["newest", "best"] = "newest",
     dtype: str = "",
+    into: Allocate | None = None,
 ) -> Run:
     """Restore a run's parameters, on today's devices. Adapters are merged into their base: the recipe is that of the plain
     model that comes of it.
@@ -315,6 +317,8 @@ def load_run(
       step: which checkpoint: a step that is kept, the best on held-out text, or the newest (where the recipe says so, the
         mean of the newest ones).
       dtype: of matrices and tables, such as bfloat16; empty: float32.
+      into: parameters are numpy arrays, each read into what this gives, one at a time; of adapters and means of checkpoints
+        the result is put there. None: on devices.
       for_inference: not to be trained on: weights in the types of `compute_dtype_shapes`, of what decodes `unstack_layers`.
 
     Raises:
@@ -335,14 +339,19 @@ def load_run(
         shapes = kept  # a mean is taken of what was saved
     one = SingleDeviceSharding(jax.local_devices()[0])
     shardings = place(shapes) if place else jax.tree.map(lambda _: one, shapes)
-    targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-    found = _restored(home, targets, log, step, recipe.train.average_last_checkpoints if task is None else 1)
+    mean_of = recipe.train.average_last_checkpoints if task is None else 1
+    if into and not adapted and mean_of == 1:
+        with one_by_one(into):
+            found = _restored(home, unallocated(shapes), log, step, 1)
+    else:
+        targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+        found = _restored(home, targets, log, step, mean_of)
     params = found[1]
     if adapted:
         _, base = base_params(home, frozen if task is None else frozen["body"], log, place)
         base = base if task is None else {"body": base}
         params, recipe = adapters.merge(adapters.join(params, base), recipe.model), plain
-    params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, kept)
+    params = jax.tree.map(lambda x, s: x.astype(s.dtype, copy=False), params, kept)
     alone = all(len(at.device_set) == 1 for at in jax.tree.leaves(shardings))
     if for_inference and recipe.family != "bert":
         params = jax.jit(functools.partial(unstack_layers, join=alone))(params)

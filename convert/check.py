@@ -1,10 +1,10 @@
 """Whether imported weights compute what they did where they come from: logits on a fixed text, side by side."""
 
 import dataclasses
-import functools
 import hashlib
 import importlib
 import importlib.util
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 from bothways.model.seq2seq import Seq2Seq
 from bothways.model.task import TaskModel
+from bothways.one_by_one import let_go
 from bothways.recipes import Recipe
 from bothways.rundir import Log, TaskInfo, module_of
 
@@ -28,6 +29,8 @@ TEXT = "Now is the winter of our discontent\nMade glorious summer by this sun of
 MOST_TOKENS = 32
 MOST_BYTES = 2**32
 """That the weights take in `transformers`, in float32; a larger checkpoint is held against a stored reference only."""
+BY_LAYER = 2**28
+"""Bytes of parameters from which on they go through the model a layer at a time, so that one layer is in memory in float32."""
 TOLERANCE = 1e-4
 """Of the largest logit, or of 1 where that is larger: float32 sums in another order differ by a tenth of this."""
 
@@ -43,12 +46,39 @@ def fixed_tokens(tokenizer: Tokenizer, context: int, task: TaskInfo | None = Non
 def our_logits(recipe: Recipe, params: Any, tokens: np.ndarray, task: TaskInfo | None = None) -> np.ndarray:
     """[1, T, V] in float32; of a body without a head its features [1, T, D]; of a task's head its scores."""
     plain = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="float32", scan_layers=True))
-    module = module_of(plain, task)
+    large = sum(x.nbytes for x in jax.tree.leaves(params)) > BY_LAYER
     with jax.default_matmul_precision("highest"):
-        return np.asarray(_logits(module, params, tokens))
+        if large:
+            found = np.asarray(_logits(module_of(plain, task), _by_layer(params), tokens))
+            jax.tree.map(lambda x: let_go(np.asarray(x)), params)
+            return found
+        return np.asarray(jax.jit(_logits, static_argnums=0)(module_of(plain, task), params, tokens))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+class _Layers:
+    """A stack's layers, each read when it is its turn and let go behind it."""
+
+    def __init__(self, blocks: Any):
+        self.blocks = jax.tree.map(np.asarray, blocks)
+
+    def __iter__(self) -> Iterator[Any]:
+        for layer in range(len(jax.tree.leaves(self.blocks)[0])):
+            yield jax.tree.map(lambda x: x[layer], self.blocks)  # noqa: B023
+            jax.tree.map(let_go, self.blocks)
+
+
+def _by_layer(params: Any) -> Any:
+    """The parameters with `_Layers` instead of stacked ones."""
+    return {
+        name: _Layers(inner)
+        if name == "blocks"
+        else _by_layer(inner)
+        if isinstance(inner, Mapping)
+        else jnp.asarray(inner)
+        for name, inner in params.items()
+    }
+
+
 def _logits(module: nn.Module, params: Any, tokens: jax.Array) -> jax.Array:
     def run(bound: nn.Module) -> jax.Array:
         if isinstance(bound, TaskModel):

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bothways.convert.stored import Stored
 from bothways.errors import InputError
 from bothways.model.axes import logical_axes
+from bothways.one_by_one import let_go
 
 Shapes = dict[str, tuple[int, ...]]
 """Our path -> shape, with the layers' axis in front where there are layers."""
@@ -193,7 +194,10 @@ class Layout:
 
         def one(ours: tuple[str, ...], layer: int | None) -> np.ndarray:
             arrays = [np.asarray(flat[p]) for p in ours]
-            return np.ascontiguousarray(self._theirs(ours, [a if layer is None else a[layer] for a in arrays]))
+            found = np.ascontiguousarray(self._theirs(ours, [a if layer is None else a[layer] for a in arrays]))
+            for array in arrays:
+                let_go(array)
+            return found
 
         return {
             name: Stored(

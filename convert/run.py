@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,13 +17,14 @@ from bothways.config import OptimizerConfig, TrainConfig
 from bothways.convert import check, files, own, sentence
 from bothways.convert.card import held_out, model_card
 from bothways.convert.fitting import ORIGIN, coming, going, origin_of
-from bothways.convert.stored import DTYPES, let_go, room_for, save_tensors
+from bothways.convert.stored import DTYPES, room_for, save_tensors
 from bothways.convert.vocabulary import save_vocabulary
 from bothways.data.published import PublishedTokenizer
 from bothways.data.tokenizer import Tokenizer
 from bothways.data.tokens import umask
 from bothways.embedding import EmbeddingInfo, read_embedding, write_embedding
 from bothways.errors import InputError
+from bothways.one_by_one import one_by_one, saved
 
 Log = Callable[[str], None]
 GENERATION = "generation_config.json"
@@ -109,38 +109,10 @@ def import_run(source: str, home: Path, corpus: str, log: Log, dtype: str = "flo
 
 def save_params(home: Path, params) -> None:
     """The parameters as checkpoint 0 of a run."""
-    with _one_by_one(), rundir.checkpoint_manager(home, keep=1) as manager:
-        items = {
-            "params": ocp.args.StandardSave(jax.tree.map(np.asarray, params)),
-            "meta": ocp.args.JsonSave({"step": 0}),
-        }
+    with one_by_one(), rundir.checkpoint_manager(home, keep=1) as manager:
+        items = {"params": saved(jax.tree.map(np.asarray, params)), "meta": ocp.args.JsonSave({"step": 0})}
         manager.save(0, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
-
-
-class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes numpy arrays as they lie, one after the other: orbax would copy all of them first, since training goes on while a
-    checkpoint is written, and then write all at once. Here nothing changes them."""
-
-    def __init__(self):
-        super().__init__(deepcopy_host_arrays=False)
-
-    async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
-        for value, info, arg in zip(values, infos, args, strict=True):
-            await super()._background_serialize([value], [info], [arg])
-            let_go(value)
-
-
-@contextlib.contextmanager
-def _one_by_one() -> Iterator[None]:
-    """While open, orbax writes numpy arrays with `_OneByOne`."""
-    types = ocp.type_handlers
-    before = types.get_type_handler(np.ndarray)
-    types.register_type_handler(np.ndarray, _OneByOne(), override=True)
-    try:
-        yield
-    finally:
-        types.register_type_handler(np.ndarray, before, override=True)
 
 
 def _fitting(tokenizer: Tokenizer, rows: int, source: str, log: Log) -> Tokenizer:
@@ -181,8 +153,8 @@ def export_run(
         return Converted(*export_gguf(home, destination, log, embeds, dtype))
     if dtype not in DTYPES:
         raise InputError(f"a directory holds {' or '.join(DTYPES)}, not {dtype}; give a destination that ends in .gguf")
-    with whole_directory(destination) as partial:
-        run = rundir.load_run(home, log, dtype="" if dtype == "float32" else dtype)
+    with whole_directory(destination) as partial, room_for(partial, DTYPES[dtype]) as allocate:
+        run = rundir.load_run(home, log, dtype="" if dtype == "float32" else dtype, into=allocate)
         out, task = going(run, jax.device_get(run.params), log), run.task
         if embeds and task is not None:
             raise InputError(f"--embeds is of a body's vectors, and {home} is fine-tuned for {task.name}; leave it out")

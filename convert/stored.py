@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import mmap
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+
+from bothways.one_by_one import Allocate, let_go
 
 SHARD_BYTES = 2**30
 """A file of an export holds about so much, and so much is held beside the parameters."""
@@ -51,7 +52,7 @@ def kept_as(dtype: np.dtype, tensor: Stored) -> np.dtype:
 
 
 @contextlib.contextmanager
-def room_for(home: Path, dtype: np.dtype) -> Iterator[Callable[[str, tuple[int, ...]], np.ndarray]]:
+def room_for(home: Path, dtype: np.dtype) -> Iterator[Allocate]:
     """For parameters by path and shape: zeros, of which large ones lie in files beside `home` while this is open, so that the
     system can take their memory back."""
     folder, filled = Path(tempfile.mkdtemp(prefix=".parameters-", dir=home.parent)), []
@@ -70,15 +71,6 @@ def room_for(home: Path, dtype: np.dtype) -> Iterator[Callable[[str, tuple[int, 
         yield allocate
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def let_go(array: np.ndarray) -> None:
-    """Take the pages of an array that lies in a file out of this process' memory; they are read again where it is used."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)
 
 
 def save_tensors(home: Path, tensors: Mapping[str, Stored], dtype: np.dtype, shard_bytes: int = SHARD_BYTES) -> None:

@@ -1,5 +1,8 @@
 """Blocks in sequence: unrolled or scanned, rematerialised or not. The parameters are the same in all cases."""
 
+import itertools
+from collections.abc import Iterable, Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,9 +22,9 @@ REMAT = {
 }
 
 
-def split_layers(blocks: dict | tuple[dict, ...]) -> tuple[dict, ...]:
+def split_layers(blocks: dict | Iterable[dict]) -> Iterable[dict]:
     """Stacked parameters [L, ...] as one tree per layer. lax.split, since its gradient is one concatenation."""
-    if isinstance(blocks, tuple):
+    if not isinstance(blocks, Mapping):
         return blocks
     leaves, treedef = jax.tree.flatten(blocks)
     n_layers = leaves[0].shape[0]
@@ -48,7 +51,8 @@ def unstack_layers(params: dict, join: bool = False) -> dict:
 
 
 class Stack(nn.Module):
-    """L blocks. Parameters live in `blocks`, each with a leading axis of layers; or as `unstack_layers` made them.
+    """L blocks. Parameters live in `blocks`, each with a leading axis of layers; or as `unstack_layers` made them; or are an
+    iterable that reads those of one layer when it is their turn.
 
     With a cache the layers are always unrolled: decoding wants each layer's cache by itself, and layers may
     keep caches of different sizes.
@@ -70,9 +74,10 @@ class Stack(nn.Module):
             for params in self.layers(self.blocks)
         )
 
-    def layers(self, blocks: dict | tuple[dict, ...]) -> tuple[dict, ...]:
+    def layers(self, blocks: dict | Iterable[dict]) -> Iterable[dict]:
         """The parameters of each layer; one layer's again and again, where they share them."""
-        return split_layers(blocks) * (self.cfg.n_layers if self.cfg.share_layers else 1)
+        found = split_layers(blocks)
+        return tuple(found) * self.cfg.n_layers if self.cfg.share_layers else found
 
     def __call__(
         self,
@@ -101,7 +106,7 @@ class Stack(nn.Module):
         run = jax.jit(run, static_argnums=3)  # layers that are alike are traced once
 
         period = len(cfg.layer_pattern)
-        scannable = cfg.scan_layers and cache is None and not isinstance(blocks, tuple)
+        scannable = cfg.scan_layers and cache is None and isinstance(blocks, Mapping)
         scanned = cfg.n_layers // period * period if scannable else 0
         if scanned:
             # One turn of the loop is one period of the layer pattern, so that every window stays a constant.
@@ -121,7 +126,7 @@ class Stack(nn.Module):
             x, _ = jax.lax.scan(turn, x, (grouped, firsts))
 
         new_layers = []
-        rest = self.layers(blocks)[: cfg.n_layers - scanned] if scanned < cfg.n_layers else ()
+        rest = itertools.islice(self.layers(blocks), cfg.n_layers - scanned) if scanned < cfg.n_layers else ()
         for layer, params in enumerate(rest, start=scanned):
             layer_cache = cache.layers[layer] if cache is not None else None
             x, layer_cache = run(x, params, layer, layer % period, layer_cache)

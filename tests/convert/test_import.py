@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from bothways import one_by_one
 from bothways.configs import find
-from bothways.convert import files
+from bothways.convert import check, files
 from bothways.convert.families import FAMILIES, family_for
 from bothways.convert.gguf_file import ARCHITECTURES
 from bothways.convert.layout import shapes_of
@@ -99,6 +100,17 @@ def test_a_sharded_checkpoint_and_bfloat16_give_the_same_run(tmp_path):
 def test_a_bfloat16_checkpoint_goes_through_without_loss_and_in_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
     monkeypatch.setattr("bothways.convert.stored.ON_DISK", 2**10)  # parameters lie in files meanwhile
+    monkeypatch.setattr(one_by_one, "CHUNK", 2**10)
+    whole, computed = check.our_logits, []
+
+    def by_layer(*args):
+        one = whole(*args)
+        with monkeypatch.context() as patch:
+            patch.setattr(check, "BY_LAYER", 0)
+            computed.append(np.abs(whole(*args) - one).max())
+        return one
+
+    monkeypatch.setattr(check, "our_logits", by_layer)
     source = checkpoint("llama", tmp_path / "source")
     tensors = {
         k: v.astype(ml_dtypes.bfloat16) if v.ndim > 1 else v for k, v in load_file(source / "model.safetensors").items()
@@ -106,6 +118,7 @@ def test_a_bfloat16_checkpoint_goes_through_without_loss_and_in_shards(tmp_path,
     save_file(tensors, source / "model.safetensors")
     import_run(str(source), tmp_path / "run", "shakespeare", print, "bfloat16")
     export_run(tmp_path / "run", tmp_path / "out", print)
+    assert len(computed) == 1 and computed[0] < 1e-5
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert {k: v.dtype for k, v in out.items()} == {k: v.dtype for k, v in tensors.items()}
