@@ -9,7 +9,9 @@ import bothways
 from bothways.data.retrieval import write_beir
 from bothways.errors import InputError
 from bothways.recipes import Recipe
+from bothways.rundir import TaskInfo
 from bothways.sample import search as of
+from bothways.sample.predict import TaskPredictor
 
 WORDS = "king queen fool storm ship crown dog sea".split()
 
@@ -154,6 +156,19 @@ def test_what_is_wrong_is_said_before_any_text_is_embedded(folder, wrong, capsys
     assert bothways.main(arguments) == 2
     capsys.readouterr()
     assert bothways.load("runs/letters").given == []
+
+
+def test_a_scorer_of_pairs_is_one_that_gives_them_a_score():
+    class Tuned(TaskPredictor):
+        def __init__(self, kind, labels):
+            self.run = type("R", (), {"home": "runs/x"})
+            self.task = TaskInfo("x", kind, labels, 8, ("accuracy",))
+
+    for kind, labels in (("regress", ()), ("classify", ("no", "yes"))):
+        assert of.pair_scorer(Tuned(kind, labels))
+    for kind, labels, says in (("tag", ("a", "b"), "fine-tuned for tag"), ("classify", ("a", "b", "c"), "3 labels")):
+        with pytest.raises(InputError, match=says):
+            of.pair_scorer(Tuned(kind, labels))
 
 
 def test_prompts_are_those_of_each_side():
