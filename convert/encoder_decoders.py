@@ -160,13 +160,9 @@ def _t5_side(side: str) -> dict[str, str]:
         found |= {f"{block}.{i}.{theirs}.{a}": f"{blocks}/{ours}/{b}" for a, b in names.items()}
         found[f"{block}.{i}.layer_norm"] = f"{blocks}/{ours}_norm"
     last = f"{block}.{1 + len(cross)}"
-    names = {"DenseReluDense.wi": "mlp/up", "DenseReluDense.wo": "mlp/down", "layer_norm": "mlp_norm"}
-    return found | {f"{last}.{a}": f"{blocks}/{b}" for a, b in names.items()}
-
-
-def _t5_gated(side: str) -> dict[str, str]:
-    mlp = f"{side}.block.{{}}.layer.{1 if side == 'encoder' else 2}.DenseReluDense"
-    return {f"{mlp}.wi_0": f"{side}/stack/blocks/mlp/gate", f"{mlp}.wi_1": f"{side}/stack/blocks/mlp/up"}
+    names = {"wi": "mlp/up", "wi_0": "mlp/gate", "wi_1": "mlp/up", "wo": "mlp/down"}
+    found |= {f"{last}.DenseReluDense.{a}": f"{blocks}/{b}" for a, b in names.items()}
+    return found | {f"{last}.layer_norm": f"{blocks}/mlp_norm"}
 
 
 def _t5_read(theirs: Config) -> Config:
@@ -236,7 +232,7 @@ T5 = Family(
     },
     buffers=(".EncDecAttention.relative_attention_bias.weight",),
     classes="T5",
-    gated=_t5_gated("encoder") | _t5_gated("decoder"),
+    unused=lambda cfg: (".wi",) if cfg.gated else (".wi_0", ".wi_1"),
     untied="lm_head.",
 )
 

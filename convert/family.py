@@ -64,7 +64,7 @@ class Family:
       classes: how names of its classes begin, such as Bert in BertForMaskedLM.
       paired: rotary positions turn features 2k and 2k + 1 together.
       tasks: its task heads, by the end of their classes' names.
-      gated: stems of the layout in place of others for the same modules, where the MLP is gated.
+      unused: ends of stems that a model of this configuration has not, where the layout has several for one module.
       objective: diffusion, of models that fill masks in whole rows; no class of `transformers` opens these. Empty: causal of a
         gpt, masked of a bert, pairs or spans of an encoder-decoder.
       untied: prefix of an output layer of its own; there is one where a checkpoint has it, whatever config.json says (T5).
@@ -87,15 +87,14 @@ class Family:
     classes: str = ""
     paired: bool = False
     tasks: dict[str, Head] = dataclasses.field(default_factory=dict)
-    gated: dict[str, str] = dataclasses.field(default_factory=dict)
+    unused: Callable[[TransformerConfig], tuple[str, ...]] = lambda cfg: ()
     untied: str = ""
     objective: Literal["", "diffusion"] = ""
 
     def layout_for(self, cfg: TransformerConfig) -> Layout:
         """The layout of a model of this configuration."""
         cfg = cfg.resolved()
-        gated = self.gated if cfg.gated else {}
-        table = {stem: ours for stem, ours in self.layout.table.items() if ours not in gated.values()} | gated
+        table = without(self.layout.table, *self.unused(cfg))
         return dataclasses.replace(
             self.layout, table=table, paired=(cfg.rotary_width or cfg.d_head) if self.paired else 0
         )

@@ -40,7 +40,8 @@ class Layout:
     norms_from_zero: bool = False
     """Norms multiply by 1 + weight (Gemma)."""
     by_head: bool = False
-    """Where queries, keys and values are one matrix, those of a head lie together (GPT-NeoX)."""
+    """Where queries, keys and values are one matrix, those of a head lie together (GPT-NeoX); with fewer heads of keys, those of
+    a group: its queries, its key, its value (Falcon)."""
     paired: int = 0
     """So many first features of a head of queries and keys are turned as pairs 2k, 2k + 1, not k, k + half (GPT-J). 0: none."""
 
@@ -81,8 +82,10 @@ class Layout:
         if ours[0] == self.as_row:
             return arrays[0][None]
         if self.by_head and len(ours) == 3:
-            heads = np.stack(arrays, axis=-2)  # [D, H, 3, K], of a bias [H, 3, K]
-            joined = heads.reshape(*heads.shape[:-3], -1)
+            groups, width = arrays[1].shape[-2:]
+            heads = [a.reshape(*a.shape[:-2], groups, -1, width) for a in arrays]
+            joined = np.concatenate(heads, axis=-2)  # [D, G, H/G + 2, K], of a bias without D
+            joined = joined.reshape(*joined.shape[:-3], -1)
             return joined.T if self._is_transposed(ours[0]) else joined
         arrays = [self._turned(p, a, self.paired) for p, a in zip(ours, arrays, strict=True)]
         joined = np.concatenate([a.reshape(self._matrix(p, a.shape)) for p, a in zip(ours, arrays, strict=True)], axis=-1)
@@ -114,8 +117,10 @@ class Layout:
             return [tensor.astype(np.float32) + np.float32(1)]
         tensor = tensor.T if self._is_transposed(ours[0]) else tensor
         if self.by_head and len(ours) == 3:
-            heads = tensor.reshape(*shapes[0][:-1], 3, shapes[0][-1])
-            return [heads[..., i, :] for i in range(3)]
+            groups, width = shapes[1][-2:]
+            heads = tensor.reshape(*tensor.shape[:-1], groups, -1, width)
+            parts = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
+            return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         widths = [self._matrix(p, s)[-1] for p, s in zip(ours, shapes, strict=True)]
         parts = np.split(tensor, np.cumsum(widths)[:-1], axis=-1)
         parts = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,9 +1,9 @@
-"""Decoders with layer norm and their own ways: GPT-NeoX (Pythia), GPT-J, Phi, OPT."""
+"""Decoders with layer norm and their own ways: GPT-NeoX (Pythia), GPT-J, Phi, OPT, BLOOM, Falcon."""
 
 import dataclasses
 
 from bothways.convert.decoders import GPT2, LLAMA
-from bothways.convert.family import Config, Family, Head, activation_of, one_dropout, published_activation
+from bothways.convert.family import Config, Family, Head, activation_of, one_dropout, published_activation, without
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
@@ -310,4 +310,80 @@ BLOOM = dataclasses.replace(
     classes="Bloom",
 )
 
-FAMILIES: tuple[Family, ...] = (GPT_NEOX, GPTJ, PHI, OPT, BLOOM)
+# ---- Falcon -----------------------------------------------------------------------------------------------------------
+
+
+def _falcon_read(theirs: Config) -> Config:
+    """Three ways of building a layer: one norm for both sub-layers (7B), the new architecture with two (40B, 180B) or one (11B),
+    or a sub-layer after the other."""
+    new, heads = theirs.get("new_decoder_architecture", False), theirs["num_attention_heads"]
+    norms = theirs.get("num_ln_in_parallel_attn") or (2 if new else 1)
+    if not new and norms != 1:
+        raise InputError(
+            f"config.json: num_ln_in_parallel_attn is {norms} without new_decoder_architecture; only 1 is supported"
+        )
+    parallel = "two_norms" if norms == 2 else "one_norm"
+    single = theirs.get("multi_query", True) and not new
+    return {
+        "activation": activation_of(theirs.get("activation", "gelu")),
+        "parallel": parallel if new or theirs.get("parallel_attn", True) else "",
+        "n_kv_heads": 1 if single else theirs.get("num_kv_heads") or heads,
+        "rotary_base": _base(theirs, "rope_theta"),
+        **dict.fromkeys(("attention_bias", "mlp_bias"), theirs.get("bias", False)),
+    }
+
+
+def _falcon_write(cfg: TransformerConfig) -> Config:
+    new = cfg.parallel == "two_norms" or cfg.n_kv_heads not in (1, cfg.n_heads)
+    return {
+        "activation": published_activation(cfg.activation),
+        "new_decoder_architecture": new,
+        "num_ln_in_parallel_attn": (2 if cfg.parallel == "two_norms" else 1) if new else None,
+        "parallel_attn": bool(cfg.parallel),
+        "multi_query": cfg.n_kv_heads == 1 and not new,
+        "num_kv_heads": cfg.n_kv_heads,
+        "bias": cfg.attention_bias and cfg.mlp_bias,
+        "rope_parameters": {"rope_theta": cfg.rotary_base, "rope_type": "default"},
+    }
+
+
+_FALCON_NORMS = {"one_norm": (".ln_attn", ".ln_mlp", ".post_attention_layernorm"), "": (".ln_attn", ".ln_mlp")}
+_FALCON_NORMS["two_norms"] = (".input_layernorm", ".post_attention_layernorm")
+FALCON = dataclasses.replace(
+    BLOOM,
+    name="falcon",
+    layout=dataclasses.replace(
+        BLOOM.layout,
+        table=without(BLOOM.layout.table, ".word_embeddings_layernorm")
+        | {"transformer.h.{}.ln_attn": "block/attention_norm", "transformer.h.{}.ln_mlp": "block/mlp_norm"},
+    ),
+    unused=lambda cfg: _FALCON_NORMS[cfg.parallel],
+    constants={
+        "position_embedding": "rotary",
+        "norm": "layer",
+        "norm_position": "pre",
+        "bias": True,
+        "dropout_embed": 0.0,
+    },
+    values={
+        "vocab_size": ("vocab_size", None),
+        "max_position_embeddings": ("context_length", 2048),
+        "hidden_size": ("d_model", None),
+        "num_hidden_layers": ("n_layers", None),
+        "num_attention_heads": ("n_heads", None),
+        "ffn_hidden_size": ("d_ff", 0),
+        "layer_norm_epsilon": ("norm_eps", 1e-5),
+        "attention_dropout": ("dropout_attention", 0.0),
+        "hidden_dropout": ("dropout_residual", 0.0),
+        "initializer_range": ("init_std", 0.02),
+        "tie_word_embeddings": ("tie_embeddings", True),
+    },
+    wanted={"alibi": False},
+    read=_falcon_read,
+    write=_falcon_write,
+    architecture=lambda cfg: "FalconForCausalLM",
+    classes="Falcon",
+    tasks=GPT2.tasks | {"QuestionAnswering": Head({"qa_outputs": "task_head"})},
+)
+
+FAMILIES: tuple[Family, ...] = (GPT_NEOX, GPTJ, PHI, OPT, BLOOM, FALCON)

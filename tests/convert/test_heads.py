@@ -27,6 +27,7 @@ CASES = {  # those whose heads are another family's under another name are left 
     "electra": ("MultipleChoice",),
     "distilbert": ("SequenceClassification",),
     "modernbert": ("SequenceClassification", "TokenClassification"),
+    "falcon": ("QuestionAnswering",),
     "eurobert": ("TokenClassification",),
     "nomic_bert": ("SequenceClassification",),
     "llama": ("SequenceClassification", "TokenClassification", "QuestionAnswering"),

@@ -107,6 +107,22 @@ CASES |= {
     ),
     "nomic_bert body": ("NomicBertModel", WIDE | {"hidden_act": "gelu", "head_dim": 14}),
 }
+FALCON = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "ffn_hidden_size": 41}
+FALCON |= {"max_position_embeddings": 37, "layer_norm_epsilon": 1e-4}
+GROUPS = {
+    "new_decoder_architecture": True,
+    "num_kv_heads": 3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+}
+CASES |= {  # as 7B is built, and 40B, 11B; and one sub-layer after the other
+    "falcon": ("FalconForCausalLM", FALCON),
+    "falcon groups": ("FalconForCausalLM", FALCON | GROUPS),
+    "falcon groups one norm": ("FalconForCausalLM", FALCON | GROUPS | {"num_ln_in_parallel_attn": 1}),
+    "falcon in turn": (
+        "FalconForCausalLM",
+        FALCON | {"parallel_attn": False, "multi_query": False, "bias": True, "tie_word_embeddings": False},
+    ),
+}
 SIDES = {"d_model": 36, "max_position_embeddings": 37, "activation_function": "silu", "scale_embedding": True}
 SIDES |= {f"{side}_{k}": n for side in ("encoder", "decoder") for k, n in (("layers", 2), ("attention_heads", 3))}
 SIDES |= {"encoder_ffn_dim": 41, "decoder_ffn_dim": 41}
@@ -134,7 +150,7 @@ SPECIAL_IDS = {
     },
     **{
         name: {"bos_token_id": 0, "eos_token_id": 1}
-        for name in ("llama", "mistral", "qwen3", "gptj", "phi", "gpt_neox", "bloom")
+        for name in ("llama", "mistral", "qwen3", "gptj", "phi", "gpt_neox", "bloom", "falcon")
     },
     **{
         name: {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
