@@ -10,7 +10,8 @@ import numpy as np
 from bothways import rundir
 from bothways.convert import check, gguf_file
 from bothways.convert.family import INITIAL
-from bothways.convert.fitting import coming, going
+from bothways.convert.fitting import coming, going, origin_of
+from bothways.convert.stored import DTYPES, room_for
 from bothways.embedding import read_embedding
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
@@ -24,36 +25,40 @@ def export_gguf(home: Path, path: Path, log: Any, embeds: str, type_: str) -> tu
     """
     if path.exists():
         raise InputError(f"{path} exists already; give another name, or delete it")
-    run = rundir.load_run(home, log)
-    if run.task is not None:
-        raise InputError(f"{home} is fine-tuned, and llama.cpp reads no heads of labels; export it to a directory")
-    out = going(run, jax.device_get(run.params), log)
-    if out.family is None:
-        raise InputError(f"llama.cpp computes published families only, and {home} fits none; export it to a directory")
-    said = read_embedding(home)
-    pool = embeds or (said.pool if said else "mean" if out.recipe.family == "bert" else "")
-    partial = path.with_name(f".{path.name}.partial.gguf")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        model = out.recipe.model
-        gguf_file.write(partial, out.family.name, out.config, out.tensors, run.tokenizer, model, type_, pool, log)
-        back = coming(gguf_file.read(partial), home.name)
-        if lost := _differences(model, back.recipe.model):
+    kept = origin_of(home).get("dtype", "float32")
+    with room_for(path, DTYPES[kept]) as allocate, room_for(path, DTYPES["float32"]) as read_back:
+        run = rundir.load_run(home, log, dtype="" if kept == "float32" else kept, into=allocate)
+        if run.task is not None:
+            raise InputError(f"{home} is fine-tuned, and llama.cpp reads no heads of labels; export it to a directory")
+        out = going(run, jax.device_get(run.params), log)
+        if out.family is None:
             raise InputError(
-                f"a GGUF file cannot say what this run computes: {', '.join(lost)}; export it to a directory"
+                f"llama.cpp computes published families only, and {home} fits none; export it to a directory"
             )
-        tokens = check.fixed_tokens(run.tokenizer, back.recipe.model.context_length)
-        params = back.params(lambda _, shape: np.zeros(shape, np.float32))
-        head = back.recipe.model.masked_head  # of a BERT, llama.cpp has the body only
-        features = dataclasses.replace(out.recipe, model=dataclasses.replace(out.recipe.model, masked_head=head))
-        got = check.our_logits(back.recipe, params, tokens)
-        wanted = check.our_logits(features, out.params, tokens)
-        exact = type_ == "float32"  # of the others the difference is what their rounding does
-        largest = check.difference(got, wanted) if exact else float(np.abs(got - wanted).max())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return str(path), out.family.name, sum(t.size for t in back.tensors.values()), largest
+        said = read_embedding(home)
+        pool = embeds or (said.pool if said else "mean" if out.recipe.family == "bert" else "")
+        partial = path.with_name(f".{path.name}.partial.gguf")
+        try:
+            model = out.recipe.model
+            gguf_file.write(partial, out.family.name, out.config, out.tensors, run.tokenizer, model, type_, pool, log)
+            back = coming(gguf_file.read(partial), home.name)
+            if lost := _differences(model, back.recipe.model):
+                raise InputError(
+                    f"a GGUF file cannot say what this run computes: {', '.join(lost)}; export it to a directory"
+                )
+            tokens = check.fixed_tokens(run.tokenizer, back.recipe.model.context_length)
+            params = back.params(read_back)
+            head = back.recipe.model.masked_head  # of a BERT, llama.cpp has the body only
+            features = dataclasses.replace(out.recipe, model=dataclasses.replace(out.recipe.model, masked_head=head))
+            got = check.our_logits(back.recipe, params, tokens)
+            wanted = check.our_logits(features, out.params, tokens)
+            exact = type_ == "float32"  # of the others the difference is what their rounding does
+            largest = check.difference(got, wanted) if exact else float(np.abs(got - wanted).max())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return str(path), out.family.name, sum(t.size for t in back.tensors.values()), largest
 
 
 def _differences(mine: TransformerConfig, theirs: TransformerConfig) -> list[str]:

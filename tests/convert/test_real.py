@@ -43,6 +43,12 @@ def test_minilm_embeds_as_its_reference_and_knows_a_paraphrase(tmp_path, capfd):
     for home in (source, tmp_path / "out"):
         wanted = SentenceTransformer(str(home), device="cpu").encode(SENTENCES)
         np.testing.assert_allclose(vectors, wanted, atol=2e-6)
+    import_run(str(tmp_path / "out"), tmp_path / "again", "shakespeare", print)
+    export_run(tmp_path / "again", tmp_path / "same", print)
+    files = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "same") for p in (tmp_path / "same").rglob("*") if p.is_file())
+    for file in files:
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "same" / file).read_bytes(), file
 
 
 def test_gemma_3_knows_its_capitals(tmp_path, monkeypatch):
