@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from bothways.data.tokenizer import MASK
+from bothways.errors import InputError
 from bothways.serve import compute, shapes
-from bothways.serve.http import answer, read, server_of
+from bothways.serve.http import Server, answer, read, server_of
 from bothways.serve.runs import Served
 
 MOST_TOKENS = 512
@@ -31,8 +33,24 @@ def as_list(given: str | list[str]) -> list[str]:
     return [given] if isinstance(given, str) else given
 
 
-def count_tokens(run: Served, texts: list[str]) -> int:
-    return sum(map(len, run.tokenizer.encode_many(texts)))
+async def count_tokens(server: Server, run: Served, texts: list[str], first: str = "") -> int:
+    """Tokens of some texts, each together with `first`; counted in a thread, since others wait for this one.
+
+    Raises:
+      InputError: more than a request may have.
+    """
+
+    def count() -> int:
+        more = len(run.tokenizer.encode(first)) if first else 0
+        return sum(map(len, run.tokenizer.encode_many(texts))) + more * len(texts)
+
+    total = await run_in_threadpool(count)
+    if total > server.settings.max_input:
+        raise InputError(
+            f"the request has {total:,} tokens in {len(texts):,} texts; at most {server.settings.max_input:,} are read at once: "
+            "send the texts in parts"
+        )
+    return total
 
 
 async def embeddings(request: Request) -> Response:
@@ -42,7 +60,8 @@ async def embeddings(request: Request) -> Response:
     width = run.recipe.model.d_model
     if given.dimensions not in (None, width):
         raise HTTPException(400, f"the vectors of {run.name} have {width} dimensions; leave dimensions out")
-    texts = shapes.texts_of(given.input, run.tokenizer)
+    texts = await run_in_threadpool(shapes.texts_of, given.input, run.tokenizer)
+    total = await count_tokens(server, run, texts)
     call = functools.partial(compute.embed, given.pool)
     rows = await server.compute(request, run, call, texts, ("embed", given.pool))
 
@@ -50,7 +69,6 @@ async def embeddings(request: Request) -> Response:
         base64_wanted = given.encoding_format == "base64"
         return base64.b64encode(row.astype("<f4").tobytes()).decode() if base64_wanted else row.tolist()
 
-    total = count_tokens(run, texts)
     server.metrics.prompt_tokens.labels(run.name).inc(total)
     data = [shapes.Embedding("embedding", i, shown(row)) for i, row in enumerate(rows)]
     return answer(shapes.Embeddings("list", run.name, data, shapes.Usage(total, total)))
@@ -61,6 +79,7 @@ async def rerank(request: Request) -> Response:
     server = server_of(request)
     run = server.run(given.model, "rerank")
     texts = [d if isinstance(d, str) else d.text for d in given.documents]
+    total = await count_tokens(server, run, texts, given.query)
     pairs = [(given.query, text) for text in texts]
     found = await server.compute(request, run, compute.rank, pairs, "rank")
     order = sorted(range(len(texts)), key=lambda i: -found[i])[: given.top_n]
@@ -68,7 +87,6 @@ async def rerank(request: Request) -> Response:
     if given.return_documents:
         for one in ranked:
             one.document = shapes.Document(texts[one.index])
-    total = count_tokens(run, [given.query, *texts])
     return answer(shapes.Ranking("rerank-" + secrets.token_hex(8), run.name, ranked, shapes.Usage(total, total)))
 
 
@@ -76,8 +94,10 @@ async def score(request: Request) -> Response:
     given = await read(request, shapes.ScoreRequest)
     server = server_of(request)
     run = server.run(given.model, "score")
+    texts = as_list(given.input)
+    await count_tokens(server, run, texts)
     call = functools.partial(compute.score, given.rule)
-    found = await server.compute(request, run, call, as_list(given.input), ("score", given.rule))
+    found = await server.compute(request, run, call, texts, ("score", given.rule))
     return answer(shapes.Scores(run.name, [shapes.Scored(s.text, s.logprob, s.tokens, s.rule) for s in found]))
 
 
@@ -85,8 +105,10 @@ async def fill(request: Request) -> Response:
     given = await read(request, shapes.FillRequest)
     server = server_of(request)
     run = server.run(given.model, "fill")
+    texts = as_list(given.input)
+    await count_tokens(server, run, texts)
     call = functools.partial(compute.fill, given.top, given.steps)
-    found = await server.compute(request, run, call, as_list(given.input), ("fill", given.top, given.steps))
+    found = await server.compute(request, run, call, texts, ("fill", given.top, given.steps))
     data = [
         shapes.FilledText(f.text, f.filled, [[shapes.Candidate(**c) for c in mask] for mask in f.masks]) for f in found
     ]
@@ -117,7 +139,9 @@ async def classify(request: Request) -> Response:
     given = await read(request, shapes.ClassifyRequest)
     server = server_of(request)
     run = server.run(given.model, "classify")
-    found = await server.compute(request, run, compute.classify, as_list(given.input), "classify")
+    texts = as_list(given.input)
+    await count_tokens(server, run, texts)
+    found = await server.compute(request, run, compute.classify, texts, "classify")
     return answer(shapes.Labels(run.name, [shapes.Label(f.text, f.label, f.p) for f in found]))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import msgspec
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -201,10 +202,12 @@ async def completions(request: Request) -> Response:
     given = await read(request, shapes.CompletionRequest)
     server = server_of(request)
     run = server.run(given.model, "infill" if given.suffix else "complete")
-    texts = shapes.texts_of(given.prompt, run.tokenizer)
+    texts = await run_in_threadpool(shapes.texts_of, given.prompt, run.tokenizer)
     if given.suffix:
         return await infill(request, given, run, texts)
-    prompts = [wanted(run, text, given.max_tokens, USUAL_TOKENS) for text in texts]
+    prompts = await run_in_threadpool(
+        lambda: [wanted(run, text, given.max_tokens, USUAL_TOKENS) for text in texts]  # others wait for this thread
+    )
     check_total(server, run, given, prompts)
     check_logprobs(run, given.logprobs is not None)
     if given.echo and given.logprobs is not None:
@@ -220,10 +223,13 @@ async def chat_completions(request: Request) -> Response:
     server = server_of(request)
     run = server.run(given.model, "chat")
     messages = [{"role": m.role, "content": m.text} for m in given.messages]
-    prompt = chat.render(run.tokenizer, messages)
-    prompts = [
-        wanted(run, prompt, given.max_completion_tokens or given.max_tokens, None, chat.encode(run.tokenizer, prompt))
-    ]
+    most = given.max_completion_tokens or given.max_tokens
+
+    def encoded() -> Wanted:
+        prompt = chat.render(run.tokenizer, messages)
+        return wanted(run, prompt, most, None, chat.encode(run.tokenizer, prompt))
+
+    prompts = [await run_in_threadpool(encoded)]
     check_total(server, run, given, prompts)
     check_logprobs(run, given.logprobs)
     if given.top_logprobs and not given.logprobs:
@@ -258,8 +264,10 @@ async def infill(request: Request, given: shapes.CompletionRequest, run: Served,
         if getattr(given, name) not in (None, False, "", []):
             raise InputError(f"{name} is not for a gap in the middle, which is filled as a whole: leave it out")
     server, size = server_of(request), given.max_tokens or USUAL_TOKENS
-    gaps = [infilling(run, text, given.suffix or "", size) for text in texts]
-    prompts = [Wanted(text, run.tokenizer.encode(text + (given.suffix or "")), [], size) for text in texts]
+    suffix = given.suffix or ""
+    gaps = await run_in_threadpool(lambda: [infilling(run, text, suffix, size) for text in texts])
+    encoded = await run_in_threadpool(run.tokenizer.encode_many, [text + suffix for text in texts])
+    prompts = [Wanted(text, ids, [], size) for text, ids in zip(texts, encoded, strict=True)]
     check_total(server, run, given, prompts)
     n, seed = given.n or 1, seed_of(given)
     options = {"steps": given.steps or 0, "threshold": given.threshold, "remask": given.remask}

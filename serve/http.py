@@ -28,7 +28,8 @@ OPEN = ("/", "/health", "/page.css", "/page.js", "/openapi.json")
 class Settings:
     """What requests may take, and who may make them.
 
-    `body` in bytes; `seconds` that a request may take; `max_tokens` that it may ask for, all choices together.
+    `body` in bytes; `seconds` that a request may take; `max_tokens` that it may ask for, all choices together; `max_input`
+    tokens of the texts that it has read.
     """
 
     api_key: str = ""
@@ -36,6 +37,7 @@ class Settings:
     body: int = 2**20
     seconds: float = 300.0
     max_tokens: int = 65_536
+    max_input: int = 300_000
 
 
 class Metrics:

@@ -27,6 +27,7 @@ def serve(
     queue: int = 256,
     timeout: float = 300.0,
     max_tokens: int = 65_536,
+    max_input: int = 300_000,
     max_body: int = 2**20,
     warm: bool = False,
     mesh: MeshConfig = ONE,
@@ -44,7 +45,8 @@ def serve(
         memory: GiB for parameters and slots; beyond, the runs unused for longest are unloaded. 0: no limit.
         queue: Requests that may wait; more get status 429.
         timeout: Seconds that a request may take; also those that running ones have after SIGTERM.
-        max_tokens: Most tokens of a request, all its choices together.
+        max_tokens: Most tokens that a request may ask for, all its choices together.
+        max_input: Most tokens of the texts of a request to be embedded, ranked, scored, filled or classified.
         max_body: Most bytes of a request's body.
         warm: Load and compile everything before the port opens.
         mesh: Devices to spread the parameters over.
@@ -61,12 +63,12 @@ def serve(
     if not runs:
         raise InputError("serve wants at least one run: bothways serve runs/shakespeare_gpt")
     numbers = {"slots": slots, "context": context, "queue": queue, "timeout": timeout, "max-tokens": max_tokens}
-    for name, value in (numbers | {"max-body": max_body}).items():
+    for name, value in (numbers | {"max-input": max_input, "max-body": max_body}).items():
         if value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
     if memory < 0 or not 0 <= port < 65536:
         raise InputError(f"memory is {memory} and port {port}: wanted 0 or more GiB, and a port from 0 to 65535")
-    settings = http.Settings(read_key(api_key_file), cors, max_body, timeout, max_tokens)
+    settings = http.Settings(read_key(api_key_file), cors, max_body, timeout, max_tokens, max_input)
     limits = served_runs.Limits(slots=slots, context=context, memory=int(memory * 2**30))
     loaded = served_runs.Runs(served_runs.named(runs), limits, mesh)
     warming.tell_memory(loaded)

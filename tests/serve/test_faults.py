@@ -101,7 +101,9 @@ def test_a_client_that_vanishes_frees_its_slot(running, http, monkeypatch):
 def small(homes):
     """A server with a queue of one, and a key."""
     runs = Runs(named([str(homes["causal"])]), Limits(**SLOTS))
-    with Running(Engine(runs, queue=1), Settings(api_key="open sesame", seconds=2.0, max_tokens=30)) as server:
+    with Running(
+        Engine(runs, queue=1), Settings(api_key="open sesame", seconds=2.0, max_tokens=30, max_input=40)
+    ) as server:
         yield server
 
 
@@ -132,6 +134,34 @@ def test_a_full_queue_a_key_a_limit_on_time_and_on_tokens(small):
         pool.step = steps
         wait_for(lambda: small.engine.busy_slots + small.engine.waiting == 0)
         wait_for(lambda: client.post("/v1/completions", json=body).status_code == 200)
+
+
+def test_texts_of_a_request_are_counted_while_others_are_answered(small, monkeypatch):
+    encode, begun, go = small.engine.runs.served["causal"].tokenizer.encode_many, threading.Event(), threading.Event()
+
+    def slow(texts):
+        begun.set()
+        assert go.wait(60)
+        return encode(texts)
+
+    with httpx.Client(base_url=small.url, timeout=60, headers={"Authorization": "Bearer open sesame"}) as client:
+        body = {"model": "causal", "input": ["the king"] * 41}
+        for path, more in (
+            ("/v1/embeddings", {}),
+            ("/score", {}),
+            ("/rerank", {"query": "the", "documents": body["input"]}),
+        ):
+            answer = client.post(path, json=body | more if path != "/rerank" else {"model": "causal"} | more)
+            assert answer.status_code == 400
+            assert "at most 40 are read at once" in answer.json()["error"]["message"]
+        monkeypatch.setattr(small.engine.runs.served["causal"].tokenizer, "encode_many", slow)
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            waits = thread.submit(client.post, "/v1/embeddings", json=body)
+            assert begun.wait(60)
+            assert client.get("/health").status_code == 200
+            assert not waits.done()
+            go.set()
+            assert waits.result(60).status_code == 400
 
 
 def test_a_damaged_run_and_one_without_memory_are_unavailable_and_others_go_on(homes, tmp_path):
