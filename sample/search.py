@@ -169,15 +169,16 @@ def ndcg(gains: Sequence[int], best: Sequence[int]) -> float:
     return float(dcg(gains) / dcg(sorted(best, reverse=True)))
 
 
-def measures(ranking: Ranking, right: Right, k: int, system: str = "search") -> list[Metric]:
-    """nDCG@10, MRR@10 and recall@k over queries, with 95 % intervals by resampling queries.
+def by_query(ranking: Ranking, right: Right, k: int) -> dict[str, list[float]]:
+    """nDCG@10, MRR@10 and recall@k of each query, in the order of their names.
 
     Args:
       ranking: k documents of each query, and DEPTH at least.
       right: has a right answer for each.
     """
     of: dict[str, list[float]] = {f"ndcg@{DEPTH}": [], f"mrr@{DEPTH}": [], f"recall@{k}": []}
-    for query, found in ranking.items():
+    for query in sorted(ranking):
+        found = ranking[query]
         answers = {name: max(0, score) for name, score in right[query].items()}
         gains = [answers.get(name, 0) for name, _ in found]
         first = next((i for i, gain in enumerate(gains[:DEPTH], 1) if gain), 0)
@@ -185,9 +186,26 @@ def measures(ranking: Ranking, right: Right, k: int, system: str = "search") -> 
         values = ndcg(gains, list(answers.values())), 1 / first if first else 0.0, sum(g > 0 for g in gains[:k]) / wanted
         for name, value in zip(of, values, strict=True):
             of[name].append(value)
+    return of
+
+
+def _figures(system: str, values: dict[str, np.ndarray]) -> list[Metric]:
+    """Means over queries, with 95 % intervals by resampling queries."""
     figures = []
-    for name, values in of.items():
+    for name, of in values.items():
         ratio = Ratio()
-        ratio.add(np.array(values), np.ones(len(values)))
+        ratio.add(of, np.ones(len(of)))
         figures.append(Metric(system, name, ratio.value, ratio.interval(), ratio.n, "queries"))
     return figures
+
+
+def measures(ranking: Ranking, right: Right, k: int, system: str = "search") -> list[Metric]:
+    """nDCG@10, MRR@10 and recall@k over queries, with 95 % intervals by resampling queries. As `by_query`."""
+    return _figures(system, {name: np.array(values) for name, values in by_query(ranking, right, k).items()})
+
+
+def differences(ranking: Ranking, other: Ranking, right: Right, k: int, system: str) -> list[Metric]:
+    """What `measures` gives of a ranking minus that of another of the same queries, paired: 95 % intervals by resampling queries,
+    each with both of its figures."""
+    a, b = by_query(ranking, right, k), by_query(other, right, k)
+    return _figures(system, {name: np.subtract(a[name], b[name]) for name in a})

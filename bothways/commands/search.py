@@ -1,5 +1,6 @@
 """`bothways search`: the texts nearest to a query, and how often they are the right ones."""
 
+import itertools
 from pathlib import Path
 
 import tyro
@@ -22,12 +23,14 @@ def search(
     split: str = "test",
     top: int = 10,
     bm25: bool = False,
+    against: str = "",
     rerank: str = "",
     rerank_top: int = AGAIN,
     step: str = "newest",
     json: bool = False,
 ) -> None:
-    """The texts nearest to each query by the vectors of a run; with right answers, nDCG@10, MRR@10 and recall.
+    """The texts nearest to each query by the vectors of a run; with right answers, nDCG@10, MRR@10 and recall, and of two systems
+    their differences, paired by query.
 
     Args:
         run: A run directory.
@@ -38,6 +41,7 @@ def search(
         split: Of a directory, whose queries are asked: qrels/SPLIT.tsv.
         top: So many texts for each query, best first; and the k of recall@k.
         bm25: Beside it, what BM25 finds by words alone (pip install 'bothways[search]').
+        against: Another run that searches the same, to be compared with.
         rerank: A run that was fine-tuned on pairs of texts: it reads each query together with its best texts, and orders them.
         rerank_top: So many of the best texts are read again.
         step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
@@ -64,9 +68,16 @@ def search(
     check_answers(found.right, dict.fromkeys(name for name, _ in found.documents()))
     model = bothways.load(run, step=which(step))
     capability(model, "embed", "")
+    if against:
+        if not found.right:
+            raise InputError("--against compares by right answers, and there are none; name them with --qrels, or leave it out")
+        other = bothways.load(against)
+        capability(other, "embed", "")
     scorer = of.pair_scorer(bothways.load(rerank)) if rerank else None
     depth = max(top, of.DEPTH if found.right else 1, rerank_top if rerank else 1)
     systems = {"bm25": of.by_words(found.queries, found.documents(), depth)} if bm25 else {}
+    if against:
+        systems["against"] = of.search(other, found.queries, found.documents(), depth)
     systems["search"] = ranking = of.search(model, found.queries, found.documents(), depth)
     if scorer is not None:
         best = {query: ranked[:rerank_top] for query, ranked in ranking.items()}
@@ -74,11 +85,13 @@ def search(
         texts = {name: text for name, text in found.documents() if name in wanted}
         systems["rerank"] = of.reranked(scorer, best, found.queries, texts)
     if found.right:
-        for system, ranked in systems.items():
-            for figure in of.measures(ranked, found.right, top, system):
-                low, high = figure.interval
-                shown = f"{system} {figure.metric} {figure.value:.4f} [{low:.4f}, {high:.4f}] ({figure.n} queries)"
-                emit(figure, json, shown)
+        figures = [f for system, ranked in systems.items() for f in of.measures(ranked, found.right, top, system)]
+        for one, two in itertools.combinations(reversed(systems), 2):
+            figures += of.differences(systems[one], systems[two], found.right, top, f"{one}-{two}")
+        for figure in figures:
+            low, high = figure.interval
+            shown = f"{figure.suite} {figure.metric} {figure.value:.4f} [{low:.4f}, {high:.4f}] ({figure.n} queries)"
+            emit(figure, json, shown)
         return
     for system, ranked in systems.items():
         for query, texts_of in ranked.items():
