@@ -70,7 +70,9 @@ def search(
     capability(model, "embed", "")
     if against:
         if not found.right:
-            raise InputError("--against compares by right answers, and there are none; name them with --qrels, or leave it out")
+            raise InputError(
+                "--against compares by right answers, and there are none; name them with --qrels, or leave it out"
+            )
         other = bothways.load(against)
         capability(other, "embed", "")
     scorer = of.pair_scorer(bothways.load(rerank)) if rerank else None

@@ -116,6 +116,31 @@ def test_figures_with_intervals_where_answers_are_known(folder, capsys):
     ]
 
 
+def test_two_systems_are_compared_query_by_query():
+    right = {"a": {"x": 1}, "b": {"y": 1}, "c": {"z": 1}}
+    one = {"b": [("y", 0.9)], "c": [("q", 0.9)], "a": [("x", 0.9)]}  # whatever the order of the queries
+    two = {"a": [("x", 0.9)], "b": [("n", 0.9), ("y", 0.5)], "c": [("q", 0.9)]}
+    ndcg, mrr, recall = of.differences(one, two, right, 3, "one-two")
+    assert [f.suite for f in (ndcg, mrr, recall)] == ["one-two"] * 3
+    assert ndcg.value == pytest.approx((1 - 1 / np.log2(3)) / 3)
+    assert mrr.value == pytest.approx(0.5 / 3)
+    assert recall.value == 0
+    assert mrr.interval[0] == 0 < mrr.interval[1]
+    assert recall.interval == (0, 0)
+
+
+def test_another_run_searches_the_same(folder, capsys):
+    assert bothways.main(["search", "runs/letters", str(folder), "--against", "runs/others", "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    values = {(f["suite"], f["metric"]): f["value"] for f in found}
+    assert values["against", "mrr@10"] == values["search", "mrr@10"] == 1
+    assert values["search-against", "mrr@10"] == 0
+    (folder.parent / "asked.txt").write_text("gink\n")
+    files = [str(folder / "corpus.jsonl"), str(folder.parent / "asked.txt")]
+    assert bothways.main(["search", "runs/letters", *files, "--against", "runs/others"]) == 2
+    assert "--against compares by right answers" in capsys.readouterr().err
+
+
 def test_texts_where_they_are_not(folder, tmp_path, capsys):
     (tmp_path / "asked.txt").write_text("gink\n")
     arguments = ["search", "runs/letters", str(folder / "corpus.jsonl"), str(tmp_path / "asked.txt"), "--top", "2"]
