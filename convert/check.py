@@ -71,10 +71,10 @@ def _by_layer(params: Any) -> Any:
     """The parameters with `_Layers` instead of stacked ones."""
     return {
         name: _Layers(inner)
-        if name == "blocks"
+        if name == "blocks" and isinstance(inner, Mapping)
         else _by_layer(inner)
         if isinstance(inner, Mapping)
-        else jnp.asarray(inner)
+        else jax.tree.map(jnp.asarray, inner)  # the layers of a run that is ready to decode are apart already
         for name, inner in params.items()
     }
 
