@@ -21,7 +21,7 @@ def compare(
 
     Args:
         experiments: Some of modes, directions, generation, weights, in-context, algorithms, prompts, dial; by default all.
-        size: smoke, tiny (minutes), small (within an hour on two cores); or full, with recipes of your own.
+        size: smoke, tiny (minutes), small (about an hour on two cores, of dial an hour and a half); or full, with recipes of your own.
         causal: A recipe read forward (shakespeare_gpt).
         masked: A recipe read both ways; by default the hybrid one with no row read forward, and shakespeare_bert.
         hybrid: A recipe trained in both directions (shakespeare_hybrid).
