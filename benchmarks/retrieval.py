@@ -53,7 +53,7 @@ def mine(home: Path) -> None:
     # Beside a held-out query stands the text of some other verse: too few are held out to mine among.
     held = ((verse, chosen[verse[0] % 100][2]) for verse in of_split("validation")[:HELD])
     for name, records in (("train.jsonl", sets), ("held.jsonl", held)):
-        with (home / name).open("w") as out:
+        with (home / name).open("w", encoding="utf-8") as out:
             for (_, query, right), negative in records:
                 if negative:
                     out.write(json.dumps({"query": query, "positive": right, "negative": negative}) + "\n")
@@ -63,7 +63,7 @@ def pairs(home: Path, model: Any, count: int) -> None:
     """Pairs of a query and a verse: the right one, and as many as DEPTH wrong ones that a run ranks highest."""
     chosen, texts = drawn(of_split("train"), count)
     ranking = search(model, {str(number): query for number, query, _ in chosen}, texts.items(), DEPTH)
-    with (home / "pairs.csv").open("w", newline="") as out:
+    with (home / "pairs.csv").open("w", newline="", encoding="utf-8") as out:
         rows = csv.writer(out)
         rows.writerow(["text", "text_b", "label"])
         for verse in chosen:

@@ -317,8 +317,8 @@ def load_run(
       step: which checkpoint: a step that is kept, the best on held-out text, or the newest (where the recipe says so, the
         mean of the newest ones).
       dtype: of matrices and tables, such as bfloat16; empty: float32.
-      into: parameters are numpy arrays, each read into what this gives, one at a time; of adapters and means of checkpoints
-        the result is put there. None: on devices.
+      into: parameters are numpy arrays, each read into what this gives, one at a time; not of adapters and means of
+        checkpoints, which are computed, and lie on devices as without it.
       for_inference: not to be trained on: weights in the types of `compute_dtype_shapes`, of what decodes `unstack_layers`.
 
     Raises:

@@ -20,6 +20,7 @@ from bothways.convert.run import export_run, import_run
 from bothways.convert.stored import DTYPES, save_tensors
 from bothways.errors import InputError
 from bothways.model.config import RotaryScaling
+from bothways.model.stack import unstack_layers
 from bothways.recipes import Recipe
 from bothways.rundir import param_shapes
 from tests.convert.published import SIZES, change, checkpoint, refused
@@ -103,11 +104,12 @@ def test_a_bfloat16_checkpoint_goes_through_without_loss_and_in_shards(tmp_path,
     monkeypatch.setattr(one_by_one, "CHUNK", 2**10)
     whole, computed = check.our_logits, []
 
-    def by_layer(*args):
-        one = whole(*args)
+    def by_layer(recipe, params, *rest):
+        one = whole(recipe, params, *rest)
         with monkeypatch.context() as patch:
             patch.setattr(check, "BY_LAYER", 0)
-            computed.append(np.abs(whole(*args) - one).max())
+            for these in (params, unstack_layers(params)):  # as they are kept, and as they are decoded with
+                computed.append(np.abs(whole(recipe, these, *rest) - one).max())
         return one
 
     monkeypatch.setattr(check, "our_logits", by_layer)
@@ -118,8 +120,8 @@ def test_a_bfloat16_checkpoint_goes_through_without_loss_and_in_shards(tmp_path,
     save_file(tensors, source / "model.safetensors")
     import_run(str(source), tmp_path / "run", "shakespeare", print, "bfloat16")
     export_run(tmp_path / "run", tmp_path / "out", print)
-    assert len(computed) == 1
-    assert computed[0] < 1e-5
+    assert len(computed) == 2
+    assert max(computed) < 1e-5
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert {k: v.dtype for k, v in out.items()} == {k: v.dtype for k, v in tensors.items()}
