@@ -154,6 +154,15 @@ class Run:
     step: int
     task: TaskInfo | None = None
     """What it was fine-tuned for, if it was."""
+    base: "Base | None" = None
+    """What its adapters are for, where they are kept apart (bases.py)."""
+
+
+@dataclasses.dataclass(eq=False)
+class Base:
+    """Frozen parameters that runs of adapters share; in memory for as long as one of them holds it."""
+
+    params: Any
 
 
 def read_recipe(home: Path) -> Recipe:
@@ -259,7 +268,7 @@ def compute_dtype_shapes(params: Any, cfg: TransformerConfig) -> Any:
     return jax.tree_util.tree_map_with_path(narrow, params)
 
 
-def _restored(home: Path, targets: Any, log: Log, step: int | Literal["newest", "best"], mean_of: int) -> tuple[int, Any]:
+def restored(home: Path, targets: Any, log: Log, step: int | Literal["newest", "best"], mean_of: int) -> tuple[int, Any]:
     """A checkpoint's step and parameters; of the newest the mean with those before it, `mean_of` in all.
 
     Raises:
@@ -296,7 +305,7 @@ def load_adapters(home: Path, log: Log) -> tuple[Recipe, Any]:
         raise InputError(f"{home} has no adapters: it was trained whole; leave --adapters out")
     shapes = adapters.split(param_shapes(recipe, read_task(home)))[0]
     targets = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one), shapes)
-    return recipe, _restored(home, targets, log, "newest", recipe.train.average_last_checkpoints)[1]
+    return recipe, restored(home, targets, log, "newest", recipe.train.average_last_checkpoints)[1]
 
 
 def load_run(
@@ -342,10 +351,10 @@ def load_run(
     mean_of = recipe.train.average_last_checkpoints if task is None else 1
     if into and not adapted and mean_of == 1:
         with one_by_one(into):
-            found = _restored(home, unallocated(shapes), log, step, 1)
+            found = restored(home, unallocated(shapes), log, step, 1)
     else:
         targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-        found = _restored(home, targets, log, step, mean_of)
+        found = restored(home, targets, log, step, mean_of)
     params = found[1]
     if adapted:
         _, base = base_params(home, frozen if task is None else frozen["body"], log, place)

@@ -54,12 +54,15 @@ def split(params: dict) -> tuple[dict, dict]:
 
 
 def join(params: dict, frozen: dict | None) -> dict:
-    """The tree that `split` took apart; `params` itself where nothing is frozen."""
+    """The tree that `split` took apart; `params` itself where nothing is frozen. Layers may be stacked, or a tuple
+    (`unstack_layers`)."""
     if frozen is None:
         return params
+    if isinstance(frozen, tuple):
+        return tuple(join(of_layer, rest) for of_layer, rest in zip(params or [{}] * len(frozen), frozen, strict=True))
     return {
         name: join(params.get(name, {}), frozen.get(name, {}))
-        if isinstance(params.get(name, frozen.get(name)), dict)
+        if isinstance(params.get(name, frozen.get(name)), dict | tuple)
         else params.get(name, frozen.get(name))
         for name in {**frozen, **params}
     }

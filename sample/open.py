@@ -3,9 +3,10 @@
 import os
 from typing import Literal
 
+from bothways.bases import load_apart
 from bothways.config import MeshConfig
 from bothways.log import log
-from bothways.rundir import Run, directory, load_run
+from bothways.rundir import Run, directory, load_run, read_recipe
 from bothways.sample.diffusion import DiffusionModel
 from bothways.sample.embed import Embedder
 from bothways.sample.hybrid import HybridModel
@@ -35,9 +36,14 @@ def open_model(run: Run) -> OpenModel:
 
 
 def open_run(
-    home: str | os.PathLike, mesh: MeshConfig | None = None, step: int | Literal["newest", "best"] = "newest"
+    home: str | os.PathLike,
+    mesh: MeshConfig | None = None,
+    step: int | Literal["newest", "best"] = "newest",
+    merge_adapters: bool = True,
 ) -> OpenModel:
     """As `bothways.load`."""
-    mesh = mesh or MeshConfig(data=1)
+    mesh, path = mesh or MeshConfig(data=1), directory(home)
     shardings = lambda shapes: shardings_for_inference(shapes, mesh)  # noqa: E731
-    return open_model(load_run(directory(home), log, shardings, for_inference=True, step=step))
+    if not merge_adapters and read_recipe(path).model.lora.rank:
+        return open_model(load_apart(path, log, shardings, step=step))
+    return open_model(load_run(path, log, shardings, for_inference=True, step=step))

@@ -15,10 +15,11 @@ from bothways.config import MeshConfig
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
 from bothways.log import log
+from bothways.model import adapters
 from bothways.model.axes import platform
 from bothways.model.products import transpose_kernels
 from bothways.recipes import Recipe
-from bothways.rundir import TaskInfo, compute_dtype_shapes, directory, param_shapes, read_recipe, read_task
+from bothways.rundir import TaskInfo, base_of, compute_dtype_shapes, directory, param_shapes, read_recipe, read_task
 from bothways.sample.open import OpenModel, open_model, open_run
 from bothways.sample.text import TextModel, callbacks, never_drawn
 from bothways.serve.prefix import PrefixCache
@@ -109,14 +110,25 @@ class Served:
     @property
     def bytes(self) -> int:
         """Of its parameters, as they are kept for inference."""
+        return bytes_of(compute_dtype_shapes(param_shapes(self.recipe, self.task), self.recipe.model))
+
+    @property
+    def base_bytes(self) -> int:
+        """Of these, what its adapters are for; 0 where it has none."""
+        if not self.recipe.model.lora.rank:
+            return 0
         shapes = compute_dtype_shapes(param_shapes(self.recipe, self.task), self.recipe.model)
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        return bytes_of(adapters.split(shapes)[1])
 
     def cache_bytes(self, slots: int, size: int) -> int:
         """Of the keys and values of so many slots, where the run writes token by token."""
         cfg = self.recipe.model.resolved()
         per_token = cfg.n_layers * cfg.n_kv_heads * (cfg.d_head + cfg.d_value) * jnp.dtype(cfg.compute_dtype).itemsize
         return slots * size * per_token * (2 if self.kind == "seq2seq" else 1) if self.kind in IN_SLOTS else 0
+
+
+def bytes_of(shapes: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def reads_transposed(params: Any, slots: int) -> bool:
@@ -153,6 +165,8 @@ class Limits:
     piece: int = 128
     memory: int = 0
     prefix_cache: int = 64 * 2**20
+    merge_adapters: bool = True
+    """False: adapters stay beside their base, which is in memory once for all runs that have it."""
 
 
 @dataclasses.dataclass
@@ -160,7 +174,10 @@ class Loaded:
     model: OpenModel
     pool: Pool | None
     bytes: int
-    """Of parameters, slots, and as many kept prompts as there may be."""
+    """Of parameters, slots, and as many kept prompts as there may be; without a base that others may share."""
+    base: tuple | None = None
+    """Run and checkpoint of such a base."""
+    base_bytes: int = 0
     calls: int = 0
     """That are being computed."""
 
@@ -176,6 +193,8 @@ class Runs:
     def __init__(self, served: dict[str, Served], limits: Limits, mesh: MeshConfig | None = None):
         self.served, self.limits, self.mesh = served, limits, mesh
         self.loaded: collections.OrderedDict[str, Loaded] = collections.OrderedDict()
+        apart = () if limits.merge_adapters else [run for run in served.values() if run.recipe.model.lora.rank]
+        self.bases = {run.name: base_of(run.home) for run in apart}
         if limits.memory:
             for run in served.values():
                 if run.bytes > limits.memory:
@@ -186,7 +205,13 @@ class Runs:
 
     @property
     def bytes(self) -> int:
-        return sum(one.bytes for one in list(self.loaded.values()))
+        loaded = list(self.loaded.values())
+        return sum(one.bytes for one in loaded) + sum({one.base: one.base_bytes for one in loaded}.values())
+
+    def _still_needs(self, run: Served, more: int) -> int:
+        """Bytes of a run's parameters that are not in memory, and `more` for its slots."""
+        shared = run.name in self.bases and any(one.base == self.bases[run.name] for one in self.loaded.values())
+        return run.bytes - (run.base_bytes if shared else 0) + more
 
     def get(self, name: str) -> Loaded:
         """A run, ready to compute.
@@ -198,30 +223,33 @@ class Runs:
             self.loaded.move_to_end(name)
             return self.loaded[name]
         run = self.served[name]
-        self._make_room(run.bytes, run)
-        model = open_run(run.home, self.mesh)
+        self._make_room(run, 0)
+        model = open_run(run.home, self.mesh, merge_adapters=self.limits.merge_adapters)
         pool = None
         if isinstance(model, TextModel) and run.kind in IN_SLOTS:
-            if reads_transposed(model.run.params, self.limits.slots):
+            if model.run.base is None and reads_transposed(model.run.params, self.limits.slots):
                 params = jax.jit(transpose_kernels, donate_argnums=0)(model.run.params)
                 model = open_model(dataclasses.replace(model.run, params=params))
             pool = self._pool(run, model)
         kept = self.limits.prefix_cache if pool and pool.prefixes is not None else 0
-        size = run.bytes + (pool.bytes + kept if pool else 0)
-        self._make_room(size, run)
-        self.loaded[name] = Loaded(model, pool, size)
+        more = pool.bytes + kept if pool else 0
+        self._make_room(run, more)
+        size, base = self._still_needs(run, more), self.bases.get(name)
+        shared = run.base_bytes if base else 0
+        self.loaded[name] = Loaded(model, pool, run.bytes - shared + more, base, shared)
         log(
             f"{name} is loaded: {size / 2**20:,.0f} MiB" + (f", {pool.slots} slots of {pool.size} tokens" if pool else "")
         )
         return self.loaded[name]
 
-    def _make_room(self, size: int, run: Served) -> None:
-        while self.limits.memory and self.loaded and self.bytes + size > self.limits.memory:
+    def _make_room(self, run: Served, more: int) -> None:
+        while self.limits.memory and self.loaded and self.bytes + self._still_needs(run, more) > self.limits.memory:
             idle = next((n for n, one in self.loaded.items() if one.idle), None)
             if idle is None:
                 break
             del self.loaded[idle]
             log(f"{idle} is unloaded: {run.name} needs the memory")
+        size = self._still_needs(run, more)
         if self.limits.memory and self.bytes + size > self.limits.memory:
             raise InputError(
                 f"{run.name} needs {size / 2**20:,.0f} MiB with its slots, and --memory leaves "

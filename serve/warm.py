@@ -10,13 +10,16 @@ from bothways.serve.runs import Loaded, Runs, Served
 
 def tell_memory(runs: Runs) -> None:
     """What each run takes once it is loaded, counted from shapes."""
-    limits, total = runs.limits, 0
+    limits, total, bases = runs.limits, 0, set()
     for run in runs.served.values():
         size = min(run.context_length, limits.context)
         params, cache = run.bytes, run.cache_bytes(limits.slots, size)
-        total += params + cache
+        base = runs.bases.get(run.name)
+        total += params + cache - (run.base_bytes if base in bases else 0)
+        bases |= {base} if base else set()
         slots = f" and {cache / 2**20:,.0f} MiB for {limits.slots} slots of {size} tokens" if cache else ""
-        log(f"{run.name} ({run.kind}) takes {params / 2**20:,.0f} MiB for its parameters{slots}")
+        shared = f", of them {run.base_bytes / 2**20:,.0f} shared by all adapters of {base[0]}" if base else ""
+        log(f"{run.name} ({run.kind}) takes {params / 2**20:,.0f} MiB for its parameters{shared}{slots}")
     kept = limits.prefix_cache * sum(run.kind in ("causal", "hybrid") for run in runs.served.values())
     log(f"in all {total / 2**20:,.0f} MiB, and up to {kept / 2**20:,.0f} MiB for beginnings of prompts that are kept")
 

@@ -12,7 +12,7 @@ PACKAGES = ("model", "data", "train", "sample", "serve", "convert", "compare", "
 SHARED = {
     f"bothways.{name}"
     for name in (
-        "checkpoints chips compiler config embedding errors files flops formats locks log one_by_one platform recipes registry rundir sharding"
+        "bases checkpoints chips compiler config embedding errors files flops formats locks log one_by_one platform recipes registry rundir sharding"
     ).split()
 }
 # What each folder may import besides. Imports go down only.

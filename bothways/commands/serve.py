@@ -30,6 +30,7 @@ def serve(
     max_input: int = 300_000,
     max_body: int = 2**20,
     warm: bool = False,
+    merge_adapters: bool = True,
     mesh: MeshConfig = ONE,
 ) -> None:
     """Serve runs over HTTP: OpenAI's endpoints, /rerank, /score, /fill, /tokens, /classify, and a page at /.
@@ -49,6 +50,8 @@ def serve(
         max_input: Most tokens of the texts of a request to be embedded, ranked, scored, filled or classified.
         max_body: Most bytes of a request's body.
         warm: Load and compile everything before the port opens.
+        merge_adapters: Merge adapters into their base. With --no-merge-adapters they stay beside it, and a base that several
+            runs are for is in memory once; each token takes a little longer.
         mesh: Devices to spread the parameters over.
     """
     try:
@@ -69,7 +72,8 @@ def serve(
     if memory < 0 or not 0 <= port < 65536:
         raise InputError(f"memory is {memory} and port {port}: wanted 0 or more GiB, and a port from 0 to 65535")
     settings = http.Settings(read_key(api_key_file), cors, max_body, timeout, max_tokens, max_input)
-    limits = served_runs.Limits(slots=slots, context=context, memory=int(memory * 2**30))
+    room = int(memory * 2**30)
+    limits = served_runs.Limits(slots=slots, context=context, memory=room, merge_adapters=merge_adapters)
     loaded = served_runs.Runs(served_runs.named(runs), limits, mesh)
     warming.tell_memory(loaded)
     if host not in ("127.0.0.1", "localhost", "::1") and not settings.api_key:
