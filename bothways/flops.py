@@ -36,7 +36,7 @@ def training_flops_per_token(cfg: TransformerConfig, *, causal: bool, predicted_
         reach = min(window, cfg.context_length)
         seen = reach - reach * reach / (2 * cfg.context_length) if causal else min(2 * reach, cfg.context_length)
         pairs += cfg.n_heads * (cfg.d_head + cfg.d_value) * seen
-    head = predicted_share * cfg.vocab_size * cfg.d_model
+    head = predicted_share * cfg.d_model * (cfg.vocab_size + (cfg.d_model if cfg.output_transform else 0))
     return 6 * (cfg.n_layers * layer_multiplies(cfg) + pairs + head)
 
 

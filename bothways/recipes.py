@@ -147,6 +147,8 @@ class Recipe:
                 found.append(f"objective.kind={kind} needs the head that predicts tokens: set --model.masked-head")
             if self.family != "bert" and self.model.embed_width:
                 found.append(f"model.embed_width is for encoders, and this is a {self.family}: leave it out")
+            if self.family == "bert" and self.model.output_transform:
+                found.append("a bert's masked-token head is model.masked_transform: leave model.output_transform out")
             if self.family == "bert" and self.model.output_bias:
                 found.append("a bert's masked-token head has a bias already: leave model.output_bias out")
             if self.objective.next_sentence and kind != "masked":

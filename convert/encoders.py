@@ -1,8 +1,7 @@
-"""Encoders as they are published: BERT, DistilBERT, RoBERTa and its kin, ModernBERT."""
+"""Encoders as they are published: BERT, DistilBERT, RoBERTa and its kin."""
 
 import dataclasses
 
-from bothways.convert import layer_types
 from bothways.convert.family import (
     Config,
     Family,
@@ -13,7 +12,6 @@ from bothways.convert.family import (
 )
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
-from bothways.model.config import TransformerConfig
 
 # ---- BERT, RoBERTa ----------------------------------------------------------------------------------------------------
 
@@ -252,80 +250,4 @@ DISTILBERT = dataclasses.replace(
     buffers=(".position_ids",),
     classes="DistilBert",
     tasks=ON_TOKENS | {"SequenceClassification": _DISTIL_HEAD, "MultipleChoice": _DISTIL_HEAD},
-)
-
-# ---- ModernBERT -------------------------------------------------------------------------------------------------------
-
-
-def _modernbert_read(theirs: Config) -> Config:
-    pattern = layer_types.pattern(theirs, theirs.get("global_attn_every_n_layers", 3), last=False)
-    return {
-        "layer_pattern": pattern,
-        "window": theirs.get("local_attention", 128) // 2 + 1 if "local" in pattern else 0,
-        "dropout_residual": theirs.get("mlp_dropout", 0.0),
-    } | layer_types.rotary_bases(theirs, ("global_rope_theta", "local_rope_theta"), (160_000.0, 10_000.0))
-
-
-def _modernbert_write(cfg: TransformerConfig) -> Config:
-    return {
-        "layer_types": layer_types.types(cfg),
-        "local_attention": 2 * max(cfg.window - 1, 0),
-        "rope_parameters": layer_types.rope_parameters(cfg),
-        "mlp_dropout": cfg.dropout_residual,
-    }
-
-
-_MODERN = Head(
-    {"head.dense": "task_head/dense", "head.norm": "task_head/norm", "classifier": "task_head"},
-    hidden="gelu",
-    hidden_norm=True,
-)
-
-MODERNBERT = Family(
-    name="modernbert",
-    ours="bert",
-    layout=Layout(
-        "encoder",
-        {
-            "model.embeddings.tok_embeddings": "body/embed/token",
-            "model.embeddings.norm": "body/embed/norm",
-            "model.layers.{}.attn_norm": "block/attention_norm",
-            "model.layers.{}.attn.Wqkv": "block/attention/query block/attention/key block/attention/value",
-            "model.layers.{}.attn.Wo": "block/attention/out",
-            "model.layers.{}.mlp_norm": "block/mlp_norm",
-            "model.layers.{}.mlp.Wi": "block/mlp/gate block/mlp/up",
-            "model.layers.{}.mlp.Wo": "block/mlp/down",
-            "model.final_norm": "body/final_norm",
-            "head.dense": "mlm/dense",
-            "head.norm": "mlm/norm",
-            "decoder": "mlm",
-        },
-    ),
-    constants={"position_embedding": "rotary", "norm": "layer", "norm_position": "pre", "bias": False, "embed_norm": True}
-    | {"first_norm": False, "activation": "geglu", "tie_embeddings": True, "next_sentence": False, "pooler": False},
-    values={
-        "vocab_size": ("vocab_size", None),
-        "max_position_embeddings": ("context_length", 8192),
-        "hidden_size": ("d_model", None),
-        "num_hidden_layers": ("n_layers", None),
-        "num_attention_heads": ("n_heads", None),
-        "intermediate_size": ("d_ff", None),
-        "norm_eps": ("norm_eps", 1e-5),
-        "attention_dropout": ("dropout_attention", 0.0),
-        "embedding_dropout": ("dropout_embed", 0.0),
-        "initializer_range": ("init_std", 0.02),
-    },
-    wanted={"attention_bias": False, "mlp_bias": False, "norm_bias": False, "classifier_bias": False}
-    | {"decoder_bias": True, "hidden_activation": "gelu", "classifier_activation": "gelu", "tie_word_embeddings": True},
-    heads={"masked_head": "decoder."},
-    read=_modernbert_read,
-    write=_modernbert_write,
-    architecture=lambda cfg: "ModernBertForMaskedLM" if cfg.masked_head else "ModernBertModel",
-    prefix="model.",
-    copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
-    classes="ModernBert",
-    tasks=dict.fromkeys(
-        ("SequenceClassification", "MultipleChoice"), dataclasses.replace(_MODERN, pool_key="classifier_pooling")
-    )
-    | dict.fromkeys(("TokenClassification", "QuestionAnswering"), _MODERN),
 )

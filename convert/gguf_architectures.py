@@ -48,6 +48,11 @@ _BASE = {
     "ffn_down": "model.layers.{}.mlp.down_proj",
 }
 _QK = {"attn_q_norm": "model.layers.{}.self_attn.q_norm", "attn_k_norm": "model.layers.{}.self_attn.k_norm"}
+_BOTH_NORMS = {
+    "post_attention_norm": "model.layers.{}.post_attention_layernorm",
+    "ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
+    "post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
+}
 _CONFIG = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -60,6 +65,15 @@ _CONFIG = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
+
+
+def _gemma2_scale(config: Config) -> int | None:
+    """llama.cpp knows the 27B by its 46 layers, and divides its scores by another width than that of a head."""
+    if config.get("num_hidden_layers") == 46:
+        return config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    return config.get("head_dim")
+
+
 _PHI3 = {k: v for k, v in _BASE.items() if k not in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")}
 ARCHITECTURES = {
     "llama": Architecture("llama", _BASE, _CONFIG, paired=True),
@@ -114,15 +128,18 @@ ARCHITECTURES = {
         transposed=("c_attn", "c_proj", "c_fc"),
     ),
     "gemma": Architecture("gemma", _BASE, _CONFIG, norms_from_one=True),
+    "gemma2": Architecture(
+        "gemma2",
+        {name: stem for name, stem in (_BASE | _BOTH_NORMS).items() if name != "output"},
+        _CONFIG
+        | {"attention.sliding_window": "sliding_window", "attn_logit_softcapping": "attn_logit_softcapping"}
+        | {"final_logit_softcapping": "final_logit_softcapping"},
+        means=lambda config: {"query_pre_attn_scalar": _gemma2_scale(config)},
+        norms_from_one=True,
+    ),
     "gemma3": Architecture(
         "gemma3_text",
-        _BASE
-        | _QK
-        | {
-            "post_attention_norm": "model.layers.{}.post_attention_layernorm",
-            "ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
-            "post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
-        },
+        _BASE | _QK | _BOTH_NORMS,
         _CONFIG | {"attention.sliding_window": "sliding_window"},
         means=lambda config: {"sliding_window_pattern": 6, "query_pre_attn_scalar": config.get("head_dim")},
         norms_from_one=True,

@@ -27,8 +27,8 @@ METRICS = {"classify": ("accuracy", "macro_f1"), "regress": ("pearson", "spearma
 METRICS |= {"tag": ("accuracy", "macro_f1"), "span": ("span_f1", "exact_match"), "multilabel": ("micro_f1", "macro_f1")}
 LABELLED, OF_TEXTS = ("classify", "multilabel", "tag"), ("classify", "multilabel", "regress", "choice")
 """Kinds whose outputs have names, and those that read one vector per text."""
-OUTPUT = ("tie_embeddings", "output_bias")
-"""Fields of output layers over the vocabulary, which no head reads."""
+OUTPUT = {"tie_embeddings": True, "output_bias": False, "output_transform": False, "logit_cap": 0.0}
+"""Fields of output layers over the vocabulary, which no head reads, and their values without one."""
 LONGEST = 512
 """Tokens of a row that a head is given, where the model could read more."""
 
@@ -96,8 +96,7 @@ def task_of(family: Family, theirs: Config, cfg: TransformerConfig, name: str) -
 def body_config(family: Family, suffix: str, cfg: TransformerConfig) -> TransformerConfig:
     """The configuration of what a head reads: without output layers over the vocabulary."""
     keeps = {"masked_head": False} if family.ours == "bert" else {}
-    gone = {"next_sentence": False, "tie_embeddings": True, "output_bias": False}
-    return dataclasses.replace(cfg, **keeps, **gone, pooler=family.tasks[suffix].pooler)
+    return dataclasses.replace(cfg, **keeps, **OUTPUT, next_sentence=False, pooler=family.tasks[suffix].pooler)
 
 
 def layout_of(family: Family, suffix: str, cfg: TransformerConfig) -> Layout:
@@ -137,7 +136,7 @@ def differences(family: Family, task: TaskInfo, cfg: TransformerConfig, bias: np
     suffix = suffix_for(task)
     if suffix not in family.tasks:
         return [f"no head for {suffix}"]
-    head, found = family.tasks[suffix], family.differences(body_config(family, suffix, cfg), OUTPUT)
+    head, found = family.tasks[suffix], family.differences(body_config(family, suffix, cfg), tuple(OUTPUT))
     for field, theirs in (("hidden", head.hidden), ("hidden_norm", head.hidden_norm)):
         mine = getattr(task, field)
         found += [] if mine == theirs else [f"a head with {field}={theirs}, not {mine}"]

@@ -17,8 +17,8 @@ def pattern(theirs: Config, every: int, last: bool) -> tuple[str, ...]:
 def types(cfg: TransformerConfig) -> list[str]:
     """`layer_types`. Raises InputError for layers of a kind that these models have not."""
     names = {ours: theirs for theirs, ours in KINDS.items()}
-    if "nope" in cfg.layer_pattern or cfg.rotary_scaling.kind != "none":
-        raise InputError("layers without positions, or rotary scaling, which it has not")
+    if "nope" in cfg.layer_pattern:
+        raise InputError("layers without positions, which it has not")
     return [names[cfg.layer_pattern[i % len(cfg.layer_pattern)]] for i in range(cfg.n_layers)]
 
 
@@ -39,6 +39,8 @@ def rotary_bases(theirs: Config, old: tuple[str, str], default: tuple[float, flo
 
 
 def rope_parameters(cfg: TransformerConfig) -> Config:
-    """`rotary_bases` backwards."""
+    """`rotary_bases` backwards. Raises InputError where positions are stretched."""
+    if cfg.rotary_scaling.kind != "none":
+        raise InputError("rotary scaling, which it has not")
     bases = (cfg.rotary_base, cfg.rotary_base_local or cfg.rotary_base)
     return {kind: {"rope_theta": base, "rope_type": "default"} for kind, base in zip(KINDS, bases, strict=True)}

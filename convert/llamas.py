@@ -1,4 +1,4 @@
-"""Decoders that differ from Llama in a few fields: Qwen 2, OLMo 2, SmolLM 3, Gemma 1 and 3, StarCoder 2."""
+"""Decoders that differ from Llama in a few fields: Qwen 2, OLMo 2, SmolLM 3, Gemma 1 to 3, StarCoder 2."""
 
 import dataclasses
 
@@ -110,12 +110,39 @@ GEMMA = dataclasses.replace(
 )
 
 
+def _cap(theirs: Config, key: str, missing: float = 0.0) -> float:
+    """A soft cap. null says that there is none; a config.json without the key means `missing`."""
+    return float(theirs.get(key, missing) or 0.0)
+
+
+def _gemma2_read(theirs: Config) -> Config:
+    pattern = layer_types.pattern(theirs, 2, last=True)
+    return _gemma_read(theirs) | {
+        "layer_pattern": pattern,
+        "window": theirs.get("sliding_window", 4096) if "local" in pattern else 0,
+        "score_cap": _cap(theirs, "attn_logit_softcapping", 50.0),
+        "logit_cap": _cap(theirs, "final_logit_softcapping", 30.0),
+    }
+
+
+def _gemma2_write(cfg: TransformerConfig) -> Config:
+    theirs = GEMMA.write(cfg)
+    return theirs | {
+        "hidden_activation": theirs["hidden_act"],
+        "layer_types": layer_types.types(cfg),
+        "sliding_window": cfg.window or 4096,
+        "attn_logit_softcapping": cfg.score_cap or None,
+        "final_logit_softcapping": cfg.logit_cap or None,
+    }
+
+
 def _gemma3_read(theirs: Config) -> Config:
     pattern = layer_types.pattern(theirs, theirs.get("sliding_window_pattern") or 6, last=True)
     return {
         "activation": activation_of(theirs.get("hidden_activation", "gelu_pytorch_tanh"), _GELU),
         "layer_pattern": pattern,
         "window": theirs.get("sliding_window", 4096) if "local" in pattern else 0,
+        "logit_cap": _cap(theirs, "final_logit_softcapping"),
     } | layer_types.rotary_bases(theirs, ("rope_theta", "rope_local_base_freq"), (1_000_000.0, 10_000.0))
 
 
@@ -125,30 +152,46 @@ def _gemma3_write(cfg: TransformerConfig) -> Config:
         "layer_types": layer_types.types(cfg),
         "sliding_window": cfg.window or 4096,
         "rope_parameters": layer_types.rope_parameters(cfg),
+        "final_logit_softcapping": cfg.logit_cap or None,
     }
 
 
-GEMMA3 = dataclasses.replace(
+GEMMA2 = dataclasses.replace(
     GEMMA,
-    name="gemma3_text",
+    name="gemma2",
     layout=Layout(
         "decoder",
         without(_TABLE, "post_attention_layernorm")
         | {
-            "model.layers.{}.self_attn.q_norm": "block/attention/query_norm",
-            "model.layers.{}.self_attn.k_norm": "block/attention/key_norm",
             "model.layers.{}.post_attention_layernorm": "block/attention_out_norm",
             "model.layers.{}.pre_feedforward_layernorm": "block/mlp_norm",
             "model.layers.{}.post_feedforward_layernorm": "block/mlp_out_norm",
         },
         norms_from_zero=True,
     ),
-    constants=GEMMA.constants | {"norm_position": "both", "qk_norm": True},
-    values=GEMMA.values
-    | {"query_pre_attn_scalar": ("query_scale", 256), "num_key_value_heads": ("n_kv_heads", 4)}
-    | {"max_position_embeddings": ("context_length", 131_072)},
+    constants=GEMMA.constants | {"norm_position": "both"},
+    values=GEMMA.values | {"query_pre_attn_scalar": ("query_scale", 256), "num_key_value_heads": ("n_kv_heads", 4)},
+    read=_gemma2_read,
+    write=_gemma2_write,
+    architecture=lambda cfg: "Gemma2ForCausalLM",
+    classes="Gemma2",
+)
+
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
+    name="gemma3_text",
+    layout=dataclasses.replace(
+        GEMMA2.layout,
+        table=GEMMA2.layout.table
+        | {
+            "model.layers.{}.self_attn.q_norm": "block/attention/query_norm",
+            "model.layers.{}.self_attn.k_norm": "block/attention/key_norm",
+        },
+    ),
+    constants=GEMMA2.constants | {"qk_norm": True},
+    values=GEMMA2.values | {"max_position_embeddings": ("context_length", 131_072)},
     wanted={"attention_bias": False, "use_bidirectional_attention": False}
-    | {"final_logit_softcapping": None, "attn_logit_softcapping": None},
+    | {"attn_logit_softcapping": None},  # which `transformers` reads and does not follow
     read=_gemma3_read,
     write=_gemma3_write,
     architecture=lambda cfg: "Gemma3ForCausalLM",
@@ -192,4 +235,4 @@ STARCODER2 = dataclasses.replace(
     tasks={name: head for name, head in LLAMA.tasks.items() if name != "QuestionAnswering"},
 )
 
-FAMILIES: tuple[Family, ...] = (QWEN2, OLMO2, SMOLLM3, GEMMA, GEMMA3, STARCODER2)
+FAMILIES: tuple[Family, ...] = (QWEN2, OLMO2, SMOLLM3, GEMMA, GEMMA2, GEMMA3, STARCODER2)

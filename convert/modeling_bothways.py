@@ -87,7 +87,11 @@ class Attention(nn.Module):
         bias = bias.masked_fill(~seen[:, None], torch.finfo(q.dtype).min)
         dropped = m["dropout_attention"] if self.training else 0.0
         scale = (m["query_scale"] or m["d_head"]) ** -0.5
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=scale)
+        if m["score_cap"]:
+            scores = m["score_cap"] * (q @ k.transpose(2, 3) * scale / m["score_cap"]).tanh() + bias
+            y = F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropped) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -246,6 +250,20 @@ class OutputLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(rows)) if m["output_bias"] else None
 
 
+class OutputTransform(nn.Module):
+    """What stands between features and output layer: dense, activation, norm; and BERT's bias of so many scores."""
+
+    def __init__(self, m, rows):
+        super().__init__()
+        self.activation = ACTIVATIONS[m["activation"]]
+        width = m["embed_width"] or m["d_model"]
+        self.dense, self.norm = nn.Linear(m["d_model"], width, bias=m["bias"]), Norm(m, width)
+        self.bias = nn.Parameter(torch.zeros(rows)) if rows else None
+
+    def forward(self, x):
+        return self.norm(self.activation(self.dense(x)))
+
+
 class WithOutputLayer(BothwaysPreTrainedModel):
     """A body under scores of all tokens."""
 
@@ -254,12 +272,17 @@ class WithOutputLayer(BothwaysPreTrainedModel):
         self.model = BothwaysModel(config)
         m, table = config.model, self.get_input_embeddings()
         self.lm_head = OutputLayer(m, table.num_embeddings) if m["output_bias"] or not m["tie_embeddings"] else None
+        masked = config.family == "bert"
+        transformed = m["masked_transform" if masked else "output_transform"]
+        self.mlm = OutputTransform(m, table.num_embeddings if masked else 0) if transformed else None
 
-    def scores(self, features, bias=None):
-        bias = getattr(self.lm_head, "bias", None) if bias is None else bias
-        tied = self.config.model["tie_embeddings"]
-        logits = F.linear(features, (self.get_input_embeddings() if tied else self.lm_head).weight).float()
-        logits = logits if bias is None else logits + bias
+    def scores(self, features):
+        m = self.config.model
+        features = features if self.mlm is None else self.mlm(features)
+        logits = F.linear(features, (self.get_input_embeddings() if m["tie_embeddings"] else self.lm_head).weight).float()
+        logits = m["logit_cap"] * (logits / m["logit_cap"]).tanh() if m["logit_cap"] else logits
+        for bias in (getattr(layer, "bias", None) for layer in (self.lm_head, self.mlm)):
+            logits = logits if bias is None else logits + bias
         filling = torch.arange(logits.shape[-1], device=logits.device) >= self.config.vocab_size
         return logits.masked_fill(filling, NEG_INF) if self.config.vocab_size < logits.shape[-1] else logits
 
@@ -285,20 +308,6 @@ class BothwaysForCausalLM(WithOutputLayer, GenerationMixin):
         return modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
 
-class MaskedHead(nn.Module):
-    """BERT's: dense, activation, norm; and the bias of the output layer."""
-
-    def __init__(self, m, rows):
-        super().__init__()
-        self.activation = ACTIVATIONS[m["activation"]]
-        width = m["embed_width"] or m["d_model"]
-        self.dense, self.norm = nn.Linear(m["d_model"], width, bias=m["bias"]), Norm(m, width)
-        self.bias = nn.Parameter(torch.zeros(rows))
-
-    def forward(self, x):
-        return self.norm(self.activation(self.dense(x)))
-
-
 class Pooler(nn.Module):
     """tanh of a dense layer on the first token; two classes say whether the second text follows the first."""
 
@@ -318,17 +327,15 @@ class BothwaysForMaskedLM(WithOutputLayer):
         super().__init__(config)
         m = config.model
         if config.family == "bert":
-            self.mlm = MaskedHead(m, self.get_input_embeddings().num_embeddings) if m["masked_transform"] else None
             self.nsp = Pooler(m) if m["next_sentence"] or m["pooler"] else None
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None, block_size=None, **unused):
         how = {"token_type_ids": token_type_ids, "block_size": block_size, "both_ways": True}
         features = self.model(input_ids, attention_mask, **how).last_hidden_state
-        if self.config.family == "bert":
-            logits = self.scores(features) if self.mlm is None else self.scores(self.mlm(features), self.mlm.bias)
-        else:  # what predicts the next token stands one position before it
-            logits = self.scores(features if self.config.model["predicts"] == "own" else features.roll(1, dims=1))
+        if self.config.family == "gpt" and self.config.model["predicts"] != "own":
+            features = features.roll(1, dims=1)  # what predicts the next token stands one position before it
+        logits = self.scores(features)
         return modeling_outputs.MaskedLMOutput(loss=self.loss(logits, labels), logits=logits)
 
 

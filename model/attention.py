@@ -31,32 +31,36 @@ def attend(
     dropout: ScoreDropout | None = None,
     kernel: str = "auto",
     bias: ScoreBias | None = None,
+    cap: float = 0.0,
 ) -> Float[jax.Array, "B T H W"]:
     """Scaled dot-product attention (arXiv 1706.03762, section 3.2.1); query heads share G key-value heads.
 
-    The kernel is chosen by device, mask and shape (model/kernels.py); dropout of probabilities is known to that of short rows only.
+    The kernel is chosen by device, mask and shape (model/kernels.py); dropout of probabilities is known to that of short rows
+    only, a soft cap of the scores (TransformerConfig.score_cap) to splash.
     For XLA, rows whose scores are many are cut into tiles of which one is held at a time (model/blockwise.py). The
     queries of shorter ones are cut into blocks, and keys that are hidden from a whole block are left out: of causal
     scores three eighths. On a CPU a long cache is read as far as it is filled. With a bias of the scores, XLA holds all of
     them: the kernels know none.
     """
-    chosen = "xla" if bias is not None else choose(kernel, q, k, v, mask, dropout)
+    chosen = "xla" if bias is not None else choose(kernel, q, k, v, mask, dropout, cap)
     if chosen != "xla":
-        return KERNELS[chosen](q, k, v, mask, *([] if dropout is None else [dropout]))
+        known = ({} if dropout is None else {"dropout": dropout}) | ({"cap": cap} if cap else {})
+        return KERNELS[chosen](q, k, v, mask, **known)
     if dropout is None and bias is None and reads_cache_in_tiles(k, mask):
-        return attend_cached(q, k, v, mask)
+        return attend_cached(q, k, v, mask, cap)
     B, T, H, _ = q.shape
     if bias is None and T >= LONG and B * H * T * k.shape[1] > SCORES * devices_in_use():
-        return attend_blockwise(q, k, v, mask, dropout)
+        return attend_blockwise(q, k, v, mask, dropout, cap)
     if T < LONG or not (mask.causal or mask.window) or not positions_match_order(mask) or is_sequence_sharded(q):
-        return attend_whole(q, k, v, mask, dropout, bias=bias)
+        return attend_whole(q, k, v, mask, dropout, bias=bias, cap=cap)
     tile = 1 if platform() == "cpu" else LANES
     size, found = -(-T // (BLOCKS * tile)) * tile, []
     for begin in range(0, T, size):
         queries = slice(begin, min(begin + size, T))
         keys = mask.visible_key_range(queries)
         part = mask.slice(queries, keys)
-        found.append(attend_whole(q[:, queries], k[:, keys], v[:, keys], part, dropout, (T, begin, keys.start), bias))
+        at = (T, begin, keys.start)
+        found.append(attend_whole(q[:, queries], k[:, keys], v[:, keys], part, dropout, at, bias, cap))
     return jnp.concatenate(found, axis=1)
 
 
@@ -68,6 +72,7 @@ def attend_whole(
     dropout: ScoreDropout | None = None,
     part: tuple[int, int, int] | None = None,
     bias: ScoreBias | None = None,
+    cap: float = 0.0,
 ) -> Float[jax.Array, "B T H W"]:
     """Every query on every key: the reference of all kernels. The softmax is in float32. A query that may see nothing
     gets an average that no loss looks at, not NaN.
@@ -76,6 +81,7 @@ def attend_whole(
       part: how many queries the row has, and the indices of the first of these queries and keys, where they are a part
         of a row: dropout is a function of the index. None: they are all.
       bias: what positions add to the scores.
+      cap: of the scores, before the bias.
     """
     B, T, H, K = q.shape
     G = k.shape[2]
@@ -84,7 +90,7 @@ def attend_whole(
     # Query groups are folded into the query axis, unless positions are spread: then k and v are repeated.
     if spread and G < H:
         k, v, G = jnp.repeat(k, H // G, axis=1), jnp.repeat(v, H // G, axis=1), H
-    scores = scores_of(q.reshape(B, G, H // G * T, K), k).reshape(B, H, T, -1)
+    scores = scores_of(q.reshape(B, G, H // G * T, K), k, cap).reshape(B, H, T, -1)
     if bias is not None:
         scores = scores + bias.of(mask.q_positions, mask.k_positions)
     scores = jnp.where(mask.materialize()[:, None], scores, HIDDEN)
@@ -189,5 +195,5 @@ class Attention(nn.Module):
             k, v = cache.read()
         dropping = cfg.dropout_attention > 0 and not deterministic
         dropout = ScoreDropout(seed_words(self.make_rng("dropout")), cfg.dropout_attention) if dropping else None
-        y = attend(q, k, v, mask, dropout, cfg.attention, bias)
+        y = attend(q, k, v, mask, dropout, cfg.attention, bias, cfg.score_cap)
         return self.out(y), cache

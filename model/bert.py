@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 from bothways.model.config import TransformerConfig
 from bothways.model.encoder import Encoder
-from bothways.model.heads import LMHead, MLMTransform, NextSentence, logits_of, mask_padded_vocab
+from bothways.model.heads import LMHead, MLMTransform, NextSentence, Unembedding, logits_of, mask_padded_vocab
 
 
 class BERT(nn.Module):
@@ -61,10 +61,11 @@ class BERT(nn.Module):
         """The MLM head before its output layer: dense, activation, norm, where it has them."""
         return self.mlm(features) if self.cfg.masked_transform else features
 
-    def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"] | None]:
+    def unembedding(self) -> Unembedding:
         """The output layer: a vector per token, and a bias where there is one or rows that fill up the table are hidden."""
         table = self.encoder.token_table() if self.cfg.tie_embeddings else self.lm_head.embedding
-        return table, mask_padded_vocab(self.cfg, self.mlm.bias if self.cfg.masked_transform else None)
+        bias = mask_padded_vocab(self.cfg, self.mlm.bias if self.cfg.masked_transform else None)
+        return Unembedding(table, bias, self.cfg.logit_cap)
 
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
         return logits_of(self.transform(features), *self.unembedding())

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from bothways.model.axes import devices_in_use, platform
 from bothways.model.dropout import ScoreDropout
 from bothways.model.kernels import is_sequence_sharded, positions_match_order
+from bothways.model.layers import soft_cap
 from bothways.model.mask import Mask
 
 HIDDEN = -1e30
@@ -30,11 +31,13 @@ LEAST, MOST = 128, 512
 """Queries of a tile; keys are twice as many."""
 
 
-def scores_of(q: Float[jax.Array, "B G ... K"], k: Float[jax.Array, "B G S K"]) -> Float[jax.Array, "B G ... S"]:
-    """Scores in float32 of queries that are scaled already. What else is done to a score alone (a soft cap, say)
-    belongs here: all of XLA's attention calls it, and the backward pass of tiles differentiates it.
+def scores_of(
+    q: Float[jax.Array, "B G ... K"], k: Float[jax.Array, "B G S K"], cap: float = 0.0
+) -> Float[jax.Array, "B G ... S"]:
+    """Scores in float32 of queries that are scaled already, softly capped. What else is done to a score alone belongs here:
+    all of XLA's attention calls it, and the backward pass of tiles differentiates it.
     """
-    return jnp.einsum("bg...k,bgsk->bg...s", q, k, preferred_element_type=jnp.float32)
+    return soft_cap(jnp.einsum("bg...k,bgsk->bg...s", q, k, preferred_element_type=jnp.float32), cap)
 
 
 def attend_blockwise(
@@ -43,6 +46,7 @@ def attend_blockwise(
     v: Float[jax.Array, "B S G W"],
     mask: Mask,
     dropout: ScoreDropout | None = None,
+    cap: float = 0.0,
     *,
     tile: tuple[int, int] | None = None,
 ) -> Float[jax.Array, "B T H W"]:
@@ -58,7 +62,7 @@ def attend_blockwise(
     pairs = tuple(visible_tiles(mask, T, S, n_q, n_k))
     known = mask.k_segments is None and (positions_match_order(mask) or _by_blocks(mask))
     more_q, more_k = -T % n_q, -S % n_k
-    tiling = Tiling(pairs, n_q, n_k, S, (B, H, T), skip=not known and devices_in_use() == 1)
+    tiling = Tiling(pairs, n_q, n_k, S, (B, H, T), skip=not known and devices_in_use() == 1, cap=cap)
 
     def tiles(x: jax.Array, more: int, size: int, heads: tuple[int, ...]) -> jax.Array:
         """[B, N, H, K] as [N / size, B, *heads, size, K]."""
@@ -80,7 +84,11 @@ def reads_cache_in_tiles(k: jax.Array, mask: Mask) -> bool:
 
 
 def attend_cached(
-    q: Float[jax.Array, "B T H K"], k: Float[jax.Array, "B S G K"], v: Float[jax.Array, "B S G W"], mask: Mask
+    q: Float[jax.Array, "B T H K"],
+    k: Float[jax.Array, "B S G K"],
+    v: Float[jax.Array, "B S G W"],
+    mask: Mask,
+    cap: float = 0.0,
 ) -> Float[jax.Array, "B T H W"]:
     """New tokens on a causal cache, of which only the tiles up to the longest row's last token are read.
 
@@ -97,7 +105,7 @@ def attend_cached(
         out, top, total = carry
         keys, values = (jax.lax.dynamic_slice_in_dim(x, j * CACHE_TILE, CACHE_TILE, axis=2) for x in (k, v))
         seen = mask.map_tokens(lambda x: x, _cut(j, CACHE_TILE)).materialize()
-        scores = jnp.where(seen[:, None, None], scores_of(q, keys).reshape(*rows, CACHE_TILE), HIDDEN)
+        scores = jnp.where(seen[:, None, None], scores_of(q, keys, cap).reshape(*rows, CACHE_TILE), HIDDEN)
         new_top = jnp.maximum(top, scores.max(-1))
         p, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
         p_folded = p.astype(v.dtype).reshape(B, G, -1, CACHE_TILE)
@@ -148,11 +156,13 @@ class Tiling:
     """B, H, T."""
     skip: bool
     """Whether a tile is looked at, when it runs, for whether anything of it is visible."""
+    cap: float
+    """Of scores; 0: none."""
 
 
 def _tile(q, k, mask: Mask, i: jax.Array, j: jax.Array, t: Tiling) -> Float[jax.Array, "B G R t s"]:
     """Scores of a tile."""
-    return jnp.where(_visible(mask, i, j, t)[:, None, None], scores_of(q, k), HIDDEN)
+    return jnp.where(_visible(mask, i, j, t)[:, None, None], scores_of(q, k, t.cap), HIDDEN)
 
 
 def _longer(more: int) -> Callable[[jax.Array], jax.Array]:

@@ -145,6 +145,9 @@ class TransformerConfig:
     """What that norm is over: each head's width, or all heads together (OLMo 2)."""
     query_scale: float = 0.0
     """Scores are divided by its square root (Gemma). 0: by that of the head width."""
+    score_cap: float = 0.0
+    """c of a soft cap of attention's scores, c tanh(score / c), before masks and biases (Gemma 2, arXiv 2408.00118, section 2).
+    0: none."""
     predicts: Literal["", "next", "own"] = ""
     """Which token an output predicts: `next`, the one after it (GPT; arXiv 2508.15487's Dream), or `own`, the one at its
     position (BERT; LLaDA, arXiv 2502.09992). Empty: as the family does."""
@@ -174,6 +177,12 @@ class TransformerConfig:
     """A decoder's features are multiplied by 1/sqrt(D) before the output layer (T5, where that is tied)."""
     output_bias: bool = False
     """A bias of every token's score (decoders; GPT-J, Marian)."""
+    output_transform: bool = False
+    """A dense layer, activation and norm between a decoder's features and its output layer, as in `masked_transform`
+    (ModernBERT's decoder, arXiv 2507.11412)."""
+    logit_cap: float = 0.0
+    """c of a soft cap of every token's score, c tanh(score / c), before a bias (Gemma 2, arXiv 2408.00118, section 2). 0:
+    none."""
     masked_head: bool = True
     """BERT's masked-token head (encoders only). False: a body that embeds texts and can be fine-tuned."""
     masked_transform: bool = True
@@ -308,6 +317,12 @@ class TransformerConfig:
             not self.score_bias or self.attention in ("auto", "xla"),
             f"model.attention={self.attention} does not know model.score_bias={self.score_bias}: set --model.attention xla",
         )
+        for name in ("score_cap", "logit_cap", "query_scale"):
+            want(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it cannot be negative")
+        want(
+            not self.score_cap or self.attention in ("auto", "xla", "splash"),
+            f"model.attention={self.attention} does not know model.score_cap={self.score_cap}: set --model.attention auto",
+        )
         want(len(self.layer_pattern) > 0, "model.layer_pattern is empty; give at least 'global'")
         want(
             ("local" in self.layer_pattern) == (self.window > 0),
@@ -341,7 +356,6 @@ class TransformerConfig:
             self.masked_transform or not self.embed_width,
             f"model.masked_transform=False leaves nothing that makes model.embed_width={self.embed_width} of the features",
         )
-        want(self.query_scale >= 0, f"model.query_scale is {self.query_scale}; it cannot be negative")
         want(
             "nope" not in self.layer_pattern or self.position_embedding == "rotary",
             f"model.layer_pattern has nope, a layer without rotary positions, and positions are {self.position_embedding}",

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from bothways.model.cache import Cache
 from bothways.model.config import TransformerConfig
 from bothways.model.decoder import Decoder
-from bothways.model.heads import LMHead, logits_of, mask_padded_vocab
+from bothways.model.heads import LMHead, OutputTransform, Unembedding, logits_of, mask_padded_vocab
 from bothways.model.mask import Mask
 
 
@@ -25,6 +25,8 @@ class GPT(nn.Module):
         self.decoder = Decoder(self.cfg)
         if not self.cfg.tie_embeddings or self.cfg.output_bias:
             self.lm_head = LMHead(self.cfg)
+        if self.cfg.output_transform:
+            self.mlm = OutputTransform(self.cfg)
 
     def __call__(
         self,
@@ -39,13 +41,15 @@ class GPT(nn.Module):
         """Features [B, T, D] and the cache; arguments as in model/decoder.py."""
         options = {"deterministic": deterministic, "block": block}
         features, cache = self.decoder(tokens, positions, segments, prefix, cache, **options)
-        self.unembedding()  # so that init makes every parameter
+        if self.is_initializing():  # so that init makes every parameter
+            self.transform(features), self.unembedding()
         return features, cache
 
-    def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"] | None]:
+    def unembedding(self) -> Unembedding:
         """The output layer: a vector per token, and a bias where there is one or rows that fill up the table are hidden."""
         table = self.decoder.token_table() if self.cfg.tie_embeddings else self.lm_head.embedding
-        return table, mask_padded_vocab(self.cfg, self.lm_head.bias if self.cfg.output_bias else None)
+        bias = mask_padded_vocab(self.cfg, self.lm_head.bias if self.cfg.output_bias else None)
+        return Unembedding(table, bias, self.cfg.logit_cap)
 
     @property
     def predicts(self) -> str:
@@ -92,11 +96,11 @@ class GPT(nn.Module):
         return jnp.where((positions % size == 0)[..., None], self.own(before), self.own(masked))
 
     def transform(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
-        """No MLM head stands between features and output layer."""
-        return features
+        """What stands between features and output layer, as a BERT's MLM head does, where there is such."""
+        return self.mlm(features) if self.cfg.output_transform else features
 
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
-        return logits_of(features, *self.unembedding())
+        return logits_of(self.transform(features), *self.unembedding())
 
 
 class MaskedNextToken(GPT):

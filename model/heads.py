@@ -1,5 +1,7 @@
 """What sits on top of the features: output layers, each a few lines."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,18 @@ from jaxtyping import Float
 
 from bothways.model.block import ACTIVATIONS
 from bothways.model.config import TransformerConfig
-from bothways.model.layers import Norm, Projection
+from bothways.model.layers import Norm, Projection, soft_cap
 from bothways.model.products import table_product
+
+
+class Unembedding(NamedTuple):
+    """An output layer: features to the scores of all tokens."""
+
+    table: Float[jax.Array, "V D"]
+    bias: Float[jax.Array, " V"] | None
+    """Also what hides the rows that fill up the table."""
+    cap: float
+    """TransformerConfig.logit_cap."""
 
 
 class LMHead(nn.Module):
@@ -24,18 +36,25 @@ class LMHead(nn.Module):
             self.bias = self.param("bias", nn.initializers.zeros, (self.cfg.table_rows,), jnp.float32)
 
 
-class MLMTransform(nn.Module):
-    """BERT's MLM head without its tied output layer: dense, activation, norm; and the output bias [V]."""
+class OutputTransform(nn.Module):
+    """What stands between features and output layer in BERT's MLM head: dense, activation, norm."""
 
     cfg: TransformerConfig
 
     def setup(self):
         self.dense = Projection(self.cfg, (self.cfg.narrow,))
         self.norm = Norm(self.cfg)
-        self.bias = self.param("bias", nn.initializers.zeros, (self.cfg.table_rows,), jnp.float32)
 
     def __call__(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... E"]:
         return self.norm(ACTIVATIONS[self.cfg.activation](self.dense(features)))
+
+
+class MLMTransform(OutputTransform):
+    """BERT's MLM head without its tied output layer: the transform, and the output bias [V]."""
+
+    def setup(self):
+        super().setup()
+        self.bias = self.param("bias", nn.initializers.zeros, (self.cfg.table_rows,), jnp.float32)
 
 
 class NextSentence(nn.Module):
@@ -64,8 +83,11 @@ def mask_padded_vocab(cfg: TransformerConfig, bias: Float[jax.Array, " V"] | Non
 
 
 def logits_of(
-    features: Float[jax.Array, "... D"], table: Float[jax.Array, "V D"], bias: Float[jax.Array, " V"] | None
+    features: Float[jax.Array, "... D"],
+    table: Float[jax.Array, "V D"],
+    bias: Float[jax.Array, " V"] | None,
+    cap: float,
 ) -> Float[jax.Array, "... V"]:
-    """Scores of every token, float32."""
-    logits = table_product(features, table.astype(features.dtype))
+    """Scores of every token, float32; the last three arguments are an Unembedding."""
+    logits = soft_cap(table_product(features, table.astype(features.dtype)), cap)
     return logits if bias is None else logits + bias

@@ -1,7 +1,7 @@
 """Attention kernels that never hold the scores: which masks and shapes each knows, and how the mask is passed.
 
 short    TPU, Pallas, of ours (model/short_rows.py): rows of up to 1,024, causality, segments, and dropout; narrow heads at full width
-splash   TPU, Pallas: causality, windows, blocks and segments, by tile; what is hidden is not computed
+splash   TPU, Pallas: causality, windows, blocks and segments, by tile, and soft caps of scores; what is hidden is not computed
 cudnn    GPU, cuDNN's flash attention: causality and windows before it by structure, all else as a drawn mask
 
 Both derive causality and windows from the index in the row, so a mask must be `positions_are_sequential` (model/mask.py).
@@ -26,13 +26,22 @@ LANES = 128
 Q_AXES, K_AXES = ("batch", "length", "heads", "head"), ("batch", "keys", "kv_heads", "head")
 
 
-def choose(wanted: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, dropout: ScoreDropout | None = None) -> str:
+def choose(
+    wanted: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    dropout: ScoreDropout | None = None,
+    cap: float = 0.0,
+) -> str:
     """The kernel for these arguments: `wanted`, or with auto the first of the device's that knows them; else xla."""
     by_device = {"tpu": ("short", "splash"), "gpu": ("cudnn",)}
     candidates = by_device.get(platform(), ()) if wanted == "auto" else (wanted,)
     knows = {"short": _short_knows, "splash": _splash_knows, "cudnn": _cudnn_knows}
     for name in candidates:
-        if name in knows and (dropout is None or name == "short") and knows[name](q, k, v, mask):
+        able = (dropout is None or name == "short") and (not cap or name == "splash")
+        if name in knows and able and knows[name](q, k, v, mask):
             return name
     return "xla"
 
@@ -148,6 +157,7 @@ def _splash_kernel(
     block: int = 0,
     streams: int = 1,
     narrow: bool = False,
+    cap: float = 0.0,
 ):
     """The kernel for this structure, `q_shards` devices sharing the T queries of a row."""
     near = None if not window else window - 1
@@ -176,11 +186,16 @@ def _splash_kernel(
             head_shards=1,
             q_seq_shards=q_shards,
             interpret=interpret,
+            attn_logits_soft_cap=cap or None,
         )
 
 
 def splash(
-    q: Float[jax.Array, "B T H K"], k: Float[jax.Array, "B S G K"], v: Float[jax.Array, "B S G W"], mask: Mask
+    q: Float[jax.Array, "B T H K"],
+    k: Float[jax.Array, "B S G K"],
+    v: Float[jax.Array, "B S G W"],
+    mask: Mask,
+    cap: float = 0.0,
 ) -> Float[jax.Array, "B T H W"]:
     """Pallas' splash attention; on no TPU it is interpreted, slowly. On a mesh each device has its rows, heads, queries."""
     B, T, H, K = q.shape
@@ -190,7 +205,7 @@ def splash(
     t, h = q_at.shard_shape(q.shape)[1:3] if q_at else (T, H)
     banded = mask.causal or mask.window  # else every device's queries see alike, and the kernel is that of its own
     shards = T // t if banded else 1
-    blocks = mask.block_by_index, mask.streams, K < LANES
+    blocks = mask.block_by_index, mask.streams, K < LANES, cap
     kernel = _splash_kernel(t * shards, S, h, mask.causal, mask.window, shards, platform() != "tpu", *blocks)
 
     def rows(kernel, q, k, v, q_segments, k_segments):

@@ -67,6 +67,11 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap tanh(x / cap), which is within cap of 0 and near x where x is small (arXiv 2408.00118, section 2); 0: x."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
 def rotary_frequencies(width: int, base: float, scaling: RotaryScaling) -> tuple[np.ndarray, float]:
     """Angle per place of each of the width/2 pairs, [K/2] float32; and what queries and keys are multiplied by."""
     half = width // 2

@@ -25,12 +25,13 @@ def cross_entropy(
     features: Float[jax.Array, "B T D"],
     table: Float[jax.Array, "V D"],
     bias: Float[jax.Array, " V"] | None,
+    cap: float,
     targets: Int[jax.Array, "B T"],
     weights: Float[jax.Array, "B T"],
     smoothing: float = 0.0,
     max_logits: int | None = None,
 ) -> TokenLoss:
-    """Sum over tokens of weight * -log softmax(features table^T + bias)[target].
+    """Sum over tokens of weight * -log softmax(soft_cap(features table^T) + bias)[target]; table, bias and cap are an Unembedding.
 
     Never holds [B, T, V] at once: the sequence is cut into pieces of at most `max_logits` logits (by default
     MAX_LOGITS for every device that they are spread over), and each piece's gradient is taken while its logits are there, so the backward
@@ -42,17 +43,18 @@ def cross_entropy(
     B, T, _ = features.shape
     limit = max_logits or MAX_LOGITS * devices_in_use()
     pieces = next(n for n in range(1, T + 1) if T % n == 0 and (n == T or B * (T // n) * table.shape[0] <= limit))
-    return TokenLoss(*_cross_entropy(features, table, bias, targets, weights, smoothing, pieces))
+    return TokenLoss(*_cross_entropy(features, table, bias, targets, weights, cap, smoothing, pieces))
 
 
 def token_logprobs(
     features: Float[jax.Array, "B T D"],
     table: Float[jax.Array, "V D"],
     bias: Float[jax.Array, " V"] | None,
+    cap: float,
     targets: Int[jax.Array, "B T"],
     max_logits: int | None = None,
 ) -> Float[jax.Array, "B T"]:
-    """log softmax(features table^T + bias)[target] of every token, in nats; for scoring, without a gradient."""
+    """log softmax(soft_cap(features table^T) + bias)[target] of every token, in nats; for scoring, without a gradient."""
     B, T, D = features.shape
     limit = max_logits or MAX_LOGITS * devices_in_use()
     pieces = next(
@@ -60,7 +62,7 @@ def token_logprobs(
     )
 
     def piece(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = logits_of(inputs[0], table, bias)
+        logits = logits_of(inputs[0], table, bias, cap)
         target = jnp.take_along_axis(logits, inputs[1][:, None], axis=1)[:, 0]
         return target - jax.nn.logsumexp(logits, axis=-1)
 
@@ -68,12 +70,12 @@ def token_logprobs(
     return jax.lax.map(piece, cut).reshape(B, T)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _cross_entropy(features, table, bias, targets, weights, smoothing, pieces):
-    return _forward(features, table, bias, targets, weights, smoothing, pieces, with_gradient=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _cross_entropy(features, table, bias, targets, weights, cap, smoothing, pieces):
+    return _forward(features, table, bias, targets, weights, cap, smoothing, pieces, with_gradient=False)[0]
 
 
-def _forward(features, table, bias, targets, weights, smoothing, pieces, with_gradient=True):
+def _forward(features, table, bias, targets, weights, cap, smoothing, pieces, with_gradient=True):
     B, T, D = features.shape
     V = table.shape[0]
     narrow = table.astype(features.dtype)
@@ -81,7 +83,8 @@ def _forward(features, table, bias, targets, weights, smoothing, pieces, with_gr
     def piece(carry, inputs):
         sums, d_table, d_bias = carry
         x, y, w = inputs
-        logits = constrain_activation(logits_of(x, narrow, bias), "batch", "length", "vocab")
+        capped = constrain_activation(logits_of(x, narrow, None, cap), "batch", "length", "vocab")
+        logits = capped if bias is None else capped + bias
         top = jnp.max(logits, axis=-1, keepdims=True)
         exp = jnp.exp(logits - top)
         total = jnp.sum(exp, axis=-1, keepdims=True)
@@ -95,7 +98,8 @@ def _forward(features, table, bias, targets, weights, smoothing, pieces, with_gr
         if not with_gradient:
             return (sums, d_table, d_bias), None
         d_logits = w[..., None] * (exp / total - jnp.where(hit, 1 - smoothing, 0.0) - smoothing / V)
-        narrow_d = d_logits.astype(x.dtype)
+        d_products = d_logits * (1 - jnp.square(capped / cap)) if cap else d_logits
+        narrow_d = d_products.astype(x.dtype)
         dx = narrow_d @ narrow
         flat = narrow_d.reshape(-1, V)
         d_table += jnp.matmul(flat.T, x.reshape(-1, D), preferred_element_type=jnp.float32)
@@ -117,11 +121,11 @@ def _forward(features, table, bias, targets, weights, smoothing, pieces, with_gr
     return (sums[0], sums[1]), (dx, d_table, None if bias is None else d_bias)
 
 
-def _fwd(features, table, bias, targets, weights, smoothing, pieces):
-    return _forward(features, table, bias, targets, weights, smoothing, pieces)
+def _fwd(features, table, bias, targets, weights, cap, smoothing, pieces):
+    return _forward(features, table, bias, targets, weights, cap, smoothing, pieces)
 
 
-def _bwd(smoothing, pieces, gradients, cotangents):
+def _bwd(cap, smoothing, pieces, gradients, cotangents):
     dx, d_table, d_bias = gradients
     g = cotangents[0]
     return dx * g.astype(dx.dtype), d_table * g, None if d_bias is None else d_bias * g, None, None

@@ -10,7 +10,7 @@ from bothways.model.config import TransformerConfig
 from bothways.model.decoder import Decoder
 from bothways.model.embed import Embedding
 from bothways.model.encoder import Encoder
-from bothways.model.heads import LMHead, logits_of, mask_padded_vocab
+from bothways.model.heads import LMHead, OutputTransform, Unembedding, logits_of, mask_padded_vocab
 
 
 class Seq2Seq(nn.Module):
@@ -31,6 +31,8 @@ class Seq2Seq(nn.Module):
         self.decoder = Decoder(self.cfg, cross=True, shared=of_target)
         if not self.cfg.tie_embeddings or self.cfg.output_bias:
             self.lm_head = LMHead(self.cfg)
+        if self.cfg.output_transform:
+            self.mlm = OutputTransform(self.cfg)
 
     def __call__(
         self,
@@ -47,7 +49,8 @@ class Seq2Seq(nn.Module):
         memory = self.encoder(source, source_positions, source_segments, deterministic=deterministic)
         seen = {"memory": memory, "cross_segments": source_segments}
         features, _ = self.decoder(tokens, positions, segments, **seen, deterministic=deterministic)
-        self.unembedding()  # so that init makes every parameter
+        if self.is_initializing():  # so that init makes every parameter
+            self.transform(features), self.unembedding()
         return features
 
     def init_cache(self, source: Int[jax.Array, "B S"], source_segments: Int[jax.Array, "B S"], size: int) -> Cache:
@@ -65,10 +68,15 @@ class Seq2Seq(nn.Module):
         """The encoder's features alone."""
         return self.encoder(source, segments=segments)
 
-    def unembedding(self) -> tuple[Float[jax.Array, "V D"], Float[jax.Array, " V"] | None]:
+    def transform(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
+        """As GPT.transform."""
+        return self.mlm(features) if self.cfg.output_transform else features
+
+    def unembedding(self) -> Unembedding:
         """The output layer: a vector per token, and a bias where there is one or rows that fill up the table are hidden."""
         table = self.embed.token.embedding if self.cfg.tie_embeddings else self.lm_head.embedding
-        return table, mask_padded_vocab(self.cfg, self.lm_head.bias if self.cfg.output_bias else None)
+        bias = mask_padded_vocab(self.cfg, self.lm_head.bias if self.cfg.output_bias else None)
+        return Unembedding(table, bias, self.cfg.logit_cap)
 
     def logits(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... V"]:
-        return logits_of(features, *self.unembedding())
+        return logits_of(self.transform(features), *self.unembedding())

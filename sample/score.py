@@ -39,7 +39,8 @@ def next_token_logprobs(module: nn.Module, params: Any, batch: dict[str, jax.Arr
 
     def run(bound: nn.Module) -> jax.Array:
         features, _ = bound(batch["tokens"], batch.get("positions"), batch.get("segments"))
-        return jnp.sum(token_logprobs(features, *bound.unembedding(), batch["targets"]) * batch["weights"], axis=1)
+        logprobs = token_logprobs(bound.transform(features), *bound.unembedding(), batch["targets"])
+        return jnp.sum(logprobs * batch["weights"], axis=1)
 
     return module.apply({"params": params}, method=run)
 
@@ -83,7 +84,8 @@ def pair_logprobs(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -
     def run(bound: nn.Module) -> jax.Array:
         names = ("tokens", "source", "positions", "segments", "source_positions", "source_segments")
         features = bound(*(batch[name] for name in names))
-        return jnp.sum(token_logprobs(features, *bound.unembedding(), batch["targets"]) * batch["weights"], axis=1)
+        logprobs = token_logprobs(bound.transform(features), *bound.unembedding(), batch["targets"])
+        return jnp.sum(logprobs * batch["weights"], axis=1)
 
     return module.apply({"params": params}, method=run)
 

@@ -30,7 +30,7 @@ class Bigram(nn.Module):
         return features
 
     def unembedding(self):
-        return self.variables["params"]["table"].T, None
+        return self.variables["params"]["table"].T, None, 0.0
 
     def logits(self, features):
         return features @ self.variables["params"]["table"]

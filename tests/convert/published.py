@@ -63,6 +63,7 @@ def tokenizer_for(family: str) -> tokenizers.Tokenizer:
         "albert": "bert",
         "nomic_bert": "bert",
         "eurobert": "modernbert",
+        "modernbert-decoder": "modernbert",
         "mpnet": "roberta",
         **dict.fromkeys(("bart", "mbart", "marian", "pegasus", "m2m_100"), "roberta"),
     }
@@ -110,13 +111,16 @@ SIZES["bert"] = {"hidden_size": 22, "num_attention_heads": 2, "num_hidden_layers
 SIZES["roberta"] = SIZES["bert"] | {"max_position_embeddings": 25}
 SIZES["bert"] |= {"max_position_embeddings": 23}
 SIZES["modernbert"] = SIZES["bert"] | {"hidden_size": 20, "num_hidden_layers": 4}
+SIZES["modernbert-decoder"] = SIZES["modernbert"] | {"local_attention": 6}
 SIZES |= {"xlm-roberta": SIZES["roberta"], "camembert": SIZES["roberta"]}
 SIZES["distilbert"] = {"dim": 22, "n_heads": 2, "n_layers": 3, "hidden_dim": 26, "max_position_embeddings": 23}
 SIZES["electra"] = SIZES["bert"] | {"embedding_size": 22}
 SIZES["openai-gpt"] = {k: v for k, v in SIZES["gpt2"].items() if k != "n_inner"}
 SIZES |= {"mistral": SIZES["llama"] | {"sliding_window": 7}, "qwen3": SIZES["llama"]}
 SIZES["phi3"] = {k: v for k, v in SIZES["llama"].items() if k != "head_dim"} | {"hidden_size": 24}
-SIZES |= dict.fromkeys(("qwen2", "smollm3", "gemma", "gemma3_text"), SIZES["llama"])
+SIZES |= dict.fromkeys(("qwen2", "smollm3", "gemma"), SIZES["llama"])
+SIZES["gemma2"] = SIZES["llama"] | {"sliding_window": 5, "query_pre_attn_scalar": 8}
+SIZES["gemma2"] |= {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.75}
 SIZES["gemma3_text"] = SIZES["llama"] | {"sliding_window": 5, "sliding_window_pattern": 2}
 SIZES["smollm3"] = SIZES["llama"] | {"no_rope_layer_interval": 2}
 SIZES |= dict.fromkeys(("olmo2", "starcoder2"), SIZES["phi3"])

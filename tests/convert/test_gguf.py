@@ -109,6 +109,10 @@ def test_what_llama_cpp_does_not_compute_is_refused(run_of, tiny, tmp_path):
     import_run(str(source), tmp_path / "gemma", "shakespeare", quiet)
     with pytest.raises(InputError, match="query_scale is 23, and comes back as 8"):
         export_run(tmp_path / "gemma", tmp_path / "x.gguf", quiet)
+    source = checkpoint("gemma2", tmp_path / "second", attn_logit_softcapping=None)
+    import_run(str(source), tmp_path / "gemma2", "shakespeare", quiet)
+    with pytest.raises(InputError, match=r"score_cap is 0\.0, and comes back as 50\.0"):
+        export_run(tmp_path / "gemma2", tmp_path / "x.gguf", quiet)
     assert not list(tmp_path.glob("*.gguf"))
     (tmp_path / "x.gguf").write_text("mine")
     with pytest.raises(InputError, match="exists already"):
@@ -116,7 +120,8 @@ def test_what_llama_cpp_does_not_compute_is_refused(run_of, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "type_"), [("llama", "float32"), ("llama", "q8_0"), ("gpt2", "float32"), ("gemma3", "float32")]
+    ("name", "type_"),
+    [("llama", "float32"), ("llama", "q8_0"), ("gpt2", "float32"), ("gemma3", "float32"), ("gemma2", "float32")],
 )
 def test_llama_cpp_writes_the_same_greedy_tokens(run_of, name, type_, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; it is built from source")

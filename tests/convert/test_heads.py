@@ -27,6 +27,8 @@ CASES = {  # those whose heads are another family's under another name are left 
     "electra": ("MultipleChoice",),
     "distilbert": ("SequenceClassification",),
     "modernbert": ("SequenceClassification", "TokenClassification"),
+    "modernbert-decoder": ("SequenceClassification",),
+    "gemma2": ("SequenceClassification", "TokenClassification"),
     "falcon": ("QuestionAnswering",),
     "eurobert": ("TokenClassification",),
     "nomic_bert": ("SequenceClassification",),

@@ -35,6 +35,7 @@ CASES = {  # name: family, objective, fields
         "causal",
         ROTARY
         | {"n_layers": 3, "norm_position": "both", "qk_norm": True, "query_scale": 7.0, "activation": "geglu_tanh"}
+        | {"score_cap": 0.5, "logit_cap": 9.0, "output_transform": True}
         | {"layer_pattern": ("nope", "global"), "qk_norm_over": "all", "qkv_bias": True},
     ),
     "neox": (
@@ -51,7 +52,8 @@ CASES = {  # name: family, objective, fields
     "albert": (
         "bert",
         "masked",
-        {"share_layers": True, "embed_width": 7, "n_layers": 3, "segment_types": 2, "activation": "relu2"},
+        {"share_layers": True, "embed_width": 7, "n_layers": 3, "segment_types": 2, "activation": "relu2"}
+        | {"logit_cap": 0.75, "score_cap": 0.5},
     ),
     "out": ("bert", "masked", {"norm_position": "out", "activation": "relu2"}),
     "hybrid": ("gpt", "hybrid", ROTARY | {"activation": "geglu", "rotary_scaling": YARN}),
@@ -63,7 +65,7 @@ CASES = {  # name: family, objective, fields
         ROTARY | {"norm_position": "pre", "first_norm": False, "n_layers": 2, "masked_transform": False},
     ),
     "pairs": ("seq2seq", "pairs", {"n_layers": 2, "norm_position": "post", "activation": "relu"}),
-    "spans": ("seq2seq", "spans", ROTARY | {"tie_embeddings": False}),
+    "spans": ("seq2seq", "spans", ROTARY | {"tie_embeddings": False, "output_transform": True, "output_bias": True}),
     "bart": (
         "seq2seq",
         "pairs",

@@ -77,6 +77,17 @@ CASES = {  # name: class, configuration
         | {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
         | {"sliding_window": 5, "query_pre_attn_scalar": 23},
     ),
+    "gemma3_text capped": ("Gemma3ForCausalLM", LLAMA | {"final_logit_softcapping": 0.75}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        LLAMA
+        | {"num_hidden_layers": 3, "sliding_window": 5, "query_pre_attn_scalar": 23}
+        | {"attn_logit_softcapping": 0.25, "final_logit_softcapping": 1.5},
+    ),
+    "gemma2 free": (
+        "Gemma2ForCausalLM",
+        LLAMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False},
+    ),
     "starcoder2": ("Starcoder2ForCausalLM", ONE | {"sliding_window": 5}),
     "gpt_neox": ("GPTNeoXForCausalLM", WIDE),
     "gpt_neox in turn": ("GPTNeoXForCausalLM", WIDE | {"use_parallel_residual": False}),
@@ -99,6 +110,15 @@ CASES |= {
     "mpnet": ("MPNetForMaskedLM", BERT | {"max_position_embeddings": 37}),
 }
 CASES |= {
+    "modernbert-decoder": (
+        "ModernBertDecoderForCausalLM",
+        BERT | {"hidden_size": 42, "num_hidden_layers": 5, "local_attention": 6, "max_position_embeddings": 37},
+    ),
+    "modernbert-decoder untied": (
+        "ModernBertDecoderForCausalLM",
+        BERT
+        | {"hidden_size": 42, "tie_word_embeddings": False, "decoder_bias": False, "layer_types": ["full_attention"] * 2},
+    ),
     "eurobert": ("EuroBertForMaskedLM", LLAMA),
     "eurobert tied": ("EuroBertForMaskedLM", LLAMA | {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
     "nomic_bert": (
@@ -140,6 +160,7 @@ CASES |= {
 }
 SPECIAL_IDS = {
     "modernbert": {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
+    "modernbert-decoder": {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
     "eurobert": {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4},
     "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
     "t5": {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
@@ -154,7 +175,7 @@ SPECIAL_IDS = {
     },
     **{
         name: {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-        for name in ("phi3", "qwen2", "olmo2", "smollm3", "gemma", "gemma3_text", "starcoder2", "opt")
+        for name in ("phi3", "qwen2", "olmo2", "smollm3", "gemma", "gemma2", "gemma3_text", "starcoder2", "opt")
     },
 }
 
@@ -324,7 +345,7 @@ def torch_loss(model, batch: dict[str, np.ndarray]):
     return mlm / b["weights"].sum() + nats(out.seq_relationship_logits, b["random_next"])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "gemma2", "modernbert-decoder"])
 def test_twenty_steps_of_adamw_have_pytorchs_losses(imported, name):
     """From the same weights on the same batches, dropout off: decay on the same parameters, clipping, bias correction."""
     source, home, _ = imported(name)
@@ -335,7 +356,7 @@ def test_twenty_steps_of_adamw_have_pytorchs_losses(imported, name):
     batches = [rows(family, seed, size) for seed in range(20)]
 
     model = getattr(transformers, CASES[name][0]).from_pretrained(source).float().eval()
-    plain = [p for n, p in model.named_parameters() if n.endswith("bias") or "ln_" in n or "LayerNorm" in n]
+    plain = [p for n, p in model.named_parameters() if n.endswith("bias") or "ln_" in n or "norm" in n.lower()]
     matrices = [p for p in model.parameters() if not any(p is q for q in plain)]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=ADAMW.learning_rate, betas=(ADAMW.b1, ADAMW.b2), eps=ADAMW.eps)

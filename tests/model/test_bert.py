@@ -256,7 +256,7 @@ def test_an_untied_output_layer_is_its_own(tiny, filled):
     assert "lm_head" not in filled(tied, tokens)
     for module in (tied, untied):
         params = filled(module, tokens)
-        table, bias = module.apply({"params": params}, method="unembedding")
+        table, bias, _ = module.apply({"params": params}, method="unembedding")
         owner = params["encoder"]["embed"]["token"] if module is tied else params["lm_head"]
         np.testing.assert_array_equal(table, owner["embedding"])
         np.testing.assert_array_equal(bias, params["mlm"]["bias"])

@@ -74,6 +74,17 @@ def test_tiles_drop_what_the_whole_drops(name):
     assert not np.allclose(outcome(attend_whole, MASKS[name], DROPOUT)[0], outcome(attend_whole, MASKS[name])[0])
 
 
+@pytest.mark.parametrize("name", ["packed causal window", "prefix", "cached"])
+def test_tiles_cap_what_the_whole_caps(name):
+    """The whole is held against the formula in test_layers.py."""
+    whole, kernel = (
+        functools.partial(f, cap=0.5) for f in (attend_whole, functools.partial(attend_blockwise, tile=(8, 16)))
+    )
+    same(outcome(kernel, MASKS[name]), outcome(whole, MASKS[name]))
+    for capped, plain in zip(*(jax.tree.leaves(outcome(f, MASKS[name])) for f in (whole, attend_whole)), strict=True):
+        assert np.abs(capped - plain).max() > 0.05
+
+
 def test_bfloat16_differs_by_its_rounding():
     found = outcome(functools.partial(attend_blockwise, tile=(8, 16)), CAUSAL, DROPOUT, jnp.bfloat16)
     assert found[0].dtype == jnp.bfloat16
@@ -162,11 +173,18 @@ def test_a_long_cache_is_read_as_far_as_it_is_filled_and_a_row_does_not_see_how_
         for i, (size, heads) in enumerate(((2, H), (3 * CACHE_TILE, G), (3 * CACHE_TILE, G)))
     )
     kernel = jax.jit(
-        lambda at, k, v: attend_cached(q, k, v, Mask.cached(at[:, None] + jnp.arange(2), k.shape[1]).windowed(window))
+        lambda at, k, v, cap=0.0: attend_cached(
+            q, k, v, Mask.cached(at[:, None] + jnp.arange(2), k.shape[1]).windowed(window), cap
+        ),
+        static_argnums=3,
     )
     at = jnp.array([3, CACHE_TILE - 1, CACHE_TILE + 70])
     mask = Mask.cached(at[:, None] + jnp.arange(2), k.shape[1]).windowed(window)
     same(kernel(at, k, v), attend_whole(q, k, v, mask))
+    same(kernel(at, k, v, 0.5), attend_whole(q, k, v, mask, cap=0.5))
+    assert blockwise.reads_cache_in_tiles(k, mask)
+    np.testing.assert_array_equal(jax.jit(functools.partial(attend, cap=0.5))(q, k, v, mask), kernel(at, k, v, 0.5))
+    assert np.abs(kernel(at, k, v, 0.5) - kernel(at, k, v)).max() > 0.05
     np.testing.assert_array_equal(kernel(at.at[2].set(5), k, v)[:2], kernel(at, k, v)[:2])
     # A tile that nobody has reached is not read: 0 times NaN would be NaN.
     assert jnp.isfinite(kernel(at, k, v.at[:, 2 * CACHE_TILE :].set(jnp.nan))).all()

@@ -25,6 +25,7 @@ CASES = {
     }
     | {"layer_pattern": ("global", "local"), "window": 4, "rotary_base_local": 50.0},
     "rotary_parallel": {"position_embedding": "rotary", "parallel": "one_norm", "rotary_width": 4, "query_scale": 3.0}
+    | {"score_cap": 0.5}
     | {"layer_pattern": ("nope", "global"), "qk_norm": True, "qk_norm_over": "all", "bias": False, "qkv_bias": True},
 }
 

@@ -50,6 +50,11 @@ from bothways.registry import make_module
         ({"position_embedding": "sinusoidal", "embed_width": 7}, [["sinusoidal", "even", "7"]]),
         ({"masked_transform": False, "embed_width": 7}, [["masked_transform=False", "embed_width=7"]]),
         ({"score_bias": "alibi", "attention": "splash"}, [["attention=splash", "score_bias=alibi"]]),
+        ({"score_cap": 5.0, "attention": "cudnn"}, [["attention=cudnn", "score_cap=5.0", "--model.attention auto"]]),
+        (
+            {"score_cap": -5.0, "logit_cap": -1.0, "query_scale": -2.0},
+            [["score_cap is -5.0"], ["logit_cap is -1.0"], ["query_scale is -2.0"]],
+        ),
         ({"layer_pattern": ()}, [["layer_pattern is empty"]]),
         ({"window": 8}, [["window=8", "global"]]),
         ({"layer_pattern": ("global", "local")}, [["window=0", "local"]]),
@@ -131,6 +136,9 @@ OTHER = {  # field: another value, and what else must hold for the field to matt
     "qk_norm": (True, {}),
     "qk_norm_over": ("all", {"qk_norm": True}),
     "query_scale": (7.0, {}),
+    "score_cap": (7.0, {}),
+    "logit_cap": (7.0, {}),
+    "output_transform": (True, {}),
     "window": (2, {}),
     "layer_pattern": (("global", "local"), {}),
     "segment_types": (2, {}),
@@ -176,12 +184,11 @@ def program(tiny):
                 features = bound(tokens, deterministic=False)
                 if not cfg.masked_head:
                     return jnp.sum(features)
-                features = bound.transform(features)
             elif family == "seq2seq":
                 features = bound(tokens, tokens, deterministic=False)
             else:
                 features, _ = bound(tokens, deterministic=False)
-            return cross_entropy(features, *bound.unembedding(), tokens, jnp.ones(tokens.shape)).nats
+            return cross_entropy(bound.transform(features), *bound.unembedding(), tokens, jnp.ones(tokens.shape)).nats
 
         def run(key, tokens):
             rngs = {"params": key, "dropout": key}

@@ -1,6 +1,7 @@
 """Every kernel computes what the drawn mask says, for every mask that it claims; interpreted where its device is not."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from bothways import sharding
 from bothways.config import MeshConfig
-from bothways.model import kernels
+from bothways.model import attention, kernels
 from bothways.model.attention import attend, attend_whole
 from bothways.model.axes import activation_shardings, constrain_activation
 from bothways.model.mask import Mask
@@ -76,6 +77,13 @@ def test_blocks_of_queries_equal_the_reference(name):
     same(outcome(attend, mask, 24), outcome(attend_whole, mask, 24))
 
 
+@pytest.mark.parametrize("scores", [2**24, 0])
+def test_a_cap_reaches_blocks_of_queries_and_tiles(scores, monkeypatch):
+    monkeypatch.setattr(attention, "SCORES", scores)
+    capped = functools.partial(attend_whole, cap=0.5)
+    same(outcome(functools.partial(attend, cap=0.5), CAUSAL, 24), outcome(capped, CAUSAL, 24))
+
+
 @pytest.mark.parametrize("at_positions", [128, 131, 250, 255])
 @pytest.mark.parametrize(("causal", "window"), [(True, 0), (True, 50), (True, 1), (False, 50), (False, 200)])
 def test_blocks_leave_out_what_is_hidden_and_nothing_else(causal, window, at_positions):
@@ -98,6 +106,20 @@ def test_splash_equals_the_reference(name):
     q, k, v, _ = inputs(mask)
     assert kernels.choose("splash", q, k, v, mask) == "splash"
     same(outcome(kernels.splash, mask, 24), outcome(attend_whole, mask, 24))
+
+
+@pytest.mark.parametrize("name", ["packed causal window", "bidirectional"])
+def test_splash_caps_scores_and_no_other_kernel_is_chosen_for_that(name, monkeypatch):
+    mask, capped = MASKS[name], functools.partial(attend_whole, cap=0.5)
+    same(outcome(functools.partial(kernels.splash, cap=0.5), mask, 24), outcome(capped, mask, 24))
+    assert np.abs(outcome(capped, mask, 24)[0] - outcome(attend_whole, mask, 24)[0]).max() > 0.05
+    q, k, v, _ = inputs(mask, jnp.bfloat16)
+    for device, kernel in (("tpu", "splash"), ("gpu", "xla")):
+        monkeypatch.setattr(kernels, "platform", lambda device=device: device)
+        assert kernels.choose("auto", q, k, v, mask, cap=0.5) == kernel
+    k = v = q  # heads that the kernel of short rows knows
+    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
+    assert [kernels.choose("auto", q, k, v, BOTH, cap=cap) for cap in (0.0, 0.5)] == ["short", "splash"]
 
 
 @pytest.mark.parametrize("name", ["packed causal window", "bidirectional"])

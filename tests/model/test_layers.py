@@ -228,17 +228,19 @@ def test_sinusoid_is_the_formula_of_the_paper():
     np.testing.assert_allclose(sinusoid(jnp.asarray(positions), 14), wanted, atol=1e-5)
 
 
-def test_attention_is_the_formula_with_grouped_heads():
-    """Head h of 6 reads key-value head h // 3 of 2; softmax(q k / sqrt(K)) over the keys that the mask lets through."""
+@pytest.mark.parametrize("cap", [0.0, 0.5])
+def test_attention_is_the_formula_with_grouped_heads(cap):
+    """Head h of 6 reads key-value head h // 3 of 2; softmax(q k / sqrt(K)) over the keys that the mask lets through, of
+    scores that are capped as cap tanh(score / cap)."""
     q, k, v = normal(2, 4, 6, 5), normal(2, 7, 2, 5), normal(2, 7, 2, 5)
     mask = Mask.cached(jnp.array([[0, 1, 2, 3], [3, 4, 5, 6]]), size=7).windowed(4)
     visible = np.asarray(mask.materialize())
     wanted = np.zeros((2, 4, 6, 5))
     for b, t, h in np.ndindex(2, 4, 6):
         scores = k[b, :, h // 3] @ q[b, t, h] / math.sqrt(5)
-        exp = np.exp(scores) * visible[b, t]
+        exp = np.exp(cap * np.tanh(scores / cap) if cap else scores) * visible[b, t]
         wanted[b, t, h] = exp / exp.sum() @ v[b, :, h // 3]
-    np.testing.assert_allclose(jax.jit(attend)(q, k, v, mask), wanted, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(functools.partial(attend, cap=cap))(q, k, v, mask), wanted, atol=1e-5)
 
 
 def test_attention_of_one_array_on_itself():

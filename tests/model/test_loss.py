@@ -6,30 +6,31 @@ import numpy as np
 import pytest
 
 from bothways.model import loss as model_loss
-from bothways.model.loss import cross_entropy
+from bothways.model.loss import cross_entropy, token_logprobs
 
 B, T, D, V = 3, 12, 7, 53
 RNG = np.random.default_rng(0)
 FEATURES = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
 TABLE = jnp.asarray(RNG.normal(size=(V, D)), jnp.float32)
 BIAS = jnp.asarray(RNG.normal(size=(V,)), jnp.float32)
-TARGETS = jnp.asarray(RNG.integers(0, V, (B, T)))
+TARGETS = jnp.asarray(RNG.choice(np.delete(np.arange(V), 5), (B, T)))
 WEIGHTS = jnp.asarray(RNG.choice([0.0, 0.5, 1.0, 3.0], (B, T)), jnp.float32)
 
 
-def naive(features, table, bias, smoothing=0.0, weights=WEIGHTS):
+def naive(features, table, bias, smoothing=0.0, cap=0.0):
     """-sum of weight * (smoothed target distribution . log softmax)."""
-    logits = features @ table.T + bias
+    logits = features @ table.T
+    logits = (cap * jnp.tanh(logits / cap) if cap else logits) + bias
     target = (1 - smoothing) * jax.nn.one_hot(TARGETS, V) + smoothing / V
-    return -jnp.sum(weights[..., None] * target * jax.nn.log_softmax(logits))
+    return -jnp.sum(WEIGHTS[..., None] * target * jax.nn.log_softmax(logits))
 
 
-def pieced(features, table, bias, smoothing=0.0, max_logits=None):
-    return cross_entropy(features, table, bias, TARGETS, WEIGHTS, smoothing, max_logits).nats
+def pieced(features, table, bias, cap=0.0, smoothing=0.0, max_logits=None):
+    return cross_entropy(features, table, bias, cap, TARGETS, WEIGHTS, smoothing, max_logits).nats
 
 
 # Times 3: what comes after the loss must reach every gradient.
-naive_gradients = jax.jit(jax.value_and_grad(lambda *a: 3 * naive(*a), argnums=(0, 1, 2)))
+naive_gradients = jax.jit(jax.value_and_grad(lambda *a: 3 * naive(*a), argnums=(0, 1, 2)), static_argnums=4)
 
 
 def gradients(*arguments, **options):
@@ -52,6 +53,24 @@ def test_value_and_gradients_are_those_of_the_naive_formula(max_logits, smoothin
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
     for g, w in zip(got_gradients, wanted_gradients, strict=bias is not None):
         np.testing.assert_allclose(g, w, atol=1e-4)
+
+
+@pytest.mark.parametrize("cap", [0.7, 3.0])
+@pytest.mark.parametrize(("max_logits", "smoothing", "bias"), [(None, 0.2, None), (B * 3 * V, 0.0, BIAS)])
+def test_capped_scores_have_the_value_and_gradients_of_the_naive_formula(max_logits, smoothing, bias, cap):
+    """A bias that hides what fills up the table is beyond any cap."""
+    bias = bias if bias is None else bias.at[5].set(-1e30)
+    got, got_gradients = gradients(FEATURES, TABLE, bias, cap=cap, smoothing=smoothing, max_logits=max_logits)
+    arguments = FEATURES, TABLE, jnp.zeros(V) if bias is None else bias
+    wanted, wanted_gradients = naive_gradients(*arguments, smoothing, cap)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    for g, w in zip(got_gradients, wanted_gradients, strict=bias is not None):
+        np.testing.assert_allclose(g, w, atol=1e-4)
+    assert abs(wanted - naive_gradients(*arguments, smoothing, 0.0)[0]) > 1
+    logits = cap * jnp.tanh(FEATURES @ TABLE.T / cap) + (0 if bias is None else bias)
+    logprobs = token_logprobs(FEATURES, TABLE, bias, cap, TARGETS, B * 4 * V)
+    exact = jnp.take_along_axis(jax.nn.log_softmax(logits), TARGETS[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(logprobs, exact, rtol=1e-5)
 
 
 def test_the_loss_without_a_gradient_is_the_same():
@@ -94,7 +113,7 @@ def test_correct_counts_the_weight_of_right_predictions(max_logits):
     best = jnp.argmax(FEATURES @ TABLE.T + BIAS, axis=-1)
     right = TARGETS % 2 == 0
     targets = jnp.where(right, best, (best + 1) % V)
-    got = jax.jit(lambda: cross_entropy(FEATURES, TABLE, BIAS, targets, WEIGHTS, max_logits=max_logits))()
+    got = jax.jit(lambda: cross_entropy(FEATURES, TABLE, BIAS, 0.0, targets, WEIGHTS, max_logits=max_logits))()
     assert got.correct == jnp.sum(WEIGHTS * right)
 
 

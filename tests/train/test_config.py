@@ -124,6 +124,13 @@ def test_next_sentences_are_asked_of_masked_rows_only(tiny_recipe):
         asked.check(1)
 
 
+def test_a_bert_has_its_own_transform_before_the_output_layer(tiny_recipe):
+    model = dataclasses.replace(tiny_recipe.model, output_transform=True)
+    asked = dataclasses.replace(tiny_recipe, family="bert", model=model, objective=ObjectiveConfig("masked"))
+    with pytest.raises(InputError, match=r"model\.masked_transform: leave model\.output_transform out"):
+        asked.check(1)
+
+
 @pytest.mark.parametrize("kind", ["masked", "hybrid", "spans"])
 def test_a_tokenizer_without_a_mask_hides_nothing(kind):
     vocabulary = dataclasses.replace(made_up_vocabulary(101), mask=None)

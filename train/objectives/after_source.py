@@ -31,6 +31,7 @@ def after_source(cfg: ObjectiveConfig, setting: Setting) -> Objective:
         names = ("tokens", "source", "positions", "segments", "source_positions", "source_segments")
         features = module(*(batch[name] for name in names), deterministic)
         smoothing = 0.0 if deterministic else cfg.label_smoothing
-        return {"nll": cross_entropy(features, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
+        args = (module.transform(features), *module.unembedding(), batch["targets"], batch["weights"])
+        return {"nll": cross_entropy(*args, smoothing)}
 
     return Objective(source, weights, terms)

@@ -28,6 +28,7 @@ def causal(cfg: ObjectiveConfig, setting: Setting) -> Objective:
         segments = batch["segments"] if setting.separate else None
         features, _ = module(batch["tokens"], batch["positions"], segments, deterministic=deterministic)
         smoothing = 0.0 if deterministic else cfg.label_smoothing
-        return {"nll": cross_entropy(features, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
+        args = (module.transform(features), *module.unembedding(), batch["targets"], batch["weights"])
+        return {"nll": cross_entropy(*args, smoothing)}
 
     return Objective(source, weights, terms)

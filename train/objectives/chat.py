@@ -26,6 +26,7 @@ def chat(cfg: ObjectiveConfig, setting: Setting) -> Objective:
     def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
         features, _ = module(batch["tokens"], batch["positions"], batch["segments"], deterministic=deterministic)
         smoothing = 0.0 if deterministic else cfg.label_smoothing
-        return {"nll": cross_entropy(features, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
+        args = (module.transform(features), *module.unembedding(), batch["targets"], batch["weights"])
+        return {"nll": cross_entropy(*args, smoothing)}
 
     return Objective(source, weights, terms)

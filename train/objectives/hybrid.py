@@ -33,6 +33,7 @@ def hybrid(cfg: ObjectiveConfig, setting: Setting) -> Objective:
         inputs = (batch[k] for k in ("tokens", "positions", "segments", "prefix"))
         features, _ = module(*inputs, deterministic=deterministic)
         smoothing = 0.0 if deterministic else cfg.label_smoothing
-        return {"hybrid": cross_entropy(features, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
+        args = (module.transform(features), *module.unembedding(), batch["targets"], batch["weights"])
+        return {"hybrid": cross_entropy(*args, smoothing)}
 
     return Objective(source, weights, terms)

@@ -25,7 +25,8 @@ def task_objective(kind: str, lm_weight: float = 0.0) -> Objective:
         sums = {"task": task_loss(kind, module.read(features, segments, deterministic), batch)}
         if lm_weight:
             seen = (segments[:, 1:] > 0).astype(jnp.float32)
-            lm = cross_entropy(features[:, :-1], *module.body.unembedding(), tokens[:, 1:], seen)
+            before = module.body.transform(features[:, :-1])
+            lm = cross_entropy(before, *module.body.unembedding(), tokens[:, 1:], seen)
             sums["lm"] = TokenLoss(lm_weight * lm.nats, lm.correct)
         return sums
 
