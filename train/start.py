@@ -16,7 +16,7 @@ from bothways.log import log
 from bothways.recipes import Recipe
 from bothways.registry import predicts
 
-HEADS = ("masked_head", "masked_transform", "output_transform", "next_sentence", "pooler")
+HEADS = ("masked_head", "masked_transform", "output_transform", "output_bias", "next_sentence", "pooler")
 SAME_BODY = {"gpt": "decoder", "bert": "encoder"}
 """Families whose bodies are the same stack under another mask, and where it lies among their parameters."""
 IGNORED_FIELDS = (

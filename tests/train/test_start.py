@@ -88,6 +88,17 @@ def test_a_bert_becomes_a_diffusion_model_of_whole_rows(homes, capsys, family, m
     assert "new" not in said
 
 
+def test_a_decoders_transform_becomes_that_of_the_masked_head(tiny, tmp_path, capsys):
+    """As ModernBERT's decoder has it; both biases of scores are 0 at first."""
+    was = body("gpt", tiny, output_transform=True, output_bias=True)
+    write(was, tmp_path / "gpt")
+    plain, masked = {"output_transform": False, "output_bias": False}, ObjectiveConfig(kind="masked")
+    _, params, said = started((tmp_path, {"gpt": was}), "gpt", "bert", masked, capsys, **plain)
+    for name in ("dense", "norm"):
+        jax.tree.map(np.testing.assert_array_equal, params["mlm"][name], was.params["mlm"][name])
+    assert "new and random: mlm; left behind: lm_head;" in said
+
+
 def test_another_stack_is_refused(homes, capsys):
     with pytest.raises(InputError, match="model.qk_norm is True, and there False"):
         started(homes, "gpt", "bert", ObjectiveConfig(kind="masked"), capsys, qk_norm=True)
