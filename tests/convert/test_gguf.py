@@ -84,6 +84,18 @@ def test_llama_3s_scaling_is_found_in_its_factors(tmp_path):
         gguf_file._llama3_of(factors[::-1].copy(), {"rope_theta": 500_000.0}, tmp_path)
 
 
+def test_gemma_2s_scale_of_scores_is_the_one_of_its_size():
+    """Which no file says; the 27B's is not the width of its heads."""
+    sizes = {  # layers, D, heads, K: query_pre_attn_scalar
+        (26, 2304, 8, 256): 256,
+        (46, 4608, 32, 128): 144,
+    }
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")
+    for size, scale in sizes.items():
+        said = ARCHITECTURES["gemma2"].means(dict(zip(names, size, strict=True)))
+        assert said == {"query_pre_attn_scalar": scale}
+
+
 def test_a_sentencepiece_vocabulary_keeps_its_tokens(tiny, tmp_path):
     """Trained here, with byte fallback; it comes back as a published vocabulary that cuts every text alike."""
     tokenizer = train_tokenizer([made_up_text(60)], "bpe", 331)
