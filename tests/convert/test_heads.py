@@ -10,10 +10,10 @@ import tokenizers
 
 import bothways
 from bothways.convert.families import FAMILIES
-from bothways.convert.heads import KINDS
+from bothways.convert.heads import KINDS, differences
 from bothways.convert.run import export_run, import_run
 from bothways.errors import InputError
-from bothways.rundir import load_run
+from bothways.rundir import TaskInfo, load_run
 from tests.convert.published import SIZES, quiet, save_tokenizer, shuffled
 
 torch = pytest.importorskip("torch", reason="the extra `parity` (torch, transformers) is not installed")
@@ -137,6 +137,17 @@ def test_what_a_head_does_not_read_stays_behind_and_what_is_no_single_label_is_r
     import_run(str(source), tmp_path / "run", "shakespeare", quiet)
     assert not load_run(tmp_path / "run", quiet).recipe.model.pooler
     assert dataclasses.asdict(load_run(tmp_path / "run", quiet).task)["wrap"] == "vocabulary"
+
+
+def test_what_only_scores_of_tokens_have_keeps_no_head_from_a_family():
+    """A fine-tuned Llama with a cap and a transform before its output layer is a Llama with a head."""
+    sizes = {"vocab_size": 307} | SIZES["llama"]
+    model = FAMILIES["llama"].config(sizes, ["model."])
+    model = dataclasses.replace(model, output_transform=True, output_bias=True, logit_cap=3.0, tie_embeddings=False)
+    task = TaskInfo("made up", "classify", tuple(LABELS), 11, (), "token")
+    assert differences(FAMILIES["llama"], task, model, np.zeros(3), ends_in_pad=False) == []
+    capped = dataclasses.replace(model, score_cap=3.0)
+    assert differences(FAMILIES["llama"], task, capped, np.zeros(3), False) == ["score_cap=0.0, not 3.0"]
 
 
 def test_a_head_of_several_labels_comes_in_predicts_and_goes_out(tmp_path):
