@@ -64,9 +64,11 @@ class Seq2Seq(nn.Module):
         """Features [B, T, D] of more target tokens, and the cache with them."""
         return self.decoder(tokens, cache=cache)
 
-    def encode(self, source: Int[jax.Array, "B S"], segments: Int[jax.Array, "B S"]) -> Float[jax.Array, "B S D"]:
+    def encode(
+        self, source: Int[jax.Array, "B S"], positions: Int[jax.Array, "B S"], segments: Int[jax.Array, "B S"]
+    ) -> Float[jax.Array, "B S D"]:
         """The encoder's features alone."""
-        return self.encoder(source, segments=segments)
+        return self.encoder(source, positions, segments)
 
     def transform(self, features: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
         """As GPT.transform."""

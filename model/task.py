@@ -26,13 +26,20 @@ def mean_over(features: Float[jax.Array, "B T D"], segments: Int[jax.Array, "B T
 
 
 def text_vectors(
-    features: Float[jax.Array, "B T D"], segments: Int[jax.Array, "B T"], pool: Literal["mean", "cls", "last"]
-) -> Float[jax.Array, "B D"]:
-    """One vector per row: features of the first token (cls) or the last, or the mean over the row."""
-    if pool == "last":
-        last = jnp.sum(segments > 0, axis=1) - 1
-        return jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
-    return features[:, 0] if pool == "cls" else mean_over(features, segments)
+    features: Float[jax.Array, "B T D"],
+    segments: Int[jax.Array, "B T"],
+    pool: Literal["mean", "cls", "last"],
+    texts: int = 1,
+) -> Float[jax.Array, "B N D"]:
+    """A vector for each text of a row, segments 1 to N = `texts`: features of its first token (cls) or its last, or the mean
+    over it. Of a segment that is not there it means nothing."""
+    mine = segments[:, None, :] == jnp.arange(1, texts + 1)[:, None]
+    if pool == "mean":
+        count = jnp.maximum(jnp.sum(mine, axis=-1, keepdims=True), 1)
+        return jnp.einsum("bnt,btd->bnd", mine.astype(features.dtype), features, precision="highest") / count
+    T = features.shape[1]
+    at = jnp.argmax(mine, axis=-1) if pool == "cls" else T - 1 - jnp.argmax(mine[..., ::-1], axis=-1)
+    return jnp.take_along_axis(features, at[..., None], axis=1)
 
 
 class TaskHead(nn.Module):

@@ -1,10 +1,13 @@
 """Items of about the same length together, as many as memory allows: the one way that inference makes batches."""
 
-from collections.abc import Callable, Iterable, Iterator
+import collections
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
+
 from bothways.model.config import TransformerConfig
-from bothways.sample.decode import bucket
+from bothways.sample.decode import bucket, close_bucket
 
 T = TypeVar("T")
 
@@ -88,6 +91,51 @@ def batched(
             yield from sorted_out()
             held, size = [], 0
     yield from sorted_out()
+
+
+def packed(lengths: Sequence[int], width: int, most: int) -> list[list[int]]:
+    """Rows of at most `width` tokens and `most` items, by the items' numbers: into each the longest that is left, then always
+    the longest that still fits. What is longer than half of `width` has a row of its own.
+
+    >>> packed([3, 9, 5, 5, 1], 10, 3)
+    [[1], [2, 3], [0, 4]]
+    """
+    left: dict[int, list[int]] = collections.defaultdict(list)
+    rows = []
+    for i, n in enumerate(lengths):
+        if 2 * n > width:
+            rows.append([i])
+        else:
+            left[n].append(i)
+    for same in left.values():
+        same.reverse()
+    while left:
+        row, room = [], width
+        while len(row) < most and (fitting := [n for n in left if n <= room]):
+            n = max(fitting)
+            row.append(left[n].pop())
+            room -= n
+            if not left[n]:
+                del left[n]
+        rows.append(row)
+    return rows
+
+
+def laid_out(
+    rows: Sequence[Sequence[Sequence[int]]], longest: int, pad: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of items beside each other as tokens, positions and segments [B, T], both dimensions in their buckets, T at most
+    `longest`. Positions restart with every item; segments are 1, 2, ... and 0 where nothing is."""
+    T = min(close_bucket(max(sum(map(len, row)) for row in rows)), longest)
+    tokens, positions, segments = np.zeros((3, bucket(len(rows), 1), T), np.int32)
+    tokens[:] = pad
+    for i, row in enumerate(rows):
+        begin = 0
+        for number, item in enumerate(row, 1):
+            here = slice(begin, begin + len(item))
+            tokens[i, here], positions[i, here], segments[i, here] = item, np.arange(len(item)), number
+            begin += len(item)
+    return tokens, positions, segments
 
 
 def growing(items: Iterable[T], first: int = FIRST_TEXTS, most: int = MOST_TEXTS) -> Iterator[list[T]]:

@@ -16,21 +16,26 @@ from bothways.errors import InputError
 from bothways.model.seq2seq import Seq2Seq
 from bothways.model.task import text_vectors
 from bothways.rundir import Run
-from bothways.sample.batching import batched, rows_that_fit
-from bothways.sample.decode import padded
+from bothways.sample.batching import batched, laid_out, packed, rows_that_fit
 
 AHEAD = 2
 """Batches that are on their way to the device while one is computed."""
+SHARED = 64
+"""Short texts share rows of so many tokens: few shapes are compiled for them, and little of a row is padding."""
+SHARING = 16
+"""Most texts in such a row."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def pooled(module: nn.Module, params: Any, tokens: jax.Array, segments: jax.Array, pool: str) -> jax.Array:
-    """[B, D] one vector per row: features of the first token or the last, or the mean over the row; the encoder's, where there
-    is one."""
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def pooled(
+    module: nn.Module, params: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array, pool: str
+) -> jax.Array:
+    """[B, N, D] a vector for each segment of a row, in rows of at most SHARED tokens N = SHARING, else 1: features of its first
+    token or its last, or the mean over it; the encoder's, where there is one."""
     method = "encode" if isinstance(module, Seq2Seq) else None
-    features = module.apply({"params": params}, tokens, segments=segments, method=method)
+    features = module.apply({"params": params}, tokens, positions=positions, segments=segments, method=method)
     features = (features[0] if isinstance(features, tuple) else features).astype(jnp.float32)
-    return text_vectors(features, segments, pool)
+    return text_vectors(features, segments, pool, SHARING if tokens.shape[1] <= SHARED else 1)
 
 
 def prompted(info: EmbeddingInfo, texts: Sequence[str], prompt: str) -> list[str]:
@@ -68,15 +73,18 @@ def vectors(run: Run, texts: Sequence[str], rows: Sequence[list[int]], pool: str
         if len(row) > context:
             raise InputError(f"{len(row)} tokens, and the context is {context}: {text[:60]!r}...; shorten it")
     found = np.zeros((len(rows), run.recipe.model.d_model), np.float32)
-    computed: collections.deque[tuple[list[int], jax.Array]] = collections.deque()
+    computed: collections.deque[tuple[list[list[int]], jax.Array]] = collections.deque()
 
     def fetch() -> None:
-        chosen, of = computed.popleft()
-        found[chosen] = np.asarray(of)[: len(chosen)]
+        batch, of = computed.popleft()
+        for texts, vectors in zip(batch, np.asarray(of), strict=False):  # behind them rows that fill the batch
+            found[texts] = vectors[: len(texts)]
 
-    for chosen in batched(range(len(rows)), lambda i: (len(rows[i]),), rows_that_fit(run.recipe.model)):
-        tokens, segments = padded([rows[i] for i in chosen], context, run.tokenizer.pad)
-        computed.append((chosen, pooled(run.module, run.params, tokens, segments, pool)))
+    lengths = [len(row) for row in rows]
+    groups = packed(lengths, min(SHARED, context), SHARING)
+    for batch in batched(groups, lambda texts: (sum(lengths[i] for i in texts),), rows_that_fit(run.recipe.model)):
+        laid = laid_out([[rows[i] for i in texts] for texts in batch], context, run.tokenizer.pad)
+        computed.append((batch, pooled(run.module, run.params, *laid, pool)))
         if len(computed) > AHEAD:  # the next batches are made ready while these are computed
             fetch()
     while computed:

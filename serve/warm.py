@@ -43,4 +43,4 @@ def _warm_embedding(run: Served, loaded: Loaded) -> None:
     for length in sorted({min(close_bucket(n), context) for n in range(1, context + 1)}):
         for rows in {1, fitting(length)}:
             tokens = np.zeros((rows, length), np.int32)
-            pooled(loaded.model.run.module, loaded.model.run.params, tokens, np.ones_like(tokens), "mean")
+            pooled(loaded.model.run.module, loaded.model.run.params, tokens, tokens, np.ones_like(tokens), "mean")

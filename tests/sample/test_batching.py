@@ -30,6 +30,21 @@ def test_every_item_once_within_the_budget(lengths, budget, ahead):
     assert sorted(got) == list(enumerate(lengths))
 
 
+@given(st.lists(st.integers(1, 61), max_size=97), st.integers(1, 31), st.integers(1, 7))
+def test_shared_rows_hold_every_item_once_and_no_more_than_fits(lengths, width, most):
+    rows = batching.packed(lengths, width, most)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    for row in rows:
+        assert len(row) == 1 or (sum(lengths[i] for i in row) <= width and len(row) <= most)
+    tokens, positions, segments = batching.laid_out([[[i] * lengths[i] for i in row] for row in rows] or [[[1]]], 61, -1)
+    for i, row in enumerate(rows):
+        for number, item in enumerate(row, 1):
+            here = segments[i] == number
+            assert set(tokens[i][here]) == {item}
+            assert positions[i][here].tolist() == list(range(lengths[item]))
+        assert (tokens[i][segments[i] == 0] == -1).all()
+
+
 def test_rows_follow_from_memory(tiny):
     """Half the memory never allows more rows, and a longer row never more than a shorter one."""
     for memory in (2**12, 2**20, 2**23):

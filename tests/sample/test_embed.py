@@ -1,0 +1,49 @@
+"""Vectors of texts that share rows are those of each text alone, of every family and pool."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from bothways.registry import make_module, tiny_inputs
+from bothways.sample import embed
+
+LENGTHS = (3, 1, 7, 2, 11, 5, 23, 2, 3, 1, 13, 37, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("gpt", {"position_embedding": "rotary"}),
+        ("bert", {"position_embedding": "learned", "segment_types": 2}),
+        ("seq2seq", {"score_bias": "relative", "position_embedding": "none"}),
+    ],
+)
+def test_texts_that_share_rows_see_nothing_of_each_other(family, fields, tiny_with):
+    cfg = tiny_with(context_length=48, vocab_size=97, **fields)
+    module = make_module(family, cfg)
+    params = jax.jit(lambda: module.init(jax.random.key(3), **tiny_inputs(family))["params"])()
+    run = types.SimpleNamespace(
+        module=module,
+        params=params,
+        recipe=types.SimpleNamespace(model=cfg),
+        tokenizer=types.SimpleNamespace(pad=0),
+    )
+    rng = np.random.default_rng(5)
+    rows = [rng.integers(5, 97, n).tolist() for n in LENGTHS]
+    method = "encode" if family == "seq2seq" else None
+
+    def alone(row: list[int]) -> np.ndarray:
+        """Features [T, D]."""
+        tokens = np.array([row])
+        places = {"positions": np.arange(len(row))[None], "segments": np.ones_like(tokens)}
+        found = module.apply({"params": params}, tokens, **places, method=method)
+        return np.asarray(found[0] if isinstance(found, tuple) else found)[0]
+
+    features = [alone(row) for row in rows]
+    shared = {len(group) for group in embed.packed(LENGTHS, min(embed.SHARED, cfg.context_length), embed.SHARING)}
+    assert max(shared) > 3
+    for pool, wanted in (("mean", lambda x: x.mean(axis=0)), ("cls", lambda x: x[0]), ("last", lambda x: x[-1])):
+        found = embed.vectors(run, [""] * len(rows), rows, pool)
+        np.testing.assert_allclose(found, [wanted(x) for x in features], rtol=1e-4, atol=1e-5)
