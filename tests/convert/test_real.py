@@ -1,5 +1,6 @@
 """Published weights that come as packages: what they are known to do, they do here."""
 
+import filecmp
 import importlib.util
 import json
 from pathlib import Path
@@ -43,12 +44,17 @@ def test_minilm_embeds_as_its_reference_and_knows_a_paraphrase(tmp_path, capfd):
     for home in (source, tmp_path / "out"):
         wanted = SentenceTransformer(str(home), device="cpu").encode(SENTENCES)
         np.testing.assert_allclose(vectors, wanted, atol=2e-6)
-    import_run(str(tmp_path / "out"), tmp_path / "again", "shakespeare", print)
-    export_run(tmp_path / "again", tmp_path / "same", print)
-    files = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file())
-    assert files == sorted(p.relative_to(tmp_path / "same") for p in (tmp_path / "same").rglob("*") if p.is_file())
+    goes_in_again_and_out_the_same(tmp_path)
+
+
+def goes_in_again_and_out_the_same(home: Path, dtype: str = "float32") -> None:
+    """What was exported to `out` becomes a run, and leaves with the same bytes in the same files."""
+    import_run(str(home / "out"), home / "again", "shakespeare", print, dtype)
+    export_run(home / "again", home / "same", print)
+    files = sorted(p.relative_to(home / "out") for p in (home / "out").rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(home / "same") for p in (home / "same").rglob("*") if p.is_file())
     for file in files:
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "same" / file).read_bytes(), file
+        assert filecmp.cmp(home / "out" / file, home / "same" / file, shallow=False), file
 
 
 def test_gemma_3_knows_its_capitals(tmp_path, monkeypatch):
@@ -65,6 +71,9 @@ def test_gemma_3_knows_its_capitals(tmp_path, monkeypatch):
     shown = f"Paris is the capital of France. Rome is the capital of Italy. {bare}"
     written = [model.sample([prompt], greedy=True, max_tokens=4)[0].text for prompt in (bare, shown)]
     assert written == [" the capital of the", " Paris. The capital"]
+    del model
+    export_run(tmp_path / "run", tmp_path / "out", print)
+    goes_in_again_and_out_the_same(tmp_path, "bfloat16")
 
 
 REFERENCE = {  # place in the fixed text: {token: logit}, as transformers 5.23 has them from the same file
@@ -91,3 +100,6 @@ def test_smollm2_knows_its_capitals_and_prefers_a_sentence_to_its_shuffle(tmp_pa
     texts = ["The old man walked slowly along the beach.", "beach the slowly man The along old walked."]
     real, shuffled = (score.logprob for score in model.score(texts))
     assert real > shuffled + 15
+    del model
+    export_run(tmp_path / "run", tmp_path / "out", print)
+    goes_in_again_and_out_the_same(tmp_path)
