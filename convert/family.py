@@ -22,6 +22,32 @@ OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}
 """Norms' parameters as BERT's first checkpoints call them."""
 
 
+OBJECTS = ("rope_parameters", "rope_scaling")
+"""Keys of config.json that hold an object, or null."""
+SAID = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
+
+
+def check_types(theirs: Config, fields: dict[str, str]) -> None:
+    """Whether values are of the JSON types that they must be.
+
+    Args:
+      fields: a key of config.json -> our field that takes its value.
+
+    Raises:
+      InputError: one is not; says which, what it is, and what it must be.
+    """
+    types = {f.name: type(f.default) for f in dataclasses.fields(TransformerConfig)}
+    wanted = {key: types[ours] for key, ours in fields.items() if types[ours] in SAID} | dict.fromkeys(OBJECTS, dict)
+    for key, want in wanted.items():
+        value = theirs.get(key)
+        # JSON's true is an int to Python, and 10000 is a float's value too.
+        fits = isinstance(value, (int, float) if want is float else want) and (
+            want is bool or not isinstance(value, bool)
+        )
+        if value is not None and not fits:
+            raise InputError(f"config.json: {key} is {value!r}; it must be {SAID[want]}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Head:
     """A task head as a family publishes it (convert/heads.py).
@@ -121,6 +147,7 @@ class Family:
                 raise InputError(
                     f"config.json: {key} is {theirs[key]!r}; a {self.name} with that is not supported, only {want!r}"
                 )
+        check_types(theirs, {key: ours for key, (ours, _) in self.values.items()})
         fields: Config = dict(self.constants)
         for key, (ours, default) in self.values.items():
             value = theirs.get(key)

@@ -253,6 +253,12 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, capfd):
         ({"vocab_size": 290}, "307 tokens, and its config.json says vocab_size=290"),
         ({"vocab_size": 4000}, "307 tokens, and its config.json says vocab_size=4000"),
         ({"n_head": 4}, "d_model=22 is not divisible by model.n_heads=4"),
+        ({"n_head": "2"}, "n_head is '2'; it must be a whole number"),
+        ({"n_layer": 2.5}, "n_layer is 2.5; it must be a whole number"),
+        ({"n_embd": [22]}, "n_embd is [22]; it must be a whole number"),
+        ({"n_positions": True}, "n_positions is True; it must be a whole number"),
+        ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small'; it must be a number"),
+        ({"rope_parameters": [1]}, "rope_parameters is [1]; it must be an object"),
     ):
         (source / "config.json").write_text(json.dumps(config | values))
         refused(source, tmp_path / "run", capfd, part)
