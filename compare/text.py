@@ -9,7 +9,7 @@ import numpy as np
 
 from bothways.compare.core import ExperimentRunner, asked
 from bothways.data import corpora, tokens
-from bothways.data.tokenizer import Tokenizer
+from bothways.data.tokenizer import Tokenizer, vocabulary_file
 from bothways.sample.masked import MaskedModel
 
 
@@ -55,7 +55,7 @@ def vocabulary_of(lab: ExperimentRunner) -> str:
     if not home.is_dir():
         home.mkdir(parents=True)
         text_of(lab).tokenizer.save_in(home)
-    return str(next(home / name for name in ("tokenizer.json", "tokenizer.model") if (home / name).exists()))
+    return str(vocabulary_file(home))
 
 
 def forward_nats(model: MaskedModel, pieces: Sequence[list[int]]) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 
 from bothways.convert.stored import Stored
+from bothways.data.piece_files import KINDS, NUMBERS
 from bothways.data.published import PublishedTokenizer
 from bothways.data.tokenizer import PAD, Tokenizer
 from bothways.embedding import EmbeddingInfo
@@ -77,6 +78,9 @@ def _tokenizer(home: Path, config: dict[str, Any]) -> Tokenizer:
     ours = home / "tokenizer.model"
     if ours.exists() and PAD.encode() in ours.read_bytes():
         return Tokenizer.load(ours)  # a run that was trained here, exported
+    pieces = [kind for first, kind in KINDS.items() if (home / first).exists() and (home / NUMBERS).exists()]
+    if pieces and not (home / "tokenizer.json").exists():
+        return pieces[0].read(home / pieces[0].files[0], config)
     return PublishedTokenizer.read(home / "tokenizer.json", config)
 
 
@@ -135,7 +139,14 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as e:
         raise InputError(f"{name} is no directory here; to fetch it from the hub, `pip install huggingface_hub`") from e
-    wanted = ["*.json", "*.safetensors", "*.jinja", "vocab.txt", "merges.txt"]
+    wanted = [
+        "*.json",
+        "*.safetensors",
+        "*.jinja",
+        "vocab.txt",
+        "merges.txt",
+        *(name for kind in KINDS.values() for name in kind.files),
+    ]
     others = ["*/*.safetensors", "onnx/*", "openvino/*", "original/*"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=others))

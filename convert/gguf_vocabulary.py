@@ -122,6 +122,8 @@ def write(writer: Any, tokenizer: Tokenizer) -> None:
         writer.add_chat_template(tokenizer.chat_template)
     if isinstance(tokenizer, SentencePieceTokenizer):
         _write_trained_here(writer, tokenizer)
+    elif not isinstance(tokenizer, PublishedTokenizer):
+        raise InputError("llama.cpp reads no vocabulary of a translator; export to a directory")
     else:
         _write_published(writer, tokenizer)
 

@@ -20,7 +20,7 @@ from bothways.convert.fitting import ORIGIN, coming, going, origin_of
 from bothways.convert.stored import DTYPES, room_for, save_tensors
 from bothways.convert.vocabulary import save_vocabulary
 from bothways.data.published import PublishedTokenizer
-from bothways.data.tokenizer import Tokenizer
+from bothways.data.tokenizer import Tokenizer, vocabulary_file
 from bothways.data.tokens import umask
 from bothways.embedding import EmbeddingInfo, read_embedding, write_embedding
 from bothways.errors import InputError
@@ -84,11 +84,12 @@ def import_run(source: str, home: Path, corpus: str, log: Log, dtype: str = "flo
             shutil.copyfile(found.path / GENERATION, partial / GENERATION)
         if found.embedding is not None:
             write_embedding(partial, found.embedding)
-        vocabulary = next(p.name for p in partial.iterdir() if p.name in ("tokenizer.json", "tokenizer.model"))
         recipe = dataclasses.replace(
             fit.recipe,
             name=home.name,
-            data=dataclasses.replace(fit.recipe.data, corpus=corpus, tokenizer=str(home.absolute() / vocabulary)),
+            data=dataclasses.replace(
+                fit.recipe.data, corpus=corpus, tokenizer=str(home.absolute() / vocabulary_file(partial).name)
+            ),
             optimizer=OptimizerConfig(
                 learning_rate=5e-5, schedule="linear", warmup_steps=100, b2=0.999, weight_decay=0.01
             ),

@@ -5,6 +5,11 @@ import dataclasses
 from bothways.data.mixture_config import parse_all
 from bothways.errors import InputError
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "source.spm", "sentencepiece.bpe.model")
+"""What a vocabulary is read from; the first of these that a directory has."""
+VOCABULARY_FILES = (".json", ".model", ".spm")
+"""How files end that `tokenizer` may name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -88,9 +93,9 @@ class DataConfig:
             found.append(f"data.cache_gb is {self.cache_gb}; it must be 0 or more")
         if self.vocab_size < 8:
             found.append(f"data.vocab_size is {self.vocab_size}; a tokenizer needs at least 8 pieces")
-        if self.tokenizer not in ("unigram", "bpe", "char") and not self.tokenizer.endswith((".model", ".json")):
+        if self.tokenizer not in ("unigram", "bpe", "char") and not self.tokenizer.endswith(VOCABULARY_FILES):
             found.append(
-                f"data.tokenizer is {self.tokenizer!r}; it must be unigram, bpe, char or a path that ends in .model or .json"
+                f"data.tokenizer is {self.tokenizer!r}; it must be unigram, bpe, char or a path that ends in .model, .json or .spm"
             )
         return found
 

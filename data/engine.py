@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from bothways.data import tokenizer as tokenizers
 from bothways.data.config import DataConfig
 from bothways.data.stores import AnyPath, Folder
+from bothways.data.threads import one_thread
 from bothways.errors import InputError
 
 DONE = "parts"
@@ -123,7 +123,7 @@ def run(
 def one(function: Function, work: Work, part: Part) -> None:
     """Does one part in a worker. What is wrong with the text is written down too, for the process that waits."""
     try:
-        with tokenizers.one_thread():  # a worker is one core
+        with one_thread():  # a worker is one core
             result = {"result": function(work, part)}
     except InputError as e:
         result = {"error": str(e)}

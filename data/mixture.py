@@ -13,7 +13,7 @@ import numpy as np
 
 from bothways.data import corpora, mixture_config, tokens
 from bothways.data import tokenizer as tokenizers
-from bothways.data.config import DataConfig
+from bothways.data.config import VOCABULARY_FILES, DataConfig
 from bothways.data.corpora import Corpus
 from bothways.data.examples import Example
 from bothways.data.mixture_config import Part
@@ -118,7 +118,7 @@ def obtain_tokenizer(cfg: DataConfig, text: Text) -> Tokenizer:
       InputError: a corpus was prepared with another vocabulary; or as tokens.obtain_tokenizer does.
     """
     stores = [corpus.store for corpus in text.corpora if corpus.store]
-    if len(text.corpora) == 1 or stores or cfg.tokenizer.endswith((".model", ".json")):
+    if len(text.corpora) == 1 or stores or cfg.tokenizer.endswith(VOCABULARY_FILES):
         first = next((corpus for corpus in text.corpora if corpus.store), text.corpora[0])
         tokenizer = tokens.obtain_tokenizer(cfg, first)
         for store in stores:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bothways.data.config import DataConfig
+from bothways.data.config import VOCABULARY_FILES, DataConfig
 from bothways.data.documents import CONTINUED
 from bothways.data.stores import Folder
 from bothways.data.tokenizer import Tokenizer
@@ -100,11 +100,11 @@ class Prepared:
 
     def tokenizer(self, cfg: DataConfig) -> Tokenizer:
         """The tokenizer that the text was prepared with. Raises InputError if the configuration names another."""
-        if cfg.tokenizer.endswith((".model", ".json")):
+        if cfg.tokenizer.endswith(VOCABULARY_FILES):
             self.check_tokenizer(Tokenizer.load(_path(cfg.tokenizer)))
         else:
             kind, size = self.settings["tokenizer"], self.settings["vocab_size"]
-            if not kind.endswith((".model", ".json")) and (kind, size) != (cfg.tokenizer, cfg.vocab_size):
+            if not kind.endswith(VOCABULARY_FILES) and (kind, size) != (cfg.tokenizer, cfg.vocab_size):
                 raise InputError(
                     f"{self.folder} was prepared with data.tokenizer={kind} data.vocab_size={size}, and this recipe has "
                     f"{cfg.tokenizer} and {cfg.vocab_size}; set --data.tokenizer {kind} --data.vocab-size {size}, or "

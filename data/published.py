@@ -251,7 +251,7 @@ class PublishedTokenizer(Tokenizer):
         except Exception as e:  # the library raises plain Exception for what it cannot parse
             raise InputError(f"the vocabulary in {home} cannot be read: {str(e)[:200]}") from e
         if config.get("is_encoder_decoder"):
-            settings |= _target_start(config, home)
+            settings |= target_start_of(config, home)
         roles = roles_of(fast, settings, config, home)
         kept = {
             key: value
@@ -283,7 +283,7 @@ def roles_of(fast: tokenizers.Tokenizer, said: dict[str, Any], config: dict[str,
     return roles
 
 
-def _target_start(config: dict[str, Any], home: Path) -> dict[str, list[int]]:
+def target_start_of(config: dict[str, Any], home: Path) -> dict[str, list[int]]:
     """What an encoder-decoder's target begins with, as its config.json or its generation_config.json says: the token that it
     is started with, and one that must follow (the target's language). Nothing where they say nothing."""
     path = home / "generation_config.json"

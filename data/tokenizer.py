@@ -1,13 +1,11 @@
 """Tokenizers behind one small interface, and those that are learned here: text goes in and comes out unchanged."""
 
 import abc
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
+from bothways.data.config import VOCABULARIES
 from bothways.data.rng import splitmix64
+from bothways.data.threads import threads
 from bothways.errors import InputError
 
 PAD, UNK, BOS, EOS, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
@@ -53,9 +53,14 @@ def made_up_vocabulary(size: int) -> Vocabulary:
     return Vocabulary(0, 2, 3, 4, special, ids[5:], (ids % 3 == 0) & ~special, (ids % 7 == 0) & ~special)
 
 
+def vocabulary_file(home: Path) -> Path | None:
+    """Where a directory keeps its vocabulary; None: it has none."""
+    return next((home / name for name in VOCABULARIES if (home / name).exists()), None)
+
+
 class Tokenizer(abc.ABC):
-    """What every command needs of a tokenizer. `load` reads either kind: sentencepiece (`.model`), or a published
-    vocabulary (`tokenizer.json`, data/published.py).
+    """What every command needs of a tokenizer. `load` reads each kind: sentencepiece (`.model`), a published vocabulary
+    (`tokenizer.json`, data/published.py), those of translators (data/piece_files.py).
 
     One set of special tokens serves both families: `bos` opens a document (BERT's [CLS]) and `eos` closes it
     ([SEP]). `[MASK]` in a text is the mask token, where there is one.
@@ -80,6 +85,11 @@ class Tokenizer(abc.ABC):
 
     def framing_as_published(self) -> "Tokenizer":
         """The same tokenizer, whose `frame` is what a published vocabulary itself puts around texts."""
+        return self
+
+    @property
+    def of_targets(self) -> "Tokenizer":
+        """What encodes the targets of an encoder-decoder, into the same ids."""
         return self
 
     @property
@@ -166,32 +176,16 @@ class Tokenizer(abc.ABC):
     @staticmethod
     def load(path: Path) -> "Tokenizer":
         """The tokenizer in a file, or the one that a run directory holds. Raises InputError if it is none."""
-        if path.is_dir():
-            path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "tokenizer.model")
+        path = vocabulary_file(path) or path / VOCABULARIES[1] if path.is_dir() else path
+        from bothways.data.piece_files import KINDS
+
+        if path.name in KINDS:
+            return KINDS[path.name].read(path)
         if path.suffix == ".json":
             from bothways.data.published import PublishedTokenizer
 
             return PublishedTokenizer.read(path)
         return SentencePieceTokenizer.read(path)
-
-
-def threads() -> int:
-    """Threads that encode a batch of texts: as many as there are cores, or one where TOKENIZERS_PARALLELISM is false, as the
-    `tokenizers` library has it too."""
-    return 1 if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() == "false" else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Meanwhile, texts are encoded by one thread."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 class SentencePieceTokenizer(Tokenizer):

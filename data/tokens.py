@@ -15,7 +15,7 @@ from etils import epath
 
 from bothways.data import chat, contrasts
 from bothways.data import tokenizer as tokenizers
-from bothways.data.config import DataConfig
+from bothways.data.config import VOCABULARY_FILES, DataConfig
 from bothways.data.corpora import Corpus
 from bothways.data.documents import continues
 from bothways.data.files import file_at, read_utf8
@@ -80,7 +80,7 @@ def with_template(cfg: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
 def _tokenizer(cfg: DataConfig, corpus: Corpus) -> Tokenizer:
     if corpus.store:
         return corpus.store.tokenizer(cfg)
-    if cfg.tokenizer.endswith((".model", ".json")):
+    if cfg.tokenizer.endswith(VOCABULARY_FILES):
         return Tokenizer.load(epath.Path(cfg.tokenizer).expanduser())  # on a bucket too
 
     def train() -> Tokenizer:
@@ -238,7 +238,11 @@ class Encoder:
           goes_on: what comes next is of the same document as what came last.
         """
         batch, self.waiting, self.size = self.waiting, [], 0
-        ids = self.tokenizer.encode_arrays([text for _, text in batch])
+        texts = [text for _, text in batch]
+        ids = self.tokenizer.encode_arrays(texts[::2] if self.paired else texts)
+        if self.paired:
+            targets = self.tokenizer.of_targets.encode_arrays(texts[1::2])
+            ids = [each for pair in zip(ids, targets, strict=True) for each in pair]
         bos, eos = np.array([self.tokenizer.bos]), np.array([self.tokenizer.eos])
         begins, flat, length, size = [], [np.zeros(0, np.int32)], 0, 0
         for i, (name, text) in enumerate(batch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bothways.chips import Topology
 from bothways.data import prepared
-from bothways.data.config import DataConfig
+from bothways.data.config import VOCABULARIES, VOCABULARY_FILES, DataConfig
 from bothways.data.files import SUFFIXES, looks_like_files, matching
 from bothways.data.mixture_config import config_of, folders, moved, parts_of
 from bothways.data.stores import is_remote
@@ -123,7 +123,7 @@ def text_to_send(cfg: DataConfig) -> DataConfig | None:
             "--to gs://BUCKET/text --workers N` first, and launch with what it says, --data.corpus gs://BUCKET/text"
         )
     elsewhere = sorted({part.corpus for part in parts_of(cfg)} - set(here_or_prepared(cfg)))
-    if elsewhere and not cfg.tokenizer.endswith((".model", ".json")):
+    if elsewhere and not cfg.tokenizer.endswith(VOCABULARY_FILES):
         raise InputError(
             f"data.mixture has files of this machine beside {', '.join(elsewhere)}, whose text is elsewhere: one vocabulary of "
             "all cannot be trained here. Give --data.tokenizer FILE, or run `bothways prepare RECIPE --to gs://BUCKET/text` first"
@@ -140,8 +140,10 @@ def sent_along(cfg: DataConfig, to: str) -> DataConfig:
     """What the recipe names there: the prepared text, and its tokenizer where that is a file."""
     there = {corpus: folder for corpus, folder in folders(cfg, to).items() if is_sent(corpus)}
     tokenizer = cfg.tokenizer
-    if tokenizer.endswith((".model", ".json")):
-        tokenizer = f"{next(iter(there.values()))}/tokenizer{Path(tokenizer).suffix}"
+    if tokenizer.endswith(VOCABULARY_FILES):
+        name = Path(tokenizer).name
+        name = name if name in VOCABULARIES else f"tokenizer{Path(tokenizer).suffix}"
+        tokenizer = f"{next(iter(there.values()))}/{name}"
     if cfg.mixture:
         return dataclasses.replace(cfg, mixture=moved(cfg.mixture, there), tokenizer=tokenizer)
     return dataclasses.replace(cfg, corpus=to, validation="", tokenizer=tokenizer)
@@ -164,7 +166,7 @@ def files_left_here(recipe: Recipe, *, shared: bool) -> list[str]:
     found = {
         "data.mixture" if data.mixture else "data.corpus": [corpus for corpus in corpora if is_path(corpus)],
         "data.validation": [data.validation],
-        "data.tokenizer": [data.tokenizer] if data.tokenizer.endswith((".model", ".json")) else [],
+        "data.tokenizer": [data.tokenizer] if data.tokenizer.endswith(VOCABULARY_FILES) else [],
         "data.chat_template": [data.chat_template],
         "train.init_from": [start],
     }

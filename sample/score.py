@@ -97,8 +97,12 @@ def target_logprobs(
     targets: list[list[int]],
     context: int,
     memory: int = BATCH_BYTES,
+    given: int = 1,
 ) -> list[float]:
-    """log p(target tokens 1.. | its token 0, the source) of every pair, in nats.
+    """log p(the rest of the target | its first tokens, the source) of every pair, in nats.
+
+    Args:
+      given: how many those are.
 
     Raises:
       InputError: a side of more than `context` tokens.
@@ -113,6 +117,8 @@ def target_logprobs(
     for chosen in batched(range(len(sources)), key, rows_that_fit(module.cfg, memory // 2)):  # two stacks
         S, T = (bucket(max(len(side[i]) for i in chosen)) for side in (sources, targets))
         rows = [packed([np.array(sources[i])], [np.array(targets[i])], S, T, 0) for i in chosen]
+        for row in rows:
+            row["weights"][: given - 1] = 0
         rows += [rows[0]] * (bucket(len(rows), 1) - len(rows))
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         found[chosen] = np.asarray(pair_logprobs(module, params, batch))[: len(chosen)]

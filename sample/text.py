@@ -353,11 +353,17 @@ class TextModel:
         return [Score.of(text, lp, n, rule) for text, lp, n in zip(texts, logprobs, counts, strict=True)]
 
     def score_pairs(self, pairs: Sequence[Sequence[str]]) -> tuple[list[float], list[int]]:
-        """Of every (source, target) the log-probability of the target and its end, in nats, and how many tokens they are."""
-        encode, bos, eos = self.tokenizer.encode, self.tokenizer.bos, self.tokenizer.eos
-        sources, targets = [[*encode(a), eos] for a, _ in pairs], [[bos, *encode(b), eos] for _, b in pairs]
-        arguments = (self.run.module, self.run.params, sources, targets, self.recipe.model.context_length)
-        return scoring.target_logprobs(*arguments), [len(ids) - 1 for ids in targets]
+        """Of every (source, target) the log-probability of the target and its end, in nats, and how many tokens they are; what
+        opens every target is given."""
+        tokenizer, targets = self.tokenizer, self.tokenizer.of_targets
+        before, behind = tokenizer.around_source()
+        sides = (
+            [[*before, *tokenizer.encode(source), *behind] for source, _ in pairs],
+            [[*tokenizer.target_start, *targets.encode(target), tokenizer.eos] for _, target in pairs],
+        )
+        arguments = (self.run.module, self.run.params, *sides, self.recipe.model.context_length)
+        given = len(tokenizer.target_start)
+        return scoring.target_logprobs(*arguments, given=given), [len(ids) - given for ids in sides[1]]
 
     def embed(self, texts: Sequence[str], pool: str = "", prompt: str = "") -> np.ndarray:
         """[texts, D] float32: the mean of the last features over all tokens, or those of the last token (last); the

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bothways import rundir
-from bothways.data.tokenizer import Tokenizer
+from bothways.data.tokenizer import Tokenizer, vocabulary_file
 from bothways.errors import InputError
 from bothways.log import log
 from bothways.recipes import Recipe
@@ -50,8 +50,7 @@ def check_start(recipe: Recipe, tokenizer: Tokenizer) -> None:
     if recipe.model.lora.rank and (recipe.family != other.family or rundir.read_task(home) is not None):
         found.append(f"adapters are for a {recipe.family} without a task head, and {home} is another")
     if Tokenizer.load(home).fingerprint != tokenizer.fingerprint:
-        kept = next(p for p in ("tokenizer.json", "tokenizer.model") if (home / p).exists())
-        found.append(f"the tokenizer is another; set --data.tokenizer {home / kept}")
+        found.append(f"the tokenizer is another; set --data.tokenizer {vocabulary_file(home)}")
     if recipe.model.position_embedding == "learned" and recipe.model.context_length > other.model.context_length:
         found.append(
             f"model.context_length is {recipe.model.context_length}, and {home} has learned {other.model.context_length} positions"

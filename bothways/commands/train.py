@@ -107,13 +107,14 @@ def show_model(model: Any, result: Any) -> tuple[Any, str]:
 
 def continuation_of(home: Path) -> Recipe:
     """The recipe that trains on from a run, imported or trained here: its own, with its tokenizer and weights."""
+    from bothways.data.config import VOCABULARIES
+    from bothways.data.tokenizer import vocabulary_file
     from bothways.rundir import read_recipe
 
     run = read_recipe(home)
-    known = (home / name for name in ("tokenizer.json", "tokenizer.model"))
-    vocabulary = next((path for path in known if path.exists()), None)
+    vocabulary = vocabulary_file(home)
     if vocabulary is None:
-        raise InputError(f"{home} has no tokenizer.json or tokenizer.model; put back a copy of it")
+        raise InputError(f"{home} has none of {', '.join(VOCABULARIES)}; put back a copy of it")
     return dataclasses.replace(
         run,
         name=f"{home.name}-on",
