@@ -3,9 +3,10 @@
 python benchmarks/serve_load.py http://127.0.0.1:8000 MODEL --clients 50 --requests 200 --tokens 24
 python benchmarks/serve_load.py http://127.0.0.1:8000 MODEL --clients 50 --requests 1000 --embed
 
-Works against any such server, so that two can be compared on one machine. Prompts differ in their length; each is sent twice,
-and greedy answers to the same prompt must be the same whoever else asks at the time. Vectors of the same text may differ by
-rounding, since texts of one batch share its length. `per_token` are all gaps between two pieces of a stream.
+Works against any such server, so that two can be compared on one machine. There are `--distinct` prompts, which differ in their
+length, and each is sent about equally often. Before the load, one client asks for each of them alone; under load, a greedy answer
+that is not the one it got alone is counted as mixed up. Vectors of the same text may differ by rounding, since texts of one batch
+share its length. `per_token` are all gaps between two pieces of a stream.
 """
 
 import argparse
@@ -61,9 +62,10 @@ def percentiles(name: str, values: list[float]) -> dict[str, float]:
 async def load(args: argparse.Namespace) -> dict[str, float]:
     rng = random.Random(0)
     lengths = [max(1, args.words // part) for part in (30, 9, 3, 1)]
-    prompts = [" ".join(rng.choices(WORDS, k=rng.choice(lengths))) for _ in range(-(-args.requests // 2))] * 2
+    made = dict.fromkeys(" ".join(rng.choices(WORDS, k=rng.choice(lengths))) for _ in range(args.distinct))
+    prompts = list(itertools.islice(itertools.cycle(made), args.requests))
     rng.shuffle(prompts)
-    most = {prompt: rng.randrange(args.tokens // 2, args.tokens + 1) for prompt in sorted(set(prompts))}
+    most = {prompt: rng.randrange(args.tokens // 2, args.tokens + 1) for prompt in sorted(made)}
     gate, answers, firsts, gaps, whole = asyncio.Semaphore(args.clients), {}, [], [], []
     lost = mixed_up = pieces = 0
     async with httpx.AsyncClient(base_url=args.url, timeout=args.timeout, limits=httpx.Limits()) as client:
@@ -71,6 +73,17 @@ async def load(args: argparse.Namespace) -> dict[str, float]:
         await (
             embedded(client, args.model, prompts[0]) if args.embed else one(client, args.model, prompts[0], 4, args.chat)
         )
+        if args.alone:
+            began = time.perf_counter()
+            for prompt in made:
+                answers[prompt], _ = (
+                    await embedded(client, args.model, prompt)
+                    if args.embed
+                    else await one(client, args.model, prompt, most[prompt], args.chat)
+                )
+            alone = {"alone": len(made), "alone_seconds": round(time.perf_counter() - began, 1)}
+        else:
+            alone = {}
         began = time.perf_counter()
 
         async def ask(prompt: str) -> None:
@@ -98,7 +111,7 @@ async def load(args: argparse.Namespace) -> dict[str, float]:
 
         await asyncio.gather(*map(ask, prompts))
         seconds = time.perf_counter() - began
-    figures = {"requests": len(prompts), "lost": lost, "mixed_up": mixed_up, "seconds": round(seconds, 1)}
+    figures = alone | {"requests": len(prompts), "lost": lost, "mixed_up": mixed_up, "seconds": round(seconds, 1)}
     figures["requests_per_second"] = round((len(prompts) - lost) / seconds, 2)
     if not args.embed:
         figures["tokens_per_second_at_most"] = round(sum(most[prompt] for prompt in prompts) / seconds, 1)
@@ -117,6 +130,13 @@ def main() -> None:
     )
     parser.add_argument(
         "--words", type=int, default=90, help="of the longest prompts; others have a 3rd, 9th and 30th of it"
+    )
+    parser.add_argument("--distinct", type=int, default=100, help="prompts")
+    parser.add_argument(
+        "--no-alone",
+        dest="alone",
+        action="store_false",
+        help="ask for nothing alone first: the first answer to a prompt is then the one that the others are held against",
     )
     parser.add_argument("--chat", action="store_true", help="by /v1/chat/completions")
     parser.add_argument("--embed", action="store_true", help="by /v1/embeddings: --words alone counts")

@@ -65,8 +65,9 @@ class Slots:
 
 
 def choose_tokens(logits: jax.Array, rows: Slots, never: int = -1) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[B] tokens, each by its own row's method, but not `never`; their log-probabilities; [B, V] those of all."""
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    """[B] tokens, each by its own row's method, but not `never`; their log-probabilities; [B, 1] what to take off a row's
+    logits for the log-probabilities of all, which are not written down where nobody wants them."""
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key), rows.count)
     plain = SamplingParams(rows.temperature, rows.top_k, rows.top_p, rows.min_p, never=never)
     top = sample_token(logits, keys, plain.replace(greedy=True))[0]
@@ -81,7 +82,7 @@ def choose_tokens(logits: jax.Array, rows: Slots, never: int = -1) -> tuple[jax.
 
     drawn = jax.lax.cond(jnp.any(~rows.greedy & rows.live), draw, lambda: top)
     token = jnp.where(rows.greedy, top, drawn)
-    return token, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0], logprobs
+    return token, (jnp.take_along_axis(logits, token[:, None], axis=1) - total)[:, 0], total
 
 
 class Programs:
@@ -185,11 +186,11 @@ class Programs:
 
             def turn(carry: tuple) -> tuple:
                 state, rows, (tokens, logprobs, ids, values), i = carry
-                token, logprob, every = choose_tokens(state.logits, rows, never)
+                token, logprob, total = choose_tokens(state.logits, rows, never)
                 some = jax.lax.cond(
                     jnp.any(rows.tops & rows.live),
-                    lambda: tuple(jax.lax.top_k(every, top)[::-1]),
-                    lambda: (alternatives[:, 0], alternatives[:, 0].astype(every.dtype)),
+                    lambda: tuple(jax.lax.top_k(state.logits - total, top)[::-1]),
+                    lambda: (alternatives[:, 0], alternatives[:, 0].astype(total.dtype)),
                 )
                 features, cache = forward(params, token[:, None], state.cache)
                 # A row that is not live computes too; its length stays, so what it wrote is overwritten.

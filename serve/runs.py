@@ -160,7 +160,7 @@ class Limits:
     `memory` bounds parameters, caches of slots and kept prompts together, in bytes; 0: nothing is evicted.
     """
 
-    slots: int = 8
+    slots: int = 16
     context: int = 2048
     piece: int = 128
     memory: int = 0

@@ -13,11 +13,14 @@ import numpy as np
 from bothways.data.tokenizer import MASK
 from bothways.errors import InputError
 from bothways.sample.sampling_params import SamplingParams
-from bothways.sample.text import cut_at_stop, draw_keys, shown_so_far
+from bothways.sample.text import cut_at_stop, draw_keys, shown_so_far, utf8_so_far
 from bothways.serve.engine import Call, Engine, Writing
 from bothways.serve.runs import IN_SLOTS, Served
 from bothways.serve.shapes import Drawing
 from bothways.serve.slots import Generation
+
+SETTLED = 16
+"""Tokens after which the text before them is not decoded again."""
 
 
 @dataclasses.dataclass
@@ -45,6 +48,18 @@ class Text:
         self.logprobs: list[float] = []
         self.tops: list[list[tuple[int, float]]] = []
         self.shown, self.given = "", 0
+        self._known, self._overlap = "", ""
+        """The text of all tokens up to `_until`, and that of those from `_since` to there, as they read by themselves."""
+        self._since = self._until = 0
+
+    def _text(self) -> str:
+        """Of all tokens so far. Only the last ones are decoded, so that a token of a long text takes no longer: a few known ones
+        before the new ones, since the first token of what is decoded may lose its space."""
+        text = self._known + self.decode(self.ids[self._since :])[len(self._overlap) :]
+        if len(self.ids) - self._until >= SETTLED and utf8_so_far(text) == text:
+            self._known, self._since, self._until = text, self._until, len(self.ids)
+            self._overlap = self.decode(self.ids[self._since :])
+        return text
 
     def add(
         self, ids: list[int], logprobs: list[float], tops: list[list[tuple[int, float]]], ended: str
@@ -55,7 +70,7 @@ class Text:
         self.ids += ids
         self.logprobs += logprobs
         self.tops += tops
-        text, stopped = cut_at_stop(self.decode(self.ids), self.stop)
+        text, stopped = cut_at_stop(self.decode(self.ids) if ended else self._text(), self.stop)
         if stopped:
             n = next(n for n in range(len(self.ids) + 1) if self.decode(self.ids[:n]).startswith(text))
             del self.ids[n:], self.logprobs[n:], self.tops[n:]

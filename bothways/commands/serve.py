@@ -21,7 +21,7 @@ def serve(
     port: int = 8000,
     api_key_file: Path | None = None,
     cors: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    slots: int = 8,
+    slots: int = 16,
     context: int = 2048,
     memory: float = 0.0,
     queue: int = 256,

@@ -123,16 +123,23 @@ def test_a_full_queue_a_key_a_limit_on_time_and_on_tokens(small):
         assert never.status_code == 400
         assert "the queue holds 1" in never.json()["error"]["message"]
         wait_for(lambda: client.post("/v1/completions", json=body).status_code == 200)  # it may compile at first
-        pool = small.engine.runs.loaded["causal"].pool
+        engine, go_on = small.engine, threading.Event()
+        pool = engine.runs.loaded["causal"].pool
         steps = pool.step
-        pool.step = lambda n=1: (time.sleep(0.5), steps(1))[1]
-        with concurrent.futures.ThreadPoolExecutor(6) as threads:
-            answers = list(threads.map(lambda _: client.post("/v1/completions", json=body), range(6)))
-        statuses = [a.status_code for a in answers]
-        assert set(statuses) == {429, 504}
-        assert all(a.headers["Retry-After"] == "1" for a in answers if a.status_code == 429)
+        pool.step = lambda n=1: (go_on.wait(60), steps(1))[1]
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            held = []
+            # One that is being written holds the engine's thread; the next one waits, and fills the queue.
+            for busy, waiting in ((1, 0), (1, 1)):
+                held.append(threads.submit(client.post, "/v1/completions", json=body))
+                wait_for(lambda busy=busy, waiting=waiting: (engine.busy_slots, engine.waiting) == (busy, waiting))
+            refused = client.post("/v1/completions", json=body)
+            assert refused.status_code == 429
+            assert refused.headers["Retry-After"] == "1"
+            assert [one.result(60).status_code for one in held] == [504, 504]  # after the two seconds of `small`
+            go_on.set()
         pool.step = steps
-        wait_for(lambda: small.engine.busy_slots + small.engine.waiting == 0)
+        wait_for(lambda: engine.busy_slots + engine.waiting == 0)
         wait_for(lambda: client.post("/v1/completions", json=body).status_code == 200)
 
 
