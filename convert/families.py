@@ -21,7 +21,7 @@ FAMILIES = {family.name: family for family in (*DECODERS, *ENCODERS, *encoder_de
 def family_of(theirs: Config) -> Family:
     """Raises InputError for a model_type that is not here."""
     name = theirs.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"config.json is of the family {name!r}; there are {', '.join(FAMILIES)}")
     return FAMILIES[name]
 

@@ -28,14 +28,23 @@ SAID = {int: "a whole number", float: "a number", bool: "true or false", str: "a
 
 
 def check_types(theirs: Config, fields: dict[str, str]) -> None:
-    """Whether values are of the JSON types that they must be.
+    """Whether values are of the JSON types that they must be: those that every family has, and those of these keys.
 
     Args:
-      fields: a key of config.json -> our field that takes its value.
+      fields: a key of config.json -> our field that takes its value; of a family.
 
     Raises:
       InputError: one is not; says which, what it is, and what it must be.
     """
+    names = theirs.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"config.json: architectures is {names!r}; it must be a list of names of classes")
+    for key, value in theirs.items():
+        several = value if isinstance(value, list) else [value]
+        if key.endswith("_token_id") and not all(n is None or type(n) is int for n in several):
+            raise InputError(f"config.json: {key} is {value!r}; it must be a whole number, a list of these, or null")
+    if theirs.get("vocab_size") == 0:
+        raise InputError("config.json: vocab_size is 0; it must be how many tokens there are")
     types = {f.name: type(f.default) for f in dataclasses.fields(TransformerConfig)}
     wanted = {key: types[ours] for key, ours in fields.items() if types[ours] in SAID} | dict.fromkeys(OBJECTS, dict)
     for key, want in wanted.items():
@@ -156,7 +165,9 @@ class Family:
             fields[ours] = default if value is None else value
         try:
             fields |= self.read(theirs)
-        except (KeyError, TypeError, AttributeError) as e:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"config.json of this {self.name} is not understood: {type(e).__name__} {e}") from e
         names = list(names)
         for ours, stem in self.heads.items():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from bothways.convert.family import check_types
 from bothways.convert.stored import Stored
 from bothways.data.piece_files import KINDS, NUMBERS
 from bothways.data.published import PublishedTokenizer
@@ -65,6 +66,7 @@ def _read_directory(home: Path) -> Checkpoint:
         raise InputError(f"{home} has no config.json; give a directory as `save_pretrained` writes it, or a .gguf file")
     files = weight_files(home)
     config = read_json(home / "config.json")
+    check_types(config, {})
     tensors: dict[str, Stored] = {}
     for file in files:
         for name, tensor in stored_tensors(file).items():

@@ -266,9 +266,9 @@ def roles_of(fast: tokenizers.Tokenizer, said: dict[str, Any], config: dict[str,
     roles = {}
     for role in ROLES:
         number = config.get(f"{role}_token_id")
-        number = number[0] if isinstance(number, list) else number
+        number = next(iter(number), None) if isinstance(number, list) else number
         candidates = [token_in(said, role)]
-        candidates += [fast.id_to_token(number)] if number is not None else []
+        candidates += [fast.id_to_token(number)] if number is not None and number >= 0 else []  # some say -1 for none
         candidates += KNOWN[role]
         found = next((c for c in candidates if c and fast.token_to_id(c) is not None), None)
         if found is not None:

@@ -259,6 +259,12 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, capfd):
         ({"n_positions": True}, "n_positions is True; it must be a whole number"),
         ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small'; it must be a number"),
         ({"rope_parameters": [1]}, "rope_parameters is [1]; it must be an object"),
+        ({"architectures": 5}, "architectures is 5; it must be a list of names"),
+        ({"architectures": [{}]}, "architectures is [{}]; it must be a list of names"),
+        ({"model_type": ["gpt2"]}, "the family ['gpt2']; there are gpt2"),
+        ({"bos_token_id": "a"}, "bos_token_id is 'a'; it must be a whole number, a list of these, or null"),
+        ({"eos_token_id": [{}]}, "eos_token_id is [{}]; it must be a whole number"),
+        ({"vocab_size": 0}, "vocab_size is 0; it must be how many tokens there are"),
     ):
         (source / "config.json").write_text(json.dumps(config | values))
         refused(source, tmp_path / "run", capfd, part)
@@ -272,6 +278,8 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, capfd):
     config = json.loads((llama / "config.json").read_text()) | {"rope_scaling": {"rope_type": "longrope", "factor": 2}}
     (llama / "config.json").write_text(json.dumps(config))
     refused(llama, tmp_path / "run", capfd, "longrope", "linear, dynamic, llama3, yarn")
+    (llama / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "linear", "factor": "two"}}))
+    refused(llama, tmp_path / "run", capfd, "config.json of this llama is not understood", "'two'")
 
 
 def test_no_pickle_is_opened(tmp_path, capfd):

