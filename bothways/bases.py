@@ -27,7 +27,7 @@ from bothways.rundir import (
 )
 
 BASES: weakref.WeakValueDictionary[tuple, Base] = weakref.WeakValueDictionary()
-"""What is in memory, by run, checkpoint, and the shapes, types and places of the parameters."""
+"""What is in memory, by `base_key` and the places of the parameters."""
 
 
 def load_apart(
@@ -47,25 +47,32 @@ def load_apart(
       InputError: no checkpoint of the adapters, or of the base, that can be read; or another base than they were made for.
     """
     recipe, task = read_recipe(home), read_task(home)
-    shapes = param_shapes(recipe, task)
-    shapes, frozen = adapters.split(compute_dtype_shapes(shapes, recipe.model))
+    whole = compute_dtype_shapes(param_shapes(recipe, task), recipe.model)
     one = SingleDeviceSharding(jax.local_devices()[0])
-    place = place or (lambda tree: jax.tree.map(lambda _: one, tree))
-    targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, place(shapes))
+    # Where all of it lies is decided by the size of all of it: adapters alone would fit anywhere.
+    places = place(whole) if place else jax.tree.map(lambda _: one, whole)
+    (shapes, frozen), (beside, below) = adapters.split(whole), adapters.split(places)
+    targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, beside)
     at, params = restored(home, targets, log, step, recipe.train.average_last_checkpoints if task is None else 1)
-    places = place(frozen)
-    key = (*map(str, base_of(home)), str(jax.tree.leaves_with_path((frozen, places))))
+    key = (base_key(home, frozen), str(jax.tree.leaves_with_path(below)))
     base = BASES.get(key)
     if base is None:
-        _, read = base_params(home, frozen if task is None else frozen["body"], log, place)
+        wanted = frozen if task is None else frozen["body"]
+        _, read = base_params(home, wanted, log, place, recipe.model.dtype)
         read = read if task is None else {"body": read}
-        base = Base(_laid_out(jax.tree.map(lambda x, s: x.astype(s.dtype, copy=False), read, frozen), recipe.family))
-        BASES[key] = base
+        read = jax.tree.map(lambda x, s, d: jax.device_put(x.astype(s.dtype), d), read, frozen, below)
+        BASES[key] = base = Base(_laid_out(read, recipe.family))
     used = recipe
     if any(len(d.device_set) > 1 for d in jax.tree.leaves(places)):  # as in `load_run`
         used = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention="xla"))
     params = adapters.join(_laid_out(params, recipe.family), base.params)
     return Run(home, recipe, Tokenizer.load(home), module_of(used, task), params, at, task, base)
+
+
+def base_key(home: Path, frozen: Any) -> tuple:
+    """What says whether two runs of adapters share a base: its run and checkpoint, and which of its parameters they use, in
+    what shapes and types."""
+    return (*map(str, base_of(home)), str(jax.tree.leaves_with_path(frozen)))
 
 
 def _laid_out(params: dict, family: str) -> dict:

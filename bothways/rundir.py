@@ -225,14 +225,16 @@ def base_of(home: Path) -> tuple[Path, int]:
     return base, found["step"]
 
 
-def base_params(home: Path, shapes: Any, log: Log, place: Callable[[Any], Any] | None = None) -> tuple[Path, Any]:
+def base_params(
+    home: Path, shapes: Any, log: Log, place: Callable[[Any], Any] | None = None, dtype: str = ""
+) -> tuple[Path, Any]:
     """The base that a run of adapters is for, and its parameters of these names and shapes.
 
     Raises:
       InputError: the base, or the checkpoint that the adapters are for, is not there, or has other parameters.
     """
     base, step = base_of(home)
-    run = load_run(base, log, place, step=step)
+    run = load_run(base, log, place, step=step, dtype=dtype)
     try:
         return base, adapters.of_base(run.params["body"] if run.task is not None else run.params, shapes)
     except KeyError as e:
@@ -339,15 +341,18 @@ def load_run(
     shapes = param_shapes(recipe, task)
     kept = shapes
     adapted = bool(recipe.model.lora.rank)
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    place = place or (lambda tree: jax.tree.map(lambda _: one, tree))
     if adapted:
         plain = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora=LoRAConfig()))
+        # Where all of it lies is decided by the size of all of it: adapters alone would fit anywhere.
+        shardings, below = adapters.split(place(shapes))
         (shapes, frozen), kept = adapters.split(shapes), param_shapes(plain, task)
     if for_inference or dtype:
         kept = compute_dtype_shapes(kept, dataclasses.replace(recipe.model, dtype=dtype or recipe.model.dtype))
     if not adapted and (recipe.train.average_last_checkpoints == 1 or task is not None):
         shapes = kept  # a mean is taken of what was saved
-    one = SingleDeviceSharding(jax.local_devices()[0])
-    shardings = place(shapes) if place else jax.tree.map(lambda _: one, shapes)
+    shardings = shardings if adapted else place(shapes)
     mean_of = recipe.train.average_last_checkpoints if task is None else 1
     if into and not adapted and mean_of == 1:
         with one_by_one(into):
@@ -358,7 +363,7 @@ def load_run(
     params = found[1]
     if adapted:
         _, base = base_params(home, frozen if task is None else frozen["body"], log, place)
-        base = base if task is None else {"body": base}
+        base = jax.device_put(base if task is None else {"body": base}, below)
         params, recipe = adapters.merge(adapters.join(params, base), recipe.model), plain
     params = jax.tree.map(lambda x, s: x.astype(s.dtype, copy=False), params, kept)
     alone = all(len(at.device_set) == 1 for at in jax.tree.leaves(shardings))

@@ -167,7 +167,7 @@ class Family:
             fields |= self.read(theirs)
         except InputError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as e:
             raise InputError(f"config.json of this {self.name} is not understood: {type(e).__name__} {e}") from e
         names = list(names)
         for ours, stem in self.heads.items():

@@ -32,14 +32,14 @@ def text_vectors(
     texts: int = 1,
 ) -> Float[jax.Array, "B N D"]:
     """A vector for each text of a row, segments 1 to N = `texts`: features of its first token (cls) or its last, or the mean
-    over it. Of a segment that is not there it means nothing."""
+    over it; zeros for a segment that is not there."""
     mine = segments[:, None, :] == jnp.arange(1, texts + 1)[:, None]
     if pool == "mean":
         count = jnp.maximum(jnp.sum(mine, axis=-1, keepdims=True), 1)
         return jnp.einsum("bnt,btd->bnd", mine.astype(features.dtype), features, precision="highest") / count
     T = features.shape[1]
     at = jnp.argmax(mine, axis=-1) if pool == "cls" else T - 1 - jnp.argmax(mine[..., ::-1], axis=-1)
-    return jnp.take_along_axis(features, at[..., None], axis=1)
+    return jnp.where(mine.any(axis=-1, keepdims=True), jnp.take_along_axis(features, at[..., None], axis=1), 0)
 
 
 class TaskHead(nn.Module):

@@ -29,6 +29,10 @@ class DiffusionModel(TextModel):
         self.block_sizes = run.recipe.objective.block_sizes
         """What it was trained on; 0 is the whole row."""
         self.both_ways = MaskedModel(dataclasses.replace(run, module=MaskedNextToken(run.module.cfg)))
+        # Vectors are features in the tokens' own places: moved to the token that each predicts, a text's first would be
+        # what stands before it in the row.
+        own = MaskedNextToken(dataclasses.replace(run.module.cfg, predicts="own"))
+        self.reader = MaskedModel(dataclasses.replace(run, module=own))
         self.block_decoder = functools.cache(self._block_decoder)
 
     def _block_decoder(self, block: int) -> BlockDecoder:
@@ -175,4 +179,4 @@ class DiffusionModel(TextModel):
 
     def embed(self, texts: Sequence[str], pool: str = "", prompt: str = "") -> np.ndarray:
         """As MaskedModel.embed, read both ways, where whole rows were trained on; else as TextModel.embed."""
-        return self.both_ways.embed(texts, pool, prompt) if 0 in self.block_sizes else super().embed(texts, pool, prompt)
+        return self.reader.embed(texts, pool, prompt) if 0 in self.block_sizes else super().embed(texts, pool, prompt)

@@ -41,6 +41,10 @@ def rounded(p: Any) -> Any:
     return [round(x, 4) for x in p] if isinstance(p, list) else None if p is None else round(p, 4)
 
 
+RIGHT = ("1", "yes", "true", "right", "relevant", "positive", "match", "duplicate", "equivalent", "entailment")
+"""Labels of pairs that say that the texts belong together, in any case of letters."""
+
+
 class TaskPredictor:
     """A fine-tuned run ready for inference: `predict`. Made by `bothways.load`."""
 
@@ -82,22 +86,31 @@ class TaskPredictor:
         return [Prediction(line, label, rounded(p)) for line, label, p in self._decide(lines)]
 
     def check_pair_scores(self) -> None:
-        """Raises InputError where a pair of texts has no score: the run is not fine-tuned for numbers or for two labels."""
+        """Raises InputError where a pair of texts has no score: the run is not fine-tuned for numbers, or for two labels of
+        which one is in RIGHT."""
         kind, labels = self.task.kind, self.task.labels
         if kind not in ("regress", "classify") or (kind == "classify" and len(labels) != 2):
             what = f"tells {len(labels)} labels apart" if kind == "classify" else f"is fine-tuned for {kind}"
             raise InputError(f"{self.run.home} {what}; the score of a pair of texts is a number, or one of two labels")
+        if kind == "classify" and sum(label.lower() in RIGHT for label in labels) != 1:
+            raise InputError(
+                f"{self.run.home} tells {labels[0]!r} and {labels[1]!r} apart, and which of them says that the texts belong "
+                f"together is not known; call it one of {', '.join(RIGHT)} in the file, and fine-tune again"
+            )
 
     def pair_scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """How well the second text of each pair answers the first: the number, or the probability of the second of two labels.
+        """How well the second text of each pair answers the first: the number, or the probability of the label that is in
+        RIGHT.
 
         Raises:
           InputError: as `check_pair_scores`.
         """
         self.check_pair_scores()
-        kind, labels = self.task.kind, self.task.labels
+        kind = self.task.kind
         found = self._decide(["\t".join(text.replace("\t", " ") for text in pair) for pair in pairs])
-        return [float(label) if kind == "regress" else float(p if label == labels[1] else 1 - p) for _, label, p in found]
+        if kind == "regress":
+            return [float(label) for _, label, _ in found]
+        return [float(p if label.lower() in RIGHT else 1 - p) for _, label, p in found]
 
     def _decide(self, lines: Sequence[str]) -> list[tuple[str, Any, Any]]:
         """(line, label, probability) of every line."""

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bothways.bases import base_key
 from bothways.config import MeshConfig
 from bothways.data.tokenizer import Tokenizer
 from bothways.errors import InputError
@@ -19,7 +21,7 @@ from bothways.model import adapters
 from bothways.model.axes import platform
 from bothways.model.products import transpose_kernels
 from bothways.recipes import Recipe
-from bothways.rundir import TaskInfo, base_of, compute_dtype_shapes, directory, param_shapes, read_recipe, read_task
+from bothways.rundir import TaskInfo, compute_dtype_shapes, directory, param_shapes, read_recipe, read_task
 from bothways.sample.open import OpenModel, open_model, open_run
 from bothways.sample.text import TextModel, callbacks, never_drawn
 from bothways.serve.prefix import PrefixCache
@@ -107,18 +109,21 @@ class Served:
     def abilities(self) -> list[str]:
         return [what for what in WANTS if not self.refusal(what)]
 
-    @property
+    @functools.cached_property
     def bytes(self) -> int:
         """Of its parameters, as they are kept for inference."""
         return bytes_of(compute_dtype_shapes(param_shapes(self.recipe, self.task), self.recipe.model))
 
-    @property
-    def base_bytes(self) -> int:
-        """Of these, what its adapters are for; 0 where it has none."""
-        if not self.recipe.model.lora.rank:
-            return 0
+    @functools.cached_property
+    def frozen(self) -> Any:
+        """Shapes of what its adapters are for; of nothing where it has none."""
         shapes = compute_dtype_shapes(param_shapes(self.recipe, self.task), self.recipe.model)
-        return bytes_of(adapters.split(shapes)[1])
+        return adapters.split(shapes)[1] if self.recipe.model.lora.rank else {}
+
+    @functools.cached_property
+    def base_bytes(self) -> int:
+        """Of `bytes`, those of `frozen`."""
+        return bytes_of(self.frozen)
 
     def cache_bytes(self, slots: int, size: int) -> int:
         """Of the keys and values of so many slots, where the run writes token by token."""
@@ -176,7 +181,7 @@ class Loaded:
     bytes: int
     """Of parameters, slots, and as many kept prompts as there may be; without a base that others may share."""
     base: tuple | None = None
-    """Run and checkpoint of such a base."""
+    """Which base that is (`base_key`)."""
     base_bytes: int = 0
     calls: int = 0
     """That are being computed."""
@@ -194,7 +199,7 @@ class Runs:
         self.served, self.limits, self.mesh = served, limits, mesh
         self.loaded: collections.OrderedDict[str, Loaded] = collections.OrderedDict()
         apart = () if limits.merge_adapters else [run for run in served.values() if run.recipe.model.lora.rank]
-        self.bases = {run.name: base_of(run.home) for run in apart}
+        self.bases = {run.name: base_key(run.home, run.frozen) for run in apart}
         if limits.memory:
             for run in served.values():
                 if run.bytes > limits.memory:

@@ -280,6 +280,10 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, capfd):
     refused(llama, tmp_path / "run", capfd, "longrope", "linear, dynamic, llama3, yarn")
     (llama / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "linear", "factor": "two"}}))
     refused(llama, tmp_path / "run", capfd, "config.json of this llama is not understood", "'two'")
+    gemma = checkpoint("gemma2", tmp_path / "gemma")
+    config = json.loads((gemma / "config.json").read_text())
+    (gemma / "config.json").write_text(json.dumps(config | {"attn_logit_softcapping": "fifty"}))
+    refused(gemma, tmp_path / "run", capfd, "config.json of this gemma2 is not understood", "'fifty'")
 
 
 def test_no_pickle_is_opened(tmp_path, capfd):

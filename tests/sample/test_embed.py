@@ -1,13 +1,20 @@
 """Vectors of texts that share rows are those of each text alone, of every family and pool."""
 
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from bothways.config import ObjectiveConfig
+from bothways.data import tokenizer as tokenizers
+from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
+from bothways.rundir import Run
 from bothways.sample import embed
+from bothways.sample.diffusion import DiffusionModel
+from tests.corpus import made_up_text
 
 LENGTHS = (3, 1, 7, 2, 11, 5, 23, 2, 3, 1, 13, 37, 5, 3)
 
@@ -47,3 +54,20 @@ def test_texts_that_share_rows_see_nothing_of_each_other(family, fields, tiny_wi
     for pool, wanted in (("mean", lambda x: x.mean(axis=0)), ("cls", lambda x: x[0]), ("last", lambda x: x[-1])):
         found = embed.vectors(run, [""] * len(rows), rows, pool)
         np.testing.assert_allclose(found, [wanted(x) for x in features], rtol=1e-4, atol=1e-5)
+
+
+def test_a_diffusion_run_reads_each_text_in_its_own_place(tiny_with):
+    """A decoder that predicts the next token moves its features by one; the vector of a text has none of its neighbour's."""
+    tokenizer = tokenizers.train([made_up_text(60)], "bpe", 330)
+    cfg = tiny_with(context_length=48, vocab_size=len(tokenizer))
+    module = make_module("gpt", cfg)
+    params = jax.jit(lambda: module.init(jax.random.key(3), **tiny_inputs("gpt"))["params"])()
+    recipe = Recipe("dial", "gpt", cfg, objective=ObjectiveConfig("diffusion", block_sizes=(1, 0)))
+    model = DiffusionModel(Run(Path("dial"), recipe, tokenizer, module, params, 1))
+    texts = ["the king", "a cat", "the queen sees the dog"]
+    for pool in ("mean", "cls", "last"):
+        alone = np.concatenate([model.embed([text], pool) for text in texts])
+        np.testing.assert_allclose(model.embed(texts, pool), alone, rtol=1e-4, atol=1e-5)
+    ids = np.array([[tokenizer.bos, *tokenizer.encode(texts[0])]])
+    features, _ = module.apply({"params": params}, ids, prefix=np.array([ids.shape[1]]))
+    np.testing.assert_allclose(model.embed(texts)[0], features[0].mean(axis=0), rtol=1e-4, atol=1e-5)

@@ -215,6 +215,7 @@ def test_prompts_are_those_of_each_side():
     [
         ("regress", (), [(2.5, None), (-1.0, None)], [2.5, -1]),
         ("classify", ("no", "yes"), [("no", 0.9), ("yes", 0.8)], [0.1, 0.8]),
+        ("classify", ("Right", "wrong"), [("wrong", 0.9), ("Right", 0.8)], [0.1, 0.8]),
     ],
 )
 def test_the_score_of_a_pair_is_a_number_or_a_label_of_two(kind, labels, answers, wanted):
@@ -228,3 +229,7 @@ def test_the_score_of_a_pair_is_a_number_or_a_label_of_two(kind, labels, answers
     scorer.task.kind, scorer.task.labels = "classify", ("a", "b", "c")
     with pytest.raises(InputError, match="runs/pairs tells 3 labels apart"):
         scorer.pair_scores([("a", "b")])
+    for labels in (("a", "b"), ("1", "yes")):
+        scorer.task.labels = labels
+        with pytest.raises(InputError, match="which of them says that the texts belong together is not known"):
+            scorer.pair_scores([("a", "b")])
