@@ -82,11 +82,14 @@ def vectors(run: Run, texts: Sequence[str], rows: Sequence[list[int]], pool: str
 
     lengths = [len(row) for row in rows]
     groups = packed(lengths, min(SHARED, context), SHARING)
-    for batch in batched(groups, lambda texts: (sum(lengths[i] for i in texts),), rows_that_fit(run.recipe.model)):
-        laid = laid_out([[rows[i] for i in texts] for texts in batch], context, run.tokenizer.pad)
-        computed.append((batch, pooled(run.module, run.params, *laid, pool)))
-        if len(computed) > AHEAD:  # the next batches are made ready while these are computed
-            fetch()
+    size = lambda texts: sum(lengths[i] for i in texts)  # noqa: E731
+    # Apart, since rows longer than SHARED give one vector each.
+    for alike in ([g for g in groups if size(g) <= SHARED], [g for g in groups if size(g) > SHARED]):
+        for batch in batched(alike, lambda texts: (size(texts),), rows_that_fit(run.recipe.model)):
+            laid = laid_out([[rows[i] for i in texts] for texts in batch], context, run.tokenizer.pad)
+            computed.append((batch, pooled(run.module, run.params, *laid, pool)))
+            if len(computed) > AHEAD:  # the next batches are made ready while these are computed
+                fetch()
     while computed:
         fetch()
     return found

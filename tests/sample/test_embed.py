@@ -16,7 +16,7 @@ from bothways.sample import embed
 from bothways.sample.diffusion import DiffusionModel
 from tests.corpus import made_up_text
 
-LENGTHS = (3, 1, 7, 2, 11, 5, 23, 2, 3, 1, 13, 37, 5, 3)
+LENGTHS = (3, 1, 7, 2, 11, 5, 23, 2, 3, 1, 13, 37, 5, 3, embed.SHARED + 3)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ LENGTHS = (3, 1, 7, 2, 11, 5, 23, 2, 3, 1, 13, 37, 5, 3)
     ],
 )
 def test_texts_that_share_rows_see_nothing_of_each_other(family, fields, tiny_with):
-    cfg = tiny_with(context_length=48, vocab_size=97, **fields)
+    cfg = tiny_with(context_length=2 * embed.SHARED, vocab_size=97, **fields)
     module = make_module(family, cfg)
     params = jax.jit(lambda: module.init(jax.random.key(3), **tiny_inputs(family))["params"])()
     run = types.SimpleNamespace(
