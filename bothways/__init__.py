@@ -68,7 +68,7 @@ def load(
         cannot hold them, on all.
       step: which checkpoint: a step that is kept, the best on held-out text, or the newest.
       merge_adapters: False: of a run of adapters these stay beside their base, which is in memory once for all runs that
-        are opened so; a little slower at every token. Other runs are opened as ever.
+        are opened so; slower at every token. Other runs are opened as ever.
 
     Raises:
       InputError: no run, no checkpoint yet, not this one, none that can be read, or a mesh that cannot hold the parameters.

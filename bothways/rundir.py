@@ -3,7 +3,7 @@
 It lies on a disk, or on a bucket: gs://bucket/runs/x (etils.epath, orbax and tensorboardX each go there themselves).
 
 runs/x/recipe.json         the recipe, every derived value filled in
-runs/x/tokenizer.model     sentencepiece; or tokenizer.json and tokenizer_config.json, of an imported run
+runs/x/tokenizer.model     sentencepiece; of an imported run tokenizer.json and tokenizer_config.json, or its family's own files
 runs/x/corpus.json         of a run trained here: the fingerprint of its text
 runs/x/checkpoints/STEP/   orbax: params, train (optimizer and counters), meta (step, data position)
 runs/x/metrics.jsonl       a line per logged step and per evaluation

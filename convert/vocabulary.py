@@ -7,6 +7,7 @@ import tokenizers
 
 from bothways.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from bothways.data.vocabulary_files import from_sentencepiece
+from bothways.errors import InputError
 from bothways.rundir import TaskInfo
 
 
@@ -21,6 +22,11 @@ def save_vocabulary(tokenizer: Tokenizer, home: Path, ours: str, task: TaskInfo 
     tokenizer.save_in(home)
     if not isinstance(tokenizer, SentencePieceTokenizer):
         if task is not None and task.wrap == "task":
+            if not (home / "tokenizer.json").exists():
+                raise InputError(
+                    "texts of this run are wrapped as fine-tuning wraps them, which a vocabulary without a tokenizer.json "
+                    "(Marian's, M2M-100's) cannot say; such a fine-tuned run does not leave"
+                )
             _wrap_as_task(tokenizer, home / "tokenizer.json")
         return
     sp, special = tokenizer.sp, [tokenizer.pad, tokenizer.unk, tokenizer.bos, tokenizer.eos]

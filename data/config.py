@@ -43,7 +43,8 @@ class DataConfig:
     chat_template: str = ""
     """A file with the jinja2 template that conversations are written by. Empty: the tokenizer's own, or a plain one."""
     tokenizer: str = "unigram"
-    """`unigram`, `bpe` or `char`, trained on the corpus; or a file: sentencepiece's .model, or a tokenizer.json."""
+    """`unigram`, `bpe` or `char`, trained on the corpus; or a file: sentencepiece's .model, a tokenizer.json, or the
+    source.spm of Marian or sentencepiece.bpe.model of M2M-100, with vocab.json beside it."""
     vocab_size: int = 8192
     """Pieces of a tokenizer to be trained."""
     separate_documents: bool = True

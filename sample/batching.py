@@ -93,11 +93,11 @@ def batched(
     yield from sorted_out()
 
 
-def packed(lengths: Sequence[int], width: int, most: int) -> list[list[int]]:
+def sharing_rows(lengths: Sequence[int], width: int, most: int) -> list[list[int]]:
     """Rows of at most `width` tokens and `most` items, by the items' numbers: into each the longest that is left, then always
     the longest that still fits. What is longer than half of `width` has a row of its own.
 
-    >>> packed([3, 9, 5, 5, 1], 10, 3)
+    >>> sharing_rows([3, 9, 5, 5, 1], 10, 3)
     [[1], [2, 3], [0, 4]]
     """
     left: dict[int, list[int]] = collections.defaultdict(list)

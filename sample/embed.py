@@ -16,7 +16,7 @@ from bothways.errors import InputError
 from bothways.model.seq2seq import Seq2Seq
 from bothways.model.task import text_vectors
 from bothways.rundir import Run
-from bothways.sample.batching import batched, laid_out, packed, rows_that_fit
+from bothways.sample.batching import batched, laid_out, rows_that_fit, sharing_rows
 
 AHEAD = 2
 """Batches that are on their way to the device while one is computed."""
@@ -81,7 +81,7 @@ def vectors(run: Run, texts: Sequence[str], rows: Sequence[list[int]], pool: str
             found[texts] = vectors[: len(texts)]
 
     lengths = [len(row) for row in rows]
-    groups = packed(lengths, min(SHARED, context), SHARING)
+    groups = sharing_rows(lengths, min(SHARED, context), SHARING)
     size = lambda texts: sum(lengths[i] for i in texts)  # noqa: E731
     # Apart, since rows longer than SHARED give one vector each.
     for alike in ([g for g in groups if size(g) <= SHARED], [g for g in groups if size(g) > SHARED]):

@@ -51,7 +51,7 @@ def serve(
         max_body: Most bytes of a request's body.
         warm: Load and compile everything before the port opens.
         merge_adapters: Merge adapters into their base. With --no-merge-adapters they stay beside it, and a base that several
-            runs are for is in memory once; each token takes a little longer.
+            runs are for is in memory once; each token takes longer.
         mesh: Devices to spread the parameters over.
     """
     try:

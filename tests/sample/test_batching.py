@@ -32,7 +32,7 @@ def test_every_item_once_within_the_budget(lengths, budget, ahead):
 
 @given(st.lists(st.integers(1, 61), max_size=97), st.integers(1, 31), st.integers(1, 7))
 def test_shared_rows_hold_every_item_once_and_no_more_than_fits(lengths, width, most):
-    rows = batching.packed(lengths, width, most)
+    rows = batching.sharing_rows(lengths, width, most)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     for row in rows:
         assert len(row) == 1 or (sum(lengths[i] for i in row) <= width and len(row) <= most)

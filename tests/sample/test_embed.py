@@ -49,7 +49,7 @@ def test_texts_that_share_rows_see_nothing_of_each_other(family, fields, tiny_wi
         return np.asarray(found[0] if isinstance(found, tuple) else found)[0]
 
     features = [alone(row) for row in rows]
-    shared = {len(group) for group in embed.packed(LENGTHS, min(embed.SHARED, cfg.context_length), embed.SHARING)}
+    shared = {len(group) for group in embed.sharing_rows(LENGTHS, min(embed.SHARED, cfg.context_length), embed.SHARING)}
     assert max(shared) > 3
     for pool, wanted in (("mean", lambda x: x.mean(axis=0)), ("cls", lambda x: x[0]), ("last", lambda x: x[-1])):
         found = embed.vectors(run, [""] * len(rows), rows, pool)
