@@ -174,7 +174,7 @@ class Words:
     pad, bos, eos = PAD, BOS, EOS
 
     def __init__(self, size: int, fingerprint: str = "words"):
-        self.size, self.fingerprint = size, fingerprint
+        self.size, self.fingerprint, self.of_targets = size, fingerprint, self
 
     def __len__(self) -> int:
         return self.size
