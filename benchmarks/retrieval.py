@@ -11,7 +11,6 @@ verse, and with those wrong ones that a run ranks highest, for `bothways finetun
 import argparse
 import csv
 import json
-import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +82,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--run is for pairs, which need it")
     given.home.mkdir(parents=True, exist_ok=True)
     if given.what == "mine":
-        logging.getLogger("bm25s").setLevel(logging.WARNING)
         mine(given.home)
     else:
         import bothways

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -128,6 +129,8 @@ def by_words(queries: dict[str, str], documents: Iterable[tuple[str, str]], k: i
         import bm25s
     except ModuleNotFoundError as e:
         raise InputError("BM25 is the library bm25s, which is not installed: pip install 'bothways[search]'") from e
+    # Importing the library sets its logger to DEBUG, which any handler of the root logger would print.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     names, texts = zip(*documents, strict=True)
     index = bm25s.BM25()
     index.index(bm25s.tokenize(list(texts), show_progress=False), show_progress=False)

@@ -1,6 +1,7 @@
 """Search: exact at any size of block, measured as BEIR does, and what the command prints and refuses."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -78,10 +79,12 @@ def test_vectors_that_are_not_finite_find_nothing():
         of.embed_side(model, ["a"], "query")
 
 
-def test_bm25_finds_by_words():
-    pytest.importorskip("bm25s", reason="bm25s is not installed")
+def test_bm25_finds_by_words_and_says_nothing(caplog):
+    bm25s = pytest.importorskip("bm25s", reason="bm25s is not installed")
+    bm25s.logger.setLevel(logging.DEBUG)  # as importing it does
     found = of.by_words({"q": "old king"}, iter([("1", "the queen sees"), ("2", "the old king sees")]), 10)
     assert [name for name, _ in found["q"]] == ["2", "1"]
+    assert not caplog.records
 
 
 def test_reranking_keeps_the_order_of_equals():
