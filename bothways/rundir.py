@@ -130,6 +130,8 @@ class TaskInfo:
     hidden: str = ""
     """Activation of a dense layer before the output layer, of imported heads that have one."""
     hidden_norm: bool = False
+    hidden_bias: bool | None = None
+    """Whether that dense layer has a bias; None: as the body's projections."""
     wrap: str = "task"
     """What stands around texts: `task`, as fine-tuning wraps them here; `vocabulary`, as the imported one does."""
     no_answer: bool = True
@@ -246,7 +248,7 @@ def module_of(recipe: Recipe, task: TaskInfo | None = None) -> nn.Module:
     if task is None:
         return make_module(recipe.family, recipe.model)
     both_ways = recipe.objective.kind == "hybrid"
-    head = {"pool": task.pool, "hidden": task.hidden, "hidden_norm": task.hidden_norm}
+    head = {name: getattr(task, name) for name in ("pool", "hidden", "hidden_bias", "hidden_norm")}
     return TaskModel(recipe.model.resolved(), recipe.family, task.kind, task.outputs, both_ways=both_ways, **head)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -63,20 +63,23 @@ class Head:
 
     Args:
       table: stems -> our modules of `task_head`.
-      hidden, hidden_norm: as TaskHead has them.
+      hidden, hidden_bias, hidden_norm: as TaskHead has them.
       pooler: it reads the body's pooler.
       bias: the output layer has one.
       prefix: of the body's names, where it is another than the family's.
-      pool_key: of config.json, `cls` or `mean`; empty: one token is read.
+      pool_key: of config.json, which says how a text's tokens are pooled; empty: one token is read.
+      pools: our TaskModel.pool -> their word for it; the first is what a missing key means.
     """
 
     table: dict[str, str]
     hidden: str = ""
+    hidden_bias: bool | None = None
     hidden_norm: bool = False
     pooler: bool = False
     bias: bool = True
     prefix: str = ""
     pool_key: str = ""
+    pools: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"token": "cls"})
 
 
 @dataclasses.dataclass(frozen=True)

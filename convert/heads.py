@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bothways.convert.family import Config, Family
+from bothways.convert.family import Config, Family, Head
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
@@ -79,7 +79,7 @@ def task_of(family: Family, theirs: Config, cfg: TransformerConfig, name: str) -
     if kind in LABELLED and len(set(named)) != len(named):
         raise InputError(f"config.json: id2label gives two classes one name: {', '.join(named[:12])}")
     head = family.tasks[suffix]
-    pool = "mean" if head.pool_key and theirs.get(head.pool_key) == "mean" else "token"
+    pool = _pool_of(head, theirs)
     return TaskInfo(
         name,
         kind,
@@ -89,8 +89,19 @@ def task_of(family: Family, theirs: Config, cfg: TransformerConfig, name: str) -
         pool if kind in OF_TEXTS else "token",
         head.hidden,
         head.hidden_norm,
+        head.hidden_bias,
         "vocabulary",
     )
+
+
+def _pool_of(head: Head, theirs: Config) -> str:
+    words = list(head.pools.values())
+    said = theirs.get(head.pool_key, words[0])
+    if said not in words:
+        raise InputError(
+            f"config.json: {head.pool_key} is {said!r}; a head with that is not supported, only {', '.join(words)}"
+        )
+    return next(ours for ours, word in head.pools.items() if word == said)
 
 
 def body_config(family: Family, suffix: str, cfg: TransformerConfig) -> TransformerConfig:
@@ -137,12 +148,12 @@ def differences(family: Family, task: TaskInfo, cfg: TransformerConfig, bias: np
     if suffix not in family.tasks:
         return [f"no head for {suffix}"]
     head, found = family.tasks[suffix], family.differences(body_config(family, suffix, cfg), tuple(OUTPUT))
-    for field, theirs in (("hidden", head.hidden), ("hidden_norm", head.hidden_norm)):
-        mine = getattr(task, field)
+    for field in ("hidden", "hidden_bias", "hidden_norm"):
+        mine, theirs = getattr(task, field), getattr(head, field)
         found += [] if mine == theirs else [f"a head with {field}={theirs}, not {mine}"]
     pools = task.kind in OF_TEXTS
-    if pools and task.pool == "mean" and not head.pool_key:
-        found.append("a head that reads one token, not the mean")
+    if pools and task.pool not in head.pools:
+        found.append(f"a head with pool={' or '.join(head.pools)}, not {task.pool}")
     if pools and family.ours == "bert" and cfg.pooled != head.pooler:
         found.append(f"a head that reads {'the pooler' if head.pooler else 'the first token'}")
     if not head.bias and np.any(bias):
@@ -171,7 +182,7 @@ def config_json(family: Family, task: TaskInfo, cfg: TransformerConfig) -> Confi
     theirs = family.config_json(body_config(family, suffix, cfg))
     stem = family.classes or theirs["architectures"][0]
     theirs["architectures"] = [f"{stem}For{suffix}"]
-    pool_key = family.tasks[suffix].pool_key
-    if pool_key:
-        theirs[pool_key] = "mean" if task.pool == "mean" else "cls"
+    head = family.tasks[suffix]
+    if head.pool_key:
+        theirs[head.pool_key] = head.pools[task.pool]
     return theirs | labels_json(task)

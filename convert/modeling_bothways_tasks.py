@@ -8,6 +8,10 @@ from transformers import modeling_outputs
 from .modeling_bothways import ACTIVATIONS, BothwaysModel, BothwaysPreTrainedModel, Norm, Pooler
 
 
+def mean_over(x, real):
+    return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
+
 class WithTaskHead(BothwaysPreTrainedModel):
     """A body under one linear layer, in float32; `task` in config.json says what it reads."""
 
@@ -21,7 +25,8 @@ class WithTaskHead(BothwaysPreTrainedModel):
         hidden = config.task.get("hidden", "")
         self.hidden = {"": None, "tanh": torch.tanh}.get(hidden) or ACTIVATIONS.get(hidden)
         if hidden:
-            self.task_head.dense = nn.Linear(m["d_model"], m["d_model"], bias=m["bias"])
+            bias = config.task.get("hidden_bias")
+            self.task_head.dense = nn.Linear(m["d_model"], m["d_model"], bias=m["bias"] if bias is None else bias)
         if config.task.get("hidden_norm"):
             self.task_head.norm = Norm(m, m["d_model"])
         self.post_init()
@@ -30,14 +35,20 @@ class WithTaskHead(BothwaysPreTrainedModel):
         config, real = self.config, torch.ones_like(input_ids) if attention_mask is None else attention_mask
         how = {"token_type_ids": token_type_ids} if config.family == "bert" else {}
         x = self.model(input_ids, real, both_ways=config.objective == "hybrid", **how).last_hidden_state.float()
-        if config.task["kind"] not in ("tag", "span"):
-            if config.task["pool"] == "mean":
-                x = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-            elif config.family == "gpt":
-                at = torch.arange(real.shape[1], device=real.device)
-                x = x[torch.arange(len(x), device=x.device), (at * real).argmax(1)]
-            else:
-                x = self.nsp(x) if self.nsp is not None else x[:, 0]
+        if config.task["kind"] in ("tag", "span"):
+            return self.scores(x)
+        if config.task["pool"] == "late":
+            return mean_over(self.scores(x), real)
+        if config.task["pool"] == "mean":
+            x = mean_over(x, real)
+        elif config.family == "gpt":
+            at = torch.arange(real.shape[1], device=real.device)
+            x = x[torch.arange(len(x), device=x.device), (at * real).argmax(1)]
+        else:
+            x = self.nsp(x) if self.nsp is not None else x[:, 0]
+        return self.scores(x)
+
+    def scores(self, x):
         x = x if self.hidden is None else self.hidden(self.task_head.dense(x))
         return self.task_head(self.task_head.norm(x) if hasattr(self.task_head, "norm") else x)
 

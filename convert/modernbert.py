@@ -84,7 +84,8 @@ MODERNBERT = Family(
     copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
     classes="ModernBert",
     tasks=dict.fromkeys(
-        ("SequenceClassification", "MultipleChoice"), dataclasses.replace(_HEAD, pool_key="classifier_pooling")
+        ("SequenceClassification", "MultipleChoice"),
+        dataclasses.replace(_HEAD, pool_key="classifier_pooling", pools={"token": "cls", "mean": "mean"}),
     )
     | dict.fromkeys(("TokenClassification", "QuestionAnswering"), _HEAD),
 )

@@ -5,7 +5,7 @@ import dataclasses
 from bothways.convert import layer_types
 from bothways.convert.decoders import LLAMA
 from bothways.convert.encoders import BERT, ON_POOLER, ON_TOKENS
-from bothways.convert.family import Config, Family, activation_of, one_dropout, published_activation
+from bothways.convert.family import Config, Family, Head, activation_of, one_dropout, published_activation
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
@@ -21,6 +21,14 @@ def _eurobert_read(theirs: Config) -> Config:
     return LLAMA.read(theirs) | {"masked_head": str(kinds[0]).endswith("ForMaskedLM")}
 
 
+_EUROBERT_HEAD = Head(
+    {"dense": "task_head/dense", "classifier": "task_head"},
+    hidden="gelu",
+    hidden_bias=True,
+    pool_key="classifier_pooling",
+    pools={"late": "late", "token": "bos", "mean": "mean"},
+)
+
 EUROBERT = dataclasses.replace(
     LLAMA,
     name="eurobert",
@@ -31,7 +39,7 @@ EUROBERT = dataclasses.replace(
     read=_eurobert_read,
     architecture=lambda cfg: "EuroBertForMaskedLM" if cfg.masked_head else "EuroBertModel",
     classes="EuroBert",
-    tasks=_TAGS,
+    tasks=_TAGS | {"SequenceClassification": _EUROBERT_HEAD},
 )
 
 # ---- Nomic BERT -------------------------------------------------------------------------------------------------------

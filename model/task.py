@@ -15,7 +15,7 @@ from bothways.model.gpt import GPT
 from bothways.model.layers import Norm, Projection
 
 Kind = Literal["classify", "regress", "multilabel", "tag", "span", "choice"]
-Pool = Literal["token", "mean"]
+Pool = Literal["token", "mean", "late"]
 Hidden = Literal["", "tanh", "relu", "gelu"]
 
 
@@ -50,13 +50,15 @@ class TaskHead(nn.Module):
     dropout: float
     hidden: Hidden = ""
     """The dense layer's activation: tanh (RoBERTa), relu (DistilBERT), gelu (ELECTRA, ModernBERT). Empty: no such layer."""
+    hidden_bias: bool | None = None
+    """Whether the dense layer has a bias; None: as the body's projections."""
     hidden_norm: bool = False
 
     @nn.compact
     def __call__(self, x: Float[jax.Array, "... D"], deterministic: bool) -> Float[jax.Array, "... O"]:
         x = x.astype(jnp.float32)
         if self.hidden:
-            x = Projection(self.cfg, (x.shape[-1],), name="dense")(x)
+            x = Projection(self.cfg, (x.shape[-1],), bias=self.hidden_bias, name="dense")(x)
             x = jnp.tanh(x) if self.hidden == "tanh" else ACTIVATIONS[self.hidden](x)
         if self.hidden_norm:
             x = Norm(self.cfg, name="norm")(x)
@@ -69,8 +71,8 @@ class TaskModel(nn.Module):
     """A GPT or BERT under a task head (arXiv 1810.04805, section 3.2; GPT-1, section 3.2).
 
     classify, multilabel, regress and choice read one vector per text: of a BERT the pooler's (or the first token's where
-    there is no pooler), of a GPT the last token's features; with pool "mean" the mean over the text. tag and span read
-    every token's features.
+    there is no pooler), of a GPT the last token's features; with pool "mean" the mean over the text, with "late" every
+    token's, whose scores are averaged. tag and span read every token's features.
     """
 
     cfg: TransformerConfig
@@ -82,11 +84,12 @@ class TaskModel(nn.Module):
     """A GPT that was trained in both directions: every token sees the whole text."""
     pool: Pool = "token"
     hidden: Hidden = ""
+    hidden_bias: bool | None = None
     hidden_norm: bool = False
 
     def setup(self):
         self.body = GPT(self.cfg) if self.family == "gpt" else BERT(self.cfg)
-        self.task_head = TaskHead(self.cfg, self.outputs, self.dropout, self.hidden, self.hidden_norm)
+        self.task_head = TaskHead(self.cfg, self.outputs, self.dropout, self.hidden, self.hidden_bias, self.hidden_norm)
 
     def features(
         self,
@@ -116,6 +119,8 @@ class TaskModel(nn.Module):
         """The head's view of the features."""
         if self.kind in ("tag", "span"):
             return self.task_head(features, deterministic)
+        if self.pool == "late":
+            return mean_over(self.task_head(features, deterministic), segments)
         if self.pool == "mean":
             summary = mean_over(features, segments)
         elif self.family == "gpt":

@@ -10,7 +10,7 @@ import tokenizers
 
 import bothways
 from bothways.convert.families import FAMILIES
-from bothways.convert.heads import KINDS, differences
+from bothways.convert.heads import KINDS, differences, task_of
 from bothways.convert.run import export_run, import_run
 from bothways.errors import InputError
 from bothways.rundir import TaskInfo, load_run
@@ -30,7 +30,7 @@ CASES = {  # those whose heads are another family's under another name are left 
     "modernbert-decoder": ("SequenceClassification",),
     "gemma2": ("SequenceClassification", "TokenClassification"),
     "falcon": ("QuestionAnswering",),
-    "eurobert": ("TokenClassification",),
+    "eurobert": ("TokenClassification", "SequenceClassification"),
     "nomic_bert": ("SequenceClassification",),
     "llama": ("SequenceClassification", "TokenClassification", "QuestionAnswering"),
     "mistral": ("QuestionAnswering",),
@@ -91,6 +91,9 @@ def test_a_head_comes_in_and_goes_out_with_the_scores_of_transformers(name, suff
             {"num_labels": 1, "id2label": {0: "LABEL_0"}} | {"max_position_embeddings": 61},
         ),
         ("modernbert", "SequenceClassification", {"classifier_pooling": "mean"}),
+        ("eurobert", "SequenceClassification", {}),
+        ("eurobert", "SequenceClassification", {"classifier_pooling": "mean"}),
+        ("eurobert", "SequenceClassification", {"classifier_pooling": "bos"}),
         ("gpt2", "SequenceClassification", {}),
     ],
 )
@@ -137,6 +140,13 @@ def test_what_a_head_does_not_read_stays_behind_and_what_is_no_single_label_is_r
     import_run(str(source), tmp_path / "run", "shakespeare", quiet)
     assert not load_run(tmp_path / "run", quiet).recipe.model.pooler
     assert dataclasses.asdict(load_run(tmp_path / "run", quiet).task)["wrap"] == "vocabulary"
+
+
+@pytest.mark.parametrize(("name", "known"), [("modernbert", "cls, mean"), ("eurobert", "late, bos, mean")])
+def test_a_pooling_that_is_not_known_is_refused_by_name(name, known):
+    theirs = {"architectures": [f"{FAMILIES[name].classes}ForSequenceClassification"], "classifier_pooling": "max"}
+    with pytest.raises(InputError, match=f"classifier_pooling is 'max'; .* only {known}"):
+        task_of(FAMILIES[name], theirs, FAMILIES["llama"].config({"vocab_size": 307} | SIZES["llama"], []), "run")
 
 
 def test_what_only_scores_of_tokens_have_keeps_no_head_from_a_family():

@@ -95,7 +95,7 @@ CASES = {  # name: family, objective, fields
     ),
 }
 TASKS = {"classify": ("gpt", "mean"), "regress": ("gpt", "token"), "tag": ("bert", "token")}
-TASKS |= {"span": ("bert", "token"), "choice": ("bert", "token")}
+TASKS |= {"span": ("bert", "token"), "choice": ("bert", "late")}
 
 
 def run_of(name: str, tiny, home: Path) -> Path:
