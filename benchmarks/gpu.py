@@ -57,7 +57,7 @@ def train_ours(name: str, shapes: Iterable[tuple[int, int]], tiny: bool, steps: 
     import jax
 
     from benchmarks import models, training
-    from bothways.flops import training_flops_per_token
+    from bothways.flops import recipe_flops_per_token
     from bothways.registry import make_module, tiny_inputs
 
     base = models.TINY[name] if tiny else models.FULL[name]
@@ -75,8 +75,7 @@ def train_ours(name: str, shapes: Iterable[tuple[int, int]], tiny: bool, steps: 
         except jax.errors.JaxRuntimeError as e:
             tell(what=f"{name} training", side="bothways", rows=rows, length=length, failed=str(e).split("\n")[0][:200])
             continue
-        share = 1.0 if recipe.family == "gpt" else recipe.objective.mask_rate
-        flops = training_flops_per_token(cfg, causal=recipe.family == "gpt", predicted_share=share)
+        flops = recipe_flops_per_token(recipe)
         tell_training("bothways", name, device, flops, rows, length, seconds)
 
 

@@ -20,7 +20,9 @@ def layer_multiplies(cfg: TransformerConfig) -> int:
     return attention + mlp
 
 
-def training_flops_per_token(cfg: TransformerConfig, *, causal: bool, predicted_share: float = 1.0) -> float:
+def training_flops_per_token(
+    cfg: TransformerConfig, *, causal: bool, predicted_share: float = 1.0, masked_head: bool = False
+) -> float:
     """FLOPs of forward and backward per token: 6 per multiplication (arXiv 2204.02311, appendix B).
 
     Attention counts the pairs that the mask lets through: half of them under a causal mask, and those within
@@ -28,6 +30,7 @@ def training_flops_per_token(cfg: TransformerConfig, *, causal: bool, predicted_
 
     Args:
       predicted_share: share of tokens that go through the vocabulary projection.
+      masked_head: they go through a bert's head, which has a transform of its own.
     """
     cfg = cfg.resolved()
     pairs = 0.0
@@ -36,8 +39,10 @@ def training_flops_per_token(cfg: TransformerConfig, *, causal: bool, predicted_
         reach = min(window, cfg.context_length)
         seen = reach - reach * reach / (2 * cfg.context_length) if causal else min(2 * reach, cfg.context_length)
         pairs += cfg.n_heads * (cfg.d_head + cfg.d_value) * seen
-    head = predicted_share * cfg.d_model * (cfg.vocab_size + (cfg.d_model if cfg.output_transform else 0))
-    return 6 * (cfg.n_layers * layer_multiplies(cfg) + pairs + head)
+    transform = cfg.masked_transform if masked_head else cfg.output_transform
+    head = predicted_share * cfg.narrow * (cfg.vocab_size + (cfg.d_model if transform else 0))
+    widen = cfg.embed_width * cfg.d_model
+    return 6 * (cfg.n_layers * layer_multiplies(cfg) + pairs + head + widen)
 
 
 def seq2seq_flops_per_row(cfg: TransformerConfig, target: int) -> float:
@@ -77,13 +82,13 @@ def recipe_flops_per_token(recipe: Recipe) -> float:
             recipe.model, context_length=recipe.objective.text_length or recipe.model.context_length
         )
         return training_flops_per_token(read, causal=recipe.family == "gpt", predicted_share=0.0)
-    causal = recipe.objective.kind in ("causal", "chat")
+    causal, masked_head = recipe.objective.kind in ("causal", "chat"), recipe.family == "bert"
     if recipe.objective.kind == "diffusion" and set(recipe.objective.block_sizes) != {0}:
         # Hidden and clean tokens; each of the two sees half of the row, and its own block, which is not counted.
         clean = 6 * recipe.model.n_layers * layer_multiplies(recipe.model)
         return clean + training_flops_per_token(recipe.model, causal=False)
     share = recipe.objective.mask_rate if recipe.objective.kind == "masked" else 1.0
-    return training_flops_per_token(recipe.model, causal=causal, predicted_share=share)
+    return training_flops_per_token(recipe.model, causal=causal, predicted_share=share, masked_head=masked_head)
 
 
 def executed_flops(jaxpr: Any) -> np.ndarray:

@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
-from bothways.flops import executed_flops, seq2seq_flops_per_row
+from bothways.config import ObjectiveConfig
+from bothways.flops import executed_flops, recipe_flops_per_token, seq2seq_flops_per_row
+from bothways.recipes import Recipe
 from bothways.registry import make_module
 
 
@@ -19,6 +22,23 @@ def test_executed_flops_count_loops_and_recomputation():
     forward = executed_flops(jax.make_jaxpr(f)(shape).jaxpr)
     assert forward.tolist() == [7 * one, 0]
     assert executed_flops(jax.make_jaxpr(jax.grad(f))(shape).jaxpr)[0] == 7 * 4 * one  # again, and two products back
+
+
+@pytest.mark.parametrize("fields", [{}, {"embed_width": 7}, {"masked_transform": False}])
+def test_flops_of_a_masked_head_are_those_of_its_products(tiny_with, fields):
+    """And of the layer behind narrow embeddings; the share of tokens that are predicted goes through the head alone."""
+    cfg, share = tiny_with(context_length=11, **fields), 3 / 11
+    module, tokens = make_module("bert", cfg), jnp.zeros((1, 11), jnp.int32)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens))
+
+    def scores(params):
+        features = module.apply(params, tokens)
+        return module.apply(params, features[:, :3], method="logits")
+
+    recipe = Recipe(family="bert", model=cfg, objective=ObjectiveConfig("masked", mask_rate=share))
+    spare = 2 * 3 * cfg.narrow * (cfg.table_rows - cfg.vocab_size)
+    products = executed_flops(jax.make_jaxpr(scores)(params).jaxpr)[0] - spare
+    assert 11 * recipe_flops_per_token(recipe) / 3 == pytest.approx(products, rel=1e-12)
 
 
 def test_flops_of_an_encoder_decoder_are_those_of_its_products(tiny_with):
