@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from bothways.config import ObjectiveConfig
-from bothways.convert import albert_mpnet, dial, encoder_decoders, llamas, parallel, rotary_encoders
+from bothways.convert import albert_mpnet, dial, encoder_decoders, layer_norm_llamas, llamas, parallel, rotary_encoders
 from bothways.convert.decoders import GPT2, LLAMA, MISTRAL, OPENAI_GPT, PHI3, QWEN3
 from bothways.convert.encoders import BERT, CAMEMBERT, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA
 from bothways.convert.family import Config, Family
@@ -14,7 +14,7 @@ from bothways.model.config import TransformerConfig
 ENCODERS = (ROBERTA, XLM_ROBERTA, CAMEMBERT, BERT, DISTILBERT, ELECTRA, MODERNBERT)
 ENCODERS += (*albert_mpnet.FAMILIES, *rotary_encoders.FAMILIES)
 DECODERS = (GPT2, OPENAI_GPT, LLAMA, MISTRAL, QWEN3, PHI3, *llamas.FAMILIES, *parallel.FAMILIES, *dial.FAMILIES)
-DECODERS += (MODERNBERT_DECODER,)
+DECODERS += (*layer_norm_llamas.FAMILIES, MODERNBERT_DECODER)
 FAMILIES = {family.name: family for family in (*DECODERS, *ENCODERS, *encoder_decoders.FAMILIES)}
 
 

@@ -11,15 +11,19 @@ from bothways.model.config import TransformerConfig
 _SCORES = Head({"score": "task_head"}, bias=False)
 
 
-def _turned(theirs: Config, old: str, default: float, width: int) -> int:
+def rotary_width(theirs: Config, old: str, default: float, width: int) -> int:
     """How many features of a head are turned: rope_parameters says their share, or an older key; 0: all."""
     said = (theirs.get("rope_parameters") or {}).get("partial_rotary_factor")
     share = next(s for s in (said, theirs.get(old), default) if s is not None)
     features = int(width * share)
+    if features < 1:
+        raise InputError(
+            f"config.json: partial_rotary_factor {share} turns none of a head's {width} features; at least two"
+        )
     return 0 if features == width else features
 
 
-def _rope(cfg: TransformerConfig) -> Config:
+def rope_parameters(cfg: TransformerConfig) -> Config:
     cfg = cfg.resolved()
     if cfg.rotary_scaling.kind != "none" or "nope" in cfg.layer_pattern:
         raise InputError("rotary scaling, or layers without positions, which it has not")
@@ -27,7 +31,7 @@ def _rope(cfg: TransformerConfig) -> Config:
     return {"rope_theta": cfg.rotary_base, "rope_type": "default", "partial_rotary_factor": share}
 
 
-def _base(theirs: Config, old: str) -> float:
+def rotary_base(theirs: Config, old: str) -> float:
     given = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     if given.get("rope_type", given.get("type", "default")) != "default":
         raise InputError(f"config.json: this rotary scaling is not supported: {given}")
@@ -41,8 +45,8 @@ def _neox_read(theirs: Config) -> Config:
     return {
         "activation": activation_of(theirs.get("hidden_act", "gelu")),
         "parallel": "two_norms" if theirs.get("use_parallel_residual", True) else "",
-        "rotary_base": _base(theirs, "rotary_emb_base"),
-        "rotary_width": _turned(theirs, "rotary_pct", 0.25, theirs["hidden_size"] // theirs["num_attention_heads"]),
+        "rotary_base": rotary_base(theirs, "rotary_emb_base"),
+        "rotary_width": rotary_width(theirs, "rotary_pct", 0.25, theirs["hidden_size"] // theirs["num_attention_heads"]),
     } | {name: theirs.get("hidden_dropout", 0.0) for name in ("dropout_embed", "dropout_residual")}
 
 
@@ -51,7 +55,7 @@ def _neox_write(cfg: TransformerConfig) -> Config:
         "hidden_act": published_activation(cfg.activation),
         "use_parallel_residual": cfg.parallel == "two_norms",
         "hidden_dropout": one_dropout(cfg),
-        "rope_parameters": _rope(cfg),
+        "rope_parameters": rope_parameters(cfg),
     }
 
 
@@ -147,8 +151,8 @@ def _phi_read(theirs: Config) -> Config:
     width = theirs["hidden_size"] // theirs["num_attention_heads"]
     return {
         "activation": activation_of(theirs.get("hidden_act", "gelu_new")),
-        "rotary_base": _base(theirs, "rope_theta"),
-        "rotary_width": _turned(theirs, "partial_rotary_factor", 0.5, width),
+        "rotary_base": rotary_base(theirs, "rope_theta"),
+        "rotary_width": rotary_width(theirs, "partial_rotary_factor", 0.5, width),
     }
 
 
@@ -177,7 +181,7 @@ PHI = dataclasses.replace(
     | {"embd_pdrop": ("dropout_embed", 0.0)},
     wanted={"qk_layernorm": False, "tie_word_embeddings": False},
     read=_phi_read,
-    write=lambda cfg: {"hidden_act": published_activation(cfg.activation), "rope_parameters": _rope(cfg)},
+    write=lambda cfg: {"hidden_act": published_activation(cfg.activation), "rope_parameters": rope_parameters(cfg)},
     architecture=lambda cfg: "PhiForCausalLM",
     copies={},
     classes="Phi",
@@ -328,7 +332,7 @@ def _falcon_read(theirs: Config) -> Config:
         "activation": activation_of(theirs.get("activation", "gelu")),
         "parallel": parallel if new or theirs.get("parallel_attn", True) else "",
         "n_kv_heads": 1 if single else theirs.get("num_kv_heads") or heads,
-        "rotary_base": _base(theirs, "rope_theta"),
+        "rotary_base": rotary_base(theirs, "rope_theta"),
         **dict.fromkeys(("attention_bias", "mlp_bias"), theirs.get("bias", False)),
     }
 

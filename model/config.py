@@ -134,7 +134,7 @@ class TransformerConfig:
     bias: bool = True
     """Biases in every projection and in layer norm."""
     qkv_bias: bool = False
-    """Biases of queries, keys and values where `bias` is False (Qwen 2)."""
+    """Biases of queries, keys and values where `bias` (Qwen 2) or `attention_bias` (StableLM) is False."""
     attention_bias: bool = True
     """False: none in attention where `bias` is True (GPT-J)."""
     mlp_bias: bool = True

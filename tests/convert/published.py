@@ -126,6 +126,8 @@ SIZES["smollm3"] = SIZES["llama"] | {"no_rope_layer_interval": 2}
 SIZES |= dict.fromkeys(("olmo2", "starcoder2"), SIZES["phi3"])
 SIZES["starcoder2"] = SIZES["phi3"] | {"sliding_window": 5}
 SIZES |= dict.fromkeys(("gpt_neox", "phi"), SIZES["bert"] | {"hidden_size": 24, "rotary_pct": 0.5})
+SIZES["stablelm"] = SIZES["phi3"] | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}
+SIZES["nemotron"] = SIZES["llama"] | {"norm_eps": 1e-4}
 SIZES["gptj"] = SIZES["gpt2"] | {"n_embd": 24, "rotary_dim": 6}
 SIZES["opt"] = {k: v for k, v in SIZES["bert"].items() if k != "intermediate_size"} | {"ffn_dim": 26}
 SIZES["llada"] = {"d_model": 24, "n_heads": 4, "n_kv_heads": 2, "n_layers": 3, "mlp_hidden_size": 26}

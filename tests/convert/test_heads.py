@@ -34,6 +34,8 @@ CASES = {  # those whose heads are another family's under another name are left 
     "nomic_bert": ("SequenceClassification",),
     "llama": ("SequenceClassification", "TokenClassification", "QuestionAnswering"),
     "mistral": ("QuestionAnswering",),
+    "nemotron": ("SequenceClassification", "TokenClassification", "QuestionAnswering"),
+    "stablelm": ("SequenceClassification", "TokenClassification"),
 }
 LABELS = ["sad", "glad", "neither"]
 TEXT, PAIR = "the dog sees the queen", "the king speaks"

@@ -300,3 +300,21 @@ def test_nothing_is_written_over(tmp_path, capfd):
     (tmp_path / "run" / "mine").write_text("x")
     refused(source, tmp_path / "run", capfd, "exists already")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"qk_layernorm": True}, "qk_layernorm is True; a stablelm with that is not supported"),
+        ({"partial_rotary_factor": 0.1}, "partial_rotary_factor 0.1 turns none of a head's 4 features"),
+        ({"partial_rotary_factor": 0.9}, "rotary_width=3 must be even"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary scaling is not supported"),
+        ({"use_qkv_bias": "yes"}, "use_qkv_bias is 'yes'; it must be true or false"),
+        ({"hidden_act": "tanh"}, "the activation 'tanh' is not among silu"),
+    ],
+)
+def test_a_stablelm_that_the_block_does_not_compute_is_refused(values, part):
+    sizes = SIZES["stablelm"] | {"vocab_size": 83}
+    assert FAMILIES["stablelm"].config(sizes, []).parallel == ""
+    with pytest.raises(InputError, match=part):
+        FAMILIES["stablelm"].config(sizes | values, [])

@@ -143,6 +143,23 @@ CASES |= {  # as 7B is built, and 40B, 11B; and one sub-layer after the other
         FALCON | {"parallel_attn": False, "multi_query": False, "bias": True, "tie_word_embeddings": False},
     ),
 }
+STABLELM = WIDE | {"num_key_value_heads": 1, "layer_norm_eps": 1e-4, "use_qkv_bias": True}
+PART = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.375}}
+STABLELM |= PART
+NEMOTRON = WIDE | PART | {"num_key_value_heads": 1, "head_dim": 32, "norm_eps": 1e-4}
+NEMOTRON |= {"intermediate_size": 23}  # of wider ones, sums of squares are beyond 1e-4 in float32, theirs too
+CASES |= {
+    "stablelm": ("StableLmForCausalLM", STABLELM),
+    "stablelm parallel": (
+        "StableLmForCausalLM",
+        STABLELM | {"use_parallel_residual": True, "use_qkv_bias": False, "tie_word_embeddings": True},
+    ),
+    "nemotron": ("NemotronForCausalLM", NEMOTRON),
+    "nemotron biased": (
+        "NemotronForCausalLM",
+        NEMOTRON | {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "tie_word_embeddings": True},
+    ),
+}
 SIDES = {"d_model": 36, "max_position_embeddings": 37, "activation_function": "silu", "scale_embedding": True}
 SIDES |= {f"{side}_{k}": n for side in ("encoder", "decoder") for k, n in (("layers", 2), ("attention_heads", 3))}
 SIDES |= {"encoder_ffn_dim": 41, "decoder_ffn_dim": 41}
@@ -171,7 +188,7 @@ SPECIAL_IDS = {
     },
     **{
         name: {"bos_token_id": 0, "eos_token_id": 1}
-        for name in ("llama", "mistral", "qwen3", "gptj", "phi", "gpt_neox", "bloom", "falcon")
+        for name in ("llama", "mistral", "qwen3", "gptj", "phi", "gpt_neox", "bloom", "falcon", "stablelm", "nemotron")
     },
     **{
         name: {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
