@@ -14,10 +14,12 @@ ROWS: dict[str, Callable[[Setting], Row]] = {
     "train-gpt2": training.gpt2,
     "train-bert": training.bert_base,
     "train-lora": adapters.lora,
+    "train-lora-bfloat16": adapters.lora_bfloat16,
     "generate-1": generation.one,
     "generate-8": generation.eight,
     "score-pll": scoring.pll,
     "embed-short": embedding.short,
+    "embed-short-bfloat16": embedding.short_bfloat16,
     "start": start.first_step,
 }
 

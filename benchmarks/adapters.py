@@ -9,7 +9,7 @@ import jax
 from benchmarks.harness import Row, Setting
 from benchmarks.models import torch_model
 from benchmarks.training import Batch, compare, ours, pytorch
-from bothways.model.adapters import split
+from bothways.model.adapters import frozen_types, split
 from bothways.model.config import LoRAConfig
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
@@ -21,10 +21,15 @@ PEER = "PEFT on transformers, PyTorch eager, fused AdamW"
 
 
 def our_side(recipe: Recipe, home: Path, batches: list[Batch], steps: int) -> dict[str, Callable]:
-    adapted = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora=LORA))
+    dtype = "bfloat16" if recipe.model.dtype == "bfloat16" else "float32"
+    adapted = dataclasses.replace(
+        recipe, model=dataclasses.replace(recipe.model, lora=dataclasses.replace(LORA, frozen=dtype))
+    )
     module = make_module(recipe.family, adapted.model)
     mine = jax.jit(lambda: split(module.init(jax.random.key(0), **tiny_inputs(recipe.family))["params"])[0])()
-    take, loss = ours(adapted, mine, batches, load_run(home, print).params)
+    base = load_run(home, print).params
+    base = jax.tree.map(lambda x, kept: x.astype(kept.dtype), base, frozen_types(base, adapted.model))
+    take, loss = ours(adapted, mine, batches, base)
     return {"warm": lambda: take(1), "run": lambda: take(steps), "loss": loss}
 
 
@@ -32,10 +37,17 @@ def their_side(recipe: Recipe, home: Path, batches: list[Batch], steps: int) -> 
     import peft
 
     how = peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=TARGETS)
-    take, loss = pytorch(peft.get_peft_model(torch_model(home, "LlamaForCausalLM"), how), batches)
+    dtype = "bfloat16" if recipe.model.dtype == "bfloat16" else "float32"
+    take, loss = pytorch(peft.get_peft_model(torch_model(home, "LlamaForCausalLM", dtype), how), batches)
     return {"warm": lambda: take(1), "run": lambda: take(steps), "loss": loss}
 
 
 def lora(setting: Setting) -> Row:
     what = "LoRA training step, rank 8 on all projections of SmolLM2 135M's shape, 4 x 256"
     return compare(setting, "smollm2", 4, 256, 2, what, (our_side, their_side), PEER)
+
+
+def lora_bfloat16(setting: Setting) -> Row:
+    """The same with the frozen model in bfloat16 and products of bfloat16, on both sides; adapters stay float32."""
+    what = "LoRA training step of the same, model and products in bfloat16"
+    return compare(setting, "smollm2-bfloat16", 4, 256, 2, what, (our_side, their_side), PEER)

@@ -24,32 +24,38 @@ def our_side(home: Path, texts: list[str]) -> dict[str, Callable]:
     return {"run": lambda: model.embed(texts), "some": lambda: model.embed(texts[:8])}
 
 
-def their_side(home: Path, texts: list[str]) -> dict[str, Callable]:
+def their_side(home: Path, texts: list[str], dtype: str) -> dict[str, Callable]:
     """Its own batches of 32, sorted by length; see the README for other sizes."""
     import torch
     from sentence_transformers import SentenceTransformer
 
     torch.set_num_threads(threads())
-    model = SentenceTransformer(str(home), device="cpu")
+    model = SentenceTransformer(str(home), device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
     return {"run": lambda: model.encode(texts), "some": lambda: model.encode(texts[:8])}
 
 
-def short(setting: Setting) -> Row:
+def short(setting: Setting, name: str = "minilm", dtype: str = "float32", atol: float = 1e-4) -> Row:
     """Texts per second. Both sides must give the same vectors."""
     count = 5 if setting.tiny else 10_000
-    _, home = model_of(setting, "minilm")
+    _, home = model_of(setting, name)
     write_embedding(home, EmbeddingInfo("mean", True, 64))
     texts = short_texts(count)
     sides = {OURS: setting.side(our_side, home, texts, ours=True)}
     if setting.peers:
-        opened = home.with_name("minilm-sentence")
+        opened = home.with_name(f"{name}-sentence")
         if not opened.exists():
             export_run(home, opened, lambda _: None)
-        sides["sentence-transformers"] = setting.side(their_side, opened, texts)
+        sides["sentence-transformers"] = setting.side(their_side, opened, texts, dtype)
     found = {name: side.some() for name, side in sides.items()}
     for vectors in found.values():
-        np.testing.assert_allclose(vectors, found[OURS], atol=1e-4)
+        np.testing.assert_allclose(vectors, found[OURS], atol=atol)
     seconds = alternate(sides, setting.rounds)
     for side in sides.values():
         side.close()
-    return Row(f"MiniLM's shape, vectors of {count:,} texts of 4 to 25 words", "texts/s", count, seconds, "1.3 x")
+    said = "" if dtype == "float32" else f", in {dtype}"
+    return Row(f"MiniLM's shape, vectors of {count:,} texts of 4 to 25 words{said}", "texts/s", count, seconds, "1.3 x")
+
+
+def short_bfloat16(setting: Setting) -> Row:
+    """The same with products of bfloat16 on both sides."""
+    return short(setting, "minilm-bfloat16", "bfloat16", 3e-2)

@@ -1,6 +1,7 @@
 """The same random weights for every side: a run of ours, a directory that `transformers` opens, a ctranslate2 model."""
 
 import contextlib
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,10 @@ TINY = {
     "bert-base": bert(2, 32, 2, 300, 64),
 }
 TINY["minilm"] = TINY["bert-base"]
+for models in (FULL, TINY):
+    for name in ("smollm2", "minilm"):
+        typed = dataclasses.replace(models[name].model, dtype="bfloat16")
+        models[f"{name}-bfloat16"] = dataclasses.replace(models[name], model=typed)
 
 
 def model_of(setting: Setting, name: str) -> tuple[Recipe, Path]:
@@ -111,7 +116,7 @@ def published(run: Path) -> Path:
     return home
 
 
-def torch_model(run: Path, kind: str) -> Any:
+def torch_model(run: Path, kind: str, dtype: str = "float32") -> Any:
     """The published run as a PyTorch module, with `transformers`' own choice of attention."""
     import torch
     import transformers
@@ -119,7 +124,7 @@ def torch_model(run: Path, kind: str) -> Any:
     torch.set_num_threads(threads())
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return getattr(transformers, kind).from_pretrained(published(run), dtype=torch.float32)
+    return getattr(transformers, kind).from_pretrained(published(run), dtype=getattr(torch, dtype))
 
 
 def ctranslate_model(run: Path) -> Any:

@@ -95,7 +95,7 @@ def pytorch(model: Any, batches: list[Batch]) -> tuple[Steps, Callable[[Batch], 
             labels = np.full_like(batch["tokens"], -100)
             np.put_along_axis(labels, batch["mask_positions"], batch["targets"], axis=1)
         logits = model(torch.from_numpy(batch["tokens"]).long()).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(labels).long().flatten())
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), torch.from_numpy(labels).long().flatten())
 
     def run(steps: int) -> float:
         model.train()
@@ -146,7 +146,7 @@ def compare(
     if setting.peers:
         sides[peer] = setting.side(makers[1], recipe, home, batches, steps)
         differ = abs(sides[OURS].loss(batches[0]) - sides[peer].loss(batches[0]))
-        assert differ < 1e-3, "the sides do not compute the same loss"
+        assert differ < (1e-3 if recipe.model.dtype == "auto" else 2e-2), "the sides do not compute the same loss"
     seconds = alternate(sides, setting.rounds)
     for side in sides.values():
         side.close()
