@@ -13,6 +13,7 @@ from bothways.model.dropout import ScoreDropout, seed_words
 from bothways.model.kernels import KERNELS, LANES, choose, is_sequence_sharded, positions_match_order
 from bothways.model.layers import Norm, Projection, rotate
 from bothways.model.mask import Mask
+from bothways.model.products import contract
 from bothways.model.score_bias import ScoreBias
 
 BLOCKS = 4
@@ -100,7 +101,7 @@ def attend_whole(
         queries, keys = query + jnp.arange(T), key + jnp.arange(scores.shape[-1])
         probabilities = probabilities * dropout.factor(B, H, row, queries, keys)
     probabilities = probabilities.astype(v.dtype).reshape(B, G, H // G * T, -1)
-    y = jnp.einsum("bgns,bgsk->bgnk", probabilities, v)
+    y = contract("bgns,bgsk->bgnk", probabilities, v)
     return y.reshape(B, H, T, -1).transpose(0, 2, 1, 3)
 
 

@@ -21,6 +21,7 @@ from bothways.model.dropout import ScoreDropout
 from bothways.model.kernels import is_sequence_sharded, positions_match_order
 from bothways.model.layers import soft_cap
 from bothways.model.mask import Mask
+from bothways.model.products import contract
 
 HIDDEN = -1e30
 TILE, TILE_ON_CPU = 2**24, 2**20
@@ -37,7 +38,8 @@ def scores_of(
     """Scores in float32 of queries that are scaled already, softly capped. What else is done to a score alone belongs here:
     all of XLA's attention calls it, and the backward pass of tiles differentiates it.
     """
-    return soft_cap(jnp.einsum("bg...k,bgsk->bg...s", q, k, preferred_element_type=jnp.float32), cap)
+    equation = "bgnk,bgsk->bgns" if q.ndim == 4 else "bgrtk,bgsk->bgrts"
+    return soft_cap(contract(equation, q, k, jnp.float32), cap)
 
 
 def attend_blockwise(

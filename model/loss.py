@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from bothways.model.axes import constrain_activation, devices_in_use
 from bothways.model.heads import logits_of
+from bothways.model.products import contract
 
 MAX_LOGITS = 2**27
 """At most so many logits at once on each device (512 MiB in float32)."""
@@ -100,7 +101,7 @@ def _forward(features, table, bias, targets, weights, cap, smoothing, pieces, wi
         d_logits = w[..., None] * (exp / total - jnp.where(hit, 1 - smoothing, 0.0) - smoothing / V)
         d_products = d_logits * (1 - jnp.square(capped / cap)) if cap else d_logits
         narrow_d = d_products.astype(x.dtype)
-        dx = narrow_d @ narrow
+        dx = contract("btv,vd->btd", narrow_d, narrow)
         flat = narrow_d.reshape(-1, V)
         d_table += jnp.matmul(flat.T, x.reshape(-1, D), preferred_element_type=jnp.float32)
         if bias is not None:

@@ -6,6 +6,7 @@ tpu  Heads as wide as the matrix unit are written and read in the order [B, H, T
      goes by [B, T, H K] is copied into it and out of it. Norms take one pass over x.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -29,7 +30,7 @@ def _is_memory_bound(x: jax.Array, most: int) -> bool:
 def product(x: Float[jax.Array, "N D"], kernel: Float[jax.Array, "D F"]) -> Float[jax.Array, "N F"]:
     """x @ kernel."""
     if x.dtype == kernel.dtype == jnp.bfloat16 and platform() == "cpu":
-        return _summed_in_float32(x, kernel)
+        return contract("nd,df->nf", x, kernel)
     if x.shape[1] % CPU_SPLITS or not _is_memory_bound(x, 1):
         return x @ kernel
     return jnp.einsum("pd,pdf->pf", x.reshape(CPU_SPLITS, -1), kernel.reshape(CPU_SPLITS, -1, kernel.shape[1])).sum(
@@ -37,22 +38,34 @@ def product(x: Float[jax.Array, "N D"], kernel: Float[jax.Array, "D F"]) -> Floa
     )
 
 
-def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    dimensions = ((contracted[:1], contracted[1:]), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32).astype(a.dtype)
+def contract(equation: str, a: jax.Array, b: jax.Array, result: Any = None) -> jax.Array:
+    """einsum of two arrays of one type. Every index of each is one of the other's or of the result's.
+
+    Args:
+      result: type of the result; None: that of the two.
+    """
+    if a.dtype == b.dtype == jnp.bfloat16 and platform() == "cpu":
+        return _summed_in_float32(equation, a, b).astype(result or a.dtype)
+    return jnp.einsum(equation, a, b, preferred_element_type=result)
 
 
-@jax.custom_vjp
-def _summed_in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x @ kernel of bfloat16 as a product that gives float32, rounded once; its gradients are such products too. Autodiff
-    would multiply a gradient in float32 with a bfloat16, which is a product in float32."""
-    return _dot(x, kernel, (1, 0))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed_in_float32(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product of bfloat16 that gives float32; its gradients are such products too. Autodiff would multiply a gradient in
+    float32 with a bfloat16, which is a product in float32."""
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-_summed_in_float32.defvjp(
-    lambda x, kernel: (_dot(x, kernel, (1, 0)), (x, kernel)),
-    lambda kept, dy: (_dot(dy, kept[1], (1, 1)), _dot(kept[0], dy, (0, 0))),
-)
+def _gradients(equation: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (of_a, of_b), of_y = equation.split("->")[0].split(","), equation.split("->")[1]
+    a, b = kept
+    dy = dy.astype(a.dtype)
+    d_a = jnp.einsum(f"{of_y},{of_b}->{of_a}", dy, b, preferred_element_type=jnp.float32)
+    d_b = jnp.einsum(f"{of_a},{of_y}->{of_b}", a, dy, preferred_element_type=jnp.float32)
+    return d_a.astype(a.dtype), d_b.astype(b.dtype)
+
+
+_summed_in_float32.defvjp(lambda equation, a, b: (_summed_in_float32(equation, a, b), (a, b)), _gradients)
 
 
 def project(x: Float[jax.Array, "..."], kernel: Float[jax.Array, "..."], n_in: int) -> Float[jax.Array, "..."]:

@@ -1,6 +1,7 @@
 """Properties of the whole stack: what can reach what, and that its layout in the machine changes nothing."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ import pytest
 
 from bothways.model.decoder import Decoder
 from bothways.model.encoder import Encoder
+from bothways.model.loss import cross_entropy
 from bothways.model.mask import Mask
 from bothways.model.stack import Stack
+from bothways.registry import make_module
 
 LOCAL = {"layer_pattern": ("local",), "window": 3}
 PLAIN = {"activation": "relu", "norm": "rms", "bias": False}  # compiles in half the time
@@ -131,6 +134,25 @@ def test_layers_that_are_alike_are_traced_once(tiny_with, fields, kinds):
         return jax.jit(loss).lower(params).as_text().count("dot_general")
 
     assert products(kinds) == products(3 * kinds) == products(5 * kinds)
+
+
+def test_in_bfloat16_every_product_of_a_training_step_on_a_cpu_gives_float32(tiny_with):
+    """Projections, attention, the table and all their gradients: no operand was made wide, no sum is narrow."""
+    module = make_module("gpt", tiny_with(dtype="bfloat16", n_kv_heads=1))
+    tokens = jnp.zeros((2, 5), jnp.int32)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens)["params"])
+
+    def loss(params):
+        def run(module):
+            features, _ = module(tokens)
+            return cross_entropy(features, *module.unembedding(), tokens, jnp.ones(tokens.shape)).nats
+
+        return module.apply({"params": params}, method=run)
+
+    text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    found = re.findall(r"dot_general .* : \(tensor<\S*?(\w+)>, tensor<\S*?(\w+)>\) -> tensor<\S*?(\w+)>", text)
+    assert len(found) > 20
+    assert {tuple(name.split("x")[-1] for name in one) for one in found} == {("bf16", "bf16", "f32")}
 
 
 def test_layers_drop_different_features_at_the_configured_rate(tiny_with, filled):
