@@ -10,8 +10,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from bothways.model.axes import path_names
+
 Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
-"""A parameter's path and shape -> an array of zeros for it, in the type that it is kept in; large ones lie in files."""
+"""A parameter's path and shape -> an array of zeros for it, in the type that it is kept in; large ones lie in files. A path with
+more behind it, as `.../kernel/mean`, is what a parameter is made of, in float32."""
+Keep = Callable[[str, np.ndarray], np.ndarray]
+"""A parameter's path and what was read of it -> what is kept in its place."""
 CHUNK = 2**25
 """Bytes of an array that are compressed, written and read together."""
 
@@ -30,17 +35,77 @@ def saved(params: Any) -> ocp.args.StandardSave:
     return ocp.args.StandardSave(params, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), params))
 
 
+def kept_in(allocate: Allocate) -> Keep:
+    """What is read is kept in what `allocate` gives."""
+
+    def keep(path: str, x: np.ndarray) -> np.ndarray:
+        array = allocate(path, x.shape)
+        array[...] = x
+        let_go(x)
+        let_go(array)
+        return array
+
+    return keep
+
+
+def mean_of(restore: Callable[[int], Any], steps: list[int], allocate: Allocate) -> Any:
+    """The mean of checkpoints, of which one array is held at a time.
+
+    Args:
+      restore: a checkpoint's parameters by its step, read while `one_by_one` is open.
+    """
+    means: dict[str, np.ndarray] = {}
+    for count, step in enumerate(steps, 1):
+
+        def towards(path: str, x: np.ndarray, count: int = count) -> np.ndarray:
+            if path not in means:
+                means[path] = allocate(f"{path}/mean", x.shape)
+            x -= means[path]
+            x /= count
+            means[path] += x
+            let_go(means[path])
+            return means[path]
+
+        with one_by_one(towards):
+            found = restore(step)
+    return found
+
+
+def by_layer(allocate: Allocate) -> Callable[[str, tuple[int, ...], Callable[[slice], Any]], np.ndarray]:
+    """A parameter by its path and shape is kept in what `allocate` gives, and made one layer at a time."""
+
+    def make(path: str, shape: tuple[int, ...], of: Callable[[slice], Any]) -> np.ndarray:
+        whole = allocate(path, shape)
+        for i in range(shape[0]):
+            whole[i : i + 1] = of(slice(i, i + 1))
+        let_go(whole)
+        return whole
+
+    return make
+
+
+def typed(params: Any, shapes: Any, allocate: Allocate | None = None) -> Any:
+    """Parameters in the types of `shapes`; those of another lie in what `allocate` gives."""
+
+    def one(path: tuple, x: Any, s: Any) -> Any:
+        if allocate is None or x.dtype == s.dtype:
+            return x.astype(s.dtype, copy=False)
+        return kept_in(allocate)("/".join(path_names(path)), x)
+
+    return jax.tree_util.tree_map_with_path(one, params, shapes)
+
+
 def unallocated(shapes: Any) -> Any:
     """What a manager restores numpy arrays by: arrays of these shapes and types that take no memory."""
     return jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), shapes)
 
 
 class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes numpy arrays as they lie, and reads them into what `allocate` gives."""
+    """Writes numpy arrays as they lie, and reads them as `keep` says."""
 
-    def __init__(self, allocate: Allocate | None):
+    def __init__(self, keep: Keep | None):
         super().__init__(deepcopy_host_arrays=False)
-        self.allocate = allocate
+        self.keep = keep
 
     async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
         for value, info, arg in zip(values, infos, args, strict=True):
@@ -51,20 +116,18 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
         found = []
         for info, arg in zip(infos, args, strict=True):
             whole = (await super().deserialize([info], [arg]))[0]
-            if self.allocate is not None:
-                array = self.allocate(info.name.replace(".", "/"), whole.shape)
-                array[...], whole = whole, array
-                let_go(array)
+            if self.keep is not None:
+                whole = self.keep(info.name.replace(".", "/"), whole)
             found.append(whole)
         return found
 
 
 @contextlib.contextmanager
-def one_by_one(allocate: Allocate | None = None) -> Iterator[None]:
-    """While open, orbax writes and reads numpy arrays one after the other, and reads them into what `allocate` gives."""
+def one_by_one(keep: Keep | None = None) -> Iterator[None]:
+    """While open, orbax writes and reads numpy arrays one after the other, and keeps what it read as `keep` says."""
     types = ocp.type_handlers
     before = types.get_type_handler(np.ndarray)
-    types.register_type_handler(np.ndarray, _OneByOne(allocate), override=True)
+    types.register_type_handler(np.ndarray, _OneByOne(keep), override=True)
     try:
         yield
     finally:

@@ -47,7 +47,7 @@ from bothways.model.axes import path_names
 from bothways.model.config import LoRAConfig, TransformerConfig
 from bothways.model.stack import unstack_layers
 from bothways.model.task import TaskModel
-from bothways.one_by_one import Allocate, one_by_one, unallocated
+from bothways.one_by_one import Allocate, by_layer, kept_in, let_go, mean_of, one_by_one, typed, unallocated
 from bothways.platform import without_grpc
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
@@ -228,7 +228,12 @@ def base_of(home: Path) -> tuple[Path, int]:
 
 
 def base_params(
-    home: Path, shapes: Any, log: Log, place: Callable[[Any], Any] | None = None, dtype: str = ""
+    home: Path,
+    shapes: Any,
+    log: Log,
+    place: Callable[[Any], Any] | None = None,
+    dtype: str = "",
+    into: Allocate | None = None,
 ) -> tuple[Path, Any]:
     """The base that a run of adapters is for, and its parameters of these names and shapes.
 
@@ -236,7 +241,7 @@ def base_params(
       InputError: the base, or the checkpoint that the adapters are for, is not there, or has other parameters.
     """
     base, step = base_of(home)
-    run = load_run(base, log, place, step=step, dtype=dtype)
+    run = load_run(base, log, place, step=step, dtype=dtype, into=into)
     try:
         return base, adapters.of_base(run.params["body"] if run.task is not None else run.params, shapes)
     except KeyError as e:
@@ -272,8 +277,13 @@ def compute_dtype_shapes(params: Any, cfg: TransformerConfig) -> Any:
     return jax.tree_util.tree_map_with_path(narrow, params)
 
 
-def restored(home: Path, targets: Any, log: Log, step: int | Literal["newest", "best"], mean_of: int) -> tuple[int, Any]:
-    """A checkpoint's step and parameters; of the newest the mean with those before it, `mean_of` in all.
+def restored(
+    home: Path, targets: Any, log: Log, step: int | Literal["newest", "best"], count: int, into: Allocate | None = None
+) -> tuple[int, Any]:
+    """A checkpoint's step and parameters; of the newest the mean with those before it, `count` in all.
+
+    Args:
+      into: as of `load_run`; `targets` are numpy arrays then.
 
     Raises:
       InputError: no checkpoint yet, not this one, or none that can be read.
@@ -286,13 +296,16 @@ def restored(home: Path, targets: Any, log: Log, step: int | Literal["newest", "
             return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(targets)))["params"]
 
         def average(step: int) -> Any:
-            steps = [s for s in sorted(manager.all_steps()) if s <= step][-mean_of:]
+            steps = [s for s in sorted(manager.all_steps()) if s <= step][-count:]
+            if into is not None and count > 1:
+                return mean_of(restore, steps, into)
             return running_mean(restore(s) for s in steps)
 
-        if step == "newest":
-            found = restore_latest_readable(manager, average, log)
-        else:
-            found = restore_step(manager, restore, best_step(manager) if step == "best" else step)
+        with contextlib.nullcontext() if into is None else one_by_one(kept_in(into)):
+            if step == "newest":
+                found = restore_latest_readable(manager, average, log)
+            else:
+                found = restore_step(manager, restore, best_step(manager) if step == "best" else step)
     if found is None:
         raise InputError(f"{home} has no checkpoint yet; train it first")
     return found
@@ -330,8 +343,7 @@ def load_run(
       step: which checkpoint: a step that is kept, the best on held-out text, or the newest (where the recipe says so, the
         mean of the newest ones).
       dtype: of matrices and tables, such as bfloat16; empty: float32.
-      into: parameters are numpy arrays, each read into what this gives, one at a time; not of adapters and means of
-        checkpoints, which are computed, and lie on devices as without it.
+      into: parameters are numpy arrays, each read into what this gives, or computed there, one at a time; `place` is not asked.
       for_inference: not to be trained on: weights in the types of `compute_dtype_shapes`, of what decodes `unstack_layers`.
 
     Raises:
@@ -355,19 +367,22 @@ def load_run(
     if not adapted and (recipe.train.average_last_checkpoints == 1 or task is not None):
         shapes = kept  # a mean is taken of what was saved
     shardings = shardings if adapted else place(shapes)
-    mean_of = recipe.train.average_last_checkpoints if task is None else 1
-    if into and not adapted and mean_of == 1:
-        with one_by_one(into):
-            found = restored(home, unallocated(shapes), log, step, 1)
+    count = recipe.train.average_last_checkpoints if task is None else 1
+    if into and not adapted:
+        found = restored(home, unallocated(shapes), log, step, count, into)
     else:
         targets = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-        found = restored(home, targets, log, step, mean_of)
+        found = restored(home, targets, log, step, count)
     params = found[1]
     if adapted:
-        _, base = base_params(home, frozen if task is None else frozen["body"], log, place)
-        base = jax.device_put(base if task is None else {"body": base}, below)
-        params, recipe = adapters.merge(adapters.join(params, base), recipe.model), plain
-    params = jax.tree.map(lambda x, s: x.astype(s.dtype, copy=False), params, kept)
+        of_base = into and (lambda path, shape: into(f"{path}/base", shape))
+        _, base = base_params(home, frozen if task is None else frozen["body"], log, place, into=of_base)
+        base = base if task is None else {"body": base}
+        base = base if into else jax.device_put(base, below)
+        made = (by_layer(into),) if into else ()
+        params, recipe = adapters.merge(adapters.join(params, base), recipe.model, *made), plain
+        jax.tree.map(let_go, base)
+    params = typed(params, kept, into)
     alone = all(len(at.device_set) == 1 for at in jax.tree.leaves(shardings))
     if for_inference and recipe.family != "bert":
         params = jax.jit(functools.partial(unstack_layers, join=alone))(params)

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): y = W x + alpha / r B A x, of which only A and B are trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,10 @@ NAME = "lora"
 """Of the module beside a kernel that holds `a` [*in, r] and `b` [r, *features]."""
 TRAINED = (NAME, "task_head")
 """Modules that are trained where the rest is frozen: adapters, and a task's head, which no base has."""
+
+
+Make = Callable[[str, tuple[int, ...], Callable[[slice], jax.Array]], Any]
+"""How a kernel is made: its path, its shape [L, ...], and what gives some of its layers."""
 
 
 class LowRank(nn.Module):
@@ -98,16 +102,25 @@ def of_base(base: dict, shapes: dict) -> dict:
     return found
 
 
-def merge(params: dict, cfg: TransformerConfig) -> dict:
-    """Kernels with what their adapters add, and the adapters gone: the same function in a plain model's parameters."""
+def merge(params: dict, cfg: TransformerConfig, make: Make = lambda _, __, of: of(slice(None)), path: str = "") -> dict:
+    """Kernels with what their adapters add, and the adapters gone: the same function in a plain model's parameters.
 
-    def merged(inner: dict) -> dict:
+    Args:
+      path: of `params`.
+    """
+
+    def merged(inner: dict, path: str) -> dict:
         if NAME not in inner:
-            return merge(inner, cfg)
-        a, b, kernel = inner[NAME]["a"], inner[NAME]["b"], inner["kernel"]
-        L, r = a.shape[0], cfg.lora.rank
-        product = jnp.einsum("lir,lro->lio", a.reshape(L, -1, r), b.reshape(L, r, -1), precision="highest")
-        kernel = kernel.astype(jnp.float32) + cfg.lora.scale * product.reshape(kernel.shape)
-        return {name: leaf for name, leaf in inner.items() if name != NAME} | {"kernel": kernel}
+            return merge(inner, cfg, make, f"{path}/")
+        a, b, kernel, r = inner[NAME]["a"], inner[NAME]["b"], inner["kernel"], cfg.lora.rank
 
-    return {name: merged(inner) if isinstance(inner, dict) else inner for name, inner in params.items()}
+        def of(layers: slice) -> jax.Array:
+            A, B, whole = a[layers], b[layers], kernel[layers]
+            L = len(A)
+            product = jnp.einsum("lir,lro->lio", A.reshape(L, -1, r), B.reshape(L, r, -1), precision="highest")
+            return whole.astype(jnp.float32) + cfg.lora.scale * product.reshape(whole.shape)
+
+        rest = {name: leaf for name, leaf in inner.items() if name != NAME}
+        return rest | {"kernel": make(f"{path}/kernel", kernel.shape, of)}
+
+    return {name: merged(inner, path + name) if isinstance(inner, dict) else inner for name, inner in params.items()}
