@@ -155,6 +155,7 @@ ARCHITECTURES = {
         _CONFIG,
     ),
     "smollm3": Architecture("smollm3", _BASE, _CONFIG, means=lambda config: {"no_rope_layer_interval": 4}, paired=True),
+    "ernie4_5": Architecture("ernie4_5", _BASE, _CONFIG),  # pairs are 2k and 2k + 1 in the checkpoint too
     "starcoder2": Architecture(
         "starcoder2",
         {name: stem for name, stem in _BASE.items() if not name.startswith("ffn_")}

@@ -1,4 +1,4 @@
-"""Decoders that differ from Llama in a few fields: Qwen 2, OLMo 2, SmolLM 3, Gemma 1 to 3, StarCoder 2."""
+"""Decoders that differ from Llama in a few fields: Qwen 2, OLMo 2, SmolLM 3, Ernie 4.5, Gemma 1 to 3, StarCoder 2."""
 
 import dataclasses
 
@@ -14,6 +14,7 @@ from bothways.convert.family import (
     without,
 )
 from bothways.convert.layout import Layout
+from bothways.convert.parallel import rotary_base
 from bothways.model.config import TransformerConfig
 
 _TABLE = LLAMA.layout.table
@@ -78,6 +79,36 @@ SMOLLM3 = dataclasses.replace(
     architecture=lambda cfg: "SmolLM3ForCausalLM",
     classes="SmolLM3",
     tasks=_ON_MODEL,
+)
+
+# ---- Ernie 4.5 --------------------------------------------------------------------------------------------------------
+
+
+def _ernie_read(theirs: Config) -> Config:
+    return {
+        "activation": activation_of(theirs.get("hidden_act", "silu"), {"silu": "swiglu"}),
+        "rotary_base": rotary_base({"rope_theta": 500_000.0} | theirs, "rope_theta"),
+    }
+
+
+ERNIE = dataclasses.replace(
+    LLAMA,
+    name="ernie4_5",
+    constants=without(LLAMA.constants, "bias") | {"dropout_attention": 0.0},
+    values=without(LLAMA.values, "attention_dropout")
+    | {"use_bias": ("bias", False), "rms_norm_eps": ("norm_eps", 1e-5), "tie_word_embeddings": ("tie_embeddings", True)}
+    | {"head_dim": ("d_head", 128), "num_key_value_heads": ("n_kv_heads", 2)}
+    | {"max_position_embeddings": ("context_length", 131_072)},
+    wanted={},
+    read=_ernie_read,
+    write=lambda cfg: {
+        "hidden_act": published_activation(cfg.activation, {"silu": "swiglu"}),
+        "rope_theta": cfg.rotary_base,
+    },
+    architecture=lambda cfg: "Ernie4_5ForCausalLM",
+    classes="Ernie4_5",
+    paired=True,
+    tasks={},
 )
 
 # ---- Gemma ------------------------------------------------------------------------------------------------------------
@@ -235,4 +266,4 @@ STARCODER2 = dataclasses.replace(
     tasks={name: head for name, head in LLAMA.tasks.items() if name != "QuestionAnswering"},
 )
 
-FAMILIES: tuple[Family, ...] = (QWEN2, OLMO2, SMOLLM3, GEMMA, GEMMA2, GEMMA3, STARCODER2)
+FAMILIES: tuple[Family, ...] = (QWEN2, OLMO2, SMOLLM3, ERNIE, GEMMA, GEMMA2, GEMMA3, STARCODER2)

@@ -118,7 +118,7 @@ SIZES["electra"] = SIZES["bert"] | {"embedding_size": 22}
 SIZES["openai-gpt"] = {k: v for k, v in SIZES["gpt2"].items() if k != "n_inner"}
 SIZES |= {"mistral": SIZES["llama"] | {"sliding_window": 7}, "qwen3": SIZES["llama"]}
 SIZES["phi3"] = {k: v for k, v in SIZES["llama"].items() if k != "head_dim"} | {"hidden_size": 24}
-SIZES |= dict.fromkeys(("qwen2", "smollm3", "gemma"), SIZES["llama"])
+SIZES |= dict.fromkeys(("qwen2", "smollm3", "ernie4_5", "gemma"), SIZES["llama"])
 SIZES["gemma2"] = SIZES["llama"] | {"sliding_window": 5, "query_pre_attn_scalar": 8}
 SIZES["gemma2"] |= {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.75}
 SIZES["gemma3_text"] = SIZES["llama"] | {"sliding_window": 5, "sliding_window_pattern": 2}

@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import bothways
 from bothways.convert import files, gguf_file
@@ -113,6 +114,17 @@ def test_a_sentencepiece_vocabulary_keeps_its_tokens(tiny, tmp_path):
         assert back.decode(back.encode(text)) == text
 
 
+def test_ernies_queries_lie_in_a_file_as_in_the_checkpoint_and_llamas_do_not(run_of, tmp_path):
+    """llama.cpp turns features 2k and 2k + 1 of both; Llama's checkpoint has k and k + K/2."""
+    for name, same in (("ernie4_5", True), ("llama", False)):
+        export_run(run_of(name), tmp_path / f"{name}.gguf", quiet)
+        found = next(
+            t.data for t in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors if t.name == "blk.0.attn_q.weight"
+        )
+        tensors = load_file(run_of(name).parent / "source" / "model.safetensors")
+        assert np.array_equal(found, tensors["model.layers.0.self_attn.q_proj.weight"]) == same
+
+
 def test_what_llama_cpp_does_not_compute_is_refused(run_of, tiny, tmp_path):
     write(body("gpt", dataclasses.replace(tiny, activation="relu2")), tmp_path / "run")
     with pytest.raises(InputError, match="published families only"):
@@ -125,6 +137,10 @@ def test_what_llama_cpp_does_not_compute_is_refused(run_of, tiny, tmp_path):
     import_run(str(source), tmp_path / "gemma2", "shakespeare", quiet)
     with pytest.raises(InputError, match=r"score_cap is 0\.0, and comes back as 50\.0"):
         export_run(tmp_path / "gemma2", tmp_path / "x.gguf", quiet)
+    source = checkpoint("ernie4_5", tmp_path / "third", use_bias=True)
+    import_run(str(source), tmp_path / "ernie", "shakespeare", quiet)
+    with pytest.raises(InputError, match="bias"):
+        export_run(tmp_path / "ernie", tmp_path / "x.gguf", quiet)
     assert not list(tmp_path.glob("*.gguf"))
     (tmp_path / "x.gguf").write_text("mine")
     with pytest.raises(InputError, match="exists already"):

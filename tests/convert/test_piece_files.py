@@ -16,8 +16,8 @@ from bothways.data.config import DataConfig
 from bothways.data.piece_files import M2MPieces, MarianPieces
 from bothways.data.tokenizer import Tokenizer
 from bothways.data.tokens import prepare
+from tests.convert.cases import SIDES
 from tests.convert.published import refused, shuffled
-from tests.convert.test_parity import SIDES
 
 torch = pytest.importorskip("torch", reason="the extra `parity` (torch, transformers) is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra `parity` (torch, transformers) is not installed")
