@@ -11,7 +11,7 @@ import safetensors
 
 from bothways.convert.family import check_types
 from bothways.convert.stored import Stored
-from bothways.data.piece_files import KINDS, NUMBERS
+from bothways.data.piece_files import KINDS, NUMBERS, MarianPieces
 from bothways.data.published import PublishedTokenizer
 from bothways.data.tokenizer import PAD, Tokenizer
 from bothways.embedding import EmbeddingInfo
@@ -80,9 +80,15 @@ def _tokenizer(home: Path, config: dict[str, Any]) -> Tokenizer:
     ours = home / "tokenizer.model"
     if ours.exists() and PAD.encode() in ours.read_bytes():
         return Tokenizer.load(ours)  # a run that was trained here, exported
-    pieces = [kind for first, kind in KINDS.items() if (home / first).exists() and (home / NUMBERS).exists()]
+    pieces = [kind for first, kind in KINDS.items() if (home / first).exists()]
     if pieces and not (home / "tokenizer.json").exists():
-        return pieces[0].read(home / pieces[0].files[0], config)
+        if (home / NUMBERS).exists() or pieces[0] is MarianPieces:
+            return pieces[0].read(home / pieces[0].files[0], config)
+        if config.get("model_type") == "m2m_100":
+            raise InputError(
+                f"{home} has {pieces[0].files[0]} alone, in which no language has a number: put {NUMBERS} beside it (M2M-100), "
+                "or tokenizer.json (NLLB); they lie on the hub with the same model's weights"
+            )
     return PublishedTokenizer.read(home / "tokenizer.json", config)
 
 

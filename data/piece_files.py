@@ -23,6 +23,7 @@ from bothways.errors import InputError
 
 NUMBERS = "vocab.json"
 USUAL = {"pad": "<pad>", "unk": "<unk>", "eos": "</s>"}
+EACH_ITS_OWN = ": a vocabulary for each side; one vocab.json for both is supported"
 LANGUAGES = {
     "m2m100": """af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi hr ht hu
         hy id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc or pa pl ps pt ro ru sd
@@ -151,14 +152,19 @@ class PieceTokenizer(Tokenizer):
           InputError: a file is missing or damaged, or each side has a vocabulary of its own.
         """
         home, settings = path.parent, {}
+        if (config or {}).get("share_encoder_decoder_embeddings") is False:
+            raise InputError(f"{home / 'config.json'} says share_encoder_decoder_embeddings=false{EACH_ITS_OWN}")
+        if absent := [name for name in (*cls.files, NUMBERS) if not (home / name).exists()]:
+            raise InputError(
+                f"{home} has {path.name} and no {' and no '.join(absent)}; the vocabulary of a {cls.theirs} is "
+                f"{', '.join((*cls.files, NUMBERS))}: fetch what is missing from where the rest came from"
+            )
         try:
             for name in ("special_tokens_map.json", CONFIG):
                 if (home / name).exists():
                     settings |= json.loads((home / name).read_text("utf-8"))
             if settings.get("separate_vocabs"):
-                raise InputError(
-                    f"{home / CONFIG} says separate_vocabs: a vocabulary for each side; one vocab.json for both is supported"
-                )
+                raise InputError(f"{CONFIG} says separate_vocabs{EACH_ITS_OWN}")
             settings = {key: value for key, value in settings.items() if key not in FORGOTTEN}
             settings |= {f"{role}_token": token_in(settings, role) for role in ROLES if settings.get(f"{role}_token")}
             if config:

@@ -31,8 +31,10 @@ def from_files(home: Path, settings: Settings) -> tokenizers.Tokenizer:
     if (home / "vocab.txt").exists():
         lines = (home / "vocab.txt").read_text().split("\n")
         return wordpiece({token: i for i, token in enumerate(lines) if token}, settings)
+    others = sorted(p.name for p in home.iterdir() if p.suffix in (".model", ".spm")) if home.is_dir() else []
+    found = f"has its vocabulary in {', '.join(others)} alone, which is not read" if others else "holds no vocabulary"
     raise InputError(
-        f"{home} holds no vocabulary: wanted tokenizer.json, or vocab.json and merges.txt, or vocab.txt "
+        f"{home} {found}: wanted tokenizer.json, or vocab.json and merges.txt, or vocab.txt "
         "(`transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)` writes tokenizer.json)"
     )
 

@@ -142,7 +142,8 @@ def sent_along(cfg: DataConfig, to: str) -> DataConfig:
     tokenizer = cfg.tokenizer
     if tokenizer.endswith(VOCABULARY_FILES):
         name = Path(tokenizer).name
-        name = name if name in VOCABULARIES else f"tokenizer{Path(tokenizer).suffix}"
+        ours = "tokenizer.json" if name.endswith(".json") else "tokenizer.model"  # whatever it is called here, as .spm
+        name = name if name in VOCABULARIES else ours
         tokenizer = f"{next(iter(there.values()))}/{name}"
     if cfg.mixture:
         return dataclasses.replace(cfg, mixture=moved(cfg.mixture, there), tokenizer=tokenizer)

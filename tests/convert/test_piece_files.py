@@ -196,7 +196,15 @@ def test_training_reads_targets_by_the_model_of_targets(tmp_path):
     ("change", "says"),
     [
         (lambda home: said(home, separate_vocabs=True), ["separate_vocabs", "one vocab.json for both is supported"]),
-        (lambda home: (home / "target.spm").unlink(), ["target.spm", "cannot be read"]),
+        (
+            lambda home: (
+                said(home, "config.json", share_encoder_decoder_embeddings=False),
+                (home / "target.spm").unlink(),
+            ),
+            ["share_encoder_decoder_embeddings=false", "a vocabulary for each side"],
+        ),
+        (lambda home: (home / "target.spm").unlink(), ["has source.spm and no target.spm;", "fetch what is missing"]),
+        (lambda home: (home / "vocab.json").unlink(), ["no vocab.json;", "source.spm, target.spm, vocab.json: fetch"]),
         (lambda home: (home / "source.spm").write_bytes(b"none"), ["the vocabulary in", "cannot be read"]),
         (lambda home: (home / "vocab.json").write_text('{"</s>": 0, "<unk>": 1, "<pad>": 1}'), ["from 0 on, each once"]),
         (
@@ -215,8 +223,33 @@ def test_a_marian_vocabulary_that_is_none_is_refused(change, says, tmp_path, cap
     refused(source, tmp_path / "run", capfd, *says)
 
 
-def said(home: Path, **settings) -> None:
-    path = home / "tokenizer_config.json"
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("M2M100", ["sentencepiece.bpe.model alone", "vocab.json beside it (M2M-100)", "tokenizer.json (NLLB)"]),
+        ("XLMRoberta", ["sentencepiece.bpe.model alone, which is not read", "AutoTokenizer.from_pretrained(DIR)"]),
+    ],
+)
+def test_pieces_without_numbers_are_refused_and_what_the_message_says_gives_the_ids(kind, says, tmp_path, capfd):
+    source, text = tmp_path / "source", "the dog sees Straße"
+    config = getattr(transformers, f"{kind}Config")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 9}
+    sizes = SIDES if kind == "M2M100" else sizes | {"type_vocab_size": 1, "max_position_embeddings": 34}
+    made = config(vocab_size=40, pad_token_id=1, **sizes)
+    (transformers.M2M100ForConditionalGeneration if kind == "M2M100" else transformers.XLMRobertaForMaskedLM)(
+        made
+    ).save_pretrained(source)
+    (source / "sentencepiece.bpe.model").write_bytes(model(2))
+    refused(source, tmp_path / "run", capfd, *says)
+    if kind == "XLMRoberta":
+        transformers.AutoTokenizer.from_pretrained(source).save_pretrained(source)
+        import_run(str(source), tmp_path / "run", "shakespeare", print)
+        pieces = spm.SentencePieceProcessor(model_proto=model(2)).encode(text)
+        assert Tokenizer.load(tmp_path / "run").encode(text) == [i + 1 if i else 3 for i in pieces]
+
+
+def said(home: Path, name: str = "tokenizer_config.json", **settings) -> None:
+    path = home / name
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 

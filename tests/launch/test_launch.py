@@ -285,6 +285,10 @@ def test_the_files_of_a_mixture_are_sent_along_beside_what_is_prepared(recipe, t
     job, _ = sent("shakespeare=2", tokenizer=str(text / "a" / "tokenizer.model"))
     assert job.recipe.data.mixture == (f"{job.home}/text/a=0.7", "shakespeare=2")
     assert job.recipe.data.tokenizer == f"{job.home}/text/a/tokenizer.model"
+    (tmp_path / "mine.spm").write_bytes((text / "a" / "tokenizer.model").read_bytes())
+    job, launch = sent(tokenizer=str(tmp_path / "mine.spm"))
+    start("tpu", job, dataclasses.replace(launch, commands=(), needs=()), tmp_path / "spm", dry_run=False)
+    assert (tmp_path / "spm" / job.recipe.data.tokenizer.removeprefix(f"{job.home}/")).is_file()
     with pytest.raises(InputError, match="data.mixture=" + str(text / "b")):  # prepared, and not where the machines are
         sent(f"{text}/b=1")
 
