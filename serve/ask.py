@@ -21,6 +21,8 @@ from bothways.serve.runs import Served
 
 MOST_TOKENS = 512
 """Of a text whose tokens are looked at one by one."""
+MOST_OF_A_CHARACTER = 33
+"""Tokens of one character at most: the bytes of U+FDFA in its compatibility decomposition, the longest that there is."""
 PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -51,6 +53,16 @@ async def count_tokens(server: Server, run: Served, texts: list[str], first: str
             "send the texts in parts"
         )
     return total
+
+
+async def check_size(server: Server, run: Served, texts: list[str]) -> None:
+    """The same where nobody wants the count: texts so short that they cannot have so many tokens are not encoded for it.
+
+    Raises:
+      InputError: more than a request may have.
+    """
+    if sum(map(len, texts)) * MOST_OF_A_CHARACTER + len(texts) > server.settings.max_input:
+        await count_tokens(server, run, texts)
 
 
 async def embeddings(request: Request) -> Response:
@@ -95,7 +107,7 @@ async def score(request: Request) -> Response:
     server = server_of(request)
     run = server.run(given.model, "score")
     texts = as_list(given.input)
-    await count_tokens(server, run, texts)
+    await check_size(server, run, texts)
     call = functools.partial(compute.score, given.rule)
     found = await server.compute(request, run, call, texts, ("score", given.rule))
     return answer(shapes.Scores(run.name, [shapes.Scored(s.text, s.logprob, s.tokens, s.rule) for s in found]))
@@ -106,7 +118,7 @@ async def fill(request: Request) -> Response:
     server = server_of(request)
     run = server.run(given.model, "fill")
     texts = as_list(given.input)
-    await count_tokens(server, run, texts)
+    await check_size(server, run, texts)
     call = functools.partial(compute.fill, given.top, given.steps)
     found = await server.compute(request, run, call, texts, ("fill", given.top, given.steps))
     data = [
@@ -140,7 +152,7 @@ async def classify(request: Request) -> Response:
     server = server_of(request)
     run = server.run(given.model, "classify")
     texts = as_list(given.input)
-    await count_tokens(server, run, texts)
+    await check_size(server, run, texts)
     found = await server.compute(request, run, compute.classify, texts, "classify")
     return answer(shapes.Labels(run.name, [shapes.Label(f.text, f.label, f.p) for f in found]))
 

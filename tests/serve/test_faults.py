@@ -1,5 +1,6 @@
 """What goes wrong ends in the right status, and the server lives."""
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -10,13 +11,15 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import uvicorn
 
 from bothways.commands import serve as command
-from bothways.serve import compute, slots
+from bothways.errors import InputError
+from bothways.serve import ask, compute, slots
 from bothways.serve.app import listen
 from bothways.serve.engine import Call, Engine
 from bothways.serve.http import Settings
@@ -169,6 +172,23 @@ def test_texts_of_a_request_are_counted_while_others_are_answered(small, monkeyp
             assert not waits.done()
             go.set()
             assert waits.result(60).status_code == 400
+
+
+def test_short_texts_are_not_encoded_only_to_be_counted():
+    counted = []
+
+    def encode(texts):
+        counted.append(texts)
+        return [list(text) for text in texts]
+
+    run = SimpleNamespace(tokenizer=SimpleNamespace(encode_many=encode))
+    server = SimpleNamespace(settings=SimpleNamespace(max_input=1000))
+    asyncio.run(ask.check_size(server, run, ["a" * 29, "b"]))
+    assert counted == []
+    asyncio.run(ask.check_size(server, run, ["a" * 30, "b"]))
+    assert counted == [["a" * 30, "b"]]
+    with pytest.raises(InputError, match="1,001 tokens in 1 texts; at most 1,000"):
+        asyncio.run(ask.check_size(server, run, ["a" * 1001]))
 
 
 def test_a_damaged_run_and_one_without_memory_are_unavailable_and_others_go_on(homes, tmp_path):
