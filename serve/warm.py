@@ -1,10 +1,14 @@
 """Before the port opens: what the runs will take, and every program that a request may need, compiled."""
 
+from collections.abc import Callable
+
 import numpy as np
 
+from bothways.embedding import EmbeddingInfo
 from bothways.log import log
 from bothways.sample.batching import rows_that_fit
 from bothways.sample.decode import close_bucket
+from bothways.serve.compute import PORTION
 from bothways.serve.runs import Loaded, Runs, Served
 
 
@@ -25,8 +29,8 @@ def tell_memory(runs: Runs) -> None:
 
 
 def warm(runs: Runs) -> None:
-    """Load every run and compile what its slots need; of runs that embed, rows of every length, one alone and as many as fit
-    together. What masked runs fill and score compiles when it is first asked for."""
+    """Load every run and compile what its slots need; of runs that embed, every number of rows
+    of every length. What masked runs fill and score compiles when it is first asked for."""
     for name, run in runs.served.items():
         loaded = runs.get(name)
         if loaded.pool is not None:
@@ -39,8 +43,14 @@ def warm(runs: Runs) -> None:
 def _warm_embedding(run: Served, loaded: Loaded) -> None:
     from bothways.sample.embed import pooled
 
-    fitting, context = rows_that_fit(run.recipe.model), run.context_length
-    for length in sorted({min(close_bucket(n), context) for n in range(1, context + 1)}):
-        for rows in {1, fitting(length)}:
-            tokens = np.zeros((rows, length), np.int32)
-            pooled(loaded.model.run.module, loaded.model.run.params, tokens, tokens, np.ones_like(tokens), "mean")
+    model = loaded.model
+    fitting, pool = rows_that_fit(run.recipe.model), (model.embedding or EmbeddingInfo()).pool
+    for length, rows in shapes_of_texts(run.context_length, fitting):
+        tokens = np.zeros((rows, length), np.int32)
+        pooled(model.run.module, model.run.params, tokens, tokens, np.ones_like(tokens), pool)
+
+
+def shapes_of_texts(context: int, fitting: Callable[[int], int]) -> list[tuple[int, int]]:
+    """Every (length, rows) of a batch of texts that the engine computes at once, which are PORTION at most."""
+    lengths = sorted({min(close_bucket(n), context) for n in range(1, context + 1)})
+    return [(n, 1 << k) for n in lengths for k in range(min(fitting(n), PORTION).bit_length())]
