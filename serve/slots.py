@@ -7,6 +7,7 @@ on them. Pieces begin at multiples of their size, so a prompt whose first pieces
 that it would get without.
 """
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable
@@ -24,6 +25,9 @@ SHORT_TURN = 0.004
 empty for the rest of a chunk."""
 PATIENCE = 8
 """Times that shorter prompts go before a longer one."""
+COMPANY = 4
+"""Steps of a full pool that a prompt waits for others about as long to be read with: a pass over four short prompts takes hardly
+longer than over one, and the other slots stand still meanwhile."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,7 +54,7 @@ class Generation:
     cached: int = 0
     """Tokens of `ids` that came from the prefix cache."""
     passed: int = 0
-    """Times that shorter prompts were read before this one."""
+    """Times that others were read or written before this one."""
 
     @property
     def size(self) -> int:
@@ -134,16 +138,16 @@ class Pool:
 
     def prefill(self, budget: int) -> int:
         """Read pieces of prompts, the row with the least to read first, until about `budget` tokens are read. Rows that
-        nobody waits for leave their slots before.
+        nobody waits for leave their slots before. Where all slots are taken, beginnings wait for COMPANY.
 
         Returns:
           how many were read.
         """
         self.rows = [None if row is not None and row.gone() else row for row in self.rows]
         done, chosen = 0, set()
-        while done < budget and (unread := self._unread()):
-            row = self.rows[unread[0]]
-            length, slots = self._length(row), unread[:1]
+        while done < budget and (ready := self._ready(unread := self._unread())):
+            row = self.rows[ready[0]]
+            length, slots = self._length(row), ready[:1]
             if row.read == 0 and (most := self.programs.together(length)):
                 slots = [i for i in unread if self.rows[i].read == 0 and self._length(self.rows[i]) == length][:most]
                 self._begin(slots, length, most)
@@ -164,6 +168,18 @@ class Pool:
         """Slots whose prompts are not read to their end, in the order in which they should be."""
         waiting = [(r.passed < PATIENCE, len(r.ids) - r.read, i) for i, r in enumerate(self.rows) if r is not None]
         return [i for _, left, i in sorted(waiting) if left]
+
+    def _ready(self, unread: list[int]) -> list[int]:
+        """Those of the slots that need not wait for company."""
+        if self.free or len(unread) == self.busy:
+            return unread
+        first = collections.Counter(self._length(self.rows[i]) for i in unread if self.rows[i].read == 0)
+
+        def ready(row: Generation) -> bool:
+            length = self._length(row)
+            return row.read > 0 or row.passed >= COMPANY or first[length] >= self.programs.together(length)
+
+        return [i for i in unread if ready(self.rows[i])]
 
     def _length(self, row: Generation) -> int:
         """Of the next piece of a prompt, as compiled."""

@@ -6,8 +6,9 @@ import pytest
 
 from bothways.config import MeshConfig
 from bothways.sample.sampling_params import SamplingParams
+from bothways.serve import programs
 from bothways.serve.runs import Limits, Runs, named
-from bothways.serve.slots import PATIENCE, Generation
+from bothways.serve.slots import COMPANY, PATIENCE, Generation
 from tests.serve.conftest import SLOTS
 
 KEPT = [7, 11, 5, 17, 3, 29, 2, 23, 13, 19, 31, 37, 41, 43, 47, 53, 59, 61]
@@ -65,6 +66,7 @@ def test_a_row_that_has_ended_does_not_say_how_much_of_the_cache_is_read(pool):
 
 
 def test_prompts_that_begin_together_are_read_together_and_write_what_each_writes_alone(pool, monkeypatch):
+    monkeypatch.setattr(programs, "TOGETHER", 32)
     prompts, begin, counts = ([3], [9] * 15, [5, 7, 11]), pool.programs.begin_rows, []
     alone = []
     for ids in prompts:
@@ -81,6 +83,39 @@ def test_prompts_that_begin_together_are_read_together_and_write_what_each_write
     assert [row.said for row in rows] == alone
     assert len({tuple(said) for said in alone}) == 3
     assert counts == [2, 1]
+
+
+def test_in_a_full_pool_a_beginning_waits_for_company_but_not_long(pool, monkeypatch):
+    monkeypatch.setattr(programs, "TOGETHER", 32)
+    begin, counts = pool.programs.begin_rows, []
+    monkeypatch.setattr(
+        pool.programs, "begin_rows", lambda *args: (counts.append(np.count_nonzero(args[4])), begin(*args))[1]
+    )
+
+    def add(size: int) -> Generation:
+        pool.add(one := generation(pool, [3], size))
+        return one
+
+    first, _ = add(40), add(20)
+    run(pool, lambda: first.said)
+    third = add(4)
+    for _ in range(COMPANY):
+        pool.prefill(1)
+        assert third.read == 0
+        pool.step(1)
+    pool.prefill(1)
+    assert third.read == 1
+    run(pool, lambda: pool.free == 2)
+    del counts[:]
+    pair = add(4), add(4)
+    pool.prefill(1)
+    assert counts == [2]  # which is company enough
+    run(pool, lambda: pool.free == 2)
+    fourth = add(4)
+    pool.prefill(1)
+    assert fourth.read == 1  # a slot is free: nobody waits for one
+    run(pool, lambda: not pool.busy)
+    assert [one.said for one in (third, *pair, fourth)] == [first.said[:4]] * 4
 
 
 def test_a_long_prompt_is_read_though_shorter_ones_keep_coming(pool):
