@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from bothways.model.adapters import NAME, LowRank
 from bothways.model.config import RotaryScaling, TransformerConfig
-from bothways.model.products import project, project_transposed, standardized
+from bothways.model.products import add_bias, project, project_transposed, standardized
 
 UNSCALED = RotaryScaling()
 
@@ -44,9 +44,7 @@ class Projection(nn.Module):
         if cfg.lora.rank and self.name in cfg.lora.targets:
             y = y + LowRank(cfg, features, self.n_in, name=NAME)(x)
         if cfg.bias if self.bias is None else self.bias:
-            # In float32, so that its gradient is summed in that: of bfloat16, XLA on a CPU takes five times as long.
-            bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
-            y = (y.astype(jnp.float32) + bias).astype(dtype)
+            y = add_bias(y, self.param("bias", nn.initializers.zeros, features, jnp.float32))
         return y
 
 

@@ -149,7 +149,14 @@ def test_what_llama_cpp_does_not_compute_is_refused(run_of, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "type_"),
-    [("llama", "float32"), ("llama", "q8_0"), ("gpt2", "float32"), ("gemma3", "float32"), ("gemma2", "float32"), ("ernie4_5", "float32")],
+    [
+        ("llama", "float32"),
+        ("llama", "q8_0"),
+        ("gpt2", "float32"),
+        ("gemma3", "float32"),
+        ("gemma2", "float32"),
+        ("ernie4_5", "float32"),
+    ],
 )
 def test_llama_cpp_writes_the_same_greedy_tokens(run_of, name, type_, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; it is built from source")
