@@ -21,10 +21,8 @@ PEER = "PEFT on transformers, PyTorch eager, fused AdamW"
 
 
 def our_side(recipe: Recipe, home: Path, batches: list[Batch], steps: int) -> dict[str, Callable]:
-    dtype = "bfloat16" if recipe.model.dtype == "bfloat16" else "float32"
-    adapted = dataclasses.replace(
-        recipe, model=dataclasses.replace(recipe.model, lora=dataclasses.replace(LORA, frozen=dtype))
-    )
+    lora = dataclasses.replace(LORA, frozen=recipe.model.compute_dtype.name)
+    adapted = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lora=lora))
     module = make_module(recipe.family, adapted.model)
     mine = jax.jit(lambda: split(module.init(jax.random.key(0), **tiny_inputs(recipe.family))["params"])[0])()
     base = load_run(home, print).params
@@ -37,8 +35,8 @@ def their_side(recipe: Recipe, home: Path, batches: list[Batch], steps: int) -> 
     import peft
 
     how = peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=TARGETS)
-    dtype = "bfloat16" if recipe.model.dtype == "bfloat16" else "float32"
-    take, loss = pytorch(peft.get_peft_model(torch_model(home, "LlamaForCausalLM", dtype), how), batches)
+    model = torch_model(home, "LlamaForCausalLM", recipe.model.compute_dtype.name)
+    take, loss = pytorch(peft.get_peft_model(model, how), batches)
     return {"warm": lambda: take(1), "run": lambda: take(steps), "loss": loss}
 
 

@@ -63,10 +63,16 @@ TINY = {
     "bert-base": bert(2, 32, 2, 300, 64),
 }
 TINY["minilm"] = TINY["bert-base"]
-for models in (FULL, TINY):
-    for name in ("smollm2", "minilm"):
-        typed = dataclasses.replace(models[name].model, dtype="bfloat16")
-        models[f"{name}-bfloat16"] = dataclasses.replace(models[name], model=typed)
+
+
+def in_bfloat16(models: dict[str, Recipe], *names: str) -> dict[str, Recipe]:
+    """The same models with products of bfloat16."""
+    typed = {name: dataclasses.replace(models[name].model, dtype="bfloat16") for name in names}
+    return {f"{name}-bfloat16": dataclasses.replace(models[name], model=model) for name, model in typed.items()}
+
+
+for sizes in (FULL, TINY):
+    sizes |= in_bfloat16(sizes, "smollm2", "minilm")
 
 
 def model_of(setting: Setting, name: str) -> tuple[Recipe, Path]:

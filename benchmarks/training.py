@@ -146,7 +146,9 @@ def compare(
     if setting.peers:
         sides[peer] = setting.side(makers[1], recipe, home, batches, steps)
         differ = abs(sides[OURS].loss(batches[0]) - sides[peer].loss(batches[0]))
-        assert differ < (1e-3 if recipe.model.dtype == "auto" else 2e-2), "the sides do not compute the same loss"
+        assert differ < (1e-3 if recipe.model.compute_dtype == jnp.float32 else 2e-2), (
+            "the sides do not compute the same loss"
+        )
     seconds = alternate(sides, setting.rounds)
     for side in sides.values():
         side.close()

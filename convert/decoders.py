@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bothways.convert.family import Config, Family, Head, activation_of, published_activation
+from bothways.convert.family import SWIGLU, Config, Family, Head, activation_of, published_activation
 from bothways.convert.layout import Layout
 from bothways.errors import InputError
 from bothways.model.config import RotaryScaling, TransformerConfig
@@ -136,7 +136,7 @@ def _scaling_write(scaling: RotaryScaling) -> Config | None:
 def _llama_read(theirs: Config) -> Config:
     old = (theirs.get("rope_parameters") or {}).get("rope_theta")
     return {
-        "activation": activation_of(theirs.get("hidden_act", "silu"), {"silu": "swiglu"}),
+        "activation": activation_of(theirs.get("hidden_act", "silu"), SWIGLU),
         "rotary_base": float(old or theirs.get("rope_theta") or 10_000.0),
         "rotary_scaling": _scaling_read(theirs),
     }
@@ -182,7 +182,7 @@ LLAMA = Family(
     heads={},
     read=_llama_read,
     write=lambda cfg: {
-        "hidden_act": published_activation(cfg.activation, {"silu": "swiglu"}),
+        "hidden_act": published_activation(cfg.activation, SWIGLU),
         "rope_theta": cfg.rotary_base,
         "rope_scaling": _scaling_write(cfg.rotary_scaling),
     },

@@ -14,6 +14,8 @@ from bothways.model.config import TransformerConfig
 
 Config = dict[str, Any]
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+SWIGLU = {"silu": "swiglu"}
+"""Of MLPs with a gate that goes through silu."""
 INITIAL = ("init", "init_std", "init_residual", "dtype", "attention", "scan_layers", "remat")
 """Fields that a checkpoint says nothing of: how weights began, and how the program is laid out."""
 

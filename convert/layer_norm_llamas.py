@@ -3,7 +3,7 @@
 import dataclasses
 
 from bothways.convert.decoders import LLAMA
-from bothways.convert.family import ACTIVATIONS, Config, Family, activation_of, published_activation, without
+from bothways.convert.family import ACTIVATIONS, SWIGLU, Config, Family, activation_of, published_activation, without
 from bothways.convert.layout import Layout
 from bothways.convert.parallel import rope_parameters, rotary_base, rotary_width
 from bothways.model.config import TransformerConfig
@@ -12,13 +12,11 @@ _ON_FEATURES = without(LLAMA.tasks, "QuestionAnswering")
 
 # ---- StableLM ---------------------------------------------------------------------------------------------------------
 
-_GATES = {"silu": "swiglu"}
-
 
 def _stablelm_read(theirs: Config) -> Config:
     width = theirs["hidden_size"] // theirs["num_attention_heads"]
     return {
-        "activation": activation_of(theirs.get("hidden_act", "silu"), _GATES),
+        "activation": activation_of(theirs.get("hidden_act", "silu"), SWIGLU),
         "parallel": "one_norm" if theirs.get("use_parallel_residual", False) else "",
         "rotary_base": rotary_base(theirs, "rope_theta"),
         "rotary_width": rotary_width(theirs, "partial_rotary_factor", 0.25, width),
@@ -27,7 +25,7 @@ def _stablelm_read(theirs: Config) -> Config:
 
 def _stablelm_write(cfg: TransformerConfig) -> Config:
     return {
-        "hidden_act": published_activation(cfg.activation, _GATES),
+        "hidden_act": published_activation(cfg.activation, SWIGLU),
         "use_parallel_residual": cfg.parallel == "one_norm",
         "rope_parameters": rope_parameters(cfg),
     }

@@ -5,6 +5,7 @@ import dataclasses
 from bothways.convert import layer_types
 from bothways.convert.decoders import LLAMA
 from bothways.convert.family import (
+    SWIGLU,
     Config,
     Family,
     Head,
@@ -86,7 +87,7 @@ SMOLLM3 = dataclasses.replace(
 
 def _ernie_read(theirs: Config) -> Config:
     return {
-        "activation": activation_of(theirs.get("hidden_act", "silu"), {"silu": "swiglu"}),
+        "activation": activation_of(theirs.get("hidden_act", "silu"), SWIGLU),
         "rotary_base": rotary_base({"rope_theta": 500_000.0} | theirs, "rope_theta"),
     }
 
@@ -102,7 +103,7 @@ ERNIE = dataclasses.replace(
     wanted={},
     read=_ernie_read,
     write=lambda cfg: {
-        "hidden_act": published_activation(cfg.activation, {"silu": "swiglu"}),
+        "hidden_act": published_activation(cfg.activation, SWIGLU),
         "rope_theta": cfg.rotary_base,
     },
     architecture=lambda cfg: "Ernie4_5ForCausalLM",

@@ -29,19 +29,18 @@ def _is_memory_bound(x: jax.Array, most: int) -> bool:
 
 def product(x: Float[jax.Array, "N D"], kernel: Float[jax.Array, "D F"]) -> Float[jax.Array, "N F"]:
     """x @ kernel."""
-    if x.dtype == kernel.dtype == jnp.bfloat16 and platform() == "cpu":
-        return contract("nd,df->nf", x, kernel)
     if x.shape[1] % CPU_SPLITS or not _is_memory_bound(x, 1):
-        return x @ kernel
+        return contract("nd,df->nf", x, kernel)
     return jnp.einsum("pd,pdf->pf", x.reshape(CPU_SPLITS, -1), kernel.reshape(CPU_SPLITS, -1, kernel.shape[1])).sum(
         0, keepdims=True
     )
 
 
 def contract(equation: str, a: jax.Array, b: jax.Array, result: Any = None) -> jax.Array:
-    """einsum of two arrays of one type. Every index of each is one of the other's or of the result's.
+    """einsum of two arrays; of bfloat16 on a CPU summed in float32, and so are its gradients.
 
     Args:
+      equation: without an ellipsis; every index of one array is one of the other's or of the result's.
       result: type of the result; None: that of the two.
     """
     if a.dtype == b.dtype == jnp.bfloat16 and platform() == "cpu":
@@ -69,8 +68,8 @@ _summed_in_float32.defvjp(lambda equation, a, b: (_summed_in_float32(equation, a
 
 
 def add_bias(y: Float[jax.Array, "..."], bias: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
-    """y + bias, float32, in y's type. On a CPU the sum is in float32, so that the bias's gradient is: of a bfloat16, XLA takes five
-    times as long for it there, and on a TPU the other way round loses four points of a GPT-2 XL's cycles."""
+    """y + bias in y's type. On a CPU they are added in float32, so that the bias's gradient is summed in it: in bfloat16 those sums took a
+    fifth of a small GPT's step. On a TPU that would cost GPT-2 XL four points of its expected MFU."""
     if platform() == "cpu":
         return (y.astype(jnp.float32) + bias).astype(y.dtype)
     return y + bias.astype(y.dtype)

@@ -25,9 +25,9 @@ SHORT_TURN = 0.004
 empty for the rest of a chunk."""
 PATIENCE = 8
 """Times that shorter prompts go before a longer one."""
-COMPANY = 4
-"""Steps of a full pool that a prompt waits for others about as long to be read with: a pass over four short prompts takes hardly
-longer than over one, and the other slots stand still meanwhile."""
+PREFILL_DELAY = 4
+"""Steps that a prompt's first piece waits, while every slot is taken, for others of its length to be prefilled in the same pass: a
+pass over four short prompts takes hardly longer than over one, and decoding stands still meanwhile."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -54,7 +54,7 @@ class Generation:
     cached: int = 0
     """Tokens of `ids` that came from the prefix cache."""
     passed: int = 0
-    """Times that others were read or written before this one."""
+    """Steps, and with them prefills of others, that came before its next piece was read."""
 
     @property
     def size(self) -> int:
@@ -138,7 +138,7 @@ class Pool:
 
     def prefill(self, budget: int) -> int:
         """Read pieces of prompts, the row with the least to read first, until about `budget` tokens are read. Rows that
-        nobody waits for leave their slots before. Where all slots are taken, beginnings wait for COMPANY.
+        nobody waits for leave their slots before. Where all slots are taken, first pieces wait up to PREFILL_DELAY.
 
         Returns:
           how many were read.
@@ -170,14 +170,14 @@ class Pool:
         return [i for _, left, i in sorted(waiting) if left]
 
     def _ready(self, unread: list[int]) -> list[int]:
-        """Those of the slots that need not wait for company."""
-        if self.free or len(unread) == self.busy:
+        """Those of the slots whose next piece is prefilled now, and not delayed to share a pass."""
+        if self.free or len(unread) == self.busy:  # nobody waits for a slot, or nothing is decoded meanwhile
             return unread
         first = collections.Counter(self._length(self.rows[i]) for i in unread if self.rows[i].read == 0)
 
         def ready(row: Generation) -> bool:
             length = self._length(row)
-            return row.read > 0 or row.passed >= COMPANY or first[length] >= self.programs.together(length)
+            return row.read > 0 or row.passed >= PREFILL_DELAY or first[length] >= self.programs.together(length)
 
         return [i for i in unread if ready(self.rows[i])]
 

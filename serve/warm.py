@@ -7,7 +7,7 @@ import numpy as np
 from bothways.embedding import EmbeddingInfo
 from bothways.log import log
 from bothways.sample.batching import rows_that_fit
-from bothways.sample.decode import close_bucket
+from bothways.sample.decode import bucket, close_bucket
 from bothways.serve.compute import PORTION
 from bothways.serve.runs import Loaded, Runs, Served
 
@@ -29,8 +29,8 @@ def tell_memory(runs: Runs) -> None:
 
 
 def warm(runs: Runs) -> None:
-    """Load every run and compile what its slots need; of runs that embed, every number of rows
-    of every length. What masked runs fill and score compiles when it is first asked for."""
+    """Load every run and compile what its slots need; of runs that embed, every number of rows of every
+    length. What masked runs fill and score compiles when it is first asked for."""
     for name, run in runs.served.items():
         loaded = runs.get(name)
         if loaded.pool is not None:
@@ -53,4 +53,4 @@ def _warm_embedding(run: Served, loaded: Loaded) -> None:
 def shapes_of_texts(context: int, fitting: Callable[[int], int]) -> list[tuple[int, int]]:
     """Every (length, rows) of a batch of texts that the engine computes at once, which are PORTION at most."""
     lengths = sorted({min(close_bucket(n), context) for n in range(1, context + 1)})
-    return [(n, 1 << k) for n in lengths for k in range(min(fitting(n), PORTION).bit_length())]
+    return [(n, 1 << k) for n in lengths for k in range(bucket(min(fitting(n), PORTION), 1).bit_length())]

@@ -8,7 +8,7 @@ from bothways.config import MeshConfig
 from bothways.sample.sampling_params import SamplingParams
 from bothways.serve import programs
 from bothways.serve.runs import Limits, Runs, named
-from bothways.serve.slots import COMPANY, PATIENCE, Generation
+from bothways.serve.slots import PATIENCE, PREFILL_DELAY, Generation
 from tests.serve.conftest import SLOTS
 
 KEPT = [7, 11, 5, 17, 3, 29, 2, 23, 13, 19, 31, 37, 41, 43, 47, 53, 59, 61]
@@ -85,7 +85,7 @@ def test_prompts_that_begin_together_are_read_together_and_write_what_each_write
     assert counts == [2, 1]
 
 
-def test_in_a_full_pool_a_beginning_waits_for_company_but_not_long(pool, monkeypatch):
+def test_in_a_full_pool_a_first_piece_is_delayed_to_share_a_pass_but_not_for_long(pool, monkeypatch):
     monkeypatch.setattr(programs, "TOGETHER", 32)
     begin, counts = pool.programs.begin_rows, []
     monkeypatch.setattr(
@@ -99,7 +99,7 @@ def test_in_a_full_pool_a_beginning_waits_for_company_but_not_long(pool, monkeyp
     first, _ = add(40), add(20)
     run(pool, lambda: first.said)
     third = add(4)
-    for _ in range(COMPANY):
+    for _ in range(PREFILL_DELAY):
         pool.prefill(1)
         assert third.read == 0
         pool.step(1)
@@ -109,7 +109,7 @@ def test_in_a_full_pool_a_beginning_waits_for_company_but_not_long(pool, monkeyp
     del counts[:]
     pair = add(4), add(4)
     pool.prefill(1)
-    assert counts == [2]  # which is company enough
+    assert counts == [2]  # as many as one pass reads
     run(pool, lambda: pool.free == 2)
     fourth = add(4)
     pool.prefill(1)
