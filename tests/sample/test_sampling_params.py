@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bothways.errors import InputError
-from bothways.sample.sampling_params import SamplingParams, filter_logits, sample_token
+from bothways.sample.sampling_params import GROUP, SamplingParams, filter_logits, sample_token
 
 # Token:        0     1     2     3     4     5
 P = np.array([0.10, 0.40, 0.04, 0.25, 0.06, 0.15])  # in order: 1, 3, 5, 0, 4, 2
@@ -35,6 +35,28 @@ def chi_square(tokens: np.ndarray, p: np.ndarray) -> float:
     assert set(np.unique(tokens)) <= set(np.flatnonzero(p))
     seen, wanted = np.bincount(tokens, minlength=len(p))[p > 0], DRAWS * p[p > 0] / p.sum()
     return float(((seen - wanted) ** 2 / wanted).sum())
+
+
+def test_draws_over_many_groups_follow_the_distribution():
+    V = 3 * GROUP + 5  # the last group is padded
+    p = np.random.default_rng(0).dirichlet(np.full(V, 0.3))
+    p[7] = p[GROUP : GROUP + 9] = p[-3:] = 0.0
+    p /= p.sum()
+    with np.errstate(divide="ignore"):
+        tokens, logprobs = draw(np.log(p))
+    often = p * DRAWS > 5
+    seen = np.bincount(tokens, minlength=V)
+    assert not seen[p == 0].any()
+    seen, wanted = [*seen[often], seen[~often].sum()], [*(DRAWS * p[often]), DRAWS * p[~often].sum()]
+    square = sum((s - w) ** 2 / w for s, w in zip(seen, wanted, strict=True))
+    assert square < often.sum() + 5 * np.sqrt(2 * often.sum())  # mean and 5 standard deviations of chi-square
+    np.testing.assert_allclose(logprobs, np.log(p[tokens]), atol=1e-5)
+
+
+def test_one_token_of_all_the_probability_is_always_drawn():
+    scores = np.full(2 * GROUP, -np.inf)
+    scores[GROUP - 1] = 3.0
+    assert set(draw(scores)[0]) == {GROUP - 1}
 
 
 @pytest.mark.parametrize(
@@ -72,6 +94,23 @@ def test_filters_look_at_every_row_by_itself():
     rows = np.stack([P, P[::-1], np.full(6, 1 / 6) + np.arange(6) / 1000])
     assert kept(rows, top_k=2) == [{1, 3}, {4, 2}, {5, 4}]
     assert kept(rows, top_p=0.66) == [{1, 3, 5}, {4, 2, 0}, {5, 4, 3, 2}]
+
+
+@pytest.mark.parametrize(
+    "filters", [{"top_k": 7}, {"top_p": 0.5}, {"min_p": 0.3}, {"top_k": 11, "top_p": 0.9}, {"top_p": 1.0}]
+)
+def test_filters_keep_what_a_sort_would_keep_ties_included(filters):
+    """Whole numbers as scores: every value is there several times, zeros of both signs and minus infinity too."""
+    rng = np.random.default_rng(3)
+    logits = rng.integers(-4, 3, (13, 97)).astype(np.float32)
+    logits[rng.random(logits.shape) < 0.1] = -np.inf
+    logits[rng.random(logits.shape) < 0.1] = -0.0
+    found = np.isfinite(np.asarray(KEEP(jnp.asarray(logits), SamplingParams.make(**filters))))
+    for row, mine in zip(logits.astype(np.float64), found, strict=True):
+        order = np.argsort(-row, kind="stable")[: filters.get("top_k") or None]
+        p = np.exp(row[order]) / np.exp(row[order]).sum()
+        keep = (np.cumsum(p) - p < filters.get("top_p", 1.0)) & (p >= filters.get("min_p", 0.0) * p[0]) & (p > 0)
+        assert set(np.flatnonzero(mine)) == set(order[keep])
 
 
 def test_kept_tokens_keep_their_scores():
