@@ -11,6 +11,8 @@ from benchmarks.harness import OURS, Row, Setting, keep, record, write_table
 HERE = Path(__file__).parent
 ROWS: dict[str, Callable[[Setting], Row]] = {
     "train-gpt-small": training.gpt_small,
+    "train-gpt-2048": training.gpt_2048,
+    "train-gpt-8192": training.gpt_8192,
     "train-gpt2": training.gpt2,
     "train-bert": training.bert_base,
     "train-lora": adapters.lora,
@@ -18,6 +20,7 @@ ROWS: dict[str, Callable[[Setting], Row]] = {
     "generate-1": generation.one,
     "generate-8": generation.eight,
     "score-pll": scoring.pll,
+    "score-ragged": scoring.ragged,
     "embed-short": embedding.short,
     "embed-short-bfloat16": embedding.short_bfloat16,
     "start": start.first_step,

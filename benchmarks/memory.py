@@ -53,6 +53,8 @@ def draw(rows: dict[int, dict[str, float]], to: Path) -> None:
     for name, label in names.items():
         axes.loglog(list(rows), [r[name] for r in rows.values()], "--" if name == "scores" else "o-", base=2, label=label)
     axes.set(xlabel="tokens in the row", ylabel="MiB", title="Temporary memory of one row: 2 layers of 128, 4 heads")
+    axes.set_xticks(list(rows), [f"{n:,}" for n in rows], fontsize=8)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
     figure.tight_layout()
     figure.savefig(to, dpi=110)

@@ -52,6 +52,8 @@ def llama(layers: int, width: int, heads: tuple[int, int], inner: int, vocabular
 FULL = {
     "smollm2": llama(30, 576, (9, 3), 1536, 49_152, 2048),
     "gpt-small": gpt(6, 384, 6, 8192, 256),
+    "gpt-small-2048": gpt(6, 384, 6, 8192, 2048),
+    "gpt-small-8192": gpt(6, 384, 6, 8192, 8192),
     "gpt2": gpt(12, 768, 12, 50_257, 1024),
     "bert-base": bert(12, 768, 12, 30_522, 512),
     "minilm": bert(6, 384, 12, 30_522, 512),
@@ -63,6 +65,7 @@ TINY = {
     "bert-base": bert(2, 32, 2, 300, 64),
 }
 TINY["minilm"] = TINY["bert-base"]
+TINY["gpt-small-2048"] = TINY["gpt-small-8192"] = TINY["gpt-small"]
 
 
 def in_bfloat16(models: dict[str, Recipe], *names: str) -> dict[str, Recipe]:

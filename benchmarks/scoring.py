@@ -1,4 +1,5 @@
-"""PLL of sentences (arXiv 1910.14659): all masked copies in full batches, against one copy at a time."""
+"""Scores of texts: PLL of sentences (arXiv 1910.14659), all masked copies in full batches, against one copy at a time; and
+causal scores of texts of many lengths."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ import bothways
 from benchmarks.harness import OURS, Row, Setting, alternate
 from benchmarks.models import model_of, torch_model
 from bothways.data.tokenizer import Tokenizer
+from bothways.rundir import load_run
 from bothways.sample.masked import MaskedModel, hidden_logprobs
+from bothways.sample.score import causal_logprobs
 
 PEERS = {"transformers, a sentence at a time": None, "transformers, a copy at a time": 1}
 
@@ -81,3 +84,52 @@ def pll(setting: Setting) -> Row:
     tokens = sum(map(len, texts))
     what = f"BERT-base PLL of {count} sentences, {tokens / count:.0f} tokens each"
     return Row(what, "sentences/s", count, seconds, "10 x one at a time")
+
+
+def causal_side(home: Path, texts: list[list[int]]) -> dict[str, Callable]:
+    run = load_run(home, print)
+    context = run.recipe.model.context_length
+    return {"run": lambda: list(causal_logprobs(run.module, run.params, texts, context))}
+
+
+def padded_side(home: Path, texts: list[list[int]], rows: int) -> dict[str, Callable]:
+    """`transformers` on batches of so many texts, sorted by length and padded behind, as lm-evaluation-harness makes them."""
+    import torch
+
+    model = torch_model(home, "GPT2LMHeadModel").eval()
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+
+    def score() -> list[float]:
+        found = [0.0] * len(texts)
+        for begin in range(0, len(order), rows):
+            some = [texts[i] for i in order[begin : begin + rows]]
+            tokens = torch.zeros(len(some), len(some[0]), dtype=torch.long)
+            for row, ids in zip(tokens, some, strict=True):
+                row[: len(ids)] = torch.tensor(ids)
+            with torch.inference_mode():
+                logprobs = model(tokens[:, :-1]).logits.log_softmax(-1)
+                logprobs = logprobs.gather(2, tokens[:, 1:, None])[..., 0]
+            for i, row in zip(order[begin : begin + rows], logprobs, strict=True):
+                found[i] = row[: len(texts[i]) - 1].sum().item()
+        return found
+
+    return {"run": score}
+
+
+def ragged(setting: Setting) -> Row:
+    """Tokens that are not padding per second. Both sides must give the same."""
+    count, most = (3, 9) if setting.tiny else (96, 250)
+    recipe, home = model_of(setting, "gpt2")
+    texts = sentences(recipe.model.vocab_size, count, most)
+    sides = {OURS: setting.side(causal_side, home, texts, ours=True)}
+    if setting.peers:
+        sides["transformers, sorted, batches of 16"] = setting.side(padded_side, home, texts, 16)
+    found = {name: side.run() for name, side in sides.items()}
+    for values in found.values():
+        np.testing.assert_allclose(values, found[OURS], rtol=1e-4)
+    seconds = alternate(sides, setting.rounds)
+    for side in sides.values():
+        side.close()
+    tokens = sum(map(len, texts))
+    what = f"GPT-2 124M causal scores of {count} texts of 6 to {most} tokens"
+    return Row(what, "tokens/s", tokens, seconds, "1 x PyTorch")

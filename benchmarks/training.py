@@ -160,6 +160,15 @@ def gpt_small(setting: Setting) -> Row:
     return compare(setting, "gpt-small", 8, 256, 6, what)
 
 
+def gpt_2048(setting: Setting) -> Row:
+    """`transformers` takes PyTorch's scaled_dot_product_attention."""
+    return compare(setting, "gpt-small-2048", 1, 2048, 2, "GPT training step, 6 layers, 384 wide, a row of 2,048")
+
+
+def gpt_8192(setting: Setting) -> Row:
+    return compare(setting, "gpt-small-8192", 1, 8192, 1, "GPT training step, 6 layers, 384 wide, a row of 8,192")
+
+
 def gpt2(setting: Setting) -> Row:
     return compare(setting, "gpt2", 4, 256, 3, "GPT-2 124M training step, 4 x 256")
 

@@ -16,7 +16,7 @@ from bothways.errors import InputError
 from bothways.log import log
 from bothways.recipes import Recipe
 
-NAMES = ("directions", "algorithms", "modes", "in-context", "weights", "prompts", "generation", "dial")
+NAMES = ("directions", "algorithms", "modes", "in-context", "weights", "prompts", "generation", "dial", "shares")
 
 
 def experiment(name: str) -> Experiment:

@@ -75,7 +75,9 @@ def tiny(tmp_path_factory) -> Setting:
     return Setting(tmp_path_factory.mktemp("benchmarks"), tiny=True, rounds=1, peers=False)
 
 
-@pytest.mark.parametrize("measure", [training.gpt2, training.bert_base, generation.one, scoring.pll, embedding.short])
+@pytest.mark.parametrize(
+    "measure", [training.gpt2, training.bert_base, generation.one, scoring.pll, scoring.ragged, embedding.short]
+)
 def test_our_own_side_runs(tiny, measure):
     row = measure(tiny)
     assert row.amount > 0

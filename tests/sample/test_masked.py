@@ -220,7 +220,7 @@ def test_a_text_drawn_token_by_token_has_its_probability(monkeypatch, tiny):
 
 def test_sweeps_mend_what_was_drawn_at_once(monkeypatch, tiny):
     known = Known(monkeypatch, tiny, {string: 0.9 if string == "abc" else 0.1 / 26 for string in every_string()})
-    before, after = (known.model.sample([""], max_tokens=3, block=3, steps=1, sweeps=n, num=8) for n in (0, 2))
+    before, after = (known.model.sample([""], max_tokens=3, block=3, steps=1, sweeps=n, num=32) for n in (0, 2))
     assert [s.text for s in before] != [s.text for s in after]
     assert all(s.tokens == 3 for s in after)
 
