@@ -15,7 +15,7 @@ from bothways.errors import InputError
 class SamplingParams:
     """Greedy, or sampling after temperature, top-k, top-p and min-p, in this order.
 
-    The numbers may change without a new compile.
+    The numbers may change without a new compile, and may be one for each row, [B, 1].
     """
 
     temperature: Float[jax.Array, ""]
@@ -76,13 +76,16 @@ def filter_logits(logits: Float[jax.Array, "B V"], method: SamplingParams) -> Fl
 
 
 def most_likely(
-    logits: Float[jax.Array, "B V"], weights: Float[jax.Array, "B V"], enough: jax.Array
+    logits: Float[jax.Array, "B V"],
+    weights: Float[jax.Array, "B V"],
+    enough: Float[jax.Array, ""] | Float[jax.Array, "B 1"],
 ) -> Bool[jax.Array, "B V"]:
     """The fewest of each row's tokens, from the most likely down, whose weights sum to `enough`, or all.
 
     Tokens equally likely have equal weights. Without a sort, which takes ten times as long on a CPU: the score of the last
     token that is kept is found bit by bit, the highest first, each by a sum over the row.
     """
+    enough = jnp.broadcast_to(enough, (logits.shape[0], 1))[:, 0]
     raw = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits).astype(jnp.float32), jnp.uint32)
     order = jnp.where(raw >> 31 == 1, ~raw, raw | jnp.uint32(1 << 31))  # of floats, as unsigned numbers
     index = jnp.arange(logits.shape[-1], dtype=jnp.uint32)

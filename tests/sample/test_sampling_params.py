@@ -113,6 +113,15 @@ def test_filters_keep_what_a_sort_would_keep_ties_included(filters):
         assert set(np.flatnonzero(mine)) == set(order[keep])
 
 
+def test_every_row_may_have_numbers_of_its_own():
+    own = [{"top_k": 2}, {"top_p": 0.66}, {}, {"min_p": 0.3, "top_p": 0.9}, {"top_k": 4, "top_p": 0.5}]
+    each = [SamplingParams.make(**filters) for filters in own]
+    together = jax.tree.map(lambda *x: jnp.stack(x)[:, None], *(method.replace(filtered=True) for method in each))
+    logits = jnp.log(jnp.tile(jnp.asarray(P, jnp.float32), (len(own), 1)))
+    found = [set(np.flatnonzero(np.isfinite(row))) for row in np.asarray(KEEP(logits, together))]
+    assert found == [kept(P, **filters)[0] for filters in own]
+
+
 def test_kept_tokens_keep_their_scores():
     logits = jnp.log(jnp.asarray(P, jnp.float32))[None]
     out = np.asarray(KEEP(logits, SamplingParams.make(top_p=0.66)))
