@@ -172,17 +172,17 @@ def test_settings_that_make_no_sense_are_refused(model, settings, message):
 @pytest.fixture(scope="module")
 def free(model):
     """What the model says when nothing stops it; the longest text first."""
-    found = model.sample(PROMPTS, max_tokens=40, num=4, seed=1)
+    found = model.sample(PROMPTS, max_tokens=40, num=4, seed=9)
     return sorted(((s, i) for i, s in enumerate(found)), key=lambda pair: -len(pair[0].text))
 
 
 def test_a_stop_string_cuts_the_text_and_the_count(model, free):
     whole, index = free[0]
     stop = whole.text[len(whole.text) // 2 :][:3]
-    sample = model.sample(PROMPTS, max_tokens=40, num=4, seed=1, stop=[stop, "never said"])[index]
+    sample = model.sample(PROMPTS, max_tokens=40, num=4, seed=9, stop=[stop, "never said"])[index]
     assert sample.text == whole.text[: whole.text.index(stop)]
     assert sample.stop == "stop"
-    exact, short = (model.sample(PROMPTS, max_tokens=n, num=4, seed=1)[index] for n in (sample.tokens, sample.tokens - 1))
+    exact, short = (model.sample(PROMPTS, max_tokens=n, num=4, seed=9)[index] for n in (sample.tokens, sample.tokens - 1))
     assert exact.text.startswith(sample.text)
     assert not short.text.startswith(sample.text)
     assert sample.logprob == pytest.approx(exact.logprob, abs=1e-3)
@@ -190,12 +190,12 @@ def test_a_stop_string_cuts_the_text_and_the_count(model, free):
 
 def test_a_stop_string_at_once_leaves_nothing(model, free):
     whole, index = free[0]
-    sample = model.sample(PROMPTS, max_tokens=40, num=4, seed=1, stop=[whole.text[0]])[index]
+    sample = model.sample(PROMPTS, max_tokens=40, num=4, seed=9, stop=[whole.text[0]])[index]
     assert (sample.text, sample.tokens, sample.logprob, sample.stop) == ("", 0, 0, "stop")
 
 
 def test_stop_strings_that_are_not_said_change_nothing(model, free):
-    found = model.sample(PROMPTS, max_tokens=40, num=4, seed=1, stop=["never said", "nor this"])
+    found = model.sample(PROMPTS, max_tokens=40, num=4, seed=9, stop=["never said", "nor this"])
     for whole, index in free:
         assert (found[index].text, found[index].tokens, found[index].stop) == (whole.text, whole.tokens, whole.stop)
 
@@ -209,10 +209,10 @@ def stops_in(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("kind", range(4))
 def test_streamed_pieces_make_the_text(model, free, kind):
     stop = stops_in(free[0][0].text)[kind]
-    whole = model.sample(PROMPTS, max_tokens=40, num=4, seed=1, stop=stop)
+    whole = model.sample(PROMPTS, max_tokens=40, num=4, seed=9, stop=stop)
     pieces: dict[int, list[str]] = {i: [] for i in range(len(whole))}
     streamed = model.sample(
-        PROMPTS, max_tokens=40, num=4, seed=1, stop=stop, stream=lambda i, piece: pieces[i].append(piece)
+        PROMPTS, max_tokens=40, num=4, seed=9, stop=stop, stream=lambda i, piece: pieces[i].append(piece)
     )
     for i, sample in enumerate(whole):
         assert "".join(pieces[i]) == streamed[i].text == sample.text
