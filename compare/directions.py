@@ -231,7 +231,7 @@ EXPERIMENT = Experiment(
     "Reading both ways or one way decides which tasks a model is good at",
     "The main distinction is the uni-directional GPT architecture vs the bi-directional BERT architecture. This effects the "
     "input and the types of tasks each performs best on.",
-    "Causal, masked (on exactly the same stack), hybrid (most rows read forward, the others both ways) and BERT proper (masked and next sentences) "
+    "Causal, masked (on exactly the same stack), hybrid (half of the rows each way) and BERT proper (masked and next sentences) "
     "are trained on the same text. Each is scored in every reading that it was trained in: likelihood, minimal pairs from "
     "templates, a word in the middle of held-out text, and a head tuned to tell whether two sentences agree.",
     "GPT-BERT (arXiv 2410.24159), from causal-only to masked-only, BLiMP scored both ways: 74.6 78.8 80.8 82.4 83.9 84.0 84.8 "

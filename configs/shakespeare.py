@@ -64,8 +64,7 @@ recipes = {
         family="gpt",
         model=TransformerConfig(**SMALL),
         data=DATA,
-        # The share that costs neither reading much (`bothways compare shares`).
-        objective=ObjectiveConfig(kind="hybrid", causal_share=0.9375, mask_rate=0.3),
+        objective=ObjectiveConfig(kind="hybrid", causal_share=0.5, mask_rate=0.3),
         optimizer=OPTIMIZER,
         train=TrainConfig(steps=2000, batch_size=8, eval_every=1000, save_every=500, log_every=20),
     ),
