@@ -110,8 +110,12 @@ def conclude(
     return Result(
         HOLDS if fair else FAILS if dear else OPEN,
         f"With {best:.2%} of the rows read forward, one set of weights costs {told['forward']} bits per byte against a causal "
-        f"model, and {told['both ways']} against a masked one, at equal tokens and equal compute: most rows read forward, "
-        "and few both ways, serve both readings.",
+        f"model, and {told['both ways']} against a masked one, at equal tokens and equal compute."
+        + (
+            " At this size one set of weights is both."
+            if fair
+            else " At this size every share costs one of the readings."
+        ),
         f"{len(parents['causal'])} seeds that share the order of the data, {len(size)} held-out pieces. It counts as the price "
         f"of one where the whole interval forward is below {PRICE} and the whole interval both ways at most 0. The share that is "
         "named was chosen among all by these same figures.",
