@@ -114,7 +114,9 @@ def conclude(
         + (
             " At this size one set of weights is both."
             if fair
-            else " At this size every share costs one of the readings."
+            else " Every share costs one of the readings."
+            if dear
+            else ""
         ),
         f"{len(parents['causal'])} seeds that share the order of the data, {len(size)} held-out pieces. It counts as the price "
         f"of one where the whole interval forward is below {PRICE} and the whole interval both ways at most 0. The share that is "
