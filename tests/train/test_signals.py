@@ -17,6 +17,16 @@ from bothways.train.steps import run_steps
 from tests.train.jobs import counting
 
 
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """As at a terminal: under nohup, or in the background of a script, Python starts with some of them ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def test_a_second_ctrl_c_ends_at_once(capfd):
     def twice():
         with hosts.preemption_requested() as stop_at:
