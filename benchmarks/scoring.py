@@ -3,6 +3,7 @@ causal scores of texts of many lengths."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,17 @@ def their_side(
     return {"run": lambda: [score(ids) for ids in texts]}
 
 
+def timed(sides: dict[str, Any], rounds: int) -> dict[str, list]:
+    """Seconds of every side, round by round. All sides must give the same scores; they are closed."""
+    found = {name: side.run() for name, side in sides.items()}
+    for values in found.values():
+        np.testing.assert_allclose(values, found[OURS], rtol=1e-4)
+    seconds = alternate(sides, rounds)
+    for side in sides.values():
+        side.close()
+    return seconds
+
+
 def pll(setting: Setting) -> Row:
     """Sentences per second. All sides must give the same."""
     count, most = (3, 9) if setting.tiny else (64, 30)
@@ -75,12 +87,7 @@ def pll(setting: Setting) -> Row:
         special = Tokenizer.load(home)
         for name, copies in PEERS.items():
             sides[name] = setting.side(their_side, home, texts, special.bos, special.eos, special.mask, copies)
-    found = {name: side.run() for name, side in sides.items()}
-    for values in found.values():
-        np.testing.assert_allclose(values, found[OURS], rtol=1e-4)
-    seconds = alternate(sides, 1)  # of three minutes
-    for side in sides.values():
-        side.close()
+    seconds = timed(sides, 1)  # of three minutes
     tokens = sum(map(len, texts))
     what = f"BERT-base PLL of {count} sentences, {tokens / count:.0f} tokens each"
     return Row(what, "sentences/s", count, seconds, "10 x one at a time")
@@ -124,12 +131,7 @@ def ragged(setting: Setting) -> Row:
     sides = {OURS: setting.side(causal_side, home, texts, ours=True)}
     if setting.peers:
         sides["transformers, sorted, batches of 16"] = setting.side(padded_side, home, texts, 16)
-    found = {name: side.run() for name, side in sides.items()}
-    for values in found.values():
-        np.testing.assert_allclose(values, found[OURS], rtol=1e-4)
-    seconds = alternate(sides, setting.rounds)
-    for side in sides.values():
-        side.close()
+    seconds = timed(sides, setting.rounds)
     tokens = sum(map(len, texts))
     what = f"GPT-2 124M causal scores of {count} texts of 6 to {most} tokens"
     return Row(what, "tokens/s", tokens, seconds, "1 x PyTorch")
