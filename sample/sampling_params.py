@@ -136,8 +136,9 @@ def draw(logits: Float[jax.Array, "B V"], keys: jax.Array) -> Int[jax.Array, " B
 
     def chosen(weights: Float[jax.Array, "B N"], uniform: Float[jax.Array, " B"]) -> Int[jax.Array, " B"]:
         sums, index = jnp.cumsum(weights, axis=-1), jnp.arange(weights.shape[-1])
-        passed = sums > (uniform * sums[:, -1])[:, None]
-        # Rounding may leave the number at the last sum; a weight of zero is never chosen for it.
+        # Sums are rounded, and may grow where a weight is zero: such a one is never chosen.
+        passed = (sums > (uniform * sums[:, -1])[:, None]) & (weights > 0)
+        # Where none has passed, as with scores that are not finite, the index stays within the row.
         last = jnp.max(jnp.where(weights > 0, index, 0), axis=-1)
         return jnp.minimum(jnp.min(jnp.where(passed, index, len(index)), axis=-1), last)
 

@@ -53,6 +53,16 @@ def test_draws_over_many_groups_follow_the_distribution():
     np.testing.assert_allclose(logprobs, np.log(p[tokens]), atol=1e-5)
 
 
+def test_scores_of_a_model_that_diverged_give_a_token_of_the_vocabulary():
+    assert set(draw(np.full(7, np.nan))[0]) == {0}
+
+
+def test_zeros_of_both_signs_are_equally_likely():
+    logits = np.array([-1.0, -0.0, 0.0, -0.0, 0.0])
+    found = np.asarray(KEEP(jnp.asarray(logits, jnp.float32)[None], SamplingParams.make(top_k=2)))
+    assert set(np.flatnonzero(np.isfinite(found[0]))) == {1, 2}
+
+
 def test_one_token_of_all_the_probability_is_always_drawn():
     scores = np.full(2 * GROUP, -np.inf)
     scores[GROUP - 1] = 3.0
