@@ -108,12 +108,12 @@ def nats(lab: ExperimentRunner, sizes: tuple[int, ...], seed: int) -> dict[str, 
 
 
 def held_pieces(lab: ExperimentRunner) -> list[list[int]]:
-    return text_of(lab).pieces(texts_of(lab), lab.recipes["causal"].model.context_length - 1)
+    return text_of(lab).pieces(max(8, lab.size.items // 6), lab.recipes["causal"].model.context_length - 1)
 
 
 def texts_of(lab: ExperimentRunner) -> int:
-    """How many texts are scored, and written, by each model."""
-    return max(8, lab.size.items // 6)
+    """How many texts are written each way. Fewer than are scored: ways of writing differ by far more than sizes of blocks."""
+    return max(8, lab.size.items // 10)
 
 
 def writes(lab: ExperimentRunner, block: int, seed: int) -> dict[str, Any]:

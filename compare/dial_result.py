@@ -16,8 +16,6 @@ WAYS = {
     "4 a pass": (4, 0.0, True),
     "all at once": (0, 0.0, True),
     "most confident first": (1, 0.0, False),
-    "above 0.9": (1, 0.9, False),
-    "above 0.7": (1, 0.7, False),
     "above 0.5": (1, 0.5, False),
     "above 0.3": (1, 0.3, False),
 }

@@ -43,18 +43,19 @@ def entropy(texts: list[list[int]]) -> float:
 
 def self_bleu(texts: list[list[int]], most: int = 3) -> float:
     """Mean BLEU of each text against all others, n-grams of up to `most` tokens (arXiv 1802.01886): high is monotonous."""
-    grams = [
-        [collections.Counter(tuple(t[i : i + n]) for i in range(len(t) - n + 1)) for n in range(1, most + 1)]
-        for t in texts
-    ]
-    scores = []
-    for i, mine in enumerate(grams):
-        logs = 0.0
-        for n in range(most):
-            best: collections.Counter = collections.Counter()
-            for j, other in enumerate(grams):
-                if i != j:
-                    best |= other[n]
-            logs += np.log(max(sum((mine[n] & best).values()), 0.1) / max(1, sum(mine[n].values())))
-        scores.append(np.exp(logs / most))
-    return float(np.mean(scores))
+    logs = np.zeros(len(texts))
+    for n in range(1, most + 1):
+        grams = [collections.Counter(tuple(t[i : i + n]) for i in range(len(t) - n + 1)) for t in texts]
+        # The two texts that have an n-gram most often: for each text one of them is another. So all texts are passed once.
+        first: dict[tuple[int, ...], tuple[int, int]] = {}
+        second: collections.Counter = collections.Counter()
+        for i, mine in enumerate(grams):
+            for gram, count in mine.items():
+                most_often, _ = first.get(gram, (0, -1))
+                second[gram] = max(second[gram], min(count, most_often))
+                first[gram] = max(first.get(gram, (0, -1)), (count, i))
+        for i, mine in enumerate(grams):
+            others = {gram: second[gram] if first[gram][1] == i else first[gram][0] for gram in mine}
+            clipped = sum(min(count, others[gram]) for gram, count in mine.items())
+            logs[i] += np.log(max(clipped, 0.1) / max(1, sum(mine.values())))
+    return float(np.mean(np.exp(logs / most)))
