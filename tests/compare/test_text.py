@@ -178,6 +178,14 @@ def test_measures_of_variety():
     assert writing.entropy(different) == pytest.approx(math.log2(12))
 
 
+def test_self_bleu_counts_each_text_against_the_others():
+    """Of 1 1 1 2 another text has 3 of 4 tokens, 2 of 3 pairs, 1 of 2 threes; of 1 1 2 all; of 1 3 one token."""
+    texts = [[1, 1, 1, 2], [1, 1, 2], [1, 3]]
+    each = [3 / 4 * 2 / 3 * 1 / 2, 1 * 1 * 1, 1 / 2 * 0.1 / 1 * 0.1 / 1]
+    assert writing.self_bleu(texts) == pytest.approx(np.mean(np.cbrt(each)))
+    assert writing.self_bleu([[1, 1], [1, 1], [1]], most=1) == pytest.approx(1)  # two texts have it most often
+
+
 def test_chunks_are_written_behind_what_is_there(tokenizer):
     """Of a model that always says one more than the token before the masks."""
     a = tokenizer.encode("a")[0]
