@@ -24,7 +24,9 @@ BLOCKS = (1, 2, 4, 8, 16, 32, 0)
 """0 is the whole row."""
 FEW = (1, 4, 16, 0)
 """Of a size that trains for fewer than 100 steps."""
-PROMPT, NEW, DRAWS = 8, 64, 16
+PROMPT, NEW, DRAWS = 31, 64, 16
+"""Tokens of a prompt, with [CLS] before it; tokens behind it; draws of a bound. No block lies across the end of prompt or text: one
+that is cut would take as many passes as a whole one."""
 
 
 def named(block: int) -> str:
@@ -74,9 +76,10 @@ def sizes_of(lab: ExperimentRunner) -> tuple[int, ...]:
     return tuple(b for b in (FEW if few else BLOCKS) if b < lab.recipes["causal"].model.context_length)
 
 
-def tokens_of(lab: ExperimentRunner) -> int:
-    """How many tokens are written behind a prompt: NEW, or what a row has room for."""
-    return min(NEW, lab.recipes["causal"].model.context_length - 1 - PROMPT)
+def lengths_of(lab: ExperimentRunner) -> tuple[int, int]:
+    """(tokens of a prompt, tokens that are written behind it): PROMPT and NEW, or in that proportion what a row has room for."""
+    quarter = min(lab.recipes["causal"].model.context_length // 4, PROMPT + 1)
+    return quarter - 1, NEW * quarter // (PROMPT + 1)
 
 
 def written(
@@ -84,11 +87,11 @@ def written(
 ) -> tuple[list[list[int]], int]:
     """`new` tokens behind each prompt at temperature 1, without an end of text, and the forward passes of all rows.
 
-    A whole row is one block that holds the prompt and all that is written.
+    A whole row is one block that holds the prompt and all that is written. Prompts have one length.
     """
     bos, eos, key = model.tokenizer.bos, model.tokenizer.eos, jax.random.key(seed)
     rows = [Row([bos, *p], jax.random.fold_in(key, i)) for i, p in enumerate(prompts)]
-    width, (a_pass, threshold, any_order) = block or 1 + PROMPT + new, WAYS[way]
+    width, (a_pass, threshold, any_order) = block or 1 + len(prompts[0]) + new, WAYS[way]
     steps = -(-(width if block else new) // a_pass) if a_pass else 1
     decoder = model.block_decoder(width).filling(Denoising.make(steps, threshold, any_order=any_order))
     decoder.generate(model.run.params, rows, SamplingParams.make(), new)
@@ -118,8 +121,8 @@ def texts_of(lab: ExperimentRunner) -> int:
 
 def writes(lab: ExperimentRunner, block: int, seed: int) -> dict[str, Any]:
     """What the model for all writes in blocks of one size, by each way."""
-    text, model, judge, new = text_of(lab), model_of(lab, sizes_of(lab), seed), judge_of(lab), tokens_of(lab)
-    prompts, found = [p[:PROMPT] for p in text.pieces(texts_of(lab), PROMPT + new)], {}
+    (known, new), model, judge = lengths_of(lab), model_of(lab, sizes_of(lab), seed), judge_of(lab)
+    prompts, found = [p[:known] for p in text_of(lab).pieces(texts_of(lab), known + new)], {}
     for way in ways_of(block):
         said, passes = written(model, prompts, block, way, new, seed)
         found[way] = measures(judge, prompts, said) | {"per_pass": sum(map(len, said)) / max(1, passes)}
@@ -133,27 +136,27 @@ def measures(judge: Any, prompts: list[list[int]], said: list[list[int]]) -> dic
 
 def real(lab: ExperimentRunner) -> dict[str, Any]:
     """Held-out text by the same measures, and how many bytes its pieces have."""
-    text, judge = text_of(lab), judge_of(lab)
-    lengths, pieces = text.tokenizer.byte_lengths(), text.pieces(texts_of(lab), PROMPT + tokens_of(lab))
-    found = measures(judge, [p[:PROMPT] for p in pieces], [p[PROMPT:] for p in pieces])
+    text, judge, (known, new) = text_of(lab), judge_of(lab), lengths_of(lab)
+    lengths, pieces = text.tokenizer.byte_lengths(), text.pieces(texts_of(lab), known + new)
+    found = measures(judge, [p[:known] for p in pieces], [p[known:] for p in pieces])
     return found | {"bytes": [int(lengths[p].sum()) for p in held_pieces(lab)]}
 
 
 def speeds(lab: ExperimentRunner, block: int) -> dict[str, dict[str, float]]:
     """Tokens per second of the model for all in blocks of one size, by way of filling and rows: the fastest of three,
     compiled before."""
-    text, new, model = text_of(lab), tokens_of(lab), model_of(lab, sizes_of(lab), 0)
-    found: dict[str, dict[str, float]] = {}
+    (known, new), model = lengths_of(lab), model_of(lab, sizes_of(lab), 0)
+    ways, found = ways_of(block), {way: {} for way in ways_of(block)}
     for rows in ROWS:
-        prompts = [p[:PROMPT] for p in text.pieces(rows, PROMPT + new)]
-        written(model, prompts, block, ways_of(block)[-1], new, 1)  # one program for all ways
-        for way in ways_of(block):
+        prompts = [p[:known] for p in text_of(lab).pieces(rows, known + new)]
+        for way in {WAYS[way][2]: way for way in ways}.values():  # a program for each order
+            written(model, prompts, block, way, new, 1)
+        for way in ways:
             for _ in range(3):
                 began = time.monotonic()
                 said, _ = written(model, prompts, block, way, new, 0)
                 per_second = sum(map(len, said)) / (time.monotonic() - began)
-                best = found.setdefault(way, {}).get(str(rows), 0.0)
-                found[way][str(rows)] = max(best, per_second)
+                found[way][str(rows)] = max(found[way].get(str(rows), 0.0), per_second)
     return found
 
 
