@@ -116,6 +116,8 @@ class Experiment:
     known: str
     run: Callable[["ExperimentRunner"], Result]
     pilots: tuple[Pilot, ...] = ()
+    needs: tuple[str, ...] = ()
+    """Arms without which it measures nothing."""
 
     def detects(self, seeds: int, tunings: int) -> str:
         """Which differences so many seeds can find, known before anything is run; empty without a pilot, or with one seed."""

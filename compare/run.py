@@ -16,6 +16,8 @@ from bothways.errors import InputError
 from bothways.log import log
 from bothways.recipes import Recipe
 
+KINDS = {"causal": ("causal",), "masked": ("masked", "hybrid"), "hybrid": ("hybrid",), "bert": ("masked",)}
+"""Objectives that an arm may have."""
 NAMES = ("directions", "algorithms", "modes", "in-context", "weights", "prompts", "generation", "dial", "shares")
 
 
@@ -70,16 +72,27 @@ def compare(
       options: how the command line was given, for the report to repeat.
 
     Raises:
-      InputError: no such experiment or size, or the directory holds another comparison.
+      InputError: no such experiment or size, an arm that is of another kind or missing, or the directory holds another
+        comparison.
     """
     if size not in SIZES:
         raise InputError(f"no size {size!r}; there are {', '.join(SIZES)}")
-    for name in names:
-        experiment(name)
+    for arm, recipe in arms.items():
+        if (kind := recipe.objective.kind) not in KINDS[arm]:
+            raise InputError(
+                f"--{arm} {recipe.name} has objective.kind={kind}; the {arm} model of a comparison has {' or '.join(KINDS[arm])}"
+            )
+    lacking = {name: [arm for arm in experiment(name).needs if arm not in arms] for name in names or NAMES}
+    for name, missing in lacking.items():
+        if missing:
+            why = f"{name} compares with {' and '.join(f'a {arm} model' for arm in missing)}, and there is none: give --{missing[0]}"
+            if names:
+                raise InputError(why)
+            log(f"=== {name} is left out: {why}")
     lab = ExperimentRunner(home, SIZES[size], controlled(arms))
     kept = {n: home / "parts" / f"result-{n}.json" for n in NAMES}
     found: list[tuple[Experiment, Result]] = []
-    for name in names or NAMES:
+    for name in (name for name, missing in lacking.items() if not missing):
         began = time.monotonic()
         chosen = experiment(name)
         new = not kept[name].exists()

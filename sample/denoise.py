@@ -84,7 +84,10 @@ def keep_confident(
         confidence = jnp.where(
             canvas.hidden, jax.vmap(jax.vmap(jax.random.uniform))(fold(keys, jnp.zeros_like(canvas.tokens))), jnp.inf
         )
-    order = jnp.argsort(jnp.where(canvas.open, -confidence, jnp.inf), axis=1)
+    # Weights that are not finite give NaN: the least confident of what is open, so that the canvas fills and the loop ends.
+    least = jnp.finfo(jnp.float32).max
+    cost = jnp.nan_to_num(-confidence, nan=least, posinf=least, neginf=-jnp.inf)
+    order = jnp.argsort(jnp.where(canvas.open, cost, jnp.inf), axis=1)
     rank = jnp.argsort(order, axis=1)
     keep = canvas.open & (rank < wanted[:, None])
     return canvas.replace(

@@ -17,7 +17,7 @@ from bothways.sample.bound import DRAWS, bound_logprobs
 from bothways.sample.denoise import Denoising
 from bothways.sample.masked import Filled, MaskedModel
 from bothways.sample.sampling_params import SamplingParams
-from bothways.sample.text import PerPrompt, Sample, Score, TextModel, check_limits, for_each
+from bothways.sample.text import PerPrompt, Sample, Score, TextModel, check_limits, for_each, never_drawn
 
 
 class DiffusionModel(TextModel):
@@ -39,6 +39,7 @@ class DiffusionModel(TextModel):
         never = np.zeros(self.run.recipe.model.table_rows, bool)
         never[[self.tokenizer.mask, self.tokenizer.pad]] = True
         never[len(self.tokenizer) :] = True
+        never[self.tokenizer.eos] = False  # where a published vocabulary has no padding of its own, they are one token
         return block_decoder(self.run.module, never, self.tokenizer.eos, self.tokenizer.mask, block)
 
     def rows_in_blocks(self, block: int, max_tokens: int) -> Callable[[int], int]:
@@ -91,9 +92,11 @@ class DiffusionModel(TextModel):
         check_limits(max_tokens, num, stop)
         block = usual_block(self.block_sizes, self.recipe.model.context_length) if block is None else block
         how = Denoising.make(steps or 0, threshold, remask, any_order)
-        method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy)
+        method = SamplingParams.make(temperature, top_k, top_p, min_p, greedy, never=never_drawn(self.tokenizer))
         if block not in self.block_sizes or block == 0:
-            if 0 not in self.block_sizes or block < 1:
+            if block < 1:
+                raise InputError(f"block is {block}; give how many tokens are written together, 1 or more")
+            if 0 not in self.block_sizes:
                 raise self._untrained(block)
             draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "greedy": greedy}
             canvas = {"block": block, "steps": steps or block, "threshold": threshold, "remask": remask}

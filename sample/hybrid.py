@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from bothways.errors import InputError
 from bothways.model.gpt import MaskedNextToken
 from bothways.rundir import Run
 from bothways.sample.masked import Filled, MaskedModel
@@ -21,5 +22,16 @@ class HybridModel(TextModel):
         return self.both_ways.fill(texts, top=top, steps=steps)
 
     def score(self, texts: Sequence[str], rule: str = "causal", draws: int = 32) -> list[Score]:
-        """By rule causal as TextModel.score; by pll, pll_word and bound as MaskedModel.score."""
+        """By rule causal as TextModel.score; by pll, pll_word and bound as MaskedModel.score.
+
+        Raises:
+          InputError: an empty text, or a rule of a direction that the run was not trained in.
+        """
+        share = self.recipe.objective.causal_share
+        rules = [*(["causal"] if share > 0 else []), *(["pll", "pll_word", "bound"] if share < 1 else [])]
+        if rule not in rules:
+            raise InputError(
+                f"rule {rule!r} is not for {self.run.home}, of whose rows {share:.0%} were read forward; it scores by: "
+                + ", ".join(rules)
+            )
         return super().score(texts) if rule == "causal" else self.both_ways.score(texts, rule, draws)

@@ -20,8 +20,9 @@ def compare(
     What is trained and measured is kept; run again, it goes on where it stopped.
 
     Args:
-        experiments: Some of modes, directions, generation, weights, in-context, algorithms, prompts, dial; by default all.
-        size: smoke, tiny (minutes), small (about an hour on two cores, of dial an hour and a half); or full, with recipes of your own.
+        experiments: Some of directions, algorithms, modes, in-context, weights, prompts, generation, dial, shares; by default all.
+        size: smoke, tiny (minutes), small (on two cores about an hour, one more for dial and half of one for shares); or full, with recipes
+            of your own.
         causal: A recipe read forward (shakespeare_gpt).
         masked: A recipe read both ways; by default the hybrid one with no row read forward, and shakespeare_bert.
         hybrid: A recipe trained in both directions (shakespeare_hybrid).

@@ -84,6 +84,31 @@ def test_names_that_are_not_there(arms, tmp_path):
         assert found.known
 
 
+def test_arms_that_cannot_be_compared_are_refused_before_anything_is_trained(arms, smallest, tmp_path, monkeypatch):
+    monkeypatch.setattr(core, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(InputError, match="shares compares with a hybrid model, and there is none: give --hybrid"):
+        run.compare(["modes", "shares"], "least", arms, tmp_path, "")
+    dial = dataclasses.replace(arms["causal"], name="a_dial", objective=ObjectiveConfig(kind="diffusion"))
+    for arm, wanted in (("causal", "causal"), ("masked", "masked or hybrid"), ("hybrid", "hybrid")):
+        with pytest.raises(
+            InputError, match=f"--{arm} a_dial has objective.kind=diffusion; the {arm} model .* has {wanted}$"
+        ):
+            run.compare([], "least", arms | {arm: dial}, tmp_path, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_experiments_means_those_that_can_be(arms, smallest, tmp_path, monkeypatch, capfd):
+    made = []
+    monkeypatch.setattr(run, "NAMES", ("modes", "shares"))
+    monkeypatch.setattr(core.ExperimentRunner, "part", lambda self, name, measure: made.append(name) or "kept")
+    monkeypatch.setattr(run.Result, "from_json", lambda values: values)
+    monkeypatch.setattr(run.report, "write", lambda *_: ("", ""))
+    run.compare([], "least", arms, tmp_path, "")
+    assert "result-modes" in made
+    assert "result-shares" not in made
+    assert "shares is left out: shares compares with a hybrid model" in capfd.readouterr().err
+
+
 class Page(html.parser.HTMLParser):
     """Checks that tags nest, and collects ids, links and text."""
 

@@ -83,3 +83,16 @@ def test_it_measures_what_it_says(tiny_recipe, tmp_path, monkeypatch):
     for name, value in values.items():
         assert (value.value == pytest.approx(0, abs=1e-6)) == (" minus " in name), name
     assert values["hidden, masked"].value > 1.0  # nats; random weights know nothing
+
+
+def test_its_masked_parent_is_the_hybrid_whatever_the_masked_arm_is(tiny_recipe, tmp_path, monkeypatch):
+    hybrid = dataclasses.replace(tiny_recipe, objective=ObjectiveConfig(kind="hybrid"))
+    asked = []
+    monkeypatch.setattr(shares, "measured", lambda lab, arm, seed, share=None: asked.append((arm, share)))
+    monkeypatch.setattr(shares, "sizes", lambda lab: [])
+    monkeypatch.setattr(shares, "conclude", lambda *_: None)
+    for name, masked, parent in (("x", masked_only(hybrid), ("masked", None)), ("y", tiny_recipe, ("hybrid", 0))):
+        arms = {"causal": tiny_recipe, "masked": masked, "hybrid": hybrid}
+        shares.run(core.ExperimentRunner(tmp_path / name, Size("least", 1, 2, 2, 8, 2, 1, (1e-3,)), arms))
+        assert asked[:2] == [("causal", None), parent]
+        asked.clear()

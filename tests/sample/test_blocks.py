@@ -179,6 +179,21 @@ def test_in_a_random_order_any_token_may_be_kept_first():
         Denoising.make(threshold=0.5, any_order=True)
 
 
+def test_a_canvas_fills_whatever_its_scores_are():
+    """Weights that are not finite give NaN; a loop that waits for them to be the most confident would never end."""
+    open_ = jnp.array([[True, True, True, False]] * 2)
+    zeros = jnp.zeros((2, 4), jnp.int32)
+    canvas = Canvas(zeros, zeros.astype(jnp.float32), open_, open_, jnp.zeros((2,), jnp.int32))
+    logprobs = jnp.array([[jnp.nan] * 4, [-jnp.inf, -1.0, jnp.nan, jnp.nan]])
+    keys = fold(jax.random.split(jax.random.key(1), 2), zeros)
+    left = []
+    for _ in range(3):
+        canvas = keep_confident(canvas, zeros, logprobs, Denoising.make(), keys)
+        left.append(np.asarray(canvas.hidden))
+    assert [hidden.sum(axis=1).tolist() for hidden in left] == [[2, 2], [1, 1], [0, 0]]
+    assert left[0][1].tolist() == [True, False, True, False]  # a finite one is kept first
+
+
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +226,31 @@ def test_a_text_streams_by_blocks_and_stops_where_it_should(run, block):
     assert run.sample(prompts, max_tokens=24, block=block, num=2, seed=1) != found
 
 
+def test_padding_that_is_the_end_of_a_text_still_ends_it(run):
+    """As in a published vocabulary without a padding token; [UNK], which stands for no text, is not drawn."""
+
+    class PadIsEnd:
+        pad = run.tokenizer.eos
+
+        def __getattr__(self, name):
+            return getattr(run.tokenizer, name)
+
+        def __len__(self):
+            return len(run.tokenizer)
+
+    assert run.tokenizer.pad != run.tokenizer.eos
+    other = DiffusionModel(dataclasses.replace(run.run, tokenizer=PadIsEnd()))
+    # All tokens alike: of 2,400 several are the end, and several would be [UNK].
+    uniform = {"max_tokens": 24, "block": 4, "temperature": 1e4, "num": 100}
+    assert {sample.stop for sample in other.sample(["the king"], **uniform)} == {"eos", "max_tokens"}
+    drawn = []
+    decode = PadIsEnd.__getattr__(other.tokenizer, "decode")
+    PadIsEnd.decode = lambda self, ids: drawn.extend(ids) or decode(ids)
+    other.sample(["the king"], **uniform)
+    assert len(set(drawn)) > 100
+    assert run.tokenizer.unk not in drawn
+
+
 def test_what_a_run_was_not_trained_for_is_refused(run):
     only = DiffusionModel(
         dataclasses.replace(
@@ -224,6 +264,8 @@ def test_what_a_run_was_not_trained_for_is_refused(run):
         only.fill(["the [MASK]"])
     with pytest.raises(InputError, match="sweeps is 2: blocks with a cache are not drawn again"):
         run.sample(["the"], block=4, sweeps=2)
+    with pytest.raises(InputError, match="block is 0; give how many tokens are written together, 1 or more"):
+        run.sample(["the"], block=0)
     with pytest.raises(InputError, match="steps is -1"):
         run.sample(["the"], block=4, steps=-1)
     assert [usual_block(sizes, 24) for sizes in ((4, 0), (4, 8), (32, 64), (0,), (1, 16, 32))] == [4, 8, 32, 12, 16]

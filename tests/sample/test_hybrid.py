@@ -17,6 +17,7 @@ from bothways.errors import InputError
 from bothways.model.gpt import GPT, MaskedNextToken
 from bothways.model.task import TaskModel
 from bothways.sample import evaluate
+from bothways.sample.hybrid import HybridModel
 from bothways.sample.score import causal_logprobs
 from bothways.train import loop
 from bothways.train.objectives import make_objective
@@ -116,8 +117,16 @@ def test_a_hybrid_run_continues_fills_and_scores(run, capsys):
     assert [s.logprob for s in run.score(texts)] == pytest.approx(expected, abs=1e-3)
     scores = {rule: run.score(texts, rule)[0].logprob for rule in ("causal", "pll", "pll_word", "bound")}
     assert len(set(scores.values())) == 4
-    with pytest.raises(InputError, match="rule"):
+    with pytest.raises(InputError, match=r"'nonsense' is not for .* 50% .* it scores by: causal, pll, pll_word, bound"):
         run.score(texts, "nonsense")
+
+
+@pytest.mark.parametrize(("share", "rule", "known"), [(0.0, "causal", "pll, pll_word, bound"), (1.0, "bound", "causal")])
+def test_a_direction_without_training_is_not_scored(run, share, rule, known):
+    objective = dataclasses.replace(run.recipe.objective, causal_share=share)
+    other = HybridModel(dataclasses.replace(run.run, recipe=dataclasses.replace(run.recipe, objective=objective)))
+    with pytest.raises(InputError, match=f"{rule!r} is not for .* {share:.0%} were read forward; it scores by: {known}$"):
+        other.score(["the dog"], rule)
 
 
 def test_a_hybrid_run_is_evaluated_in_both_readings(run):

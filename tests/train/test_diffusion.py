@@ -195,3 +195,23 @@ def test_a_step_in_blocks_is_the_same_however_it_is_spread(tiny, eight_devices):
         state, metrics = step(jax.device_put(jax.tree.map(np.copy, begun), shardings), sharding.to_global(mesh, batch), 3)
         found.append(jax.device_get((state.params, state.opt_state, metrics)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), *found)
+
+
+@pytest.mark.parametrize("ask", [ObjectiveConfig("causal"), ObjectiveConfig("diffusion", block_sizes=(2,))])
+def test_padding_of_a_held_out_row_is_not_seen_where_documents_are_not_kept_apart(ask, gpts):
+    """Its positions begin anew, so that by position alone it would stand before the text."""
+    modules, params = gpts
+    objective = make_objective(ask, VOCABULARY, separate=False, predicts="next")
+    segments = np.array([[1] * 9 + [0] * 5], np.int32)
+    losses = []
+    for seed in (1, 2):
+        tokens = np.random.default_rng(0).integers(5, 37, segments.shape)
+        tokens[segments == 0] = np.random.default_rng(seed).integers(5, 37, 5)
+        text, draws = {"tokens": tokens.astype(np.int32), "segments": segments}, ExampleRng(3, np.array([0]))
+        if ask.kind == "causal":
+            batch = examples.causal(text, draws)
+        else:
+            batch = diffused(text, draws, VOCABULARY, (2,), "next", False)
+            batch["targets"] = np.where(segments > 0, batch["targets"], tokens)
+        losses.append(float(loss_and_gradient(modules["next"], params, objective, batch)[0]))
+    assert losses[0] == losses[1]

@@ -23,9 +23,9 @@ def causal(cfg: ObjectiveConfig, setting: Setting) -> Objective:
         return {"nll": jnp.sum(batch["weights"])}
 
     def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
-        # Where documents are not kept apart only padding has a segment of its own; it stands last, where causality hides
-        # it from all that counts, and a kernel that knows nothing but causality can be taken.
-        segments = batch["segments"] if setting.separate else None
+        # Where documents are not kept apart only padding has a segment of its own, and only held-out rows have padding: in
+        # training a kernel that knows nothing but causality can be taken.
+        segments = batch["segments"] if setting.separate or deterministic else None
         features, _ = module(batch["tokens"], batch["positions"], segments, deterministic=deterministic)
         smoothing = 0.0 if deterministic else cfg.label_smoothing
         args = (module.transform(features), *module.unembedding(), batch["targets"], batch["weights"])

@@ -39,7 +39,9 @@ def diffusion(cfg: ObjectiveConfig, setting: Setting) -> Objective:
     def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
         one = sizes - {0}
         block = one.pop() if len(sizes) == 1 and one else batch["block"]
-        segments = batch["segments"] if setting.separate or only_hidden else None
+        segments = (
+            batch["segments"] if setting.separate or only_hidden or deterministic else None
+        )  # held out, rows have padding
         hidden = None if only_clean else batch["tokens"]
         clean = None if only_hidden else batch["targets"]
         features = module.denoise(hidden, clean, batch["positions"], segments, block, deterministic)
