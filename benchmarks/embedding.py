@@ -25,7 +25,7 @@ def our_side(home: Path, texts: list[str]) -> dict[str, Callable]:
 
 
 def their_side(home: Path, texts: list[str], dtype: str) -> dict[str, Callable]:
-    """Its own batches of 32, sorted by length; see the README for other sizes."""
+    """In batches of 32 sorted by length, its default."""
     import torch
     from sentence_transformers import SentenceTransformer
 
