@@ -88,4 +88,4 @@ def first_step(setting: Setting) -> Row:
     }
     sides = {name: types.SimpleNamespace(run=run) for name, run in runs.items()}  # each start is a process of its own
     seconds = alternate(sides, min(setting.rounds, 3))
-    return Row("first step after start, GPT-2 124M, 1 x 256", "s", 0, seconds, "15 s; from the cache 5 s")
+    return Row("first step after start, GPT-2 124M, 1 x 256", "s", 0, seconds, "as PyTorch; from the cache half of that")
