@@ -157,7 +157,8 @@ def conclude(found: dict[str, list[dict]], real: dict[str, Any], speeds: dict[st
         f"a pass: {format_difference(at_half, ' bits')} against a token at a time, with {average(wide, 'above 0.5', 'distinct'):.0%} "
         f"of its pairs of tokens distinct against {average('1', '1 a pass', 'distinct'):.0%}"
         + (": below real text is not better, but duller." if over_real(wide, "above 0.5").mean() < 0 else "."),
-        f"{seeds} seed{'s' * (seeds > 1)} and {len(size)} held-out pieces, both in the intervals"
+        f"{seeds} seed{'s' * (seeds > 1)}, {len(size)} held-out pieces and {len(real['judge'])} texts that are written each way, all in "
+        "the intervals"
         f"{'' if seeds > 1 else ', which say nothing of other seeds where there is one'}. {power}The claim counts as held if "
         f"whole rows predict worse than single tokens, and {wide} tokens at once are written worse than one by one. The bound is "
         "no likelihood: some of what whole rows lose is the bound's.",
@@ -169,7 +170,7 @@ def conclude(found: dict[str, list[dict]], real: dict[str, Any], speeds: dict[st
                 [[b, str(bits[EACH, b]), str(bits[ALL, b])] for b in blocks],
             ),
             Table(
-                "What one model for all writes behind 8 held-out tokens, at temperature 1 (tokens per second: the fastest of three runs)",
+                "What one model for all writes behind the beginnings of held-out pieces, at temperature 1 (tokens/s: the fastest of three)",
                 ("block", "kept in a pass", "tokens a pass", "judge over real, bits", *VARIED.values(), *SPEEDS),
                 rows,
             ),
