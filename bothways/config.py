@@ -161,6 +161,7 @@ class TrainConfig:
     eval_rows: int = 0
     """Held-out rows per evaluation, spread evenly. 0: all."""
     save_every: int = 500
+    """Where it divides eval_every, every evaluation has a checkpoint, and the best of them can be kept."""
     save_every_minutes: int = 0
     """Save also when so many minutes have gone by since the last checkpoint. 0: by steps alone."""
     patience: int = 0
@@ -199,6 +200,11 @@ class TrainConfig:
         ):
             if getattr(self, name) < 0:
                 found.append(f"train.{name} is {getattr(self, name)}; it cannot be negative")
+        if self.patience > 0 and self.save_every > 0 and self.eval_every % self.save_every:
+            found.append(
+                f"train.patience counts from the best checkpoint, and with train.save_every={self.save_every} some evaluations "
+                f"(train.eval_every={self.eval_every}) have none: set a save_every that divides eval_every"
+            )
         if self.seed > 2**31 - 1:
             found.append(f"train.seed is {self.seed}; it must be at most {2**31 - 1}")
         if (self.batch_size_start > 0) != (self.batch_size_ramp_rows > 0):

@@ -222,8 +222,10 @@ class Tuned:
 
 
 def splits(lab: ExperimentRunner, task: str, count: int, seed: int) -> tuple[list[Item], list[Item], list[Item]]:
-    """(train, validation, test): test is the same for every seed, train and validation are drawn by it."""
+    """(train, validation, test): test is the same for every seed, train and validation are drawn by it. Of a task that has no
+    more items than are wanted for test, half are left to the others."""
     test = items(task, lab.size.items, -1)
+    test = test[: len(test) // 2] if len(test) < lab.size.items else test
     train = items(task, count, seed, test)
     return train, items(task, max(8, lab.size.items // 2), 1000 + seed, [*test, *train]), test
 

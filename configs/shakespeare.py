@@ -83,6 +83,6 @@ recipes = {
         data=DATA,
         objective=ObjectiveConfig(kind="masked", mask_rate=0.3, next_sentence=True),
         optimizer=OPTIMIZER,
-        train=TrainConfig(steps=1400, batch_size=16, eval_every=700, save_every=500, log_every=20),
+        train=TrainConfig(steps=1400, batch_size=16, eval_every=700, save_every=350, log_every=20),
     ),
 }

@@ -57,7 +57,7 @@ def published(d_model: int, d_ff: int, n_heads: int, dropout: float, steps: int,
         train=TrainConfig(
             steps=steps,
             batch_size=96,
-            eval_every=5000,
+            eval_every=4500,  # every third checkpoint is evaluated
             save_every=1500,
             max_to_keep=average,
             average_last_checkpoints=average,

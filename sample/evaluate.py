@@ -200,10 +200,15 @@ def held_out_pairs(
         texts = (text for _, text in (corpus or mixture.load(model.recipe.data)).documents(suite))
     texts, context, limit, count = iter(texts), model.recipe.model.context_length, limit or MOST_PAIRS, [0, 0]
 
+    tokenizer, writes = model.tokenizer, model.tokenizer.of_targets
+    around, starts = sum(map(len, tokenizer.around_source())), len(tokenizer.target_start)
+
     def fitting() -> Iterator[tuple[str, str]]:
         for pair in zip(texts, texts, strict=True):
             count[0] += 1
-            if max(len(model.tokenizer.encode(text)) + 1 for text in pair) <= context:
+            # The decoder reads all of a target but the token that ends it.
+            source, target = len(tokenizer.encode(pair[0])) + around, len(writes.encode(pair[1])) + starts
+            if max(source, target) <= context:
                 count[1] += 1
                 yield pair
 

@@ -129,14 +129,16 @@ def generation_options(how: dict[str, Any], most: int) -> dict[str, Any]:
     } | drawing
 
 
-def check(tasks: Sequence[str], tasks_from: Path | None = None) -> Any:
+def check(tasks: Sequence[str], tasks_from: Path | None = None, shots: int | None = None) -> Any:
     """The harness' task manager.
 
     Raises:
-      InputError: no such task.
+      InputError: no such task, or fewer than no demonstrations.
     """
     from lm_eval.tasks import TaskManager
 
+    if shots is not None and shots < 0:
+        raise InputError(f"shots is {shots}; it must be 0 or more demonstrations")
     if tasks_from is not None and not tasks_from.is_dir():
         raise InputError(f"--tasks-from {tasks_from} is no directory; give one with the YAML files of tasks")
     manager = TaskManager(include_path=str(tasks_from) if tasks_from else None)
@@ -167,9 +169,7 @@ def evaluate(
     """
     import lm_eval
 
-    manager = check(tasks, tasks_from)
-    if shots is not None and shots < 0:
-        raise InputError(f"shots is {shots}; it must be 0 or more demonstrations")
+    manager = check(tasks, tasks_from, shots)
     backend = BothwaysLM(model, rule)
     try:
         found = lm_eval.simple_evaluate(

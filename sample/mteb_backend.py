@@ -62,6 +62,17 @@ class BothwaysEncoder:
         return np.sum(unit(np.atleast_2d(embeddings1)) * unit(np.atleast_2d(embeddings2)), axis=-1)
 
 
+def known_tasks(names: Sequence[str]) -> list[Any]:
+    """Tasks of mteb by name. Raises InputError where there is no such task."""
+    found = []
+    for name in names:
+        try:
+            found.append(mteb.get_task(name))
+        except KeyError as e:
+            raise InputError(f"mteb has no task {name!r}; `mteb available-tasks` lists them") from e
+    return found
+
+
 def evaluate(model: Any, tasks: Sequence[str]) -> list[Metric]:
     """Tasks of mteb by name: the main score of each split and subset. mteb gives no intervals.
 
@@ -69,14 +80,11 @@ def evaluate(model: Any, tasks: Sequence[str]) -> list[Metric]:
       InputError: no such task, or data that cannot be had here.
     """
     figures = []
-    for name in tasks:
-        try:
-            task = mteb.get_task(name)
-        except KeyError as e:
-            raise InputError(f"mteb has no task {name!r}; `mteb available-tasks` lists them") from e
+    for task in known_tasks(tasks):
         try:
             figures += measured(model, task)
         except (ConnectionError, FileNotFoundError) as e:
+            name = task.metadata.name
             raise InputError(f"the data of mteb's {name} cannot be had here: {' '.join(str(e).split())[:200]}") from e
     return figures
 

@@ -160,26 +160,26 @@ async def classify(request: Request) -> Response:
 # ---- what is there -------------------------------------------------------------------------------------------------
 
 
-def model_of(run: Served, loaded: bool) -> shapes.Model:
+def model_of(run: Served, context: int, loaded: bool) -> shapes.Model:
     diffusion = run.kind == "diffusion"
     sizes = list(run.recipe.objective.block_sizes) if diffusion else []
     mask = MASK if not run.refusal("fill") else None
-    return shapes.Model(
-        run.name, "model", run.created, "bothways", run.kind, run.abilities, run.context_length, sizes, mask, loaded
-    )
+    return shapes.Model(run.name, "model", run.created, "bothways", run.kind, run.abilities, context, sizes, mask, loaded)
 
 
 async def models(request: Request) -> Response:
     server = server_of(request)
-    loaded = server.engine.runs.loaded
-    return answer(shapes.Models("list", [model_of(run, name in loaded) for name, run in server.runs.items()]))
+    runs = server.engine.runs
+    found = [model_of(run, runs.context_of(run), name in runs.loaded) for name, run in server.runs.items()]
+    return answer(shapes.Models("list", found))
 
 
 async def model(request: Request) -> Response:
     server, name = server_of(request), request.path_params["model"]
     if name not in server.runs:
         raise HTTPException(404, f"there is no model {name[:100]!r}; there are: {', '.join(server.runs)}")
-    return answer(model_of(server.runs[name], name in server.engine.runs.loaded))
+    run, runs = server.runs[name], server.engine.runs
+    return answer(model_of(run, runs.context_of(run), name in runs.loaded))
 
 
 async def health(request: Request) -> Response:

@@ -205,8 +205,11 @@ async def completions(request: Request) -> Response:
     texts = await run_in_threadpool(shapes.texts_of, given.prompt, run.tokenizer)
     if given.suffix:
         return await infill(request, given, run, texts)
+    context = server.engine.runs.context_of(run)
     prompts = await run_in_threadpool(
-        lambda: [wanted(run, text, given.max_tokens, USUAL_TOKENS) for text in texts]  # others wait for this thread
+        lambda: [
+            wanted(run, context, text, given.max_tokens, USUAL_TOKENS) for text in texts
+        ]  # others wait for this thread
     )
     check_total(server, run, given, prompts)
     check_logprobs(run, given.logprobs is not None)
@@ -227,7 +230,8 @@ async def chat_completions(request: Request) -> Response:
 
     def encoded() -> Wanted:
         prompt = chat.render(run.tokenizer, messages)
-        return wanted(run, prompt, most, None, chat.encode(run.tokenizer, prompt))
+        context = server.engine.runs.context_of(run)
+        return wanted(run, context, prompt, most, None, chat.encode(run.tokenizer, prompt))
 
     prompts = [await run_in_threadpool(encoded)]
     check_total(server, run, given, prompts)

@@ -247,6 +247,10 @@ class Runs:
         )
         return self.loaded[name]
 
+    def context_of(self, run: Served) -> int:
+        """Most tokens of a prompt and of what is written for it; in slots, what a slot has room for."""
+        return min(run.context_length, self.limits.context) if run.kind in IN_SLOTS else run.context_length
+
     def _make_room(self, run: Served, more: int) -> None:
         while self.limits.memory and self.loaded and self.bytes + self._still_needs(run, more) > self.limits.memory:
             idle = next((n for n, one in self.loaded.items() if one.idle), None)
@@ -262,7 +266,7 @@ class Runs:
             )
 
     def _pool(self, run: Served, model: TextModel) -> Pool:
-        size = min(run.context_length, self.limits.context)
+        size = self.context_of(run)
         prefixes = None if model.has_source else PrefixCache(self.limits.prefix_cache)
         known = len(run.tokenizer)
         programs = Programs(

@@ -13,7 +13,7 @@ Choices = Annotated[int, Meta(ge=1, le=16)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Text = Annotated[str, Meta(min_length=1)]
 Texts = Annotated[list[Text], Meta(min_length=1, max_length=2048)]
-Stop = str | Annotated[list[str], Meta(max_length=16)] | None
+Stop = Text | Annotated[list[Text], Meta(max_length=16)] | None
 Share = Annotated[float, Meta(ge=0, le=1)]
 Logprobs = Annotated[int, Meta(ge=0, le=20)]
 Id = Annotated[int, Meta(ge=0, le=2**31 - 1)]

@@ -16,7 +16,7 @@ def tell_memory(runs: Runs) -> None:
     """What each run takes once it is loaded, counted from shapes."""
     limits, total, bases = runs.limits, 0, set()
     for run in runs.served.values():
-        size = min(run.context_length, limits.context)
+        size = runs.context_of(run)
         params, cache = run.bytes, run.cache_bytes(limits.slots, size)
         base = runs.bases.get(run.name)
         total += params + cache - (run.base_bytes if base in bases else 0)

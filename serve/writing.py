@@ -102,17 +102,20 @@ class Wanted:
     max_tokens: int
 
 
-def wanted(run: Served, prompt: str, max_tokens: int | None, usual: int | None, chat: list[int] | None = None) -> Wanted:
+def wanted(
+    run: Served, context: int, prompt: str, max_tokens: int | None, usual: int | None, chat: list[int] | None = None
+) -> Wanted:
     """A prompt as tokens, with room for what is to be written.
 
     Args:
+      context: tokens that there is room for (serve/runs.py: Runs.context_of).
       usual: max_tokens where the request does not say; None: as many as fit.
       chat: the tokens of a prompt that a chat template wrote, with its special tokens.
 
     Raises:
       InputError: it does not fit into the context.
     """
-    tokenizer, context = run.tokenizer, run.context_length
+    tokenizer = run.tokenizer
     ids = tokenizer.encode(prompt) if chat is None else chat
     opening = list(tokenizer.opening) if chat is None else []
     before, behind = tokenizer.around_source() if chat is None else ((), (tokenizer.eos,))
@@ -125,8 +128,9 @@ def wanted(run: Served, prompt: str, max_tokens: int | None, usual: int | None, 
     most = max(room, 1) if most is None else most
     if len(source) > context or len(ids) + most > context:
         raise InputError(
-            f"this run's context is {context} tokens, and the prompt has {len(source or ids)}, with max_tokens {most}; "
+            f"this run's context is {context} tokens here, and the prompt has {len(source or ids)}, with max_tokens {most}; "
             "shorten one of them"
+            + (f", or serve it with --context {run.context_length} at most" if context < run.context_length else "")
         )
     return Wanted(prompt, ids, source, most)
 

@@ -128,8 +128,11 @@ def _grid(runner: FinetuneRunner, home: Path) -> Finetuned:
     complete = (home / "recipe.json").exists()
     rate, found, best = search(runner, home / "grid", pretrained=True)
     if runner.cfg.scratch:
-        tests = [result["test"][lead] for result in search(runner, home / "grid", pretrained=False)[1]]
-        baselines["from_scratch"] = metrics.mean_interval(tests)[0]
+        try:
+            tests = [result["test"][lead] for result in search(runner, home / "grid", pretrained=False)[1]]
+            baselines["from_scratch"] = metrics.mean_interval(tests)[0]
+        except Diverged:
+            log("  from scratch no candidate had a finite loss, so there is no such baseline")
     counts_of = json.loads((best / "result.json").read_text()).get("confusion")
     if counts_of is not None:
         picture(home, task.labels, counts_of)

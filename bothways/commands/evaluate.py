@@ -55,6 +55,7 @@ def evaluate(
             from bothways.sample import mteb_backend
         except ModuleNotFoundError as e:
             raise InputError(f"mteb tasks need {e.name}, which is not installed: pip install 'bothways[mteb]'") from e
+        mteb_backend.known_tasks(vectors)
     if tasks:
         try:
             from bothways.sample import lm_eval_backend as harness
@@ -62,7 +63,8 @@ def evaluate(
             raise InputError(
                 f"lm-eval tasks need {e.name}, which is not installed: pip install 'bothways[lmeval]'"
             ) from e
-        harness.check(tasks, tasks_from)  # before minutes are spent on the others
+        harness.check(tasks, tasks_from, shots)  # before minutes are spent on the others
+        harness.Continuations(model, rule)
     if own:  # a task needs nothing of the text that the run was trained on
         show(evaluate(model, own, log, rows), json)
     if tasks:

@@ -42,20 +42,22 @@ def finetune(
 
     from bothways import sharding
     from bothways.data import tasks
-    from bothways.rundir import directory, load_run, newest_step
+    from bothways.rundir import directory, load_run, newest_step, read_recipe, read_task
     from bothways.train.finetune import finetune as run_finetuning
 
     if problems := how.mesh.problems(jax.device_count()):
         raise InputError("; ".join(problems))
+    recipe, known = read_recipe(directory(run)), read_task(directory(run))
+    if known is not None:
+        raise InputError(f"{run} is fine-tuned already, for {known.name}; start from the run it came from")
+    if recipe.family == "seq2seq":
+        raise InputError(f"{run} is an encoder-decoder; a head for labels goes on a gpt or a bert")
+    how.check(recipe.objective.kind, recipe.model.context_length, recipe.model.gated)
+    labelled = tasks.load(task, text=text_field, pair=pair_field, label=label_field)
     place = functools.partial(sharding.parameter_shardings, sharding.make_mesh(how.mesh))
     # Adapters are for one checkpoint: those that a mean is made of may be gone one day.
     step = newest_step(directory(run)) if how.lora.rank else "newest"
-    body = load_run(directory(run), log, place, step=step)
-    if body.task is not None:
-        raise InputError(f"{run} is fine-tuned already, for {body.task.name}; start from the run it came from")
-    if body.recipe.family == "seq2seq":
-        raise InputError(f"{run} is an encoder-decoder; a head for labels goes on a gpt or a bert")
-    labelled = tasks.load(task, text=text_field, pair=pair_field, label=label_field)
+    body = load_run(directory(run), log, place, step=step)  # after what may be wrong: it takes long
     home = workdir or f"runs/{body.home.name}-{labelled.name.replace('/', '-')}"
     result = run_finetuning(body, labelled, home, how)
     beside = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in result.baselines.items())

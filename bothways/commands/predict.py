@@ -55,6 +55,8 @@ def predict(
             raise InputError(f"{', '.join(given)} is for --shots; a fine-tuned run draws no examples: leave it out")
         lines = read_lines(file, ("text", "text_b"))
         predictor = TaskPredictor(load_run(directory(run), log))
+        for line in lines:  # all of them, before any is answered
+            predictor.parse(line)
         for part in growing(lines):  # the first labels are shown while the rest waits
             for result in predictor.predict(part):
                 emit(result, json, f"{result.label}\t{result.p}\t{result.text}")

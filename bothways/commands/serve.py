@@ -1,5 +1,6 @@
 """`bothways serve`: runs over HTTP, and a page."""
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -67,9 +68,9 @@ def serve(
         raise InputError("serve wants at least one run: bothways serve runs/shakespeare_gpt")
     numbers = {"slots": slots, "context": context, "queue": queue, "timeout": timeout, "max-tokens": max_tokens}
     for name, value in (numbers | {"max-input": max_input, "max-body": max_body}).items():
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
-    if memory < 0 or not 0 <= port < 65536:
+        if not 1 <= value < math.inf:
+            raise InputError(f"{name} is {value}; it must be at least 1, and finite")
+    if not 0 <= memory < math.inf or not 0 <= port < 65536:
         raise InputError(f"memory is {memory} and port {port}: wanted 0 or more GiB, and a port from 0 to 65535")
     settings = http.Settings(read_key(api_key_file), cors, max_body, timeout, max_tokens, max_input)
     room = int(memory * 2**30)
@@ -112,7 +113,10 @@ def read_key(path: Path | None) -> str:
         return os.environ.get(KEY, "").strip()
     if not path.is_file():
         raise InputError(f"no file {path}")
-    key = path.read_text().strip()
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} is not text in UTF-8: {e}") from e
     if not key:
         raise InputError(f"{path} is empty; write the key into it")
     return key

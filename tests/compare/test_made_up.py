@@ -3,11 +3,12 @@
 import itertools
 import math
 import random
+import types
 
 import numpy as np
 import pytest
 
-from bothways.compare import algorithms, in_context, modes, stats
+from bothways.compare import algorithms, core, in_context, labelled, modes, stats
 from bothways.sample.directions import FORWARD
 from tests.compare.oracles import bigram, characters, told_by
 
@@ -172,3 +173,14 @@ def test_who_answers_as_the_best_reader_gains_what_it_gains():
             assert figure.value.value == pytest.approx(figure.expected)
     flat = [{t: [[1.0] * len(c)] * 2 for t, c in best.items()} for _ in range(3)]
     assert in_context.conclude({"causal": flat}, best).verdict == stats.OPEN
+
+
+def test_every_task_has_items_to_train_on_at_every_size():
+    for size, task in itertools.product(core.SIZES.values(), labelled.TASKS):
+        lab = types.SimpleNamespace(size=size)
+        train, validation, test = labelled.splits(lab, task, 64, 1)
+        assert len(train) == 64, (size.name, task)
+        assert len(validation) >= 4
+        assert test == labelled.splits(lab, task, 16, 2)[2]
+        texts = [{text for text, _ in part} for part in (train, validation, test)]
+        assert sum(map(len, texts)) == len(set.union(*texts))

@@ -132,6 +132,23 @@ def test_a_context_that_is_drawn_from_again_gets_another_draw(runs):
         assert first != second
 
 
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        (["lm-eval:arc_easy", "--rule", "pll"], "rule 'pll' is not for this run"),
+        (["lm-eval:arc_easy", "--shots", "-1"], "shots is -1"),
+        (["lm-eval:no_such_task"], "no_such_task"),
+        (["mteb:NoSuchTask"], "mteb has no task 'NoSuchTask'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_other_suites_take_their_time(runs, monkeypatch, capsys, more, wanted):
+    if more[0].startswith("mteb:"):
+        pytest.importorskip("mteb")
+    monkeypatch.setattr("bothways.sample.evaluate.evaluate", lambda *_: pytest.fail("it was evaluated first"))
+    assert bothways.main(["evaluate", str(runs["causal"]), "validation", *more]) == 2
+    assert wanted in capsys.readouterr().err
+
+
 def test_a_task_of_ones_own_through_the_command_line(runs, tiny_recipe, tmp_path, capsys):
     items = [{"text": "the dog sees", "choices": [" the cat", " xq"], "label": i % 2} for i in range(10)]
     for split in ("train", "test"):

@@ -17,6 +17,7 @@ import httpx
 import pytest
 import uvicorn
 
+import bothways
 from bothways.commands import serve as command
 from bothways.errors import InputError
 from bothways.serve import ask, compute, slots
@@ -144,6 +145,30 @@ def test_a_full_queue_a_key_a_limit_on_time_and_on_tokens(small):
         pool.step = steps
         wait_for(lambda: engine.busy_slots + engine.waiting == 0)
         wait_for(lambda: client.post("/v1/completions", json=body).status_code == 200)
+
+
+def test_what_a_slot_has_no_room_for_is_refused(homes):
+    """Of slots shorter than the run's context; what fits into one is answered as with the whole context."""
+    answers = []
+    for context in (32, 2048):
+        runs = Runs(named([str(homes["causal"]), str(homes["seq2seq"])]), Limits(**SLOTS, context=context))
+        with Running(Engine(runs, queue=4)) as server, httpx.Client(base_url=server.url, timeout=120) as client:
+            fits = {"model": "causal", "prompt": "the king", "max_tokens": 20, "seed": 3}
+            answers.append(client.post("/v1/completions", json=fits).json()["choices"][0]["text"])
+            room = client.get("/v1/models/causal").json()["context_length"]
+            assert room == min(context, 48)
+            for model, prompt, most in (
+                ("causal", "the king", 40),
+                ("causal", "the king " * 9, 4),
+                ("seq2seq", "the king " * 9, 4),
+            ):
+                found = client.post("/v1/completions", json={"model": model, "prompt": prompt, "max_tokens": most})
+                assert found.status_code == (400 if context == 32 else 200), (model, prompt)
+                if context == 32:
+                    assert "context is 32 tokens here" in found.json()["error"]["message"]
+                    assert "serve it with --context 48 at most" in found.json()["error"]["message"]
+            assert client.post("/v1/completions", json=fits | {"stop": ["z", ""]}).status_code == 400
+    assert answers[0] == answers[1]
 
 
 def test_texts_of_a_request_are_counted_while_others_are_answered(small, monkeypatch):
@@ -314,3 +339,15 @@ def test_connections_send_their_answers_at_once():
         listening.listen()
         with socket.create_connection(listening.getsockname()), listening.accept()[0] as connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize("argv", [["--timeout", "inf"], ["--timeout", "nan"], ["--memory", "inf"], ["--memory", "nan"]])
+def test_numbers_that_are_not_finite_are_refused(argv, homes, capfd):
+    assert bothways.main(["serve", str(homes["causal"]), *argv]) == 2
+    assert f"{argv[0][2:]} is {argv[1]}" in capfd.readouterr().err
+
+
+def test_a_key_that_is_no_text_is_refused(homes, tmp_path, capfd):
+    (tmp_path / "key").write_bytes(b"\xff\xfe")
+    assert bothways.main(["serve", str(homes["causal"]), "--api-key-file", str(tmp_path / "key")]) == 2
+    assert "key is not text in UTF-8" in capfd.readouterr().err

@@ -35,6 +35,17 @@ def test_a_ramp_grows_along_the_line_and_loses_no_row():
     assert [s[2] for s in cfg.stages()] == [4, 8, 16, 32, 64, 100]
 
 
+def test_patience_needs_a_checkpoint_for_every_evaluation():
+    """Else a run that is resumed counts from another best one."""
+    assert not TrainConfig(eval_every=300, save_every=100, patience=2).problems()
+    assert not TrainConfig(eval_every=100, save_every=300).problems()
+    (problem,) = TrainConfig(eval_every=100, save_every=300, patience=2).problems()
+    assert "train.save_every=300" in problem
+    for name in names():
+        cfg = find(name).train
+        assert cfg.eval_every % cfg.save_every == 0, name  # so that the best of each is kept
+
+
 @pytest.mark.parametrize("rows", [1, 50, 4999, 5000, 123_456])
 def test_steps_for_rows(rows):
     cfg = TrainConfig(batch_size=100, batch_size_start=4, batch_size_ramp_rows=5000)

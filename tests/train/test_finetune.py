@@ -331,9 +331,12 @@ def test_predict_reads_a_line_each(tuned, tmp_path, capfd):
     called.clear()
     assert len(predictor.predict(TEXTS * 20)) == 60
     assert len(called) == 1  # batches, not lines
-    (tmp_path / "lines.txt").write_text("one\ttwo\tthree\n")
+    (tmp_path / "lines.txt").write_text("a dog\n" * 99 + "one\ttwo\tthree\n")
+    capfd.readouterr()
     assert bothways.main(["predict", str(tuned[1]), str(tmp_path / "lines.txt")]) == 2
-    assert "wanted a text, or two texts separated by a tab" in capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert not out  # nothing is answered before it is known that all can be
+    assert "wanted a text, or two texts separated by a tab" in err
 
 
 def test_a_run_that_is_not_tuned_does_not_predict(tuned, tmp_path, capfd):

@@ -12,7 +12,7 @@ import pytest
 from bothways import rundir
 from bothways.config import FinetuneConfig
 from bothways.data import task_batches
-from bothways.errors import InputError, Stopped
+from bothways.errors import Diverged, InputError, Stopped
 from bothways.train import finetune as grids
 from bothways.train.finetune import finetune
 from tests.train.bodies import body, changed, dog_task
@@ -122,3 +122,19 @@ def test_a_handful_of_lengths_holds_all(lengths, longest, wanted):
     found = task_batches.batch_lengths(np.array(lengths), longest)
     assert found == wanted
     assert [task_batches.fitting(found, n) for n in (min(lengths), max(lengths))] == [found[0], found[-1]]
+
+
+def test_a_scratch_baseline_that_diverges_costs_no_result(tiny, tmp_path, monkeypatch, capfd):
+    search = grids.search
+
+    def diverging(runner, grid, pretrained):
+        if not pretrained:
+            raise Diverged("no candidate had a finite loss")
+        return search(runner, grid, pretrained)
+
+    monkeypatch.setattr(grids, "search", diverging)
+    cfg = dataclasses.replace(GRID, epochs=1, seeds=1)
+    found = finetune(body("gpt", tiny), dog_task("classify", train=32), tmp_path / "x", cfg)
+    assert set(found.baselines) == {"majority", "naive_bayes"}
+    assert kept(tmp_path / "x")
+    assert "from scratch no candidate had a finite loss" in capfd.readouterr().err

@@ -61,6 +61,14 @@ def test_all_held_out_strings_are_reversed(reversing):
     narrow = dataclasses.replace(model.recipe, model=dataclasses.replace(MODEL, context_length=5))  # letters, and the end
     fitting = held_out_pairs(types.SimpleNamespace(recipe=narrow, tokenizer=model.tokenizer), "test")
     assert fitting == [pair for pair in pairs if len(pair[0]) < 5] != []
+    # As NLLB's: a language before the source, and one in which the target begins; targets have a vocabulary of their own.
+    doubled = types.SimpleNamespace(encode=lambda text: model.tokenizer.encode(text + text))
+    other = types.SimpleNamespace(
+        encode=model.tokenizer.encode, of_targets=doubled, around_source=lambda: ((9,), (3,)), target_start=(2, 9)
+    )
+    wide = dataclasses.replace(model.recipe, model=dataclasses.replace(MODEL, context_length=9))
+    fitting = held_out_pairs(types.SimpleNamespace(recipe=wide, tokenizer=other), "test")
+    assert fitting == [pair for pair in pairs if len(pair[0]) <= 7 and 2 * len(pair[1]) <= 7] != []
     said = model.sample([source for source, _ in pairs], greedy=True)
     assert [s.text for s in said] == [source[::-1] for source, _ in pairs]
     assert {s.stop for s in said} == {"eos"}
