@@ -19,47 +19,47 @@ OBJECTIVES_BY_FAMILY: dict[str, tuple[str, ...]] = {
 class ObjectiveConfig:
     kind: Literal["causal", "chat", "masked", "hybrid", "diffusion", "contrastive", "pairs", "spans"] = "causal"
     """causal: predict the next token. chat: predict the answers in conversations (data.messages_field). masked: predict
-    hidden tokens from both sides. hybrid: both, by one decoder.
-    diffusion: hide a random share of every block of tokens, given all blocks before it (arXiv 2503.09573).
-    contrastive: tell the text that belongs to another from those that do not, by vectors (data.text_fields).
-    Of encoder-decoders, pairs: predict a target after its source; spans: restore hidden spans of plain text."""
+    masked tokens from both sides. hybrid: causal and masked, by one decoder.
+    diffusion: predict a randomly masked share of every block of tokens, given all blocks before it (arXiv 2503.09573).
+    contrastive: tell the text that matches another from those that do not, by their vectors (data.text_fields).
+    For encoder-decoders, pairs: predict a target from its source; spans: restore masked spans of plain text."""
     causal_share: float = 0.5
-    """Share of the rows that a hybrid objective reads forward; the others it reads both ways."""
+    """Share of the rows of a hybrid objective that are causal; the others are bidirectional."""
     mask_rate: float = 0.15
-    """Share of the tokens that `masked` and `spans` choose."""
+    """Share of the tokens that `masked` and `spans` choose to be predicted."""
     block_sizes: tuple[int, ...] = (0,)
-    """Tokens in a block of `diffusion`, drawn for every row among these; 0: the whole row. 1 is a GPT's next token, 0
-    the masked diffusion of LLaDA (arXiv 2502.09992)."""
+    """Block sizes of `diffusion` in tokens, one drawn for every row; 0: the whole row. 1 is a GPT's next-token
+    prediction, 0 the masked diffusion of LLaDA (arXiv 2502.09992)."""
     weighting: Literal["elbo", "flat"] = "elbo"
-    """Of `diffusion`. elbo: a token hidden with probability t weighs 1/t, so that the loss is a bound on the negative
-    log-likelihood (arXiv 2406.07524, equation 11); flat: all hidden tokens weigh the same (arXiv 2602.15014)."""
+    """For `diffusion`. elbo: a token masked with probability t weighs 1/t, so that the loss is a bound on the negative
+    log-likelihood (arXiv 2406.07524, equation 11); flat: all masked tokens weigh the same (arXiv 2602.15014)."""
     span_length: float = 3.0
-    """Mean tokens in a hidden span."""
+    """Mean length of a masked span, in tokens."""
     mask_token_prob: float = 0.8
-    """Share of the chosen that become [MASK]."""
+    """Share of the chosen tokens that become [MASK]."""
     random_token_prob: float = 0.1
-    """Share of the chosen that become another token; the rest stay."""
+    """Share of the chosen tokens that become another token; the rest stay unchanged."""
     whole_words: bool = False
     """Choose whole words rather than tokens."""
     next_sentence: bool = False
     """Rows are pairs of texts, and next-sentence prediction is part of the loss."""
     label_smoothing: float = 0.0
-    """Share of each target's probability spread over the vocabulary."""
+    """Share of each target's probability that is spread over the vocabulary."""
 
     loss: Literal["ranking", "triplet", "cosent"] = "ranking"
-    """Of `contrastive`. ranking: the text that belongs to another among all texts of the batch (arXiv 1705.00652, section
-    4.4); triplet: nearer than its hard negatives by a margin (arXiv 1503.03832); cosent: pairs in the order of their scores."""
+    """For `contrastive`. ranking: the match among all texts of the batch (arXiv 1705.00652, section 4.4); triplet: the
+    match nearer than its hard negatives by a margin (arXiv 1503.03832); cosent: pairs in the order of their scores."""
     pool: Literal["mean", "cls", "last"] = "mean"
     """A text's vector: the mean over its tokens, or the features of the first (cls) or of the last."""
     text_length: int = 0
-    """Tokens of a text that are read, those that open and close it counted; the rest is left out. 0: model.context_length."""
+    """Most tokens of a text, including those that open and close it; the rest is cut. 0: model.context_length."""
     temperature: float = 0.05
-    """Cosines are divided by it (ranking, cosent)."""
+    """Cosines are divided by this (ranking, cosent)."""
     margin: float = 0.2
-    """Of `triplet`, between cosines."""
+    """For `triplet`: the margin between cosines."""
     widths: tuple[int, ...] = ()
-    """Matryoshka: the loss is the sum of those of the first so many numbers of each vector (arXiv 2205.13147). Empty: of the
-    whole vector alone."""
+    """Matryoshka (arXiv 2205.13147): the loss is summed over prefixes of each vector with these widths. Empty: only the
+    whole vector."""
 
     def problems(self) -> list[str]:
         found = []
@@ -104,7 +104,7 @@ class OptimizerConfig:
     """After warm-up. rsqrt: arXiv 1706.03762, section 5.3. wsd: stable, then linear over the last decay_fraction."""
     warmup_steps: int = 0
     decay_steps: int = 0
-    """Step at which cosine and linear arrive at final_lr_ratio. 0: the last step."""
+    """Step at which cosine and linear reach final_lr_ratio. 0: the last step."""
     decay_fraction: float = 0.2
     final_lr_ratio: float = 0.0
     """The last learning rate, as a share of the highest."""
@@ -143,11 +143,11 @@ class TrainConfig:
     batch_size: int = 8
     """Rows in a global batch."""
     batch_size_start: int = 0
-    """Rows in the first batches; doubled along a line that reaches batch_size after batch_size_ramp_rows. 0: no ramp."""
+    """Rows in the first batches; doubles along a line that reaches batch_size after batch_size_ramp_rows. 0: no ramp."""
     batch_size_ramp_rows: int = 0
-    """Rows seen by the end of the batch-size ramp."""
+    """Rows consumed by the end of the batch-size ramp."""
     short_length: int = 0
-    """Rows of so many tokens in the first short_steps steps, before those of model.context_length. 0: none."""
+    """Sequence length in the first short_steps steps, in tokens; after them it is model.context_length. 0: none."""
     short_steps: int = 0
     grad_accum_steps: int = 1
     """Micro-batches that a batch is split into, one after the other, to save memory; the result is the same."""
@@ -155,7 +155,7 @@ class TrainConfig:
     init_from: str = ""
     """A run directory, trained here or imported, whose weights this run starts from. Empty: random ones."""
     max_nonfinite_steps: int = 10
-    """Stop after so many steps in a row whose loss or gradient is not finite."""
+    """Stop after this many steps in a row whose loss or gradient is not finite."""
     log_every: int = 10
     eval_every: int = 500
     eval_rows: int = 0
@@ -163,13 +163,13 @@ class TrainConfig:
     save_every: int = 500
     """Where it divides eval_every, every evaluation has a checkpoint, and the best of them can be kept."""
     save_every_minutes: int = 0
-    """Save also when so many minutes have gone by since the last checkpoint. 0: by steps alone."""
+    """Also save when this many minutes have passed since the last checkpoint. 0: by steps only."""
     patience: int = 0
-    """Stop after so many evaluations in a row that were no better than the best. 0: never."""
+    """Stop after this many evaluations in a row that were no better than the best. 0: never."""
     max_to_keep: int = 2
-    """Newest checkpoints kept; the best on held-out text is kept besides."""
+    """Number of newest checkpoints to keep; the best on held-out text is kept as well."""
     average_last_checkpoints: int = 1
-    """Newest checkpoints averaged when the run is read (arXiv 1706.03762, section 6.1)."""
+    """Number of newest checkpoints to average when the run is read (arXiv 1706.03762, section 6.1)."""
     tracker: Literal["tensorboard", "wandb", "mlflow", "none"] = "tensorboard"
     """Where metrics go besides metrics.jsonl: event files in the run directory, or a service whose package is installed."""
 
@@ -256,24 +256,24 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; the product is the number of devices. -1 once: whatever is left.
+    """Devices along each axis; the product is the number of devices. -1, for one axis: all devices that are left.
 
-    Where the devices are several slices with a slow network between them, `data` goes across it.
+    If the devices are several slices with a slow network between them, the `data` axis crosses that network.
     """
 
     data: int = -1
-    """Batch rows are spread; parameters are copied."""
+    """Batch rows are sharded; parameters are replicated."""
     fsdp: int = 1
-    """Batch rows are spread, and so are parameters and optimizer state (arXiv 2004.13336, 1910.02054)."""
+    """Batch rows are sharded, and so are parameters and optimizer state (arXiv 2004.13336, 1910.02054)."""
     tensor: int = 1
-    """Heads, MLP and vocabulary are spread (arXiv 1909.08053)."""
+    """Heads, MLP and vocabulary are sharded (arXiv 1909.08053)."""
     context: int = 1
     """Sequence (context) parallelism: positions of a row are sharded; attention gathers keys and values (arXiv 2407.21783, 3.3.2)."""
     max_replicated_fraction: float = 0.1
-    """Largest share of the parameter bytes that a device may hold beyond its part of fsdp * tensor."""
+    """Largest share of all parameter bytes that a device may hold in addition to its own 1 / (fsdp * tensor) of them."""
     vmem_kib: int = 0
-    """KiB of a TPU's VMEM that XLA may use for one operation of the train step; `plan --search` tries others with
-    the best layout. 0: by chip and width (bothways/compiler.py)."""
+    """KiB of a TPU's VMEM that XLA may use for one operation of the train step; `plan --search` tries other values with
+    the best layout. 0: chosen by chip and width (bothways/compiler.py)."""
 
     def axes(self) -> dict[str, int]:
         """Axis sizes as given, in the order of the mesh."""
@@ -303,41 +303,41 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """What `finetune` does beside what the run itself says."""
+    """Settings of `finetune` besides those of the run itself."""
 
     epochs: int = 0
-    """Passes over the training split. 0: 3; for small bodies, of less than 20M parameters, 5."""
+    """Passes over the training split. 0: 3, or 5 for small bodies, of less than 20M parameters."""
     batch_size: int = 32
     """Items in a batch."""
     learning_rates: tuple[float, ...] = ()
-    """The grid. Empty: 2e-5, 3e-5, 5e-5 as in BERT; for small bodies 3e-3; of adapters ten times these, and 1e-2."""
+    """The grid. Empty: 2e-5, 3e-5, 5e-5 as in BERT; for small bodies 3e-3; for adapters ten times these, at most 1e-2."""
     optimizer: Literal["", "adamw", "adafactor", "lion", "muon"] = ""
     """Empty: what the run was trained with."""
     seeds: int = 3
     """Runs per learning rate."""
     length: int = 0
-    """Most tokens of a text; what is shorter is padded to the lengths of its batch only. 0: the model's context."""
+    """Most tokens of a text; shorter texts are padded only to the length of their batch. 0: the model's context."""
     pool: Literal["", "token", "mean"] = ""
-    """What a head for whole texts reads: the first token (masked) or last (causal), as in the papers; or the mean of all
-    tokens. Empty: token; for small bodies, whose single tokens have learned little, mean."""
+    """What a head for whole texts reads. token: the first (masked) or the last (causal), as in the papers; mean: the mean
+    of all tokens. Empty: token, or mean for small bodies, whose single tokens have learned little."""
     warmup_share: float = 0.1
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = 0.01
     class_weights: tuple[str, ...] = ()
-    """How much a label counts in the loss: `balanced`, all labels the same in sum, or LABEL=WEIGHT, others 1. Of texts with
-    several labels, how much each that a text has counts beside those that it has not."""
+    """Weights of labels in the loss: `balanced`, the same total for all labels; or LABEL=WEIGHT, and 1 for the others. In
+    multi-label tasks: the weight of a label that a text has, compared with those that it does not have."""
     dropout: float = 0.1
-    """Of the new head."""
+    """Dropout of the new head."""
     lm_weight: float = 0.0
-    """Share of the language-model loss added, for causal bodies (GPT-1, section 3.2, has 0.5)."""
+    """Weight of the language-model loss that is added, for causal bodies (GPT-1, section 3.2, has 0.5)."""
     patience: int = 2
-    """Stop after so many epochs without a better validation metric."""
+    """Stop after this many epochs without a better validation metric."""
     scratch: bool = True
     """Also train the same network from random weights, over the same grid; not with adapters."""
     save_every_minutes: int = 10
-    """A checkpoint is written after every epoch, and as often as this. 0: after epochs only."""
+    """Minutes between checkpoints, besides the one after every epoch. 0: after epochs only."""
     lora: LoRAConfig = LoRAConfig()
-    """With lora.rank above 0 the body stays as it is, and adapters and the head are trained."""
+    """With lora.rank above 0 the body is frozen, and adapters and the head are trained."""
     mesh: MeshConfig = MeshConfig()
 
     def settled(self, parameters: int, optimizer: str) -> "FinetuneConfig":

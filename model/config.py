@@ -1,4 +1,4 @@
-"""TransformerConfig: which function the stack computes, and how it is laid out when it runs."""
+"""TransformerConfig: which function the stack computes, and how it is compiled and run."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Literal
@@ -12,13 +12,14 @@ class RotaryScaling:
     """How rotary positions are stretched to a context longer than the one a model was first trained with."""
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """linear: all angles divided by `factor`. llama3, yarn (arXiv 2309.00071, section 3.2): only those of slow pairs."""
+    """linear: all angles are divided by `factor`. llama3, yarn (arXiv 2309.00071, section 3.2): only those of slowly
+    rotating pairs."""
     factor: float = 1.0
     original_context: int = 0
     low: float = 1.0
-    """A pair that turns fewer times than this within the original context is stretched (llama3, yarn)."""
+    """A pair with fewer rotations than this within the original context is stretched (llama3, yarn)."""
     high: float = 4.0
-    """One that turns more often than this is left as it is; in between, a mix of both."""
+    """A pair with more rotations than this is left as it is; in between, a mix of both."""
     attention_factor: float = 0.0
     """yarn's factor on queries and keys. 0: 0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4)."""
 
@@ -43,19 +44,19 @@ Target = Literal["query", "key", "value", "out", "gate", "up", "down"]
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters on the projections of every block (arXiv 2106.09685); the weights of train.init_from stay as they
-    are."""
+    """Low-rank adapters on the projections of every block (arXiv 2106.09685); the weights of train.init_from are
+    frozen."""
 
     rank: int = 0
     """r, the width between A and B. 0: no adapters; the whole model is trained."""
     alpha: float = 16.0
-    """What an adapter adds is multiplied by alpha / rank."""
+    """The output of an adapter is multiplied by alpha / rank."""
     dropout: float = 0.0
     """Dropout on an adapter's input."""
     targets: tuple[Target, ...] = ("query", "key", "value", "out", "gate", "up", "down")
-    """Projections that get an adapter; those that a model does not have are passed over."""
+    """Projections that get an adapter; those that a model does not have are skipped."""
     frozen: Literal["float32", "bfloat16"] = "float32"
-    """Type that the frozen kernels and tables are kept in while adapters are trained."""
+    """Type of the frozen kernels and tables while adapters are trained."""
 
     @property
     def scale(self) -> float:
@@ -79,15 +80,15 @@ class LoRAConfig:
 class TransformerConfig:
     """Everything that decides the function a model computes. Zero means: derived, see `resolved`.
 
-    GPT, BERT and the encoder-decoder share it; what makes the families differ is the mask that their module
-    builds and the heads that it adds, not a field here.
+    GPT, BERT and the encoder-decoder share it; the families differ in the mask that their module builds and the
+    heads that it adds, not in a field here.
     """
 
     vocab_size: int = 0
-    """V. 0: as large as the tokenizer's vocabulary."""
+    """V. 0: the size of the tokenizer's vocabulary."""
     pad_vocab_to_multiple_of: int = 1
-    """Rows of token tables are filled up to a multiple of this, so that they divide among devices. A filling row
-    stands for no token: its score is -1e30, and it counts as a parameter."""
+    """The rows of token tables are padded to a multiple of this, so that they divide among devices. A padding row
+    stands for no token: its logit is -1e30. It is included in the number of parameters."""
     context_length: int = 1024
     """Longest row of tokens, and the number of learned positions."""
     n_layers: int = 12
@@ -105,27 +106,28 @@ class TransformerConfig:
     position_embedding: Literal["learned", "sinusoidal", "sinusoidal_halves", "sinusoidal_t2t", "rotary", "none"] = (
         "learned"
     )
-    """sinusoidal: sines and cosines in turn (arXiv 1706.03762, section 3.5); halves: all sines, then all cosines (Marian); t2t:
-    so too, with the slowest wave exactly 10,000 times as long as the fastest (tensor2tensor; M2M-100)."""
+    """sinusoidal: alternating sines and cosines (arXiv 1706.03762, section 3.5); halves: all sines, then all cosines
+    (Marian); t2t: as halves, the slowest wave exactly 10,000 times as long as the fastest (tensor2tensor; M2M-100)."""
     score_bias: Literal["", "relative", "alibi"] = ""
-    """What positions add to the scores: relative, a number for each head and bucket of distances, the same in all layers (T5,
-    arXiv 1910.10683, section 2.1); alibi, minus a slope for each head times the distance (arXiv 2108.12409)."""
+    """Position bias of the attention scores. relative: a number for each head and bucket of distances, shared by all
+    layers (T5, arXiv 1910.10683, section 2.1); alibi: minus a slope for each head times the distance (arXiv
+    2108.12409)."""
     first_position: int = 0
-    """What a sinusoid calls the first position; M2M-100 begins at 2."""
+    """Index of the first position in sinusoidal embeddings; M2M-100 begins at 2."""
     relative_buckets: int = 32
-    """Buckets of distances; where queries see keys on both sides, half of them for each."""
+    """Number of distance buckets; where attention is bidirectional, half of them for each side."""
     relative_distance: int = 128
     """Distances from this on share the last bucket."""
     rotary_base: float = 10_000.0
     rotary_width: int = 0
-    """How many features of a head are turned, the first ones (GPT-NeoX). 0: all."""
+    """How many features of a head are rotated: the first ones (GPT-NeoX). 0: all."""
     rotary_base_local: float = 0.0
-    """Base in local layers. 0: rotary_base."""
+    """Rotary base in local layers. 0: rotary_base."""
     rotary_scaling: RotaryScaling = RotaryScaling()
     norm: Literal["layer", "rms"] = "layer"
     norm_position: Literal["pre", "post", "out", "both"] = "pre"
-    """Where a sub-layer f has its norm: before it, x + f(norm(x)); after the sum, norm(x + f(x)); on what comes out of it,
-    x + norm(f(x)) (OLMo 2, arXiv 2501.00656, section 2.1); or before it and on what comes out (Gemma 2, arXiv 2408.00118)."""
+    """Where a sub-layer f has its norm. pre: x + f(norm(x)); post: norm(x + f(x)); out, on its output: x + norm(f(x))
+    (OLMo 2, arXiv 2501.00656, section 2.1); both, before it and on its output (Gemma 2, arXiv 2408.00118)."""
     parallel: Literal["", "one_norm", "two_norms"] = ""
     """MLP and attention both read the block's input, x + attention(norm(x)) + mlp(norm(x)), through one norm (GPT-J, Phi) or
     one each (GPT-NeoX, arXiv 2204.06745, section 2.1)."""
@@ -136,36 +138,36 @@ class TransformerConfig:
     qkv_bias: bool = False
     """Biases of queries, keys and values where `bias` (Qwen 2) or `attention_bias` (StableLM) is False."""
     attention_bias: bool = True
-    """False: none in attention where `bias` is True (GPT-J)."""
+    """False: no biases in attention where `bias` is True (GPT-J)."""
     mlp_bias: bool = True
-    """False: none in the MLP where `bias` is True (Falcon, Nomic BERT)."""
+    """False: no biases in the MLP where `bias` is True (Falcon, Nomic BERT)."""
     qk_norm: bool = False
     """RMS norm of queries and keys (arXiv 2302.05442, section 2)."""
     qk_norm_over: Literal["head", "all"] = "head"
-    """What that norm is over: each head's width, or all heads together (OLMo 2)."""
+    """Width of that norm: each head's width, or all heads together (OLMo 2)."""
     query_scale: float = 0.0
-    """Scores are divided by its square root (Gemma). 0: by that of the head width."""
+    """Attention scores are divided by the square root of this (Gemma). 0: of the head width."""
     score_cap: float = 0.0
-    """c of a soft cap of attention's scores, c tanh(score / c), before masks and biases (Gemma 2, arXiv 2408.00118, section 2).
+    """Soft cap c of attention scores: c tanh(score / c), before masks and biases (Gemma 2, arXiv 2408.00118, section 2).
     0: none."""
     predicts: Literal["", "next", "own"] = ""
-    """Which token an output predicts: `next`, the one after it (GPT; arXiv 2508.15487's Dream), or `own`, the one at its
-    position (BERT; LLaDA, arXiv 2502.09992). Empty: as the family does."""
+    """Which token an output predicts: `next`, the one after its position (GPT; Dream, arXiv 2508.15487), or `own`, the
+    one at its position (BERT; LLaDA, arXiv 2502.09992). Empty: as the family does."""
     window: int = 0
-    """Reach of local attention: a query sees keys fewer than `window` positions away. 0: no local layers."""
+    """Reach of local attention: a query attends to keys fewer than `window` positions away. 0: no local layers."""
     share_layers: bool = False
-    """One layer's parameters are those of all n_layers (ALBERT, arXiv 1909.11942, section 3.1)."""
+    """All n_layers layers share the parameters of one (ALBERT, arXiv 1909.11942, section 3.1)."""
     layer_pattern: tuple[Literal["global", "local", "nope"], ...] = ("global",)
     """Repeated over the layers: GPT-3 alternates ("global", "local"). nope: a global layer without rotary positions (arXiv
     2501.18795; SmolLM 3)."""
 
     segment_types: int = 0
-    """Kinds of segment with an embedding of their own; BERT has 2."""
+    """Number of segment types, each with its own embedding; BERT has 2."""
     first_norm: bool = True
-    """A norm before the first block's attention. ModernBERT has none there: the embeddings are normed already."""
+    """A norm before the first block's attention. ModernBERT has none there: the embeddings are already normalised."""
     embed_width: int = 0
-    """E, the width of embeddings and their norm; a dense layer makes D of it, and the masked-token head E of D (ALBERT, arXiv
-    1909.11942, section 3.1; encoders only). 0: D."""
+    """E, the width of embeddings and their norm; a dense layer maps E to D, and the masked-token head D to E (ALBERT,
+    arXiv 1909.11942, section 3.1; encoders only). 0: D."""
     embed_norm: bool = False
     """A norm right after the embeddings, as in BERT."""
     embed_scale: bool = False
@@ -174,20 +176,20 @@ class TransformerConfig:
     """What the two sides of an encoder-decoder share: token table, positions and norm, or the token table only (BART)."""
     tie_embeddings: bool = True
     output_scale: bool = False
-    """A decoder's features are multiplied by 1/sqrt(D) before the output layer (T5, where that is tied)."""
+    """A decoder's features are multiplied by 1/sqrt(D) before the output layer (T5, where that layer is tied)."""
     output_bias: bool = False
-    """A bias of every token's score (decoders; GPT-J, Marian)."""
+    """A bias for every token's logit (decoders; GPT-J, Marian)."""
     output_transform: bool = False
     """A dense layer, activation and norm between a decoder's features and its output layer, as in `masked_transform`
     (ModernBERT's decoder, arXiv 2507.11412)."""
     logit_cap: float = 0.0
-    """c of a soft cap of every token's score, c tanh(score / c), before a bias (Gemma 2, arXiv 2408.00118, section 2). 0:
+    """Soft cap c of every token's logit: c tanh(logit / c), before a bias (Gemma 2, arXiv 2408.00118, section 2). 0:
     none."""
     masked_head: bool = True
     """BERT's masked-token head (encoders only). False: a body that embeds texts and can be fine-tuned."""
     masked_transform: bool = True
-    """That head's dense layer, activation, norm and bias of the scores. False: the output layer reads the features (EuroBERT,
-    arXiv 2503.05500)."""
+    """Dense layer, activation, norm and logit bias of the masked-token head. False: its output layer reads the features
+    directly (EuroBERT, arXiv 2503.05500)."""
     next_sentence: bool = False
     """BERT's pooler and next-sentence head (encoders only)."""
     pooler: bool = False
@@ -205,18 +207,19 @@ class TransformerConfig:
     Embeddings always use init_std."""
     init_std: float = 0.02
     init_residual: Literal["same", "depth", "zero"] = "depth"
-    """Projections that write to the residual stream: as the others; times 1/sqrt(2L) (GPT-2); or zero."""
+    """Projections that write to the residual stream. same: as the others; depth: times 1/sqrt(2L) (GPT-2); zero: 0."""
 
     lora: LoRAConfig = LoRAConfig()
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations. auto: bfloat16 on GPU and TPU, float32 on CPU. Parameters are always float32."""
     attention: Literal["auto", "xla", "short", "splash", "cudnn"] = "auto"
-    """The kernel for masks and shapes that it knows; XLA computes the rest. auto: short, else splash on TPU, cudnn on GPU."""
+    """The kernel for masks and shapes that it supports; XLA computes the rest. auto: short, else splash on TPU, cudnn on
+    GPU."""
     scan_layers: bool = False
     """Compile one block and loop over it, instead of L blocks. Same parameters, same result."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or everything inside a block."""
+    """What the backward pass recomputes. none: nothing; dots: all but matrix products; full: all inside a block."""
 
     def resolved(self) -> "TransformerConfig":
         """The same function with every derived size filled in."""
@@ -240,7 +243,7 @@ class TransformerConfig:
 
     @property
     def table_rows(self) -> int:
-        """V, filled up."""
+        """V, padded."""
         return -(-self.vocab_size // self.pad_vocab_to_multiple_of) * self.pad_vocab_to_multiple_of
 
     @property
@@ -259,20 +262,20 @@ class TransformerConfig:
 
     @property
     def norm_before(self) -> bool:
-        """Whether a sub-layer reads what a norm made; then the stack ends in a norm."""
+        """Whether a sub-layer reads the output of a norm; then the stack ends in a norm."""
         return self.norm_position in ("pre", "both")
 
     @property
     def norm_out(self) -> bool:
-        """Whether what a sub-layer gives goes through a norm before it is added."""
+        """Whether a sub-layer's output goes through a norm before it is added."""
         return self.norm_position in ("out", "both")
 
     def layer_window(self, layer: int) -> int:
-        """The window of one layer, 0 where it is dense."""
+        """The window of one layer; 0 if its attention is global."""
         return self.window if self.layer_pattern[layer % len(self.layer_pattern)] == "local" else 0
 
     def layer_rotary_base(self, layer: int) -> float:
-        """The rotary base of one layer; 0 where positions are not turned."""
+        """The rotary base of one layer; 0 if it has no rotary positions."""
         if self.layer_pattern[layer % len(self.layer_pattern)] == "nope":
             return 0.0
         return (self.layer_window(layer) and self.rotary_base_local) or self.rotary_base

@@ -1,1 +1,1 @@
-"""The commands of the command line, one file each: a thin face over a Python function."""
+"""The commands of the command line, one file each: a thin wrapper around a Python function."""

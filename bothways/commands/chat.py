@@ -32,23 +32,23 @@ def chat(
     step: str = "newest",
     json: bool = False,
 ) -> None:
-    """Talk with a run: a line is a turn, and the answer is shown while it is written. Ctrl-D or Ctrl-C ends it.
+    """Talk with a run: each line is a turn, and the answer is shown as it is generated. Ctrl-D or Ctrl-C ends it.
 
     Args:
-        run: A run directory, best of a model that was trained on conversations.
-        system: What the conversation begins with.
+        run: A run directory, preferably of a model that was trained on conversations.
+        system: The system message with which the conversation begins.
         max_tokens: Most tokens per answer.
         temperature: Below 1 sharper, above 1 flatter; 0 is greedy.
-        top_k: Draw among the K most likely tokens; 0 is off.
-        top_p: Draw among the fewest tokens that hold this probability; 1 is off.
-        min_p: Leave out tokens less likely than this share of the most likely; 0 is off.
-        greedy: Always the most likely token.
+        top_k: Sample from the K most likely tokens; 0 is off.
+        top_p: Sample from the fewest tokens that together have this probability; 1 is off.
+        min_p: Leave out tokens less likely than this fraction of the most likely one; 0 is off.
+        greedy: Always take the most likely token.
         seed: The same seed and the same turns give the same answers.
-        block: Tokens written together (diffusion models).
-        steps: Denoising steps for a block (diffusion models).
-        threshold: Tokens of at least this probability are kept in whatever step (diffusion models).
-        mesh: Devices to spread the parameters over.
-        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
+        block: Tokens per block, generated together (diffusion models).
+        steps: Denoising steps per block (diffusion models).
+        threshold: In every step, keep all tokens of at least this probability (diffusion models).
+        mesh: Devices over which the parameters are sharded.
+        step: Which checkpoint: newest, best (on held-out text), or the step of a kept one.
         json: One JSON object per turn, without streaming.
     """
     checked_text([system], "the system message")
@@ -82,7 +82,7 @@ def chat(
 
 
 def turns() -> Iterator[str]:
-    """The lines of standard input that are not empty, up to its end; asked for at a terminal.
+    """The lines of standard input that are not empty, up to its end; at a terminal, with a prompt.
 
     Raises:
       InputError: a line that is not UTF-8.

@@ -15,18 +15,19 @@ def compare(
     workdir: str = "",
     json: bool = False,
 ) -> None:
-    """The controlled experiments of GPT against BERT: report.html and report.json.
+    """Run the controlled experiments of GPT against BERT, and write report.html and report.json.
 
-    What is trained and measured is kept; run again, it goes on where it stopped.
+    Trained runs and measurements are kept; the same command resumes where it stopped.
 
     Args:
-        experiments: Some of directions, algorithms, modes, in-context, weights, prompts, generation, dial, shares; by default all.
+        experiments: Any of directions, algorithms, modes, in-context, weights, prompts, generation, dial, shares; by
+            default all.
         size: smoke, tiny (minutes), small (on two cores about an hour, one more for dial and half of one for shares); or full, with recipes
             of your own.
-        causal: A recipe read forward (shakespeare_gpt).
-        masked: A recipe read both ways; by default the hybrid one with no row read forward, and shakespeare_bert.
+        causal: A recipe of a causal model (shakespeare_gpt).
+        masked: A recipe of a bidirectional model; by default the hybrid one without causal rows, and shakespeare_bert.
         hybrid: A recipe trained in both directions (shakespeare_hybrid).
-        workdir: Where runs, measurements and report are kept, on a disk (runs/compare-SIZE).
+        workdir: Directory on a disk for runs, measurements and report (runs/compare-SIZE).
         json: One JSON object per experiment.
     """
     import jax

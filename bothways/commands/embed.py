@@ -18,15 +18,16 @@ def embed(
     step: str = "newest",
     json: bool = False,
 ) -> None:
-    """A vector per line.
+    """Compute a vector per line.
 
     Args:
         run: A run directory.
-        file: A text per line; without it, standard input.
-        pool: cls, the first token's features (masked models); last, the last token's; or mean, over all tokens. Empty: as
-            the run says, else mean.
-        prompt: The name of what the run puts before such a text, such as query; of runs that came from sentence-transformers.
-        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
+        file: A file with a text per line; without it, standard input.
+        pool: cls, the features of the first token (masked models); last, those of the last; or mean, over all tokens.
+            Empty: the pooling of the run, else mean.
+        prompt: Name of the run's prompt to put before each text, such as query; for runs that came from
+            sentence-transformers.
+        step: Which checkpoint: newest, best (on held-out text), or the step of a kept one.
         json: One JSON object per line (the plain form shows numbers separated by spaces).
     """
     texts = read_lines(file)

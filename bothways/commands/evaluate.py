@@ -23,19 +23,20 @@ def evaluate(
     step: str = "newest",
     json: bool = False,
 ) -> None:
-    """Held-out loss and bits per byte, and tasks of lm-evaluation-harness, with 95 % intervals; tasks of mteb, without.
+    """Measure held-out loss and bits per byte, and tasks of lm-evaluation-harness, with 95 % intervals; tasks of mteb,
+    without.
 
     Args:
         run: A run directory.
         suites: validation or test: the run's own held-out text. lm-eval:TASK: a task of lm-evaluation-harness. mteb:TASK: a
-            task of mteb, on the run's vectors.
-        shots: Demonstrations before each question of an lm-eval task; by default as the task says.
+            task of mteb, with the run's vectors.
+        shots: Demonstrations before each question of an lm-eval task; by default as the task defines.
         rule: How an lm-eval task scores a continuation: causal; pll_word (the default of masked models) or pll; bound (the
             default of diffusion models).
-        tasks_from: A folder with lm-eval task definitions of your own.
-        rows: At most so many rows (or pairs) of a split, spread evenly; 0: all rows, or 4096 pairs.
-        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
-        json: One JSON object per figure.
+        tasks_from: A folder with your own lm-eval task definitions.
+        rows: Most rows (or pairs) of a split that are used, spread evenly; 0: all rows, or 4096 pairs.
+        step: Which checkpoint: newest, best (on held-out text), or the step of a kept one.
+        json: One JSON object per metric.
     """
     from bothways.sample.evaluate import evaluate
 
@@ -74,7 +75,7 @@ def evaluate(
 
 
 def show(figures: list[Any], json: bool) -> None:
-    """Print figures, each with its interval."""
+    """Print metrics, each with its interval."""
     for figure in figures:
         if figure.suite.startswith("mteb:"):
             emit(figure, json, f"{figure.suite} {figure.metric} {figure.value:.4f}", ("interval",))

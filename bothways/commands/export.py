@@ -1,4 +1,4 @@
-"""`bothways export`: a run becomes a directory that transformers opens."""
+"""`bothways export`: turns a run into a directory that transformers opens."""
 
 from typing import Literal
 
@@ -21,16 +21,16 @@ def export(
     push: str = "",
     json: bool = False,
 ) -> None:
-    """A run becomes a Hugging Face directory, which `transformers` opens.
+    """Turn a run into a Hugging Face directory, which `transformers` opens.
 
     Args:
         run: A run directory.
         dest: The directory to write, on a disk; or a file that ends in .gguf, for llama.cpp.
-        adapters: Write the run's adapters alone, as PEFT's files, and not the merged model.
-        license: What the card states, by the hub's identifiers, such as apache-2.0.
-        embeds: The directory opens in sentence-transformers too, whose vectors are the mean over all tokens, or the features
-            of the first (cls) or the last. A run that came from there leaves as it came.
-        dtype: What matrices and tables are written as; empty: as the run keeps them. float16 and q8_0 are for GGUF.
+        adapters: Write only the run's adapters, as PEFT's files, and not the merged model.
+        license: Licence for the model card, as an identifier of the hub such as apache-2.0.
+        embeds: Also make the directory open in sentence-transformers, with this pooling: the mean over all tokens, or the
+            features of the first (cls) or the last. A run that came from there is exported as it came.
+        dtype: Type in which matrices and tables are written; empty: that of the run. float16 and q8_0 are for GGUF.
         push: A name on the hub, OWNER/NAME: the directory is uploaded there, private, with the token that `hf auth login`
             stored.
         json: Print the result as one JSON object.

@@ -23,8 +23,8 @@ def fill(
         run: A run directory of a masked model.
         texts: Texts with [MASK] in them.
         top: Candidates per mask.
-        steps: 1 fills all masks at once; T a few at a time, the most confident first.
-        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
+        steps: 1 fills all masks at once; more steps fill a few at a time, the most confident first.
+        step: Which checkpoint: newest, best (on held-out text), or the step of a kept one.
         json: One JSON object per text.
     """
     if not texts:

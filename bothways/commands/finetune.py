@@ -1,4 +1,4 @@
-"""`bothways finetune`: a head and the whole stack, or adapters for it, on a labelled task."""
+"""`bothways finetune`: trains a head and the whole stack, or adapters for it, on a labelled task."""
 
 import functools
 from typing import Annotated
@@ -24,15 +24,15 @@ def finetune(
     label_field: str = "label",
     json: bool = False,
 ) -> None:
-    """A head and the whole stack, or adapters for it (--lora.rank), on a labelled task, over a grid of learning rates and
-    seeds.
+    """Train a head and the whole stack, or adapters for it (--lora.rank), on a labelled task, over a grid of learning
+    rates and seeds.
 
-    A grid that was stopped goes on with the same command, and says the same in the end.
+    The same command resumes a grid that was stopped, and ends with the same result.
 
     Args:
         run: A run directory.
         task: shakespeare_genre, shakespeare_speaker, glue/NAME, squad, squad/v2.0, conll2003, or a CSV, TSV or JSONL file.
-        workdir: The new run (runs/RUN-TASK).
+        workdir: Directory of the new run (runs/RUN-TASK).
         text_field: The column that holds the text.
         pair_field: The column that holds the second text of a pair.
         label_field: The column that holds the label.

@@ -1,4 +1,4 @@
-"""`bothways import`: a published checkpoint becomes a run."""
+"""`bothways import`: turns a published checkpoint into a run."""
 
 from pathlib import Path
 from typing import Literal
@@ -20,14 +20,15 @@ def import_(
     base: str = "",
     json: bool = False,
 ) -> None:
-    """A published checkpoint becomes a run; docs/weights.md lists the families.
+    """Turn a published checkpoint into a run; docs/weights.md lists the families.
 
     Args:
         source: A Hugging Face directory with safetensors, a .gguf file, or a name on the hub.
         run: The run directory to write, on a disk.
-        corpus: The text that `evaluate` and `train` take for this run unless another is given.
-        base: Of PEFT's adapters (a directory with adapter_config.json): the run that they are for.
-        dtype: What matrices and tables are kept as: bfloat16 takes half the disk, and loses nothing of a checkpoint that is so.
+        corpus: The text that `evaluate` and `train` use for this run unless another is given.
+        base: For PEFT's adapters (a directory with adapter_config.json): the run that they belong to.
+        dtype: Type in which matrices and tables are kept: bfloat16 halves the disk space, and loses nothing of a bfloat16
+            checkpoint.
         json: Print the result as one JSON object.
     """
     from bothways.convert.run import import_run

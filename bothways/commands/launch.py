@@ -9,20 +9,20 @@ from bothways.commands.shared import emit, parse_recipe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """Start a recipe elsewhere through a launcher that is there already; it resumes by itself when it is preempted."""
+    """Start a recipe on other machines through an existing launcher; it resumes by itself when it is preempted."""
 
     on: Literal["tpu", "gke", "sky", "slurm"]
     """tpu: a queued resource of Cloud TPU; gke: a JobSet; sky: a managed job of SkyPilot; slurm: sbatch."""
     topology: str
     """TPUs, such as v5e-256 or v5p:4x4x8; with sky and slurm also GPUs, such as h100:4x8, 4 nodes of 8."""
     bucket: str = ""
-    """gs://BUCKET[/PATH], or for slurm a shared directory: code, recipe and run directory go to NAME in it."""
+    """gs://BUCKET[/PATH], or for slurm a shared directory: code, recipe and run directory go into its folder NAME."""
     slices: int = 1
-    """So many TPU slices."""
+    """Number of TPU slices."""
     job: str = ""
-    """Name of the job; the recipe's by default. The same name goes on with the same run."""
+    """NAME of the job; by default that of the recipe. The same name resumes the same run."""
     spot: bool = False
-    """Cheaper machines that may be taken away."""
+    """Use cheaper machines that may be preempted."""
     project: str = ""
     """Google Cloud project (tpu)."""
     zone: str = ""

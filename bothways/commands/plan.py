@@ -12,25 +12,25 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What a recipe would need on a target topology: memory, what travels, and how fast it can be at best."""
+    """Print what a recipe would need on a target topology: memory, communication, and how fast it can be at best."""
 
     topology: str
     """Chips, such as v5e:16x16, v4:2x2x4, v5p:4x4x8, v6e:8x8, 7x:4x4x4; or an accelerator type, such as v5e-256."""
     slices: int = 1
-    """So many slices, joined by the data-centre network."""
+    """Number of slices, joined by the data-centre network."""
     search: bool = False
-    """Compile several layouts (mesh, pieces of a batch, what is recomputed) and recommend the best."""
+    """Compile several layouts (mesh, micro-batches, what is recomputed) and recommend the best."""
     profile: bool = False
-    """Print where the compiler's cycles go: by part of the model, and the largest operations with what made them. --json
-    has both in any case."""
+    """Print the compiler's cycles by part of the model, and the largest operations with their source. --json always has
+    both."""
     decode: bool = True
-    """Plan sampling too: the decoding step, or a masked model's forward pass, on as few of these chips as hold it."""
+    """Also plan sampling: the decoding step, or a masked model's forward pass, on as few of these chips as hold it."""
     rows: int = 16
     """Rows that are decoded together, each as long as the context."""
     block: int = 0
-    """Tokens in a block of a decoder trained by diffusion; 0: what `sample` takes."""
+    """Tokens per block of a decoder trained by diffusion; 0: the default of `sample`."""
     json: bool = False
-    """Print one JSON object, the decoding step's under `decode`; with --search one per layout, the best first."""
+    """Print one JSON object, with the decoding step under `decode`; with --search one per layout, the best first."""
 
 
 def plan(argv: list[str]) -> None:
@@ -71,13 +71,13 @@ def plan(argv: list[str]) -> None:
 
 
 def shown(p: Any, decoded: Any, profile: bool) -> str:
-    """All of a plan, for people."""
+    """A whole plan as text."""
     parts = [show_training(p), show_profile(p) if profile else "", show_decoding(decoded) if decoded else ""]
     return "\n".join(part for part in parts if part)
 
 
 def show_profile(p: Any) -> str:
-    """Where the cycles go."""
+    """The profile as text: where the cycles go."""
     total = sum(p.parts.values())
     if not total:
         return "  the compiler gives no cycles for this chip, so there is no profile"
@@ -93,7 +93,7 @@ def show_profile(p: Any) -> str:
 
 
 def show_training(p: Any) -> str:
-    """A plan for people."""
+    """The plan of a train step as text."""
     mesh = " x ".join(f"{name} {size}" for name, size in p.mesh.items() if size > 1) or "one device"
     slices = f" in {p.slices} slices" if p.slices > 1 else ""
     lines = [
@@ -125,7 +125,7 @@ def show_training(p: Any) -> str:
 
 
 def show_decoding(d: Any) -> str:
-    """The plan of a step that samples, for people."""
+    """The plan of a sampling step as text."""
     mesh = " x ".join(f"{name} {size}" for name, size in d.mesh.items() if size > 1)
     what = {"decode": "decoding step", "denoise": "denoising step", "read": "forward pass"}[d.step]
     lines = [

@@ -1,4 +1,4 @@
-"""`bothways predict`: labels from a fine-tuned run, or from examples in the prompt of one that is not."""
+"""`bothways predict`: labels from a fine-tuned run, or, with examples in the prompt, from one that is not."""
 
 from pathlib import Path
 
@@ -24,21 +24,21 @@ def predict(
     label_field: str = "label",
     json: bool = False,
 ) -> None:
-    """Labels, numbers, tags, spans or choices from a fine-tuned run; with --shots, from examples in the prompt of a run that
-    was not tuned.
+    """Predict labels, numbers, tags, spans or choices with a fine-tuned run; or, with --shots, with a run that was not
+    tuned, from examples in the prompt.
 
     Args:
         run: A run directory that `bothways finetune` wrote; with --shots, one that predicts tokens.
-        file: An item per line, its parts separated by tabs, or a table with the columns `text` and maybe `text_b`;
+        file: An item per line, its parts separated by tabs, or a table with the columns `text` and optionally `text_b`;
             without it, standard input; with --shots, the items that `finetune` reports on, and how many were right.
-        shots: So many labelled examples before each item, drawn from the training items of --task (arXiv 2005.14165).
-        task: Of --shots, the labelled file or task, as `finetune` takes it.
-        rule: Of --shots, how an answer is scored: causal, pll, pll_word, bound; empty: as the run was trained.
-        words: Of --shots, what stands for a label in the prompt, LABEL=WORDS; else its name.
-        seed: Of --shots, of the draw.
-        text_field: Of --task, the column that holds the text.
-        pair_field: Of --task, the column that holds the second text of a pair.
-        label_field: Of --task, the column that holds the label.
+        shots: Number of labelled examples before each item, drawn from the training items of --task (arXiv 2005.14165).
+        task: For --shots: the labelled file or task, as for `finetune`.
+        rule: For --shots: how an answer is scored: causal, pll, pll_word, bound; empty: as the run was trained.
+        words: For --shots: LABEL=WORDS, the words for a label in the prompt; by default the label's name.
+        seed: For --shots: the seed for drawing examples.
+        text_field: For --task: the column that holds the text.
+        pair_field: For --task: the column that holds the second text of a pair.
+        label_field: For --task: the column that holds the label.
         json: One JSON object per line.
     """
     from bothways.rundir import directory, load_run

@@ -1,4 +1,4 @@
-"""`bothways prepare`: text to shards of tokens, once, in parallel."""
+"""`bothways prepare`: tokenizes text into shards, once, in parallel."""
 
 import dataclasses
 import shlex
@@ -13,15 +13,15 @@ from bothways.log import log
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """Turn a recipe's corpus into tokens in a directory or bucket, which train and launch take as --data.corpus; or each
-    corpus of its mixture in a folder there, all of one vocabulary."""
+    """Tokenize a recipe's corpus into a directory or bucket, which train and launch take as --data.corpus. Each corpus of
+    a mixture gets its own folder there; all share one vocabulary."""
 
     to: str
-    """The directory, or gs://BUCKET/PATH: empty, or what an earlier call did not finish."""
+    """The directory, or gs://BUCKET/PATH; it is empty, or holds what an earlier call did not finish."""
     workers: int = 1
-    """Processes of this machine."""
+    """Number of processes on this machine."""
     beam: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """An option of a runner of Apache Beam (pip install 'bothways[prepare]'), once for each:
+    """An option of an Apache Beam runner (pip install 'bothways[prepare]'); may be given several times:
     --beam=--runner=DataflowRunner --beam=--project=P."""
     json: bool = False
     """Print one JSON object."""

@@ -14,7 +14,7 @@ from bothways.log import log
 
 Positional = tyro.conf.Positional
 PROMPTS = 512
-"""Prompts that are answered before the first is shown."""
+"""Prompts that are continued before the first result is shown."""
 
 
 def sample(
@@ -46,37 +46,37 @@ def sample(
     json: bool = False,
 ) -> None:
     """Continue text: token by token, or, with a masked or diffusion model, a block of masks at a time. With an
-    encoder-decoder, write what follows from a source, such as its translation.
+    encoder-decoder, generate a target from a source, such as its translation.
 
     Args:
         run: A run directory.
-        prompts: Texts to continue; "" starts a document. Of an encoder-decoder: sources.
+        prompts: Texts to continue; "" starts a document. For an encoder-decoder: sources.
         source: A file with a source per line (encoder-decoders); the results keep its order.
-        max_tokens: Most tokens per continuation; 256, or 50 more than the source has.
+        max_tokens: Most tokens per continuation; by default 256, or 50 more than the source has.
         temperature: Below 1 sharper, above 1 flatter; 0 is greedy.
-        top_k: Draw among the K most likely tokens; 0 is off.
-        top_p: Draw among the fewest tokens that hold this probability; 1 is off.
-        min_p: Leave out tokens less likely than this share of the most likely; 0 is off.
-        greedy: Always the most likely token.
-        beams: Width of a beam search instead of sampling (causal models; encoder-decoders search with 4 unless
+        top_k: Sample from the K most likely tokens; 0 is off.
+        top_p: Sample from the fewest tokens that together have this probability; 1 is off.
+        min_p: Leave out tokens less likely than this fraction of the most likely one; 0 is off.
+        greedy: Always take the most likely token.
+        beams: Width of a beam search instead of sampling (causal models; encoder-decoders use 4 beams unless
             another method is given).
-        length_penalty: What a beam search's log-probabilities are divided by grows with length to this power (0.6).
+        length_penalty: Beam search divides log-probabilities by a term that grows with length to this power (0.6).
         num: Continuations of each prompt.
         seed: The same seed gives the same text.
         stop: End before this string; may be given several times.
-        block: Tokens written together (masked models: any number, 16; diffusion models: a block that they were trained
-            on).
-        steps: Denoising steps for a block, the most confident tokens first (masked models: 16; diffusion models: one a
+        block: Tokens per block, generated together (masked models: any number, by default 16; diffusion models: a block
+            size that they were trained on).
+        steps: Denoising steps per block, the most confident tokens first (masked models: 16; diffusion models: one per
             token).
-        threshold: Tokens of at least this probability are kept in whatever step; 0 is off (masked, diffusion models).
-        remask: Tokens of the open block may be hidden again when others are more confident (masked, diffusion models).
+        threshold: In every step, keep all tokens of at least this probability; 0 is off (masked, diffusion models).
+        remask: Tokens of the open block may be masked again when others are more confident (masked, diffusion models).
         any_order: Keep tokens in a random order instead of the most confident first (masked, diffusion models).
-        sweeps: Times each token of a block is drawn again afterwards (masked models; 0).
-        stream: Show the text while it is made.
-        chat: Each prompt is a user's turn, and what is written the answer, by the run's chat template.
-        system: With --chat, what the conversation begins with.
-        mesh: Devices to spread the parameters over.
-        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
+        sweeps: How often each token of a block is resampled afterwards (masked models; by default 0).
+        stream: Show the text while it is generated.
+        chat: Each prompt is a user's turn, and the output is the answer, with the run's chat template.
+        system: With --chat: the system message with which the conversation begins.
+        mesh: Devices over which the parameters are sharded.
+        step: Which checkpoint: newest, best (on held-out text), or the step of a kept one.
         json: One JSON object per result.
     """
     if source is not None:

@@ -20,18 +20,18 @@ def score(
     step: str = "newest",
     json: bool = False,
 ) -> None:
-    """How likely each line is.
+    """Compute how likely each line is.
 
     Args:
         run: A run directory.
-        file: A text per line; without it, standard input.
-        rule: causal (the default of causal models), the log-probability of a text read forward (of encoder-decoders, of
-            the target in `source TAB target`); pll, each token given all others; pll_word (the default of masked
-            models), the rest of its word hidden too; bound (the default of diffusion models), a lower bound on the
-            log-probability.
-        block: Tokens in a block of the bound (diffusion models; the smallest that they were trained on, 0 for the whole
-            row). At 1 the bound is exact.
-        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
+        file: A file with a text per line; without it, standard input.
+        rule: causal (the default of causal models): the log-probability of a text from left to right (for
+            encoder-decoders, of the target in `source TAB target`); pll: each token given all others; pll_word (the
+            default of masked models): with the rest of its word masked too; bound (the default of diffusion models): a
+            lower bound on the log-probability.
+        block: Tokens per block of the bound, 0 for the whole row (diffusion models; by default the smallest that they
+            were trained on). At 1 the bound is exact.
+        step: Which checkpoint: newest, best (on held-out text), or the step of a kept one.
         json: One JSON object per line (the plain form shows log-probability, tokens, text). A text without tokens has
             no log-probability: null, or a dash.
     """

@@ -12,7 +12,7 @@ from bothways.log import log
 
 Positional = tyro.conf.Positional
 AGAIN = 50
-"""Texts of each query that are read again."""
+"""Texts of each query that are reranked."""
 
 
 def search(
@@ -29,23 +29,23 @@ def search(
     step: str = "newest",
     json: bool = False,
 ) -> None:
-    """The texts nearest to each query by the vectors of a run; with right answers, nDCG@10, MRR@10 and recall, and of two systems
-    their differences, paired by query.
+    """Find the texts nearest to each query by the vectors of a run; with right answers, print nDCG@10, MRR@10 and recall,
+    and for two systems their differences, paired by query.
 
     Args:
         run: A run directory.
         corpus: Documents: BEIR's directory (corpus.jsonl, queries.jsonl, qrels/); a file with `_id` and `text`, or a text per
-            line; or `bibles`, whose held-out verses are searched for in modern words (bibles:5 by five words of each).
-        queries: Queries, in a file of the same kinds; without it, those of the directory.
-        qrels: Right answers: query-id, corpus-id and score, with tabs between. A directory has its own.
-        split: Of a directory, whose queries are asked: qrels/SPLIT.tsv.
-        top: So many texts for each query, best first; and the k of recall@k.
-        bm25: Beside it, what BM25 finds by words alone (pip install 'bothways[search]').
-        against: Another run that searches the same, to be compared with.
-        rerank: A run that was fine-tuned on pairs of texts: it reads each query together with its best texts, and orders them.
-        rerank_top: So many of the best texts are read again.
-        step: Which checkpoint: newest, best (on held-out text), or a step that is kept.
-        json: One JSON object per text, or per figure.
+            line; or `bibles`: queries are held-out verses, documents a modern version (bibles:5: five words of each).
+        queries: A file of queries, in the same formats; without it, those of the directory.
+        qrels: A file of right answers: query-id, corpus-id and score, separated by tabs. A directory has its own.
+        split: For a directory: the split whose queries are used, qrels/SPLIT.tsv.
+        top: Number of texts for each query, best first; also the k of recall@k.
+        bm25: Also rank by words alone, with BM25 (pip install 'bothways[search]').
+        against: Another run for the same search, to compare with.
+        rerank: A run that was fine-tuned on pairs of texts: it scores each query with its best texts, and reorders them.
+        rerank_top: Number of best texts that are reranked.
+        step: Which checkpoint: newest, best (on held-out text), or the step of a kept one.
+        json: One JSON object per text, or per metric.
     """
     from bothways.data import bibles
     from bothways.data.config import DataConfig

@@ -1,4 +1,4 @@
-"""`bothways serve`: runs over HTTP, and a page."""
+"""`bothways serve`: serves runs over HTTP, with a page."""
 
 import math
 import os
@@ -37,23 +37,23 @@ def serve(
     """Serve runs over HTTP: OpenAI's endpoints, /rerank, /score, /fill, /tokens, /classify, and a page at /.
 
     Args:
-        runs: Run directories; NAME=DIRECTORY gives one another name than its directory has.
+        runs: Run directories; NAME=DIRECTORY serves a run under another name than that of its directory.
         host: Address to listen on; 0.0.0.0 lets other machines in.
         port: Port to listen on; 0 takes a free one.
-        api_key_file: A file that holds the key which requests must bring; or set BOTHWAYS_API_KEY.
+        api_key_file: A file with the key that requests must carry; or set BOTHWAYS_API_KEY.
         cors: An origin whose pages may send requests; may be given several times.
-        slots: Texts that a run writes at a time, token by token; others wait.
-        context: Most tokens of a prompt and what is written for it, where the run's own context is longer.
-        memory: GiB for parameters and slots; beyond, the runs unused for longest are unloaded. 0: no limit.
+        slots: Texts that a run generates at a time, token by token; others wait.
+        context: Most tokens of a prompt and its continuation together, if the run's own context is longer.
+        memory: GiB for parameters and slots; beyond that, the least recently used runs are unloaded. 0: no limit.
         queue: Requests that may wait; more get status 429.
-        timeout: Seconds that a request may take; also those that running ones have after SIGTERM.
+        timeout: Seconds that a request may take; also the time that running requests have after SIGTERM.
         max_tokens: Most tokens that a request may ask for, all its choices together.
-        max_input: Most tokens of the texts of a request to be embedded, ranked, scored, filled or classified.
+        max_input: Most tokens in the texts of a request that embeds, ranks, scores, fills or classifies.
         max_body: Most bytes of a request's body.
         warm: Load and compile everything before the port opens.
-        merge_adapters: Merge adapters into their base. With --no-merge-adapters they stay beside it, and a base that several
-            runs are for is in memory once; each token takes longer.
-        mesh: Devices to spread the parameters over.
+        merge_adapters: Merge adapters into their base. With --no-merge-adapters they stay apart from it, and a base that
+            several runs share is in memory once; each token takes longer.
+        mesh: Devices over which the parameters are sharded.
     """
     try:
         import uvicorn
@@ -104,7 +104,7 @@ def serve(
 
 
 def read_key(path: Path | None) -> str:
-    """The key of a file, or of the environment; empty where none is set.
+    """The key from a file, or from the environment; empty if none is set.
 
     Raises:
       InputError: the file cannot be read, or holds no key.

@@ -38,11 +38,11 @@ def which(step: str) -> Any:
 
 
 def jsonable(value: Any, name: str = "", undefined: Sequence[str] = ()) -> Any:
-    """What JSON has words for: plain numbers, lists and objects.
+    """The value in the types that JSON has: plain numbers, lists and objects.
 
     Args:
-      name: the field that is looked at.
-      undefined: fields in which a number that is not finite means that there is none: null.
+      name: the field that holds the value.
+      undefined: fields in which a number that is not finite means "no value" and becomes null.
 
     Raises:
       InputError: any other number that is not finite.
@@ -64,13 +64,13 @@ def jsonable(value: Any, name: str = "", undefined: Sequence[str] = ()) -> Any:
 
 
 def emit(value: Any, as_json: bool, shown: str, undefined: Sequence[str] = ()) -> None:
-    """One result on standard output: as a JSON object, or as it is shown to people.
+    """Print one result on standard output: as a JSON object, or as text.
 
     Args:
       undefined: as `jsonable`.
 
     Raises:
-      InputError: a result that is not finite, or a standard output that takes no more.
+      InputError: a result that is not finite, or a standard output that cannot be written.
     """
     value = jsonable(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value, "", undefined)
     try:
@@ -83,7 +83,7 @@ def emit(value: Any, as_json: bool, shown: str, undefined: Sequence[str] = ()) -
 
 
 def checked_text(texts: Sequence[str], what: str) -> None:
-    """Raises InputError for an argument whose bytes are no UTF-8, which Python holds as half surrogates."""
+    """Raises InputError for an argument whose bytes are not UTF-8; Python holds such bytes as lone surrogates."""
     for text in texts:
         try:
             text.encode()
@@ -94,7 +94,7 @@ def checked_text(texts: Sequence[str], what: str) -> None:
 
 
 def capability(model: Any, verb: str, why: str) -> Callable[..., Any]:
-    """The method of that name, or the reason why this run has none."""
+    """The method of that name. Raises InputError, with the reason, if this run has none."""
     if getattr(model, "task", None) is not None:
         raise InputError(
             f"{model.run.home} is fine-tuned for {model.task.name}, and can `predict`; use the run it came from"
@@ -112,13 +112,13 @@ def capability(model: Any, verb: str, why: str) -> Callable[..., Any]:
 
 
 def read_lines(file: Path | None, columns: tuple[str, ...] = ("text",)) -> list[str]:
-    """Texts, one a line; of a .csv, .tsv or .jsonl file the texts under `columns`, those that there are, with tabs between.
+    """Texts, one per line; from a .csv, .tsv or .jsonl file the texts in those `columns` that exist, separated by tabs.
     No file, or `-`, is standard input; a file may be a pipe.
 
-    Line ends are those of any system, and a byte order mark is none of the text.
+    Line ends may be those of any system, and a byte order mark is not part of the text.
 
     Raises:
-      InputError: no such file, no UTF-8, an empty line, a table without the first column.
+      InputError: no such file, not UTF-8, an empty line, a table without the first column.
     """
     from bothways.data import files
 
@@ -144,7 +144,7 @@ def read_lines(file: Path | None, columns: tuple[str, ...] = ("text",)) -> list[
 
 
 def one_text(recipe: Recipe, argv: Sequence[str]) -> Recipe:
-    """The recipe without its mixture where the arguments name a corpus, and without its corpus where they name a mixture."""
+    """The recipe without its mixture if the arguments name a corpus, and without its corpus if they name a mixture."""
 
     def names(field: str) -> bool:
         return any(arg.partition("=")[0].replace("_", "-") == f"--data.{field}" for arg in argv)
@@ -156,7 +156,7 @@ def one_text(recipe: Recipe, argv: Sequence[str]) -> Recipe:
 
 
 def parse_recipe(verb: str, argv: list[str], options: type, example: str) -> tuple[Recipe, Any]:
-    """The recipe with the fields that were set, and the verb's own options."""
+    """The recipe with the fields that were set, and the command's own options."""
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         raise InputError(f"{verb} wants a recipe first: {example}")
     if argv[0] in ("-h", "--help"):

@@ -1,4 +1,4 @@
-"""`bothways train`: trains a recipe, or goes on with a run."""
+"""`bothways train`: trains a recipe, or resumes a run."""
 
 import dataclasses
 from pathlib import Path
@@ -37,11 +37,11 @@ def train(argv: list[str]) -> None:
     class Arguments:
         recipe: Annotated[Recipe, tyro.conf.arg(name="")]
         workdir: str = f"runs/{base.name}"
-        """The run directory: made, or gone on with."""
+        """The run directory: created, or resumed."""
         json: bool = False
         """Print the result as one JSON object."""
         profile: int = 0
-        """Write a trace of so many steps to RUN/profile, for XProf and Perfetto."""
+        """Number of steps to trace into RUN/profile, for XProf and Perfetto."""
         hosts: HostsConfig = HostsConfig()
 
     given = tyro.cli(Arguments, prog=f"bothways train {argv[0]}", args=argv[1:], default=Arguments(base))
@@ -70,8 +70,8 @@ def train(argv: list[str]) -> None:
 
 
 def show_model(model: Any, result: Any) -> tuple[Any, str]:
-    """What a run that has been trained writes, on standard error; the result, and what is shown of it, with figures that
-    training does not measure."""
+    """Logs what a trained run generates or predicts, on standard error. Returns the result, and the text to show after
+    it, with figures that training does not measure."""
     more = ""
     if model.recipe.objective.kind == "contrastive":
         more = "; how well it finds is what `bothways search` says"
@@ -106,7 +106,7 @@ def show_model(model: Any, result: Any) -> tuple[Any, str]:
 
 
 def continuation_of(home: Path) -> Recipe:
-    """The recipe that trains on from a run, imported or trained here: its own, with its tokenizer and weights."""
+    """The recipe that trains a run further, imported or trained here: the run's own, with its tokenizer and weights."""
     from bothways.data.config import VOCABULARIES
     from bothways.data.tokenizer import vocabulary_file
     from bothways.rundir import read_recipe
