@@ -26,7 +26,7 @@ def embed(
         pool: cls, the features of the first token (masked models); last, those of the last; or mean, over all tokens.
             Empty: the pooling of the run, else mean.
         prompt: Name of the run's prompt to put before each text, such as query; for runs that came from
-            sentence-transformers.
+            sentence-transformers or were trained with data.query_prompt or data.document_prompt.
         step: Which checkpoint: newest, best (on held-out text), or the step of a kept one.
         json: One JSON object per line (the plain form shows numbers separated by spaces).
     """

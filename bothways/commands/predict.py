@@ -30,7 +30,7 @@ def predict(
     Args:
         run: A run directory that `bothways finetune` wrote; with --shots, one that predicts tokens.
         file: An item per line, its parts separated by tabs, or a table with the columns `text` and optionally `text_b`;
-            without it, standard input; with --shots, the items that `finetune` reports on, and how many were right.
+            without it, standard input; with --shots, the items that `finetune` reports on, and the task's metric.
         shots: Number of labelled examples before each item, drawn from the training items of --task (arXiv 2005.14165).
         task: For --shots: the labelled file or task, as for `finetune`.
         rule: For --shots: how an answer is scored: causal, pll, pll_word, bound; empty: as the run was trained.
