@@ -40,6 +40,8 @@ class Work:
     to: Folder
     key: str
     """Of the text and the tokenizer: what was done under another key is not used."""
+    vocabulary: tuple[str, ...] = ()
+    """The tokenizer's files, under DONE."""
 
 
 Function = Callable[[Work, Part], dict[str, Any]]

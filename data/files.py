@@ -274,7 +274,7 @@ def records(path: AnyPath) -> Iterator[tuple[int, dict]]:
                 raise InputError(f"{path}, line {number}: not JSON ({e.msg}): {line[:60].rstrip()!r}") from e
             if not isinstance(record, dict):
                 raise InputError(f"{path}, line {number}: wanted a JSON object, got {line[:60].rstrip()!r}")
-            yield number, record
+            yield number, record_files.whole_characters(record, line, f"{path}, line {number}")
         return
     header: list[str] | None = None
     for number, row in (tab_separated if kind(path) == ".tsv" else comma_separated)(path):

@@ -79,7 +79,9 @@ def compute(metric: str, gold: Sequence, got: Sequence) -> float:
     if gold and isinstance(gold[0], frozenset):
         each = sorted(frozenset().union(*gold, *got))
         gold, got = ([[int(label in item) for label in each] for item in items] for items in (gold, got))
-        average = metric.partition("_")[0]
+        average = (
+            metric.partition("_")[0] if len(each) > 1 else "binary"
+        )  # scikit-learn would count its absence as a label
         return float(sklearn_metrics().f1_score(gold, got, average=average, zero_division=0.0)) if each else 1.0
     if gold and isinstance(gold[0], list):
         gold, got = [g for item in gold for g in item], [g for item in got for g in item]

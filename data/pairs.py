@@ -1,5 +1,6 @@
 """Rows for an encoder-decoder: pairs packed into rows of sources and targets, and text with spans to be restored."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def pack(lengths: np.ndarray, room: int, seed: int = 0) -> tuple[np.ndarray, np.
 
 def packing(home: Path | None, lengths: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
     """`pack`, done once for a set of token files, and kept beside them in `home` if they have one."""
-    kept = home and home / f"packed-{room}.npz"
+    # Lengths depend on more than the token files: on what opens and closes the two sides.
+    key = hashlib.sha256(np.ascontiguousarray(lengths, np.int64).tobytes()).hexdigest()[:16]
+    kept = home and home / f"packed-{room}-{key}.npz"
     if kept and kept.exists():
         found = np.load(kept)
         return found["order"], found["first"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bothways.data import corpora, documents, files, mixture, mixture_config, prepared, tokens
-from bothways.data.config import DataConfig
+from bothways.data.config import VOCABULARY_FILES, DataConfig
 from bothways.data.corpora import Corpus
 from bothways.data.engine import DONE, Engine, Part, Work, check_beam, engine
 from bothways.data.prepared import SETTINGS
@@ -113,8 +113,11 @@ def prepare(
         raise InputError(f"{cfg.corpus} is prepared already; train with --data.corpus {cfg.corpus}")
     if found is not None:
         other = tokenizer is not None and tokenizer.fingerprint != found.tokenizer_fingerprint
-        if other or found.source_fingerprint != corpus.fingerprint or not same_settings(found.settings, cfg):
+        same_text = found.source_fingerprint in (corpus.fingerprint, *corpus.earlier)
+        if other or not same_text or not same_settings(found.settings, cfg):
             raise InputError(f"--to {to} holds other prepared text, or of another tokenizer; give an empty directory")
+        if tokenizer is None and cfg.tokenizer.endswith(VOCABULARY_FILES):
+            found.check_tokenizer(tokens.obtain_tokenizer(cfg, corpus))
         log(f"{to} is prepared already")
         return result_of(found, to, began)
     work = Work(cfg, folder, corpus.fingerprint)
@@ -134,7 +137,7 @@ def write(corpus: Corpus, work: Work, run: Engine, tokenizer: Tokenizer | None, 
     for name, content in own.items():
         folder.write(f"{DONE}/{name}", content)
     key = hashlib.sha256(f"{corpus.fingerprint} {tokenizer.fingerprint} {prepared.FORMAT}".encode()).hexdigest()[:16]
-    done = run(tokenise, dataclasses.replace(work, key=key), parts)
+    done = run(tokenise, dataclasses.replace(work, key=key, vocabulary=tuple(own)), parts)
     splits = {split: [shard for part in done for shard in part["shards"].get(split, [])] for split in Corpus.splits}
     if not splits["train"]:
         raise InputError(f"the corpus {cfg.corpus!r} is empty: no text to train on")
@@ -215,9 +218,8 @@ def count(work: Work, part: Part) -> dict[str, Any]:
 def tokenise(work: Work, part: Part) -> dict[str, Any]:
     """Writes the shards of a part; their descriptions, by split."""
     with tempfile.TemporaryDirectory() as home:
-        for name in work.to.sizes(DONE):
-            if name.startswith("tokenizer"):
-                (Path(home) / name).write_bytes(work.to.read(f"{DONE}/{name}"))
+        for name in work.vocabulary:  # not what an earlier call with another tokenizer left there
+            (Path(home) / name).write_bytes(work.to.read(f"{DONE}/{name}"))
         tokenizer = Tokenizer.load(Path(home))
     paired = bool(work.cfg.source_field)
     if part.splits:

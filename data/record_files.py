@@ -61,8 +61,25 @@ def _record(raw: bytes, path: AnyPath, number: int) -> dict:
         ) from e
     if text.startswith("{"):
         with contextlib.suppress(json.JSONDecodeError):
-            return json.loads(text)
+            return whole_characters(json.loads(text), text, f"{path}, record {number}")
     return {"text": text}
+
+
+def whole_characters(record: dict, raw: str, where: str) -> dict:
+    """The record that this JSON says.
+
+    Raises:
+      InputError: it has half of a surrogate pair, as of text that was cut within an emoji: no tokenizer can encode it.
+    """
+    if "\\ud" in raw or "\\uD" in raw:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            half = ascii(e.object[e.start])[1:-1]
+            raise InputError(
+                f"{where}: {half} is half of a surrogate pair and no character; take it out, or add the other half"
+            ) from e
+    return record
 
 
 def parquet(path: AnyPath) -> Iterator[tuple[int, dict]]:

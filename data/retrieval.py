@@ -71,15 +71,21 @@ def _read(path: Path) -> Iterator[tuple[int, str, str]]:
         yield number, str(name), f"{title} {text}" if isinstance(title, str) and title.strip() else text
 
 
+def is_whole(text: str) -> bool:
+    return text.strip().lstrip("-").isdecimal()
+
+
 def right_answers(path: Path) -> Right:
     """A file of right answers. Raises InputError for a line without its three cells, or that comes twice."""
     found: Right = {}
     for number, record in files.records(_there(path)):
+        if is_whole(str(list(record)[-1])):
+            raise InputError(f"{path}: its first line is an answer; it must name the columns: query-id, corpus-id, score")
         cells = list(record.values())
         if len(cells) != 3 or not all(isinstance(cell, str) for cell in cells):
             raise InputError(f"{path}, line {number}: wanted query-id, corpus-id and score, with tabs between")
         query, document, score = cells
-        if not score.strip().lstrip("-").isdecimal():
+        if not is_whole(score):
             raise InputError(f"{path}, line {number}: the score is {score!r}; it must be a whole number, 0 for wrong")
         if document in found.setdefault(query, {}):
             raise InputError(f"{path}, line {number}: query {query!r} and document {document!r} come twice")

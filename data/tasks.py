@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -268,8 +269,13 @@ def from_file(pattern: str, text: str, pair: str, label: str, seed: int) -> Task
         name.startswith(("B-", "I-")) for name in labels
     ):  # no entities, such as parts of speech
         metrics["tag"] = ("accuracy", "macro_f1")
-    name = Path(pattern).stem if Path(pattern).exists() else files.matching(pattern)[0].parent.name
+    name = Path(pattern).stem if Path(pattern).exists() else name_of(files.matching(pattern)[0])
     return checked(Task(name, kind, splits, labels, metrics[kind], selected_on, tested_on))
+
+
+def name_of(path: files.AnyPath) -> str:
+    """Of the first of several files, their folder; of one behind a URL, its own, without its kind."""
+    return os.path.basename(str(path)).partition(".")[0] if isinstance(path, files.Remote) else path.parent.name
 
 
 def misfit(item: Item, kind: str) -> str:
@@ -286,6 +292,8 @@ def misfit(item: Item, kind: str) -> str:
         return "an empty label"
     if isinstance(label, float) and not math.isfinite(label):
         return f"the label {label}, which is no finite number,"
+    if kind == "tag" and not all(isinstance(tag, str) for tag in item["label"]):
+        return "a tag that is no string (write the names of the tags, such as B-PER, in place of their numbers)"
     if kind == "tag" and len(item["words"]) != len(item["label"]):
         return f"{len(item['words'])} words and {len(item['label'])} labels"
     if kind == "choice" and not 0 <= item["label"] < len(item["choices"]):

@@ -121,6 +121,18 @@ def test_the_same_text_under_another_name_is_the_same_corpus(tmp_path, cache):
     assert before.earlier == (by_name,)  # what runs of older versions know it by
 
 
+def test_the_same_bytes_as_another_kind_of_file_are_another_corpus(tmp_path, cache):
+    lines = "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(60))
+    (tmp_path / "a.txt").write_text(lines)
+    plain = load(tmp_path / "a.txt", cache)
+    assert len(everything(plain)["train"]) == 1
+    (tmp_path / "a.txt").rename(tmp_path / "a.jsonl")
+    table = load(tmp_path / "a.jsonl", cache)
+    assert table.fingerprint != plain.fingerprint
+    assert plain.fingerprint in table.earlier  # older versions knew it by that
+    assert len(everything(table)["train"]) == 54
+
+
 # ---- splits --------------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +287,7 @@ def test_a_missing_field_is_refused_with_those_that_are_there(tmp_path, cache, s
         ('{"text": "cut', "line 3: not JSON"),
         ('["a list"]', "line 3: wanted a JSON object"),
         ('{"text": 3}', "no text under"),
+        (r'{"text": "caf\u00e9 \ud83d"}', r"line 3: \\ud83d is half of a surrogate pair"),
     ],
 )
 def test_a_bad_json_line_is_refused_with_its_number(tmp_path, cache, line, message):

@@ -1,5 +1,7 @@
 """Pairs for an encoder-decoder: every pair once, nothing mixed; and spans that can be put back."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,11 +83,16 @@ def test_pairs_too_long_are_left_out_and_counted():
 def test_a_packing_is_made_once(tmp_path):
     tokens = make([(3, 5), (4, 4), (9, 1)], tmp_path)
     first = PackedPairs(tokens, 13, VOCABULARY)
-    (kept,) = tmp_path.glob("packed-13.npz")
+    (kept,) = tmp_path.glob("packed-13-*.npz")
     changed = kept.stat().st_mtime_ns
     again = PackedPairs(tokens, 13, VOCABULARY)
     np.testing.assert_array_equal(first.order, again.order)
     assert kept.stat().st_mtime_ns == changed
+    # Of a vocabulary that opens sides with more tokens, pairs are longer: another packing.
+    longer = dataclasses.replace(VOCABULARY, target_start=(2, 9), around_source=((9,), (3,)))
+    other = PackedPairs(make([(3, 5), (4, 4), (9, 1)], tmp_path), 13, longer)
+    assert len(list(tmp_path.glob("packed-13-*.npz"))) == 2
+    assert other[np.arange(len(other))]["tokens"].shape == (len(other), 13)
 
 
 # ---- spans ---------------------------------------------------------------------------------------------------------

@@ -213,6 +213,25 @@ def test_another_version_another_tokenizer_other_text(there, cfg, tmp_path):
         read(there)
 
 
+def test_workers_take_the_tokenizer_of_this_call(cfg, tmp_path):
+    """Not what a call that was stopped, with another, left in the directory."""
+    to = tmp_path / "text"
+    (to / preparing.DONE).mkdir(parents=True)
+    (to / preparing.DONE / "tokenizer.json").write_text("{}")
+    preparing.prepare(cfg, str(to))
+    assert_same(read(cfg), read(elsewhere(cfg, to)))
+
+
+def test_another_vocabulary_of_the_same_name_is_refused(cfg, tmp_path):
+    to, other = tmp_path / "text", tmp_path / "other" / Path(cfg.tokenizer).name
+    preparing.prepare(cfg, str(to))
+    preparing.prepare(cfg, str(to))  # as it was
+    other.parent.mkdir()
+    train(texts(200, 1), "bpe", 307).save(other)
+    with pytest.raises(InputError, match="was prepared with another tokenizer"):
+        preparing.prepare(dataclasses.replace(cfg, tokenizer=str(other)), str(to))
+
+
 def test_a_recipe_with_another_vocabulary_is_refused(cfg, tmp_path):
     learned = dataclasses.replace(cfg, tokenizer="bpe", vocab_size=313)
     preparing.prepare(learned, str(tmp_path / "text"))

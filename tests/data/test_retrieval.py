@@ -79,6 +79,14 @@ def test_answers_that_measure_nothing_are_refused(lines, message, tmp_path):
         collection(home, None, None)
 
 
+def test_answers_without_a_header_are_refused(tmp_path):
+    """Else the first of them would be lost."""
+    home = beir(tmp_path / "set")
+    (home / "qrels" / "test.tsv").write_text("q1\td1\t1\nq2\td2\t1\n")
+    with pytest.raises(InputError, match="it must name the columns: query-id, corpus-id, score"):
+        collection(home, None, None)
+
+
 def test_a_right_answer_that_is_no_document_is_refused(tmp_path):
     right = right_answers(beir(tmp_path / "set") / "qrels" / "test.tsv")
     check_answers(right, {"d1": 0, "d2": 0})

@@ -66,6 +66,20 @@ def test_words_with_labels_are_tagged(tmp_path):
     assert {"words": ["king", "n7"], "label": ["B-x", "O"]} in everything(task)
 
 
+def test_tags_that_are_numbers_are_refused(tmp_path):
+    path = write(tmp_path / "names.jsonl", [{"words": ["king", "lear"], "labels": [3, 0]}] * 20)
+    with pytest.raises(InputError, match="names.jsonl, line 1: a tag that is no string"):
+        load(path)
+
+
+def test_a_task_behind_a_url_has_its_name(tmp_path):
+    import fsspec
+
+    content = write(tmp_path / "moods.jsonl", RECORDS).read_text()
+    fsspec.filesystem("memory").pipe("/task/moods.jsonl", content.encode())
+    assert load("memory://task/moods.jsonl").name == "moods"
+
+
 def test_tags_without_entities_are_not_measured_by_them(tmp_path):
     records = [{"words": ["king", f"n{i}"], "labels": ["NOUN", "X"]} for i in range(20)]
     assert load(write(tmp_path / "speech.jsonl", records)).metrics == ("accuracy", "macro_f1")

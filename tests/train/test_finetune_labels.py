@@ -64,6 +64,10 @@ def test_each_label_is_a_decision_of_its_own():
     gold, got = [frozenset("ab"), frozenset("a"), frozenset()], [["a"], ["a", "b"], ["b"]]
     assert metrics.compute("micro_f1", gold, got) == pytest.approx(2 * 2 / (3 + 4))
     assert metrics.compute("macro_f1", gold, got) == pytest.approx((1 + 0) / 2)
+    rare, nothing = [frozenset("a"), *[frozenset()] * 19], [frozenset()] * 20
+    for metric in ("micro_f1", "macro_f1"):  # of one label: that it is absent is no label
+        assert metrics.compute(metric, rare, nothing) == 0
+        assert metrics.compute(metric, rare, [frozenset("a"), frozenset("a"), *nothing[2:]]) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
