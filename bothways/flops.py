@@ -10,6 +10,7 @@ import numpy as np
 from bothways.data.pairs import span_lengths
 from bothways.model.config import TransformerConfig
 from bothways.recipes import Recipe
+from bothways.registry import predicts
 
 
 def layer_multiplies(cfg: TransformerConfig) -> int:
@@ -20,10 +21,31 @@ def layer_multiplies(cfg: TransformerConfig) -> int:
     return attention + mlp
 
 
+def adapter_multiplies(cfg: TransformerConfig) -> int:
+    """Multiplications per token in the adapters of one block."""
+    cfg = cfg.resolved()
+    heads, groups = cfg.n_heads, cfg.n_kv_heads
+    widths = {"query": heads * cfg.d_head, "key": groups * cfg.d_head, "value": groups * cfg.d_value}
+    widths |= {"out": heads * cfg.d_value, "up": cfg.d_ff, "down": cfg.d_ff} | ({"gate": cfg.d_ff} if cfg.gated else {})
+    return cfg.lora.rank * sum(cfg.d_model + width for name, width in widths.items() if name in cfg.lora.targets)
+
+
+def per_multiplication(cfg: TransformerConfig) -> int:
+    """FLOPs of training per multiplication with a weight: 2 forward, 2 for the input's gradient, and 2 for the weight's
+    where it is trained (arXiv 2204.02311, appendix B)."""
+    return 4 if cfg.lora.rank else 6
+
+
+def blocks_flops_per_token(cfg: TransformerConfig) -> int:
+    """Of training, in the matrix products of all blocks, attention scores aside."""
+    each = per_multiplication(cfg) * layer_multiplies(cfg) + 6 * adapter_multiplies(cfg)
+    return cfg.n_layers * each
+
+
 def training_flops_per_token(
     cfg: TransformerConfig, *, causal: bool, predicted_share: float = 1.0, masked_head: bool = False
 ) -> float:
-    """FLOPs of forward and backward per token: 6 per multiplication (arXiv 2204.02311, appendix B).
+    """FLOPs of forward and backward per token (`per_multiplication`).
 
     Attention counts the pairs that the mask lets through: half of them under a causal mask, and those within
     the window in local layers.
@@ -42,7 +64,7 @@ def training_flops_per_token(
     transform = cfg.masked_transform if masked_head else cfg.output_transform
     head = predicted_share * cfg.narrow * (cfg.vocab_size + (cfg.d_model if transform else 0))
     widen = cfg.embed_width * cfg.d_model
-    return 6 * (cfg.n_layers * layer_multiplies(cfg) + pairs + head + widen)
+    return blocks_flops_per_token(cfg) + 6 * pairs + per_multiplication(cfg) * (head + widen)
 
 
 def seq2seq_flops_per_row(cfg: TransformerConfig, target: int) -> float:
@@ -54,10 +76,10 @@ def seq2seq_flops_per_row(cfg: TransformerConfig, target: int) -> float:
     cfg = cfg.resolved()
     width, source = cfg.d_head + cfg.d_value, cfg.context_length
     cross = cfg.d_model * width * (target * cfg.n_heads + source * cfg.n_kv_heads)
-    cross += target * source * cfg.n_heads * width
+    scores = target * source * cfg.n_heads * width
     encoder = source * training_flops_per_token(cfg, causal=False, predicted_share=0.0)
     decoder = target * training_flops_per_token(dataclasses.replace(cfg, context_length=target), causal=True)
-    return encoder + decoder + 6 * cfg.n_layers * cross
+    return encoder + decoder + cfg.n_layers * (per_multiplication(cfg) * cross + 6 * scores)
 
 
 def target_length(recipe: Recipe) -> int:
@@ -83,10 +105,11 @@ def recipe_flops_per_token(recipe: Recipe) -> float:
         )
         return training_flops_per_token(read, causal=recipe.family == "gpt", predicted_share=0.0)
     causal, masked_head = recipe.objective.kind in ("causal", "chat"), recipe.family == "bert"
-    if recipe.objective.kind == "diffusion" and set(recipe.objective.block_sizes) != {0}:
+    sizes = set(recipe.objective.block_sizes) if recipe.objective.kind == "diffusion" else set()
+    causal |= sizes == {1} and predicts(recipe.family, recipe.model) == "next"  # one stream of clean tokens
+    if sizes and sizes != {0} and not causal:
         # Hidden and clean tokens; each of the two sees half of the row, and its own block, which is not counted.
-        clean = 6 * recipe.model.n_layers * layer_multiplies(recipe.model)
-        return clean + training_flops_per_token(recipe.model, causal=False)
+        return blocks_flops_per_token(recipe.model) + training_flops_per_token(recipe.model, causal=False)
     share = recipe.objective.mask_rate if recipe.objective.kind == "masked" else 1.0
     return training_flops_per_token(recipe.model, causal=causal, predicted_share=share, masked_head=masked_head)
 

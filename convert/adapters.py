@@ -25,6 +25,8 @@ from bothways.rundir import TaskInfo
 
 Log = Callable[[str], None]
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Values of init_lora_weights with which PEFT changes the base, also when it loads an adapter."""
 UNSUPPORTED = ("use_dora", "modules_to_save", "layers_to_transform", "layer_replication")
 """Settings of PEFT's that make another function than y = W x + alpha / r B A x on every layer."""
 
@@ -234,6 +236,9 @@ def read_config(source: Path) -> dict[str, Any]:
     given = [name for name in UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":
         given.append("bias")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
+        given.append(f"init_lora_weights={start}")
     if given:
         raise InputError(f"{source / CONFIG}: {', '.join(given)} make another function than plain LoRA computes")
     return config

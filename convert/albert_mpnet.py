@@ -80,7 +80,7 @@ MPNET = dataclasses.replace(
     ),
     constants=BERT.constants
     | {"segment_types": 0, "score_bias": "relative", "relative_buckets": 32, "relative_distance": 128},
-    wanted={"relative_attention_num_buckets": 32},
+    wanted=BERT.wanted | {"relative_attention_num_buckets": 32, "hidden_act": "gelu"},  # of the head
     heads={"masked_head": "lm_head.", "pooler": "mpnet.pooler."},
     architecture=lambda cfg: "MPNetForMaskedLM" if cfg.masked_head else "MPNetModel",
     prefix="mpnet.",

@@ -128,6 +128,15 @@ def published_class(recipe: Recipe, task: TaskInfo | None = None) -> str:
     return "AutoModelForCausalLM" if recipe.family == "gpt" else masked
 
 
+def numbers_in(path: Path) -> int:
+    """How many numbers the tensors of a directory, or of a GGUF file, hold."""
+    if path.suffix == ".gguf":
+        import gguf
+
+        return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors)
+    return sum(stored.size for file in path.glob("*.safetensors") for stored in stored_tensors(file).values())
+
+
 def transformers_logits(
     path: Path, recipe: Recipe, tokens: np.ndarray, task: TaskInfo | None = None, own: str = ""
 ) -> tuple[np.ndarray | None, str]:
@@ -144,7 +153,7 @@ def transformers_logits(
     absent = [name for name in wanted if importlib.util.find_spec(name) is None]
     if absent:
         return None, f"{', '.join(absent)} not installed"
-    needs = 4 * sum(stored.size for file in path.glob("*.safetensors") for stored in stored_tensors(file).values())
+    needs = 4 * numbers_in(path)
     if needs > MOST_BYTES:
         return None, f"transformers would hold {needs:,} bytes in float32, and at most {MOST_BYTES:,} are taken for it"
     import torch

@@ -182,6 +182,7 @@ ELECTRA = dataclasses.replace(
         },
     ),
     constants=BERT.constants | {"next_sentence": False, "pooler": False},
+    wanted=BERT.wanted | {"hidden_act": "gelu"},  # of the head, whatever the blocks have
     values=BERT.values,
     heads={"masked_head": "generator_lm_head."},
     read=_electra_read,

@@ -72,6 +72,8 @@ def read(path: Path) -> Checkpoint:
     if "token_embd.weight" in found:
         config["vocab_size"] = found["token_embd.weight"].shape[0]
     config |= _scaling_read(said, kind, factors, config, path)
+    if "num_key_value_heads" in architecture.config.values():  # optional: without it every head has keys of its own
+        config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     heads = {"attn_q": config.get("num_attention_heads"), "attn_k": config.get("num_key_value_heads")}
     renamed = {}
     for name, tensor in found.items():

@@ -182,13 +182,18 @@ def _write_published(writer: Any, tokenizer: PublishedTokenizer) -> None:
 
 
 def _write_wordpiece(writer, tokenizer, parts, names, types, roles) -> None:
+    if (parts["normalizer"] or {}).get("lowercase") is False:
+        raise InputError(
+            "llama.cpp turns all text of a WordPiece vocabulary into lower case, and this one keeps capitals: the file would "
+            "be read otherwise there; export to a directory"
+        )
     pieces = []
     for name, kind in zip(names, types, strict=True):
         inside, whole = name.startswith("##"), kind != NORMAL or (name.startswith("[") and name.endswith("]"))
         pieces.append(name if whole else name[2:] if inside else SPACE + name)
     roles = roles | {"bos": roles.get("cls"), "eos": roles.get("sep")}
     _write_pieces(writer, "bert", pieces, types, roles)
-    writer.add_tokenizer_pre("jina-v2-en" if (parts["normalizer"] or {}).get("lowercase") is False else "default")
+    writer.add_tokenizer_pre("default")
 
 
 def _write_bpe(writer, tokenizer, parts, names, types, roles) -> None:

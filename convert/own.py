@@ -18,6 +18,8 @@ NAME = "bothways"
 BODIES, LAYERS, TASKS = "modeling_bothways", "modeling_bothways_layers", "modeling_bothways_tasks"
 HEADS = ("mlm", "nsp", "lm_head", "task_head")
 """Modules beside the body; the body's own are under `model`, as everywhere in `transformers`."""
+DIRECTIONS = ("causal_share", "block_sizes")
+"""Fields of the objective that say in which directions, or blocks, a run was trained."""
 AUTO = {
     "CausalLM": "AutoModelForCausalLM",
     "MaskedLM": "AutoModelForMaskedLM",
@@ -57,6 +59,7 @@ def config_json(recipe: Recipe, task: TaskInfo | None, roles: dict[str, int]) ->
         "auto_map": opens,
         "family": recipe.family,
         "objective": recipe.objective.kind,
+        "trained_in": {name: getattr(recipe.objective, name) for name in DIRECTIONS},
         "model": dataclasses.asdict(recipe.model.resolved()),
         "data": {name: getattr(recipe.data, name) for name in ("source_field", "target_field")},
         "task": task and dataclasses.asdict(task),
@@ -97,10 +100,12 @@ def recipe_of(theirs: Config) -> tuple[Recipe, TaskInfo | None]:
         task = theirs["task"] and TaskInfo(
             **theirs["task"] | {name: tuple(theirs["task"][name]) for name in ("labels", "metrics")}
         )
+        said = theirs.get("trained_in", {})  # older exports do not say
+        trained_in = {name: tuple(v) if isinstance(v, list) else v for name, v in said.items() if name in DIRECTIONS}
         recipe = Recipe(
             family=theirs["family"],
             model=TransformerConfig(**fields),
-            objective=ObjectiveConfig(theirs["objective"]),
+            objective=ObjectiveConfig(theirs["objective"], **trained_in),
             data=DataConfig(**theirs["data"]),
         )
     except (KeyError, TypeError, ValueError) as e:

@@ -11,10 +11,12 @@ import jax
 from bothways.chips import Topology
 from bothways.config import MeshConfig
 from bothways.flops import layer_multiplies, recipe_flops_per_token, tokens_per_row
+from bothways.model.adapters import split
 from bothways.model.axes import logical_axes, path_names
 from bothways.model.short_rows import LANES, LONGEST
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
+from bothways.rundir import param_shapes
 from bothways.sharding import PARAMETERS
 
 REMAT = ("none", "dots", "full")
@@ -78,18 +80,29 @@ def rate(topology: Topology, group: int) -> float:
     return topology.chip.link / topology.chip.devices * axes * sum(links) / len(links) * group / (group - 1)
 
 
-def guess(recipe: Recipe, topology: Topology, sizes: dict[str, int], mine: float) -> Guess:
+def trained_share(recipe: Recipe) -> float:
+    """Of the parameters, how many are trained: with adapters few of them."""
+    if not recipe.model.lora.rank:
+        return 1.0
+    adapters, rest = (sum(math.prod(x.shape) for x in jax.tree.leaves(part)) for part in split(param_shapes(recipe)))
+    return adapters / (adapters + rest)
+
+
+def guess(recipe: Recipe, topology: Topology, sizes: dict[str, int], mine: float, trained: float = 1.0) -> Guess:
     """Memory and time of one step, from the shapes alone.
 
     Args:
       mine: parameters that one device holds.
+      trained: share of them that has a gradient and an optimizer's state.
     """
     cfg, chip = recipe.model.resolved(), topology.chip
     pieces = recipe.train.grad_accum_steps
     tensor, shards = sizes["tensor"], sizes["data"] * sizes["fsdp"]
     rows = recipe.train.batch_size / shards / pieces
     tokens = rows * tokens_per_row(recipe)
-    state = mine * (4 + (4 if recipe.optimizer.name in ("lion", "adafactor") else 8) + (8 if pieces > 1 else 4))
+    more = (4 if recipe.optimizer.name in ("lion", "adafactor") else 8) + (8 if pieces > 1 else 4)
+    kept_in = 2 if cfg.lora.rank and cfg.lora.frozen == "bfloat16" else 4
+    state = mine * (kept_in * (1 - trained) + (4 + more) * trained)
     wide = (2 * cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head + cfg.d_ff * (3 if cfg.gated else 2)
     dropout = cfg.dropout_attention and (cfg.context_length > LONGEST or LANES % cfg.d_head)
     kernel = chip.dimensions > 1 and not dropout and cfg.context_length % LANES == 0  # model/kernels.py holds no scores
@@ -120,7 +133,7 @@ def guess(recipe: Recipe, topology: Topology, sizes: dict[str, int], mine: float
 
 
 def candidates(recipe: Recipe, topology: Topology) -> list[Guess]:
-    """Layouts of a recipe on a topology, those that should fit first, then the fastest first.
+    """Layouts of a recipe on a topology: those that should fit, the fastest first; then the others, the leanest first.
 
     A recipe that names a mesh keeps it; else every mesh is tried. What is recomputed and how many pieces a batch is
     cut into vary; the batch itself does not, but its ramp begins no lower than the mesh divides. Where only the
@@ -130,7 +143,7 @@ def candidates(recipe: Recipe, topology: Topology) -> list[Guess]:
     rows = recipe.train.batch_size
     given = recipe.mesh.axes() != MeshConfig().axes()
     wanted = [dict(recipe.mesh.sizes(topology.devices_count))] if given else meshes(topology)
-    plain = parameter_axes(recipe)
+    plain, trained = parameter_axes(recipe), trained_share(recipe)
     padded_recipe = dataclasses.replace(
         recipe, model=dataclasses.replace(recipe.model, pad_vocab_to_multiple_of=PAD_VOCABULARY)
     )
@@ -150,8 +163,13 @@ def candidates(recipe: Recipe, topology: Topology) -> list[Guess]:
                 changed = dataclasses.replace(
                     base, model=model, train=train, mesh=dataclasses.replace(recipe.mesh, **sizes)
                 )
-                found.append(guess(with_ramp(changed, shards * accumulate), topology, sizes, mine))
-    return sorted(found, key=lambda g: (g.memory > 0.9 * topology.chip.memory, g.seconds, g.memory))
+                found.append(guess(with_ramp(changed, shards * accumulate), topology, sizes, mine, trained))
+
+    def order(g: Guess) -> tuple[bool, float, float]:
+        over = g.memory > 0.9 * topology.chip.memory
+        return (over, g.memory, g.seconds) if over else (over, g.seconds, g.memory)
+
+    return sorted(found, key=order)
 
 
 def with_ramp(recipe: Recipe, least: int) -> Recipe:

@@ -299,8 +299,9 @@ def search(recipe: Recipe, topology: Topology, log: Callable[[str], None], *, tr
             f"{recipe.train.batch_size} rows must divide by data*fsdp, and the widths by fsdp and tensor; set "
             f"--train.batch-size to a multiple of {topology.devices_count}, or take fewer chips"
         )
-    if ranked[0].memory > 3 * topology.chip.memory:
-        raise InputError(too_small(recipe, topology, ranked[0].memory))
+    least = min(guess.memory for guess in ranked)
+    if least > 3 * topology.chip.memory:
+        raise InputError(too_small(recipe, topology, least))
     topology.devices()  # says what is missing, before it is missing for every layout
     plans: list[Plan] = []
     tried: dict[int, Recipe] = {}  # by the plan made of each

@@ -143,6 +143,7 @@ def test_adapters_that_do_not_fit(made, tmp_path):
         ({"use_dora": True}, "use_dora"),
         ({"peft_type": "IA3"}, "only LORA"),
         ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights=pissa_niter_16"),
     ):
         (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(InputError, match=match):

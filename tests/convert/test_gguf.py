@@ -5,19 +5,20 @@ import re
 from pathlib import Path
 
 import gguf
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import bothways
-from bothways.convert import files, gguf_file
+from bothways.convert import files, gguf_file, gguf_vocabulary
 from bothways.convert.gguf_architectures import ARCHITECTURES
 from bothways.convert.run import export_run, import_run
 from bothways.data.tokenizer import train as train_tokenizer
 from bothways.errors import InputError
 from bothways.model.config import RotaryScaling
 from bothways.rundir import load_run
-from tests.convert.published import checkpoint, quiet
+from tests.convert.published import SIZES, checkpoint, quiet
 from tests.corpus import made_up_text
 from tests.train.bodies import body, write
 
@@ -61,6 +62,20 @@ def test_a_run_goes_out_as_gguf_and_comes_back(run_of, name, tmp_path):
     names = {re.sub(r"^blk\.\d+", "blk.{bid}", t.name.rpartition(".")[0]) for t in gguf.GGUFReader(path).tensors}
     kinds = gguf.MODEL_TENSORS[next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == name)]
     assert names <= {gguf.TENSOR_NAMES[kind] for kind in kinds}
+
+
+def test_keys_lie_as_queries_where_a_file_does_not_say_how_many_heads_they_have(run_of, tmp_path, monkeypatch):
+    """As in files made from checkpoints of before grouped queries."""
+    source = checkpoint("llama", tmp_path / "source", num_key_value_heads=SIZES["llama"]["num_attention_heads"])
+    import_run(str(source), tmp_path / "run", "shakespeare", quiet)
+    add_uint32 = gguf.GGUFWriter.add_uint32
+    unsaid = lambda self, key, value: None if key.endswith("head_count_kv") else add_uint32(self, key, value)  # noqa: E731
+    monkeypatch.setattr(gguf.GGUFWriter, "add_uint32", unsaid)
+    export_run(tmp_path / "run", tmp_path / "x.gguf", quiet)
+    assert "llama.attention.head_count_kv" not in gguf.GGUFReader(tmp_path / "x.gguf").fields
+    import_run(str(tmp_path / "x.gguf"), tmp_path / "back", "shakespeare", quiet)
+    before, after = load_run(tmp_path / "run", print), load_run(tmp_path / "back", print)
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
 
 
 def test_quantised_to_eight_bits_it_is_near_and_small(run_of, tmp_path):
@@ -141,6 +156,8 @@ def test_what_llama_cpp_does_not_compute_is_refused(run_of, tiny, tmp_path):
     import_run(str(source), tmp_path / "ernie", "shakespeare", quiet)
     with pytest.raises(InputError, match="bias"):
         export_run(tmp_path / "ernie", tmp_path / "x.gguf", quiet)
+    with pytest.raises(InputError, match="this one keeps capitals"):
+        gguf_vocabulary._write_wordpiece(None, None, {"normalizer": {"lowercase": False}}, [], [], {})
     assert not list(tmp_path.glob("*.gguf"))
     (tmp_path / "x.gguf").write_text("mine")
     with pytest.raises(InputError, match="exists already"):

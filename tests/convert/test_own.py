@@ -111,7 +111,8 @@ def run_of(name: str, tiny, home: Path) -> Path:
     run = body("bert" if family == "bert" else "gpt", tiny)
     model = dataclasses.replace(run.recipe.model, **(fields if kind else {})).resolved()
     recipe = dataclasses.replace(run.recipe, family=family, model=model)
-    recipe = dataclasses.replace(recipe, objective=ObjectiveConfig(kind)) if kind else recipe
+    trained_in = {"hybrid": {"causal_share": 0.25}, "diffusion": {"block_sizes": (1, 3, 0)}}.get(kind, {})
+    recipe = dataclasses.replace(recipe, objective=ObjectiveConfig(kind, **trained_in)) if kind else recipe
     if kind == "pairs":
         recipe = dataclasses.replace(recipe, data=DataConfig(source_field="de", target_field="en"))
     inputs = tiny_inputs(family)
@@ -172,6 +173,8 @@ def test_the_modelling_file_computes_what_we_do_and_the_run_comes_back(exported,
         after.recipe.model.resolved(),
         after.task,
     )
+    for field in ("kind", "block_sizes", "causal_share"):
+        assert getattr(before.recipe.objective, field) == getattr(after.recipe.objective, field)
     export_run(tmp_path / "back", tmp_path / "again", lambda _: None)
     for file in out.iterdir():
         if file.is_file():
