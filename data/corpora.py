@@ -233,10 +233,8 @@ def from_files(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
             raise InputError(f"{path} is in data.corpus{same} and in data.validation; hold out other text")
 
     what, names = (*hashed_fields(cfg), str(len(paths))), [path.name for path in paths + held]
-    tables = [kind if (kind := files.kind(path)) in files.TABLES else "" for path in paths + held]
-    key = files.fingerprint(contents, *what, names=tables)  # the same bytes are other text as a table
-    old = (files.fingerprint(contents, *what), files.fingerprint(contents, *what, names=names))
-    earlier = tuple(one for one in old if one != key)
+    tables = [kind if (kind := files.kind(path)) in files.TABLES else "" for path in paths + held]  # other text
+    key, *earlier = dict.fromkeys(files.fingerprint(contents, *what, names=n) for n in (tables, (), names))
 
     @functools.cache  # where few documents are cut is found out once
     def splits() -> dict[str, Again]:
@@ -250,9 +248,9 @@ def from_files(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
         return hold_out(found, paired=bool(cfg.source_field), whole=bool(cfg.messages_field or cfg.text_fields))
 
     if copied and (any(map(is_slow, paths + held)) or sum(path.stat().st_size for path in paths + held) <= MOST_COPIED):
-        return dataclasses.replace(prepared("files", key, splits, cache), earlier=earlier)
+        return dataclasses.replace(prepared("files", key, splits, cache), earlier=tuple(earlier))
     whole = () if held else tuple(paths)
-    return Corpus("files", key, lambda split: iter(splits()[split]), earlier=earlier, paths=whole)
+    return Corpus("files", key, lambda split: iter(splits()[split]), earlier=tuple(earlier), paths=whole)
 
 
 def is_slow(path: files.AnyPath) -> bool:
