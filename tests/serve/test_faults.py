@@ -25,7 +25,7 @@ from bothways.serve.app import listen
 from bothways.serve.engine import Call, Engine
 from bothways.serve.http import Settings
 from bothways.serve.runs import Limits, Runs, named
-from tests.serve.conftest import SLOTS, Running
+from tests.serve.conftest import SLOTS, Running, trained_tokenizer
 
 ENDPOINTS = (
     "/v1/completions",
@@ -149,21 +149,18 @@ def test_a_full_queue_a_key_a_limit_on_time_and_on_tokens(small):
 
 def test_what_a_slot_has_no_room_for_is_refused(homes):
     """Of slots shorter than the run's context; what fits into one is answered as with the whole context."""
-    answers = []
+    answers, encode = [], trained_tokenizer().encode
+    long = next(text for n in range(1, 48) if len(encode(text := "the king " * n)) > 32)
     for context in (32, 2048):
-        runs = Runs(named([str(homes["causal"]), str(homes["seq2seq"])]), Limits(**SLOTS, context=context))
+        runs = Runs(named([str(homes["causal"]), str(homes["pairs"])]), Limits(**SLOTS, context=context))
         with Running(Engine(runs, queue=4)) as server, httpx.Client(base_url=server.url, timeout=120) as client:
             fits = {"model": "causal", "prompt": "the king", "max_tokens": 20, "seed": 3}
             answers.append(client.post("/v1/completions", json=fits).json()["choices"][0]["text"])
-            room = client.get("/v1/models/causal").json()["context_length"]
-            assert room == min(context, 48)
-            for model, prompt, most in (
-                ("causal", "the king", 40),
-                ("causal", "the king " * 9, 4),
-                ("seq2seq", "the king " * 9, 4),
-            ):
-                found = client.post("/v1/completions", json={"model": model, "prompt": prompt, "max_tokens": most})
-                assert found.status_code == (400 if context == 32 else 200), (model, prompt)
+            assert client.get("/v1/models/causal").json()["context_length"] == min(context, 48)
+            for model, prompt, most in (("causal", "the king", 40), ("causal", long, 4), ("pairs", long, 4)):
+                asked = {"model": model, "prompt": prompt, "max_tokens": most}
+                found = client.post("/v1/completions", json=asked)
+                assert found.status_code == (400 if context == 32 else 200), (asked, found.text)
                 if context == 32:
                     assert "context is 32 tokens here" in found.json()["error"]["message"]
                     assert "serve it with --context 48 at most" in found.json()["error"]["message"]
