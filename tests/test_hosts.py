@@ -16,6 +16,8 @@ from bothways.train.loop import train
 from tests.conftest import QUICK
 
 STEPS, SAVE = 120, 20
+HANGS = 600
+"""Seconds after which a process is taken to hang: a slow machine is none."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ class Processes:
             time.sleep(0.02)
 
     def ends(self) -> list[int]:
-        return [process.wait(60) for process in self.all]
+        return [process.wait(HANGS) for process in self.all]
 
     def said(self) -> str:
         return "\n".join(log.read_text()[-2000:] for log in self.logs)
