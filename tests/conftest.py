@@ -40,6 +40,8 @@ from bothways.recipes import Recipe
 from tests.corpus import made_up_text
 
 HERE = Path(__file__).parent
+HANGS = 600
+"""Seconds after which what a test waits for is taken to hang: a slow machine with other work needs a minute for much."""
 PARITY = HERE / "convert"
 BUILT_FROM_SOURCE = "llama-cpp-python"
 """May be absent in CI, where building it would take as long as a quarter of the tests."""

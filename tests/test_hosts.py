@@ -13,11 +13,9 @@ import pytest
 
 from bothways.recipes import Recipe
 from bothways.train.loop import train
-from tests.conftest import QUICK
+from tests.conftest import HANGS, QUICK
 
 STEPS, SAVE = 120, 20
-HANGS = 600
-"""Seconds after which a process is taken to hang: a slow machine is none."""
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from bothways.errors import InputError
 from bothways.launch.job import ROOT, GPUs, Job, code_archive, host_script
 from bothways.launch.start import prepare, start
 from bothways.recipes import Recipe
+from tests.conftest import HANGS
 
 GCP = {"bucket": "gs://some-bucket/runs", "project": "some-project", "zone": "us-west4-a"}
 
@@ -374,7 +375,7 @@ def test_what_no_retry_heals_is_not_tried_again(tmp_path, code):
     program.write_text(f"#!/bin/bash\necho run >> {runs}\nexit {code}\n")
     program.chmod(0o755)
     for _ in range(2):  # a launcher that starts it again finds the mark
-        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=HANGS)
         assert done.returncode in (2, code), done.stderr
     assert runs.read_text() == "run\n"
     assert (tmp_path / "j" / "failed").exists()

@@ -26,6 +26,7 @@ from bothways.serve.app import listen, make_app
 from bothways.serve.engine import Engine
 from bothways.serve.http import Settings
 from bothways.serve.runs import Limits, Runs, named
+from tests.conftest import HANGS
 from tests.corpus import made_up_text
 
 TEMPLATE = (
@@ -118,5 +119,5 @@ def running(homes):
 def http(running):
     import httpx
 
-    with httpx.Client(base_url=running.url, timeout=120) as client:
+    with httpx.Client(base_url=running.url, timeout=HANGS) as client:
         yield client

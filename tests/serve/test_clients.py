@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from tests.conftest import HANGS
+
 
 @pytest.fixture(scope="module")
 def client(running):
@@ -101,7 +103,7 @@ def test_the_description_is_true(running):
             if isinstance(case.body, dict):
                 case.body["model"] = "causal"
             # A body of the right shape may still want what this run has nothing for.
-            answered.add(case.call_and_validate(timeout=60, excluded_checks=[positive_data_acceptance]).status_code)
+            answered.add(case.call_and_validate(timeout=HANGS, excluded_checks=[positive_data_acceptance]).status_code)
 
         holds()
     assert {200, 400} <= answered

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bothways
+from tests.conftest import HANGS
 
 PROMPT = "the king "
 
@@ -177,7 +178,7 @@ def test_blocks_of_several_requests_are_written_together_each_as_if_alone(http, 
     monkeypatch.setattr(loaded, "sample", when_others_wait)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         first = pool.submit(one, *wanted[0])
-        assert begun.wait(60)
+        assert begun.wait(HANGS)
         together = list(pool.map(lambda some: one(*some), wanted))
         assert first.result() == alone[0]
     assert together == alone

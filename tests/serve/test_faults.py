@@ -25,6 +25,7 @@ from bothways.serve.app import listen
 from bothways.serve.engine import Call, Engine
 from bothways.serve.http import Settings
 from bothways.serve.runs import Limits, Runs, named
+from tests.conftest import HANGS
 from tests.serve.conftest import SLOTS, Running, trained_tokenizer
 
 ENDPOINTS = (
@@ -85,7 +86,7 @@ def test_a_client_that_vanishes_frees_its_slot(running, http, monkeypatch):
 
     def step(n=1):
         calls.append(n)
-        assert len(calls) < 3 or known.wait(60)
+        assert len(calls) < 3 or known.wait(HANGS)
         return slots.Pool.step(pool, 1)
 
     monkeypatch.setattr(pool, "step", step)
@@ -112,7 +113,7 @@ def small(homes):
 
 
 def test_a_full_queue_a_key_a_limit_on_time_and_on_tokens(small):
-    with httpx.Client(base_url=small.url, timeout=60) as client:
+    with httpx.Client(base_url=small.url, timeout=HANGS) as client:
         assert client.get("/health").status_code == client.get("/").status_code == 200
         for key in ({}, {"Authorization": "Bearer open"}, {"Authorization": "open sesame\u00e9".encode()}):
             answer = client.get("/v1/models", headers=key)
@@ -130,7 +131,7 @@ def test_a_full_queue_a_key_a_limit_on_time_and_on_tokens(small):
         engine, go_on = small.engine, threading.Event()
         pool = engine.runs.loaded["causal"].pool
         steps = pool.step
-        pool.step = lambda n=1: (go_on.wait(60), steps(1))[1]
+        pool.step = lambda n=1: (go_on.wait(HANGS), steps(1))[1]
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
             held = []
             # One that is being written holds the engine's thread; the next one waits, and fills the queue.
@@ -153,7 +154,7 @@ def test_what_a_slot_has_no_room_for_is_refused(homes):
     long = next(text for n in range(1, 48) if len(encode(text := "the king " * n)) > 32)
     for context in (32, 2048):
         runs = Runs(named([str(homes["causal"]), str(homes["pairs"])]), Limits(**SLOTS, context=context))
-        with Running(Engine(runs, queue=4)) as server, httpx.Client(base_url=server.url, timeout=120) as client:
+        with Running(Engine(runs, queue=4)) as server, httpx.Client(base_url=server.url, timeout=HANGS) as client:
             fits = {"model": "causal", "prompt": "the king", "max_tokens": 20, "seed": 3}
             answers.append(client.post("/v1/completions", json=fits).json()["choices"][0]["text"])
             assert client.get("/v1/models/causal").json()["context_length"] == min(context, 48)
@@ -173,10 +174,10 @@ def test_texts_of_a_request_are_counted_while_others_are_answered(small, monkeyp
 
     def slow(texts):
         begun.set()
-        assert go.wait(60)
+        assert go.wait(HANGS)
         return encode(texts)
 
-    with httpx.Client(base_url=small.url, timeout=60, headers={"Authorization": "Bearer open sesame"}) as client:
+    with httpx.Client(base_url=small.url, timeout=HANGS, headers={"Authorization": "Bearer open sesame"}) as client:
         body = {"model": "causal", "input": ["the king"] * 41}
         for path, more in (
             ("/v1/embeddings", {}),
@@ -189,7 +190,7 @@ def test_texts_of_a_request_are_counted_while_others_are_answered(small, monkeyp
         monkeypatch.setattr(small.engine.runs.served["causal"].tokenizer, "encode_many", slow)
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             waits = thread.submit(client.post, "/v1/embeddings", json=body)
-            assert begun.wait(60)
+            assert begun.wait(HANGS)
             assert client.get("/health").status_code == 200
             assert not waits.done()
             go.set()
@@ -222,7 +223,7 @@ def test_a_damaged_run_and_one_without_memory_are_unavailable_and_others_go_on(h
     served = named([str(damaged), str(homes["masked"]), str(homes["hybrid"])])
     sizes = [run.bytes for run in served.values()]
     runs = Runs(served, Limits(slots=999, piece=16, memory=max(sizes)))
-    with Running(Engine(runs)) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with Running(Engine(runs)) as server, httpx.Client(base_url=server.url, timeout=HANGS) as client:
         assert client.post("/v1/completions", json={"model": "damaged", "prompt": "a", "stream": True}).status_code == 503
         for model in ("masked", "hybrid"):
             answer = client.post("/v1/embeddings", json={"model": model, "input": "the king"})
@@ -247,9 +248,9 @@ def test_a_run_that_computes_is_not_unloaded_for_another(homes):
 
 def test_a_client_that_goes_while_its_call_is_computed_leaves_the_engine_alive(running):
     begun, goes_on = threading.Event(), threading.Event()
-    call = Call("masked", lambda model, items, between: (begun.set(), goes_on.wait(60), items)[2], [1])
+    call = Call("masked", lambda model, items, between: (begun.set(), goes_on.wait(HANGS), items)[2], [1])
     running.engine.submit(call)
-    assert begun.wait(60)
+    assert begun.wait(HANGS)
     call.future.cancel()
     goes_on.set()
     later = Call("masked", lambda model, items, between: items, [2])
@@ -288,17 +289,17 @@ def test_sigterm_lets_running_requests_end(homes, monkeypatch):
     """The command in this process and thread, with its own handling of the signal; clients in another."""
     messages, may_step, steps = queue.Queue(), threading.Event(), slots.Pool.step
     monkeypatch.setattr(command, "log", messages.put)
-    monkeypatch.setattr(slots.Pool, "step", lambda pool, n=slots.CHUNK: (may_step.wait(60), steps(pool, n))[1])
+    monkeypatch.setattr(slots.Pool, "step", lambda pool, n=slots.CHUNK: (may_step.wait(HANGS), steps(pool, n))[1])
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     statuses, refused = [], []
 
     def clients():
         try:
-            while not (message := messages.get(timeout=60)).startswith("serving causal at "):
+            while not (message := messages.get(timeout=HANGS)).startswith("serving causal at "):
                 pass
             url = message.split()[-1].rstrip("/")
             body = {"model": "causal", "prompt": "the king", "max_tokens": 9, "n": 5}
-            with concurrent.futures.ThreadPoolExecutor(3) as threads, httpx.Client(base_url=url, timeout=60) as client:
+            with concurrent.futures.ThreadPoolExecutor(3) as threads, httpx.Client(base_url=url, timeout=HANGS) as client:
                 answers = [threads.submit(client.post, "/v1/completions", json=body | {"seed": i}) for i in range(3)]
                 held = ("bothways_slots_busy", "bothways_requests_waiting")
                 lines = lambda: [line.split() for line in client.get("/metrics").text.splitlines()]  # noqa: E731
