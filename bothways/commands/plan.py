@@ -65,7 +65,7 @@ def plan(argv: list[str]) -> None:
             decoded = plan_decoding(recipe, topology, options.rows, options.block)
         except InputError as e:
             log(str(e))
-    for p in plans if options.json else plans[:1]:
+    for p in plans if options.json and options.search else plans[:1]:
         both = dataclasses.asdict(p) | {"decode": decoded and dataclasses.asdict(decoded)}
         emit(both, options.json, shown(p, decoded, options.profile))
 
