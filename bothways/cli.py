@@ -185,7 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-      the exit code: 0 done, 2 bad input, 3 diverged, 143 stopped by SIGTERM with the state saved, 1 anything else.
+      the exit code: 0 done, 2 bad input or a full disk, 3 diverged; 143 after SIGTERM, 130 after Ctrl-C and 129 after a
+      closed terminal, where training saves its state first; 1 anything else.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):

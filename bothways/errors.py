@@ -17,7 +17,7 @@ class Busy(Exception):
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C came; the state is saved. Exit code 143, or 130 after Ctrl-C."""
+    """SIGTERM or Ctrl-C came, or the terminal was closed; the state is saved. Exit code 143, 130 or 129."""
 
     def __init__(self, message: str, signal: int = 15):
         super().__init__(message)

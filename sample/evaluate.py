@@ -83,7 +83,8 @@ def evaluate(
 
     Args:
       log: gets what else a reader of the figures should know, such as sacrebleu's signatures.
-      limit: at most so many rows or pairs of a split, spread evenly; 0: all rows, and at most MOST_PAIRS pairs.
+      limit: at most so many rows or pairs of a split, spread evenly; 0: all rows, and at most MOST_PAIRS pairs. A bound on
+        running text uses at most BOUND_ROWS pieces.
 
     Raises:
       InputError: no such suite, a corpus that cannot be read, or nothing in it that the model predicts.

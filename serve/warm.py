@@ -1,4 +1,4 @@
-"""Before the port opens: what the runs will take, and every program that a request may need, compiled."""
+"""Before the port opens: what the runs will take, and programs of slots and embeddings, compiled."""
 
 from collections.abc import Callable
 
@@ -29,8 +29,8 @@ def tell_memory(runs: Runs) -> None:
 
 
 def warm(runs: Runs) -> None:
-    """Load every run and compile what its slots need; of runs that embed, every number of rows of every
-    length. What masked runs fill and score compiles when it is first asked for."""
+    """Load every run and compile what its slots need; of masked runs and embedders, embeddings of every number of rows of
+    every length. Scores, fills, writing in blocks and fine-tuned heads compile at the first request."""
     for name, run in runs.served.items():
         loaded = runs.get(name)
         if loaded.pool is not None:

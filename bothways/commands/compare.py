@@ -21,8 +21,9 @@ def compare(
 
     Args:
         experiments: Any of directions, algorithms, modes, in-context, weights, prompts, generation, dial, shares; by
-            default all.
-        size: smoke, tiny (minutes), small (an hour on two cores, one more for dial, half of one for shares); or full, by your recipes.
+            default all nine.
+        size: smoke, tiny (minutes), small (on two cores an hour for the first seven, one more for dial, half of one for
+            shares); or full, by your recipes.
         causal: A recipe of a causal model (shakespeare_gpt).
         masked: A recipe of a bidirectional model; by default the hybrid one without causal rows, and shakespeare_bert.
         hybrid: A recipe trained in both directions (shakespeare_hybrid).

@@ -34,7 +34,8 @@ def evaluate(
         rule: How an lm-eval task scores a continuation: causal; pll_word (the default of masked models) or pll; bound (the
             default of diffusion models).
         tasks_from: A folder with your own lm-eval task definitions.
-        rows: Most rows (or pairs) of a split that are used, spread evenly; 0: all rows, or 4096 pairs.
+        rows: Most rows (or pairs) of a split that are used, spread evenly; 0: all rows, or 4096 pairs. A bound on running
+            text uses at most 64 pieces, whatever is given here.
         step: Which checkpoint: newest, best (on held-out text), or the step of a kept one.
         json: One JSON object per metric.
     """

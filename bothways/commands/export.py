@@ -31,8 +31,8 @@ def export(
         embeds: Also make the directory open in sentence-transformers, with this pooling: the mean over all tokens, or the
             features of the first (cls) or the last. A run that came from there is exported as it came.
         dtype: Type in which matrices and tables are written; empty: that of the run. float16 and q8_0 are for GGUF.
-        push: A name on the hub, OWNER/NAME: the directory is uploaded there, private, with the token that `hf auth login`
-            stored.
+        push: A name on the hub, OWNER/NAME: the directory is uploaded there with the token that `hf auth login` stored. A
+            new repository is private; an existing one keeps its visibility.
         json: Print the result as one JSON object.
     """
     from bothways.convert.adapters import export_adapters

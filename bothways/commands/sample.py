@@ -64,8 +64,8 @@ def sample(
         num: Continuations of each prompt.
         seed: The same seed gives the same text.
         stop: End before this string; may be given several times.
-        block: Tokens per block, generated together (masked models: any number, by default 16; diffusion models: a block
-            size that they were trained on).
+        block: Tokens per block, generated together (masked models: up to half of the context, by default 16; diffusion
+            models: a block size that they were trained on, or as masked models if whole rows were among them).
         steps: Denoising steps per block, the most confident tokens first (masked models: 16; diffusion models: one per
             token).
         threshold: In every step, keep all tokens of at least this probability; 0 is off (masked, diffusion models).

@@ -50,7 +50,8 @@ def serve(
         max_tokens: Most tokens that a request may ask for, all its choices together.
         max_input: Most tokens in the texts of a request that embeds, ranks, scores, fills or classifies.
         max_body: Most bytes of a request's body.
-        warm: Load and compile everything before the port opens.
+        warm: Before the port opens, load every run and compile what its slots need, and the embeddings of masked runs and
+            embedders. Scores, fills, writing in blocks and fine-tuned heads compile at the first request.
         merge_adapters: Merge adapters into their base. With --no-merge-adapters they stay apart from it, and a base that
             several runs share is in memory once; each token takes longer.
         mesh: Devices over which the parameters are sharded.

@@ -1,4 +1,4 @@
-"""What --warm promises: nothing is compiled once the port is open."""
+"""What --warm promises: embeddings compile nothing once the port is open."""
 
 import random
 
