@@ -87,6 +87,17 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def decaying_only_matrices(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """For an optimizer that needs parameters for nothing but their decay, and has no mask for some of them: what does not
+    decay is shown to it as zeros."""
+
+    def update(grads: optax.Updates, state: optax.OptState, params: optax.Params):
+        shown = jax.tree.map(lambda p, decays: p if decays else jnp.zeros_like(p), params, decayed(params))
+        return optimizer.update(grads, state, shown)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then the optimizer, with decoupled weight decay scaled by the learning rate."""
     rate = schedule(cfg, steps, cfg.learning_rate)
@@ -105,16 +116,17 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
                 optax.scale_by_learning_rate(rate),
             )
         case "muon":
-            update = optax.contrib.muon(
+            muon = optax.contrib.muon(
                 rate,
                 beta=cfg.momentum,
                 eps=cfg.eps,
                 weight_decay=cfg.weight_decay,
-                weight_decay_mask=decayed,
+                weight_decay_mask=decayed,  # a part of the state of runs that are resumed
                 adam_b1=cfg.b1,
                 adam_b2=cfg.b2,
                 adam_weight_decay=cfg.weight_decay,
                 adam_learning_rate=schedule(cfg, steps, cfg.adam_learning_rate or cfg.learning_rate),
                 muon_weight_dimension_numbers=matrices,
             )
+            update = decaying_only_matrices(muon)
     return optax.chain(clip_by_global_norm(cfg.clip_norm), update) if cfg.clip_norm else update

@@ -63,6 +63,18 @@ def test_weight_decay_spares_biases_and_norms(params):
         assert flag == ("kernel" in name or "embedding" in name), name
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "lion"])
+def test_without_a_gradient_only_matrices_and_tables_shrink(params, name):
+    cfg = OptimizerConfig(name=name, learning_rate=0.5, weight_decay=0.1, schedule="constant", warmup_steps=0)
+    optimizer, ones = make_optimizer(cfg, 10), jax.tree.map(jnp.ones_like, params)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(optimizer.update)(zero, jax.jit(optimizer.init)(ones), ones)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        at = jax.tree_util.keystr(path)
+        shrinks = "kernel" in at or "embedding" in at
+        np.testing.assert_allclose(update, np.full_like(update, -0.05 * shrinks), rtol=1e-6, err_msg=at)
+
+
 def test_weight_decay_is_scaled_by_the_rate(params):
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, weight_decay=0.1, schedule="constant"), 10)
     zero = jax.tree.map(jnp.zeros_like, params)
