@@ -28,6 +28,18 @@ def chat_model(model: TextModel, block: int | None = None) -> Model:
         raise InputError(
             f"{model.run.home} is a {model.recipe.family} run and cannot chat: only decoders go on from a conversation"
         )
+    check_block(model, block)
+    tokenizer = copy.copy(model.tokenizer)
+    tokenizer.encode = functools.partial(chat.encode, model.tokenizer)  # type: ignore[method-assign]
+    tokenizer.opening, tokenizer.eos = (), chat.end_of_turn(model.tokenizer)
+    return open_model(dataclasses.replace(model.run, tokenizer=tokenizer))
+
+
+def check_block(model: Model, block: int | None) -> None:
+    """
+    Raises:
+      InputError: a diffusion run that does not write answers in blocks of this size, or in none at all.
+    """
     if isinstance(model, DiffusionModel):
         sizes = sorted({*model.block_sizes} - {0})
         if not sizes or (block is not None and block not in sizes):
@@ -35,10 +47,6 @@ def chat_model(model: TextModel, block: int | None = None) -> Model:
                 f"an answer is written in blocks that the run was trained on, {', '.join(map(str, sizes)) or 'and it has none'}"
                 f"{'' if block is None else f'; --block is {block}'}: a row written whole does not end where the answer does"
             )
-    tokenizer = copy.copy(model.tokenizer)
-    tokenizer.encode = functools.partial(chat.encode, model.tokenizer)  # type: ignore[method-assign]
-    tokenizer.opening, tokenizer.eos = (), chat.end_of_turn(model.tokenizer)
-    return open_model(dataclasses.replace(model.run, tokenizer=tokenizer))
 
 
 def answer_prompts(model: TextModel, prompts: Sequence[str], system: str = "", **options: Any) -> list[Sample]:

@@ -253,7 +253,7 @@ class Programs:
             return 0
         return min(self.slots, max(1, (TOGETHER if platform() == "cpu" else self.piece * self.slots) // length))
 
-    def wishes(self, eos: int) -> Slots:
+    def wishes(self) -> Slots:
         """Of slots that hold nothing."""
         B = self.slots
         return Slots(
@@ -262,7 +262,7 @@ class Programs:
             live=np.zeros(B, bool),
             count=np.zeros(B, np.int32),
             limit=np.zeros(B, np.int32),
-            eos=np.full(B, eos, np.int32),
+            eos=np.full(B, -1, np.int32),
             temperature=np.ones((B, 1), np.float32),
             top_k=np.zeros((B, 1), np.int32),
             top_p=np.ones((B, 1), np.float32),

@@ -279,4 +279,4 @@ class Runs:
             has_source=model.has_source,
             never=never_drawn(run.tokenizer),
         )
-        return Pool(programs, model.run.params, eos=run.tokenizer.eos, prefixes=prefixes)
+        return Pool(programs, model.run.params, prefixes=prefixes)

@@ -44,6 +44,8 @@ class Generation:
     method: SamplingParams
     max_tokens: int
     emit: Callable[[list[int], list[float], list[list[tuple[int, float]]], str], bool]
+    eos: int = -1
+    """The token that ends it; -1: none does."""
     source: list[int] = dataclasses.field(default_factory=list)
     tops: int = 0
     gone: Callable[[], bool] = lambda: False
@@ -69,8 +71,8 @@ class Pool:
       prefixes: where pieces are kept; None where rows have sources, whose targets begin with nothing in common.
     """
 
-    def __init__(self, programs: Programs, params: Any, *, eos: int, prefixes: PrefixCache | None = None):
-        self.programs, self.params, self.eos, self.prefixes = programs, params, eos, prefixes
+    def __init__(self, programs: Programs, params: Any, *, prefixes: PrefixCache | None = None):
+        self.programs, self.params, self.prefixes = programs, params, prefixes
         self.slots, self.size, self.piece = programs.slots, programs.size, programs.piece
         self.rows: list[Generation | None] = [None] * self.slots
         self.state: State | None = None
@@ -214,7 +216,7 @@ class Pool:
         row.read += count
 
     def _wishes(self) -> Slots:
-        wishes = self.programs.wishes(self.eos)
+        wishes = self.programs.wishes()
         for i, row in enumerate(self.rows):
             if row is None:
                 continue
@@ -225,7 +227,7 @@ class Pool:
             wishes.key[i], wishes.count[i], wishes.limit[i] = row.key, row.count, row.max_tokens
             for name in ("temperature", "top_k", "top_p", "min_p", "greedy", "filtered"):
                 getattr(wishes, name)[i] = getattr(row.method, name)
-            wishes.tops[i] = row.tops > 0
+            wishes.eos[i], wishes.tops[i] = row.eos, row.tops > 0
         return wishes
 
     def step(self, most: int = CHUNK) -> int:
@@ -250,7 +252,7 @@ class Pool:
             row.count += new
             total += new
             said = tokens[i, :new].tolist()
-            stop = "eos" if said and said[-1] == wishes.eos[i] else "max_tokens" if row.count >= row.max_tokens else ""
+            stop = "eos" if said and said[-1] == row.eos else "max_tokens" if row.count >= row.max_tokens else ""
             tops = [
                 list(zip(ids[i, j, : row.tops].tolist(), values[i, j, : row.tops].tolist(), strict=True))
                 for j in range(new if row.tops else 0)

@@ -4,14 +4,17 @@ import asyncio
 import dataclasses
 import functools
 import secrets
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from bothways.data.chat import end_of_turn
 from bothways.data.tokenizer import MASK
 from bothways.errors import InputError
+from bothways.sample.chat import chat_model, check_block
 from bothways.sample.sampling_params import SamplingParams
 from bothways.sample.text import cut_at_stop, draw_keys, shown_so_far, utf8_so_far
 from bothways.serve.engine import Call, Engine, Writing
@@ -100,6 +103,9 @@ class Wanted:
     ids: list[int]
     source: list[int]
     max_tokens: int
+    eos: int = -1
+    """The token that ends a text; -1: none does."""
+    chat: bool = False
 
 
 def wanted(
@@ -132,7 +138,8 @@ def wanted(
             "shorten one of them"
             + (f", or serve it with --context {run.context_length} at most" if context < run.context_length else "")
         )
-    return Wanted(prompt, ids, source, most)
+    eos = tokenizer.eos if chat is None else end_of_turn(tokenizer)
+    return Wanted(prompt, ids, source, most, eos, chat is not None)
 
 
 def seed_of(request: Drawing) -> int:
@@ -153,8 +160,27 @@ class InBlocks:
     """What each choice has shown: where a call is computed again, without those it was computed with, not twice."""
 
 
-def write_blocks(options: dict[str, Any], model: Any, items: list[InBlocks], between: Callable[[], None]) -> list[None]:
-    """What `model.sample` writes for prompts of several requests together, each with its own seed and length."""
+CHATTING: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""For loaded runs, what answers conversations with their parameters, so that it is compiled once."""
+
+
+def chatting(model: Any, block: int | None) -> Any:
+    """As `chat_model`."""
+    check_block(model, block)
+    if model not in CHATTING:
+        CHATTING[model] = chat_model(model)
+    return CHATTING[model]
+
+
+def write_blocks(
+    options: dict[str, Any], chat: bool, model: Any, items: list[InBlocks], between: Callable[[], None]
+) -> list[None]:
+    """What `model.sample` writes for prompts of several requests together, each with its own seed and length.
+
+    Args:
+      chat: whether a chat template wrote the prompts.
+    """
+    model = chatting(model, options.get("block")) if chat else model
     num, texts = options["num"], {}
 
     def stream(i: int, piece: str) -> None:
@@ -206,13 +232,14 @@ class Written:
         for p, prompt in enumerate(self.prompts):
             keys = draw_keys([prompt.prompt], self.count, seed)
             for n, key in enumerate(keys):
-                text = Text(tokenizer.decode, request.stops, tokenizer.eos)
+                text = Text(tokenizer.decode, request.stops, prompt.eos)
                 generation = Generation(
                     prompt.ids,
                     np.asarray(jax.random.key_data(key)),
                     method,
                     prompt.max_tokens,
                     emit=lambda *_: True,
+                    eos=prompt.eos,
                     source=prompt.source,
                     tops=self.tops,
                     gone=lambda: self.gone,
@@ -244,9 +271,12 @@ class Written:
             "remask": request.remask,
         }
         options |= {k: v for k, v in (("block", request.block), ("steps", request.steps)) if v is not None}
-        compute, alike = functools.partial(write_blocks, options), ("write", *sorted(options.items()))
         jobs = []
         for p, prompt in enumerate(self.prompts):
+            compute, alike = (
+                functools.partial(write_blocks, options, prompt.chat),
+                ("write", prompt.chat, *sorted(options.items())),
+            )
             item = InBlocks(prompt.prompt, prompt.max_tokens, seed, self._put, p * self.count, [""] * self.count)
             job = Call(self.run.name, compute, [item], alike, short=False, gone=lambda: self.gone)
             job.future.add_done_callback(self._failed)

@@ -92,7 +92,6 @@ def test_whole_runs_are_opened_as_ever_and_a_base_that_went_is_said(homes, tmp_p
 
 
 def written(loaded) -> list[int]:
-    loaded.pool.eos = -1
     loaded.pool.add(one := generation(loaded.pool, [7, 11, 5], 8))
     go(loaded.pool, lambda: not loaded.pool.busy)
     return one.said

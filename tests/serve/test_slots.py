@@ -25,9 +25,7 @@ def generation(pool, ids: list[int], most: int) -> Generation:
 
 @pytest.fixture(scope="module")
 def pool(homes):
-    pool = Runs(named([str(homes["causal"])]), Limits(**SLOTS)).get("causal").pool
-    pool.eos = -1
-    return pool
+    return Runs(named([str(homes["causal"])]), Limits(**SLOTS)).get("causal").pool
 
 
 def run(pool, until) -> None:
@@ -135,7 +133,6 @@ def test_slots_of_a_run_on_two_devices_write_what_one_device_writes(pool, homes)
     """Heads and their keys and values over `tensor`, as `serve --mesh.tensor 2` has them."""
     mesh, found = MeshConfig(data=1, tensor=2), []
     spread = Runs(named([str(homes["causal"])]), Limits(**SLOTS), mesh).get("causal").pool
-    spread.eos = -1
     for one in (pool, spread):
         rows = [generation(one, ids, 8) for ids in (KEPT, [3])]
         for row in rows:
