@@ -56,6 +56,8 @@ class PublishedTokenizer(Tokenizer):
     word stands for a space and its letters.
     """
 
+    encoding = 2
+
     def __init__(self, model: str, roles: dict[str, str], settings: dict[str, Any] | None = None):
         """
         Args:
@@ -116,11 +118,15 @@ class PublishedTokenizer(Tokenizer):
         return opening, around[1], around[2]
 
     def _without_control_tokens(self, model: str) -> tokenizers.Tokenizer:
-        """The same vocabulary, but a text's own "[SEP]" or "<|endoftext|>" is characters; the mask stays a token."""
-        parts = json.loads(model)
-        control = set(self.special) - {self.mask}
-        parts["added_tokens"] = [token for token in parts.get("added_tokens") or [] if token["id"] not in control]
+        """The same vocabulary, but a text's own "[SEP]" or "<|endoftext|>" is characters; the mask stays a token.
+
+        All added tokens stay in the file, since those that the model does not know get their ids by their order in it.
+        """
+        parts, control = json.loads(model), set(self.special) - {self.mask}
+        for token in parts.get("added_tokens") or []:
+            token["special"] = token["id"] in control
         plain = tokenizers.Tokenizer.from_str(json.dumps(parts))
+        plain.encode_special_tokens = True
         plain.no_truncation()
         plain.no_padding()
         return plain

@@ -50,6 +50,34 @@ def test_offsets_are_places_in_the_text(bpe, bert):
         assert found[-1][2] == len("the dog, caf\u00e9")
 
 
+@pytest.fixture(scope="module")
+def added(tmp_path_factory) -> PublishedTokenizer:
+    """Tokens that the model does not know: some special, some not, and the mask, as Qwen's and LLaDA's files have them."""
+    home = tmp_path_factory.mktemp("added")
+    save_tokenizer("gpt2", home)
+    file = json.loads((home / "tokenizer.json").read_text())
+    first = len(file["model"]["vocab"])
+    names = ["<|im_start|>", "<|im_end|>", "<think>", "<|mask|>", "</think>"]
+    same = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    file["added_tokens"] += [
+        {"id": first + n, "content": name, "special": "think" not in name, **same} for n, name in enumerate(names)
+    ]
+    (home / "tokenizer.json").write_text(json.dumps(file))
+    roles = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
+    (home / "tokenizer_config.json").write_text(json.dumps(roles))
+    return Tokenizer.load(home)
+
+
+def test_added_tokens_have_the_ids_of_the_file_whatever_stands_before_them(added):
+    ids = {name: added.fast.token_to_id(name) for name in ("<think>", "</think>", "<|mask|>", "<|im_end|>")}
+    a, b = added.encode("a"), added.encode("b")
+    assert added.encode("a<think>b</think>") == [*a, ids["<think>"], *b, ids["</think>"]]
+    assert added.encode("a[MASK]b") == [*a, added.mask, *b] == [*a, ids["<|mask|>"], *b]
+    assert added.encode_many(["a[MASK]b"]) == [added.encode("a[MASK]b")]
+    assert not {*added.special} & {*added.encode("a<|im_end|>b<|endoftext|>")}
+    assert added.decode(added.encode("a<|im_end|>b<think>")) == "a<|im_end|>b<think>"
+
+
 def test_wordpiece_has_no_padding_and_no_truncation_of_its_own(bert):
     """sentence-transformers leaves both in tokenizer.json; how long a row is, is our business."""
     ids = bert.encode("The dog sees the queen. " * 5)
