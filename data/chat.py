@@ -1,6 +1,7 @@
 """Conversations as tokens: a run's own chat template, in a sandbox, and which of the tokens are answers."""
 
 import bisect
+import datetime
 import functools
 import hashlib
 import json
@@ -31,6 +32,8 @@ PLAIN = (
 """The template of a run that has none of its own."""
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """What `{% generation %}` leaves in a rendered text until `render` takes it out: no characters, by Unicode's own word."""
+NOTHING = {"tools": None, "documents": None}
+"""What `transformers` gives a template besides messages, where there is none of it."""
 FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 """What a template may raise besides jinja2's own errors, since it computes."""
 
@@ -70,6 +73,7 @@ def _environment() -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
     return environment
 
@@ -100,7 +104,7 @@ def _write(tokenizer: Tokenizer, messages: Sequence[Message], open_answer: bool)
     names = _special_names(tokenizer)
     try:
         text = _compiled(template_of(tokenizer)).render(
-            messages=[dict(m) for m in messages], add_generation_prompt=open_answer, **names
+            messages=[dict(m) for m in messages], add_generation_prompt=open_answer, **NOTHING, **names
         )
     except jinja2.TemplateError as e:
         raise InputError(f"the chat template cannot write these messages: {e}") from e

@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import zstandard
 
@@ -25,15 +25,20 @@ from bothways.data.config import DataConfig
 from bothways.data.documents import pieces_of
 from bothways.data.mixture_config import parts_of
 from bothways.data.stores import AnyPath, Remote, is_remote
+from bothways.data.zstd import Zstd
 from bothways.errors import InputError
 
 SETTLED = 2_000_000_000
 """Nanoseconds after which a second change of a file cannot bear the same time as the first."""
 PLAIN = (".txt", ".md", ".text")
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".array_record")
+JSON_LINES = (".ndjson", ".json")
+"""Other endings of .jsonl. In a folder a plain .json says something about the text, and is left out; `*.json` takes it."""
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 """Endings of compressed files, behind another one, and what fsspec calls them."""
 SUFFIXES = (*PLAIN, *TABLES, *(kind + packed for kind in (*PLAIN, *TABLES[:3]) for packed in PACKED))
+ENDINGS = (*SUFFIXES, *JSON_LINES, *(kind + packed for kind in JSON_LINES for packed in PACKED))
+"""Of names that are files, although nothing is there."""
 LOG = logging.getLogger("bothways")
 
 
@@ -42,7 +47,13 @@ def kind(path: AnyPath) -> str:
     last = path.suffix.lower()
     if last.startswith(".array_record-"):  # a shard: a.array_record-00000-of-00002
         return ".array_record"
-    return PurePath(path.stem).suffix.lower() if last in PACKED else last
+    last = PurePath(path.stem).suffix.lower() if last in PACKED else last
+    return ".jsonl" if last in JSON_LINES else last
+
+
+def is_wanted(path: AnyPath, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file in a folder is one of these kinds."""
+    return kind(path) in suffixes and path.suffix.lower() != ".json"
 
 
 def looks_like_files(pattern: str) -> bool:
@@ -51,7 +62,7 @@ def looks_like_files(pattern: str) -> bool:
         is_remote(pattern)
         or Path(pattern).expanduser().exists()
         or any(c in pattern for c in "*?[")
-        or pattern.lower().endswith(SUFFIXES)
+        or pattern.lower().endswith(ENDINGS)
     )
 
 
@@ -64,12 +75,12 @@ def matching(pattern: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[AnyPath
       InputError: there are none.
     """
     if is_remote(pattern):
-        return list(stores.matching(pattern, lambda p: kind(p) in suffixes, suffixes))
+        return list(stores.matching(pattern, lambda p: is_wanted(p, suffixes), suffixes))
     path = Path(pattern).expanduser()
     if path.is_dir():
         every = list(inside(path))
-        found = [p for p in every if kind(p) in suffixes]
-        others = sorted({kind(p) or p.name for p in every} - set(suffixes))
+        found = [p for p in every if is_wanted(p, suffixes)]
+        others = sorted({p.suffix.lower() or p.name for p in every if not is_wanted(p, suffixes)})
         if others:
             LOG.warning(
                 "%s: left out %d file(s) of other kinds: %s", path, len(every) - len(found), ", ".join(others[:8])
@@ -171,33 +182,6 @@ def opened(path: AnyPath) -> Iterator[BinaryIO]:
         ) from e
 
 
-class Zstd(io.RawIOBase):
-    """All frames of a .zst. Raises EOFError if the last has no end: the library's own reader takes that for the end of
-    the text, and the end of the first frame too."""
-
-    def __init__(self, raw: BinaryIO):
-        self.raw, self.frame = raw, zstandard.ZstdDecompressor().decompressobj()
-        self.ready, self.begun = memoryview(b""), False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, into: Any) -> int:
-        while not self.ready:
-            packed = (self.frame.unused_data if self.frame.eof else b"") or self.raw.read(2**18)
-            if self.frame.eof:
-                self.frame, self.begun = zstandard.ZstdDecompressor().decompressobj(), False
-            if not packed:
-                if self.begun:
-                    raise EOFError("the last frame has no end")
-                return 0
-            self.begun = True
-            self.ready = memoryview(self.frame.decompress(packed))
-        count = min(len(into), len(self.ready))
-        into[:count], self.ready = self.ready[:count], self.ready[count:]
-        return count
-
-
 def file_at(name: str) -> AnyPath:
     """One file that a field names, on a disk or behind a URL."""
     return Remote(name) if is_remote(name) else Path(name).expanduser()
@@ -271,7 +255,9 @@ def records(path: AnyPath) -> Iterator[tuple[int, dict]]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as e:
-                raise InputError(f"{path}, line {number}: not JSON ({e.msg}): {line[:60].rstrip()!r}") from e
+                raise InputError(
+                    f"{path}, line {number}: not JSON ({e.msg}): {line[:60].rstrip()!r}; write one object per line"
+                ) from e
             if not isinstance(record, dict):
                 raise InputError(f"{path}, line {number}: wanted a JSON object, got {line[:60].rstrip()!r}")
             yield number, record_files.whole_characters(record, line, f"{path}, line {number}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from bothways.chips import Topology
 from bothways.data import prepared
 from bothways.data.config import VOCABULARIES, VOCABULARY_FILES, DataConfig
-from bothways.data.files import SUFFIXES, looks_like_files, matching
+from bothways.data.files import ENDINGS, looks_like_files, matching
 from bothways.data.mixture_config import config_of, folders, moved, parts_of
 from bothways.data.stores import is_remote
 from bothways.errors import InputError
@@ -91,7 +91,7 @@ def is_path(name: str) -> bool:
 
 def is_raw_url(name: str) -> bool:
     """Whether a URL is surely no directory of prepared text, by its name."""
-    return is_remote(name) and (any(c in name for c in "*?[") or name.lower().endswith(SUFFIXES))
+    return is_remote(name) and (any(c in name for c in "*?[") or name.lower().endswith(ENDINGS))
 
 
 def how_to_prepare(recipe: Recipe, raw: list[str], bucket: str) -> str:

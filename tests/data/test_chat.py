@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import fsspec
 import numpy as np
@@ -105,6 +106,14 @@ def test_an_opening_token_stands_there_once(plain):
 def test_templates_that_cannot_be_used(template, match):
     with pytest.raises(InputError, match=match):
         chat.encode_conversation(byte_level(template), TALK)
+
+
+def test_a_template_may_ask_for_the_date_and_for_tools(plain):
+    plain = copy.copy(plain)
+    plain.chat_template = (
+        "{% if tools is not none %}tools{% endif %}{{ strftime_now('%Y') }} {{ messages[0].content }}{{ eos_token }}"
+    )
+    assert re.fullmatch(r"20\d\d a\[SEP\]", chat.render(plain, [{"role": "user", "content": "a"}]))
 
 
 def test_messages_hold_no_control_tokens(plain):

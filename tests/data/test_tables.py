@@ -1,5 +1,6 @@
 """What tables, folders and file names say: nothing is left out, mixed or misread in silence."""
 
+import gzip
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from bothways.data import files, tasks, tokens
 from bothways.data.config import DataConfig
 from bothways.data.corpora import load
 from bothways.errors import InputError
+from tests.data import helpers
 
 
 def read(path, text: str) -> list[dict]:
@@ -139,3 +141,23 @@ def test_a_line_longer_than_sentencepiece_takes_is_trained_on():
 
 def test_jsonl_of_other_capitals_is_jsonl(tmp_path):
     assert read(tmp_path / "a.JSONL", json.dumps({"text": "a"}) + "\r\n") == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.ndjson", "a.json.gz", "A.JSON"])
+def test_lines_of_json_are_records_under_other_names_too(tmp_path, cache_dir, name):
+    lines = "".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(30))
+    (tmp_path / name).write_bytes(gzip.compress(lines.encode()) if name.endswith("gz") else lines.encode())
+    for pattern in (name, "*" + name[1:]):
+        assert [*helpers.in_all(helpers.load(tmp_path / pattern, cache_dir)).values()] == [
+            f"document {n}" for n in range(30)
+        ]
+
+
+def test_one_array_of_json_is_refused_and_a_folders_json_is_left_out(tmp_path, cache_dir, caplog):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "info.json").write_text('[\n{"text": "a"}\n]\n')
+    (tmp_path / "text" / "b.jsonl").write_text('{"text": "document"}\n')
+    assert helpers.in_all(helpers.load(tmp_path / "text", cache_dir)) == {"b.jsonl:1": "document"}
+    assert "left out 1 file(s) of other kinds: .json" in caplog.text
+    with pytest.raises(InputError, match="line 1: not JSON .* write one object per line"):
+        helpers.in_all(helpers.load(tmp_path / "text" / "info.json", cache_dir))
