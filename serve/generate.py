@@ -231,7 +231,10 @@ async def chat_completions(request: Request) -> Response:
     def encoded() -> Wanted:
         prompt = chat.render(run.tokenizer, messages)
         context = server.engine.runs.context_of(run)
-        return wanted(run, context, prompt, most, None, chat.encode(run.tokenizer, prompt))
+        found = wanted(run, context, prompt, most, None, chat.encode(run.tokenizer, prompt))
+        if most is None:  # as many as fit, and no more than a request may have
+            found.max_tokens = max(1, min(found.max_tokens, server.settings.max_tokens // (given.n or 1)))
+        return found
 
     prompts = [await run_in_threadpool(encoded)]
     check_total(server, run, given, prompts)
@@ -274,7 +277,7 @@ async def infill(request: Request, given: shapes.CompletionRequest, run: Served,
     prompts = [Wanted(text, ids, [], size) for text, ids in zip(texts, encoded, strict=True)]
     check_total(server, run, given, prompts)
     n, seed = given.n or 1, seed_of(given)
-    options = {"steps": given.steps or 0, "threshold": given.threshold, "remask": given.remask}
+    options = {"steps": given.steps or 0, "threshold": given.threshold, "remask": bool(given.remask)}
     compute = functools.partial(fill_gaps, method_of(given), options, n)
     drawing = (given.temperature, given.top_k, given.top_p, given.min_p)
     alike = ("infill", n, *drawing, *options.values())

@@ -142,14 +142,14 @@ def reads_transposed(params: Any, slots: int) -> bool:
 
 
 def named(homes: Sequence[str]) -> dict[str, Served]:
-    """Runs by name: the last part of a directory, or NAME of NAME=DIRECTORY.
+    """Runs by name: the last part of a directory, or NAME of NAME=DIRECTORY. A directory that is there is one, whatever its name holds.
 
     Raises:
       InputError: two of one name, or a directory that is no run.
     """
     found: dict[str, Served] = {}
     for given in homes:
-        name, equals, home = given.partition("=")
+        name, equals, home = (given, "", "") if Path(given).expanduser().is_dir() else given.partition("=")
         path = directory(home if equals else given)
         name = name if equals else Path(str(path)).resolve().name
         if name in found:

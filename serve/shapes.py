@@ -11,6 +11,8 @@ Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 Some = Annotated[int, Meta(ge=1, le=1_000_000)]
 Choices = Annotated[int, Meta(ge=1, le=16)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Flag = bool | None
+"""null is OpenAI's word for the default."""
 Text = Annotated[str, Meta(min_length=1)]
 Texts = Annotated[list[Text], Meta(min_length=1, max_length=2048)]
 Stop = Text | Annotated[list[Text], Meta(max_length=16)] | None
@@ -58,14 +60,14 @@ def texts_of(given: Any, tokenizer: Any) -> list[str]:
 
 
 class StreamOptions(Struct):
-    include_usage: bool = False
+    include_usage: Flag = False
 
 
 class Drawing(Struct, kw_only=True):
     """How text is written."""
 
     model: Text
-    stream: bool = False
+    stream: Flag = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -79,7 +81,7 @@ class Drawing(Struct, kw_only=True):
     steps: Some | None = None
     """Denoising steps for a block."""
     threshold: Share = 0.0
-    remask: bool = False
+    remask: Flag = False
 
     @property
     def stops(self) -> list[str]:
@@ -93,7 +95,7 @@ class CompletionRequest(Drawing, kw_only=True):
     """Text behind the gap, of runs that read both ways; max_tokens is the size of the gap."""
     max_tokens: Some | None = None
     logprobs: Logprobs | None = None
-    echo: bool = False
+    echo: Flag = False
 
 
 class Part(Struct):
@@ -114,7 +116,7 @@ class ChatRequest(Drawing, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)]
     max_tokens: Some | None = None
     max_completion_tokens: Some | None = None
-    logprobs: bool = False
+    logprobs: Flag = False
     top_logprobs: Logprobs | None = None
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import secrets
 import weakref
+import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -143,7 +144,9 @@ def wanted(
 
 
 def seed_of(request: Drawing) -> int:
-    return secrets.randbits(31) if request.seed is None else request.seed & (2**63 - 1)
+    """32 bits, which is what JAX takes: of a seed that has more, or is negative, a checksum."""
+    seed = secrets.randbits(31) if request.seed is None else request.seed
+    return seed if 0 <= seed < 2**32 else zlib.crc32(str(seed).encode())
 
 
 @dataclasses.dataclass(eq=False)
@@ -268,7 +271,7 @@ class Written:
             "num": self.count,
             "stop": tuple(request.stops),
             "threshold": request.threshold,
-            "remask": request.remask,
+            "remask": bool(request.remask),
         }
         options |= {k: v for k, v in (("block", request.block), ("steps", request.steps)) if v is not None}
         jobs = []
