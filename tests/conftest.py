@@ -1,5 +1,7 @@
 """Eight fake CPU devices, quick compilation, and a cache of what was compiled. Set before JAX is imported."""
 
+import contextlib
+import gc
 import importlib.util
 import mmap
 import os
@@ -26,6 +28,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Two workers share two cores: products of tiny matrices would only wait for one another's threads.
+for library in ("OMP", "MKL", "OPENBLAS", "RAYON"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import dataclasses
 
@@ -37,6 +42,7 @@ from bothways.config import MeshConfig, OptimizerConfig, TrainConfig
 from bothways.data.config import DataConfig
 from bothways.model.config import TransformerConfig
 from bothways.recipes import Recipe
+from bothways.train.report import Reporter
 from tests.corpus import made_up_text
 
 HERE = Path(__file__).parent
@@ -61,6 +67,12 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     order = {HERE / name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_collection_finish():
+    """What all modules hold is never looked through again for garbage: some million objects of torch and JAX."""
+    gc.collect()
+    gc.freeze()
 
 
 def no_skip_of_parity(report, path: Path):
@@ -137,6 +149,24 @@ def one_device():
         make_mesh, devices = sharding.make_mesh, jax.devices()[:1]
         patch.setattr(sharding, "make_mesh", lambda cfg: make_mesh(cfg, devices))
         patch.setattr(jax, "device_count", lambda: 1)
+        yield
+
+
+PLOT = Reporter.plot
+
+
+@contextlib.contextmanager
+def plotting(how=PLOT):
+    """Runs in here draw loss.png."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reporter, "plot", how)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_plots():
+    """A plot takes as long as a short run, so that none is drawn but those that are looked at."""
+    with plotting(lambda self: None):
         yield
 
 

@@ -10,6 +10,7 @@ from bothways import rundir
 from bothways.errors import InputError
 from bothways.files import read_json, write_whole
 from bothways.train.report import Reporter
+from tests.conftest import plotting
 
 
 @pytest.fixture
@@ -58,7 +59,8 @@ def test_a_loss_that_is_not_finite_is_null_among_the_metrics(tmp_path):
     reporter.log(1, {"loss": float("nan"), "grad_norm": float("inf")}, "")
     reporter.log(2, {"loss": 1.5}, "")
     reporter.close()
-    reporter.plot()
+    with plotting():
+        reporter.plot()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines == ['{"step": 1, "loss": null, "grad_norm": null}', '{"step": 2, "loss": 1.5}']
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -25,6 +25,7 @@ from bothways.sample import evaluate as figures
 from bothways.train import loop, steps
 from bothways.train.loop import Evaluator, train
 from bothways.train.steps import Throughput, run_steps
+from tests.conftest import plotting
 from tests.train.jobs import counting
 
 
@@ -42,7 +43,8 @@ def recipe(tiny_recipe):
 def whole(recipe, tmp_path_factory):
     """A run that nobody interrupts."""
     home = tmp_path_factory.mktemp("runs") / "whole"
-    return home, train(recipe, home)
+    with plotting():
+        return home, train(recipe, home)
 
 
 def params_of(home):
