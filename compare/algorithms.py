@@ -235,16 +235,21 @@ def conclude(found: dict[str, list[dict[str, list[int]]]], baseline: dict[str, d
             groups[task][f"{arm}, {length}"] = shown[arm, c]
     return Result(
         all_of(verdict(drop), verdict(curse)),
-        f"At lengths it never saw the causal model loses {format_difference(drop, sign='')} of its answers, and stands {format_difference(beyond)} against "
-        f"the better of 5-gram and nearest neighbour; asked backwards, facts told from one end only cost it "
-        f"{format_difference(curse, sign='')} against facts told from both.",
-        f"{len(found['causal'])} seeds; intervals are of seeds and items together, of facts over all seeds; a small model trained briefly fails tasks "
-        "that a larger one learns, so a failure at "
-        "trained lengths says nothing of the family. The claim counts as held only if both losses are significant.",
+        f"At lengths not seen in training, the accuracy of the causal model falls by {format_difference(drop, sign='')}; there it differs from "
+        f"that of the better of 5-gram and nearest neighbour by {format_difference(beyond)}. On facts queried backwards, its accuracy is lower by "
+        f"{format_difference(curse, sign='')} where training had the fact in one direction only than where it had both.",
+        f"{len(found['causal'])} seeds; intervals account for seeds and items together, those of facts pool all seeds. A small model trained briefly "
+        "fails tasks that a larger one learns, so a failure at trained lengths says nothing about the family. The claim holds only if both "
+        "losses are significant.",
         figures,
-        [Table("Share of answers that are right to the last character", ("task", *found, *baseline), rows)],
-        [(pictures.bars(groups, "right answers"), "Trained and longer lengths; 95 % intervals over seeds and items.")],
-        f"{format_difference(drop, sign='')} of the answers lost at longer lengths, {format_difference(curse, sign='')} of facts asked "
+        [Table("Share of answers that match exactly", ("task", *found, *baseline), rows)],
+        [
+            (
+                pictures.bars(groups, "right answers"),
+                "Exact match at trained and at longer lengths; 95 % intervals over seeds and items.",
+            )
+        ],
+        f"{format_difference(drop, sign='')} of accuracy lost at longer lengths, {format_difference(curse, sign='')} on facts queried "
         "backwards",
     )
 
@@ -255,9 +260,9 @@ EXPERIMENT = Experiment(
     "The architecture and input space is possible to present GPT with unseen tasks that if it could reason could answer is "
     "there, the question of how GPTv3 performs in rigorous testing would be a great question to answer, but its size prohibits "
     "all but its creators and a few choice others from really discovering where GPTv3 fails.",
-    "One model learns to copy, reverse, sort, add and tell the depth of brackets at short lengths, and is asked at longer ones; "
-    "it is told facts `A is B`, half of them from both ends, and asked from the other end. Taken here: it has failed to reason "
-    "where it answers what is like its training and not what follows from it.",
+    "One model learns to copy, reverse, sort, add and count the depth of brackets at short lengths, and is tested at longer ones. "
+    "It also sees facts `A is B`, half of them in both directions, and is queried in the other direction. A failure to reason is, "
+    "here, a right answer to what resembles the training data and a wrong one to what follows from it.",
     "GPT-3 (arXiv 2005.14165): sums of 4 digits 25.5 %, of 5 digits 9.3 %, reversed words 0.44 %; models that learn `A is B` "
     "do not learn `B is A` (arXiv 2309.12288).",
     run,

@@ -256,16 +256,16 @@ def _fixed(recipe: Recipe, steps: int, seed: int) -> Recipe:
 
 
 def asked(
-    model: MaskedModel, rows: Sequence[list[int]], places: list[list[int]], targets: list[list[int]]
+    model: MaskedModel, rows: Sequence[list[int]], positions: list[list[int]], targets: list[list[int]]
 ) -> list[np.ndarray]:
-    """For every row log p(target), in nats, at each of its places."""
+    """For every row log p(target), in nats, at each of its positions."""
     found: list[np.ndarray] = [np.zeros(0)] * len(rows)
     for some in batched(range(len(rows)), lambda i: (len(rows[i]),), rows_that_fit(model.recipe.model)):
-        chosen = ([values[i] for i in some] for values in (rows, places, targets))
+        chosen = ([values[i] for i in some] for values in (rows, positions, targets))
         batch = hidden_batch(*chosen, model.context_length, model.tokenizer.pad)
         logprobs = np.asarray(hidden_logprobs(model.run.module, model.run.params, batch))
         for k, i in enumerate(some):
-            found[i] = logprobs[k, : len(places[i])]
+            found[i] = logprobs[k, : len(positions[i])]
     return found
 
 

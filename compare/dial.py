@@ -169,12 +169,12 @@ def run(lab: ExperimentRunner) -> Result:
     of_real = lab.part("dial-real", lambda: real(lab))
     for seed in lab.seeds:
         for name, m in models.items():
-            told = lab.part(f"dial-nats-{name}-{seed}", lambda m=m, s=seed: nats(lab, m, s))
-            said = {
+            likelihoods = lab.part(f"dial-nats-{name}-{seed}", lambda m=m, s=seed: nats(lab, m, s))
+            texts = {
                 named(b): lab.part(f"dial-writes-{named(b)}-{seed}", lambda b=b, s=seed: writes(lab, b, s))
                 for b in (sizes if name == "all" else ())
             }
-            found[name].append({"nats": told, "writes": said})
+            found[name].append({"nats": likelihoods, "writes": texts})
     fast = {named(b): lab.part(f"dial-speeds-{named(b)}", lambda b=b: speeds(lab, b)) for b in sizes}
     return conclude(found, of_real, fast)
 

@@ -52,10 +52,10 @@ def cloze(text: Text, count: int) -> list[tuple[list[int], int, list[int]]]:
     return found
 
 
-def cloze_right(model: MaskedModel, reading: str, tasks: list[tuple[list[int], int, list[int]]]) -> list[bool]:
+def cloze_right(model: MaskedModel, direction: str, tasks: list[tuple[list[int], int, list[int]]]) -> list[bool]:
     """Whether the right word wins; a tie counts as lost."""
     rows = [[*p[:at], c, *p[at + 1 :]] for p, at, choices in tasks for c in choices]
-    if reading == FORWARD:
+    if direction == FORWARD:
         scores = -forward_nats(model, rows)
     else:
         bos, eos, mask = model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.mask
@@ -68,10 +68,10 @@ def cloze_right(model: MaskedModel, reading: str, tasks: list[tuple[list[int], i
     return (scores[:, 0] > scores[:, 1:].max(axis=1)).tolist()
 
 
-def pairs_right(model: MaskedModel, reading: str, pairs: list[tuple[str, str, str]]) -> list[bool]:
+def pairs_right(model: MaskedModel, direction: str, pairs: list[tuple[str, str, str]]) -> list[bool]:
     """Whether the right sentence scores higher; a tie counts as lost."""
     ids = [model.tokenizer.encode(sentence) for _, *both in pairs for sentence in both]
-    scores = -forward_nats(model, ids) if reading == FORWARD else model.score_tokens(ids, "pll_word")
+    scores = -forward_nats(model, ids) if direction == FORWARD else model.score_tokens(ids, "pll_word")
     return (scores[::2] > scores[1::2]).tolist()
 
 
@@ -79,15 +79,15 @@ def measured(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, dict[str, 
     """By direction, for every item: bits of a piece; whether a pair, or a cloze, is right."""
     text, model, found = text_of(lab), lab.text(arm, seed), {}
     pairs, blanks = minimal_pairs(max(4, lab.size.items // 6)), cloze(text, max(4, lab.size.items // 2))
-    for reading, asks in directions(model).items():
+    for direction, asks in directions(model).items():
         pieces = text.pieces(max(4, lab.size.items // 12), model.recipe.model.context_length - 2)
-        nats = (forward_nats if reading == FORWARD else bound_nats)(asks, pieces)
-        right = pairs_right(asks, reading, pairs)
+        nats = (forward_nats if direction == FORWARD else bound_nats)(asks, pieces)
+        right = pairs_right(asks, direction, pairs)
         by_kind: dict[str, list[int]] = {}
         for (kind, *_), r in zip(pairs, right, strict=True):
             by_kind.setdefault(kind, []).append(int(r))
-        found[reading] = {"bits": (nats / np.log(2)).tolist(), "pairs": list(map(int, right)), "by_kind": by_kind}
-        found[reading]["cloze"] = list(map(int, cloze_right(asks, reading, blanks)))
+        found[direction] = {"bits": (nats / np.log(2)).tolist(), "pairs": list(map(int, right)), "by_kind": by_kind}
+        found[direction]["cloze"] = list(map(int, cloze_right(asks, direction, blanks)))
     return found
 
 
@@ -129,9 +129,9 @@ def conclude(found: dict, tuned: dict, fewer: list[list[float]], baseline: dict[
     by: dict[tuple[str, str, str], list[list[float]]] = {}
     size = baseline["bytes"]
     for arm, runs in found.items():
-        for reading in runs[0]:
+        for direction in runs[0]:
             for what in ("bits", "pairs", "cloze"):
-                by[what, arm, reading] = [run[reading][what] for run in runs]
+                by[what, arm, direction] = [run[direction][what] for run in runs]
 
     def estimate(what: str, values: list[list[float]]) -> Estimate:
         return mean(values, size) if what == "bits" else mean_share(values)
@@ -178,9 +178,9 @@ def conclude(found: dict, tuned: dict, fewer: list[list[float]], baseline: dict[
         Table("Masked against causal; the claim is that each is positive", ("measure", "difference", "claim"), rows)
     ]
     groups = {arm: {} for arm in found}
-    for (what, arm, reading), values in by.items():
+    for (what, arm, direction), values in by.items():
         if what != "bits":
-            groups[arm][f"{names[what]}, {reading}"] = mean_share(values)
+            groups[arm][f"{names[what]}, {direction}"] = mean_share(values)
     for arm, t in tuned.items():
         groups[arm]["fine-tuning"] = mean_share(t["test"])
     summary = [
@@ -190,36 +190,36 @@ def conclude(found: dict, tuned: dict, fewer: list[list[float]], baseline: dict[
     summary += [[f"causal, {rate:.0%} of the tokens", FORWARD, str(short), "", "", ""]]
     summary += [["counting words", "", *(f"{baseline[w]:.3f}" for w in ("bits", "pairs", "cloze", "tuned"))]]
     columns = ("model", "read", "bits per byte", "minimal pairs", "cloze, 1 of 10", "fine-tuned")
-    tables.insert(0, Table("Equal tokens seen; the last row but one at equal tokens asked for", columns, summary))
+    tables.insert(0, Table("At equal tokens seen; the last row but one at equal predicted tokens", columns, summary))
     finding = (
-        f"At equal tokens the masked model is {ranked({names[w]: e for w, e in better.items()})}, than the causal one; text costs "
-        f"it {format_difference(costs, ' bits per byte')}."
+        f"At equal tokens, against the causal model, the masked one is {ranked({names[w]: e for w, e in better.items()})}. "
+        f"Its bound on text differs from the causal likelihood by {format_difference(costs, ' bits per byte')}."
     )
     if "hybrid" in found:
         rows = []
-        for parent, reading in (("causal", FORWARD), ("masked", BOTH)):
+        for parent, direction in (("causal", FORWARD), ("masked", BOTH)):
             for what in ("bits", "pairs", "cloze"):
-                e = against(what, "hybrid", parent, reading, reading)
-                rows.append([f"{what}, {reading}, against {parent}", format_difference(e)])
+                e = against(what, "hybrid", parent, direction, direction)
+                rows.append([f"{what}, {direction}, against {parent}", format_difference(e)])
             rows.append([f"fine-tuning, against {parent}", format_difference(against("tuned", "hybrid", parent))])
         tables.append(
             Table("Hybrid minus each parent, at equal tokens (fewer bits are better)", ("measure", "difference"), rows)
         )
         forward, both = (against("bits", "hybrid", p, r, r) for p, r in (("causal", FORWARD), ("masked", BOTH)))
         costs_both = f"forward {format_difference(forward, ' bits')}, both ways {format_difference(both, ' bits')}"
-        finding += f" One set of weights for both readings costs: {costs_both}."
+        finding += f" The hybrid, one set of weights for both directions, against its parents: {costs_both} (fewer bits are better)."
     return Result(
         all_of(verdict(costs), *map(verdict, better.values())),
         finding,
-        f"{len(fewer)} seeds, each with its own model, pairs of models sharing the order of the data; "
-        f"{len(tuned['causal']['test'])} fine-tunings, for which those models take turns. Intervals are of seeds and items "
-        "together. The bound is not the likelihood: part of its distance is slack.",
+        f"{len(fewer)} seeds, a model for each; models of one seed see the data in the same order. "
+        f"{len(tuned['causal']['test'])} fine-tunings, which take these models in turn. Intervals account for seeds and items "
+        "together. A bound is not the likelihood: part of the difference is its slack.",
         figures,
         tables,
         [
             (
                 pictures.bars(groups, "accuracy", chance_of_pairs=0.5),
-                "Accuracy by model and reading; 95 % intervals over seeds and items.",
+                "Accuracy by model and direction; 95 % intervals over seeds and items.",
             )
         ],
         f"masked against causal: {format_difference(costs, ' bits per byte')}, {format_difference(better['tuned'])} of accuracy after fine-tuning",
@@ -232,8 +232,8 @@ EXPERIMENT = Experiment(
     "The main distinction is the uni-directional GPT architecture vs the bi-directional BERT architecture. This effects the "
     "input and the types of tasks each performs best on.",
     "Causal, masked (on exactly the same stack), hybrid (half of the rows each way) and BERT proper (masked and next sentences) "
-    "are trained on the same text. Each is scored in every reading that it was trained in: likelihood, minimal pairs from "
-    "templates, a word in the middle of held-out text, and a head tuned to tell whether two sentences agree.",
+    "are trained on the same text. Each is scored in every direction that it was trained in: likelihood, minimal pairs from "
+    "templates, cloze (a word in the middle of held-out text), and a head fine-tuned to tell whether two sentences agree.",
     "GPT-BERT (arXiv 2410.24159), from causal-only to masked-only, BLiMP scored both ways: 74.6 78.8 80.8 82.4 83.9 84.0 84.8 "
     "84.4 84.3. BERT (arXiv 1810.04805, table 5): MNLI 83.9 with both directions, 82.1 left to right.",
     run,

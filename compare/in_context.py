@@ -97,7 +97,7 @@ def documents(task: str, count: int) -> list[Asked]:
     return [TASKS[task][0](rng) for _ in range(count)]
 
 
-def nats(model: MaskedModel, reading: str, items: list[Asked]) -> np.ndarray:
+def nats(model: MaskedModel, direction: str, items: list[Asked]) -> np.ndarray:
     """[documents, positions] -log p of what stands at each position, given what stands before it and nothing behind.
 
     Read both ways, the position and all behind it, to the length of a training document, are hidden:
@@ -106,7 +106,7 @@ def nats(model: MaskedModel, reading: str, items: list[Asked]) -> np.ndarray:
     t, rows, positions, targets = model.tokenizer, [], [], []
     for text, at, _ in items:
         ids = [t.bos, *t.encode(text)]
-        if reading == FORWARD:
+        if direction == FORWARD:
             rows.append(ids)
             positions.append([p + 1 for p in at])
             targets.append([ids[p + 1] for p in at])
@@ -122,8 +122,8 @@ def run(lab: ExperimentRunner) -> Result:
 
     def measured(arm: str, seed: int) -> dict[str, list[list[float]]]:
         model = lab.toy("in-context", arm, seed, texts, row=4 * ROW, mask_rate=0.5, batch_size=8, longer=2)
-        (reading, asks), *_ = directions(model).items()
-        return {task: nats(asks, reading, documents(task, n)).tolist() for task in TASKS}
+        (direction, asks), *_ = directions(model).items()
+        return {task: nats(asks, direction, documents(task, n)).tolist() for task in TASKS}
 
     arms = lab.arms("causal", "masked")
     found = {a: [lab.part(f"in-context-{a}-{s}", lambda a=a, s=s: measured(a, s)) for s in lab.seeds] for a in arms}
@@ -176,22 +176,21 @@ def conclude(found: dict[str, list[dict[str, Any]]], best: dict[str, list[float]
         }
         series["best possible"] = [(i + 1, Estimate(v, v, v, 1)) for i, v in enumerate(best[task])]
         guess = float(-np.log(TASKS[task][1]))
-        picture = pictures.curves(series, "example in the document", "nats", a_guess=guess)
-        pictured.append((picture, f"{task.capitalize()}: surprise at the n-th answer."))
-    finding = f"The causal model gains {format_difference(used['causal'], ' nats')} along a document (mean of four tasks"
+        picture = pictures.curves(series, "example in the document", "loss, nats", a_guess=guess)
+        pictured.append((picture, f"{task.capitalize()}: loss on the n-th answer."))
+    finding = f"The loss of the causal model falls by {format_difference(used['causal'], ' nats')} along a document (mean of four tasks"
     share = used["causal"].value / np.mean([np.subtract(*parts(best[t])) for t in TASKS])
-    finding += f", {share:.0%} of what the best possible reader does)"
+    finding += f", {share:.0%} of what the best possible predictor achieves)"
     if "masked" in found:
         late_of = {a: np.mean([parts([r[t] for r in found[a]])[1] for t in TASKS], axis=0) for a in ("causal", "masked")}
         at, other = (str(mean(late_of[a])) for a in ("causal", "masked"))
-        finding += f"; late in a document its answers cost {at} nats, those of the masked model, shown the same, {other} "
+        finding += f". Late in a document its loss is {at} nats per answer, that of the masked model on the same answers {other} "
         finding += f"(difference {format_difference(difference(late_of['masked'], late_of['causal']))})"
     return Result(
         verdict(used["causal"]),
         finding + ".",
-        f"{len(found['causal'])} seeds, the same documents for all, and intervals of both together; "
-        "the weights cannot know the answers, which are drawn anew for "
-        "each document. The best possible reader knows the rules and counts exactly.",
+        f"{len(found['causal'])} seeds, the same documents for all; intervals account for both. The weights cannot hold the answers, "
+        "which are drawn anew for each document. The best possible predictor knows the rules and computes the exact posterior.",
         figures,
         [
             Table(
@@ -201,7 +200,7 @@ def conclude(found: dict[str, list[dict[str, Any]]], best: dict[str, list[float]
             )
         ],
         pictured,
-        f"{format_difference(used['causal'], ' nats')} gained along a document",
+        f"{format_difference(used['causal'], ' nats')} less loss along a document",
     )
 
 
@@ -211,8 +210,8 @@ EXPERIMENT = Experiment(
     "It is really the ability of GPTv3 to act on contextualized input so well, meaningfully changing next word probabilities "
     "based on contextual information.",
     "Documents whose answers follow from what stands before them in the same document, and from nothing else: a string repeated, "
-    "pairs to recall, points on a line, labels to infer. Surprise at the answers is measured along the document, beside that of "
-    "the best possible reader.",
+    "pairs to recall, points on a line, labels to infer. The loss on the answers is measured along the document, beside that of "
+    "the best possible predictor.",
     "Induction heads form early in training and carry in-context learning (Olsson et al. 2022); transformers learn linear "
     "functions in context as well as least squares (arXiv 2208.01066).",
     run,

@@ -163,8 +163,8 @@ class Tuned:
             self.module, objective = module_of(run.recipe, info), heads_objective()
             self._scores = jax.jit(lambda p, b: self.module.apply({"params": p}, b, True, method=own_head))
         else:
-            reading = list(directions(self.model).values())[-1]  # both ways, of a model that can
-            self.module = reading.run.module
+            scorer = list(directions(self.model).values())[-1]  # both ways, of a model that can
+            self.module = scorer.run.module
             objective = make_objective(ObjectiveConfig(kind="masked"), self.tokenizer.vocabulary())
         falling = OptimizerConfig(schedule="linear", warmup_steps=max(1, self.steps // 10), final_lr_ratio=0.0)
         self.optimizer = optax.chain(
@@ -214,8 +214,8 @@ class Tuned:
             if self.how == "head":
                 scores = np.asarray(self._scores(params, rows))
             else:
-                told = hidden_logits(self.module, params, rows["tokens"], rows["segments"], rows["mask_positions"])
-                scores = np.asarray(told)[:, 0, answer_ids(self.tokenizer)]
+                logits = hidden_logits(self.module, params, rows["tokens"], rows["segments"], rows["mask_positions"])
+                scores = np.asarray(logits)[:, 0, answer_ids(self.tokenizer)]
             found += scores.argmax(axis=1).tolist()
         found = found[: len(labels)]  # the last batch is filled with nothing
         return [a == b for a, b in zip(found, labels, strict=True)]

@@ -43,7 +43,7 @@ def texts(repeats: int = 40) -> tuple[list[str], list[str]]:
 def blend_of_independent(M: int, L: int, T: int = 1) -> float:
     """Probability that ceil(L / T) letters, each drawn by itself from M equally likely strings, are not of one string.
 
-    With T = 1 all L letters are drawn at once: 1 - M^(1-L). With more readings only the first draws blindly.
+    With T = 1 all L letters are drawn at once: 1 - M^(1-L). With more passes only the first draws blindly.
     """
     return 1 - M ** (1 - -(-L // T))
 
@@ -59,13 +59,13 @@ def kinds(case: int, drawn: list[str]) -> tuple[int, int, int]:
 
 
 def filled(masked: MaskedModel, case: int, T: int, n: int, seed: int) -> list[str]:
-    """n draws of a case's string, read both ways, in T readings, the most confident draws kept first."""
+    """n draws of a case's string, read both ways, in T passes, the most confident draws kept first."""
     L = CASES[case][1]
     row = [masked.tokenizer.bos, *masked.tokenizer.encode(document(case, MASK * L)), masked.tokenizer.eos]
-    places = [i for i, t in enumerate(row) if t == masked.tokenizer.mask]
+    positions = [i for i, t in enumerate(row) if t == masked.tokenizer.mask]
     rows = [list(row) for _ in range(n)]
-    masked.fill_rows(rows, [places] * n, T, **drawn(n, seed, case, T))
-    return [masked.tokenizer.decode([r[p] for p in places]) for r in rows]
+    masked.fill_rows(rows, [positions] * n, T, **drawn(n, seed, case, T))
+    return [masked.tokenizer.decode([r[p] for p in positions]) for r in rows]
 
 
 def written(model: TextModel, case: int, n: int, seed: int) -> list[str]:
@@ -110,7 +110,7 @@ def run(lab: ExperimentRunner) -> Result:
         top = f"{common[0][1] / valid:.2f}" if valid else "-"
         name = f"{M} strings of {L}, {arm}, {how}"
         rule = (
-            "of draws at temperature 1 with a letter of some string in each place, the share that mixes strings; the wider of "
+            "of draws at temperature 1 with a letter of some string at each position, the share that mixes strings; the wider of "
             "Wilson's interval of all draws and Student's over seeds"
         )
         figures.append(Measurement(f"blend rate, {name}", blends[arm, case, T], rule, expected=theory))
@@ -129,7 +129,7 @@ def conclude(
     low = min(e.low for _, e in once)
     calm = max(e.high for e in last + ahead)
     verdict = HOLDS if low > 0.3 and calm < 0.1 else FAILS if max(e.high for e in ahead) > low else OPEN
-    held = "Drawing many places at once is what gives the mean of the modes; reading both ways does not."
+    held = "Sampling many positions at once gives the mean of the modes; bidirectional attention does not."
     longest = max(L for _, L in CASES)
     series = {
         f"{arm}, {M} strings of {L}": [(T, e) for (a, c, T), e in blends.items() if (a, c) == (arm, case) and T]
@@ -141,26 +141,26 @@ def conclude(
         (float(T), Estimate(p, p, p, 1)) for T in (1, 2, 4, 8) if (p := blend_of_independent(2, longest, T)) is not None
     ]
     picture = pictures.curves(
-        series | {"theory, 2 strings": exact}, "readings T", "blend rate", log_x=True, at=(1, 2, 4, 8)
+        series | {"theory, 2 strings": exact}, "forward passes T", "blend rate", log_x=True, at=(1, 2, 4, 8)
     )
     return Result(
         verdict,
-        f"Of the strings filled in one reading at least {low:.0%} mix letters of several modes (theory, 1 - M^(1-L), says 50 % "
-        f"for the shortest); of those filled one letter a reading, or written left to right, at most {calm:.1%} do. "
-        + (held if verdict == HOLDS else "At this size the two are not apart."),
+        f"Of the strings filled in one forward pass, at least {low:.0%} mix letters of several modes (theory, 1 - M^(1-L), gives 50 % "
+        f"for the shortest); of those filled one letter per pass, or written left to right, at most {calm:.1%} do. "
+        + (held if verdict == HOLDS else "At this size the difference is not significant."),
         f"The exact rate lies in the 95 % interval of {right} of {len(once)} one-shot cells (each of {blends[once[0][0]].n} draws "
-        f"from {len(lab.seeds)} models); with all cells right, about 1 in 20 would miss by chance. "
-        "Each interval is the wider of that of all draws and that over seeds.",
+        f"from {len(lab.seeds)} models); if theory is right, about 1 in 20 misses by chance. "
+        "Each interval is the wider of the one over all draws and the one over seeds.",
         figures,
         [
             Table(
-                "Draws by case. blends: of the draws with a letter of some string in each place; other: all else. theory: letters "
-                "drawn independently in the first reading; exact for one reading, while later ones keep the most confident draws.",
+                "Draws by case. blends: of the draws that have a letter of some string at each position; other: all else. theory: letters "
+                "are drawn independently in the first pass; exact for one pass, while later passes keep the most confident draws.",
                 ("strings", "model", "how", "blends", "theory", "valid", "other", "modes met", "commonest"),
                 rows,
             )
         ],
-        [(picture, "Share of blended strings against the number of readings in which the longest strings are filled.")],
+        [(picture, "Share of blended strings by the number of forward passes in which the longest strings are filled.")],
         f"at least {low:.1%} of the strings filled at once blend, at most {calm:.1%} of those filled one at a time",
     )
 
@@ -171,8 +171,8 @@ EXPERIMENT = Experiment(
     "In those cases the images output are often the mean of the modes, looking like some poorly done mashup of the two "
     "classes of images. GPT doesn't seem to have this problem and is able to fit specific modes in the distribution.",
     "Documents hold one of M equally likely strings of L letters that share nothing. Each model draws strings: left to "
-    "right, or by filling L masks in T readings, with T from 1 (all at once) to L (one at a time).",
-    "Mask-Predict (arXiv 1904.09324) gains BLEU 18.05, 25.94, 27.03 with 1, 4, 10 readings: the first reading of a "
+    "right, or by filling L masks in T forward passes, with T from 1 (all at once) to L (one at a time).",
+    "Mask-Predict (arXiv 1904.09324) gains BLEU 18.05, 25.94, 27.03 with 1, 4, 10 passes: the first pass over a "
     "translation blends its modes too.",
     run,
     pilots=(Pilot(0.025, "in the rate of blends"),),

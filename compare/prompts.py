@@ -161,26 +161,26 @@ def conclude(curves: dict[tuple[str, str, int], list[list[int]]], many: dict[str
     further = [share_difference(w["prompt"], w["head"]) for w in moved.values()]
     return Result(
         all_of(*map(verdict, [*gains, *sharing, *further])),
-        f"Against a head, a prompt is {ranked(dict(zip((f'one task ({a})' for a in many), gains, strict=True)))}; "
+        f"A prompt, against a head, is {ranked(dict(zip((f'one task ({a})' for a in many), gains, strict=True)))}; "
         f"{ranked(dict(zip((f'four tasks in one model ({a})' for a in many), sharing, strict=True)))}; "
-        f"{ranked(dict(zip((f'passing on to a new task ({a})' for a in moved), further, strict=True)))}.",
+        f"{ranked(dict(zip((f'transfer to a new task ({a})' for a in moved), further, strict=True)))}.",
         f"{len(next(iter(curves.values())))} fine-tunings on one task, {len(next(iter(moved.values()))['head'])} on several, each with "
-        "its own examples and head; intervals are of them and of items together; each cell's rate is the best on "
-        "validation. The claim counts as held only if prompts win in data, in sharing and in transfer, for both models.",
+        "its own examples and head; intervals account for them and for items together; the learning rate of each cell is the best on "
+        "validation. The claim holds only if prompts win in data, in sharing and in transfer, for both models.",
         figures,
         [
             Table(
-                f"Accuracy on `{TASK}` after tuning on n examples (a guess has 0.5)",
+                f"Accuracy on `{TASK}` after fine-tuning on n examples (guessing: 0.5)",
                 ("model", "how", *map(str, COUNTS)),
                 rows,
             ),
             Table(
                 f"Four tasks, {SHARED} examples each, mean accuracy",
-                ("model", "one model, named tasks", "one body, many heads", "a model for each task", "named minus heads"),
+                ("model", "one model, prompts", "one body, many heads", "a model for each task", "prompts minus heads"),
                 shared_rows,
             ),
             Table(
-                f"What tuning on the other tasks adds to `{LEFT_OUT}` with {FEW} examples",
+                f"What fine-tuning on the other tasks adds to `{LEFT_OUT}` with {FEW} examples",
                 ("model", "prompt", "head"),
                 [[arm, format_difference(w["prompt"]), format_difference(w["head"])] for arm, w in moves.items()],
             ),
@@ -202,9 +202,9 @@ EXPERIMENT = Experiment(
     "The way its input tasks are structure the task description alongside additional information do more closely mimic human "
     "language understanding. It seems reasonable this could lead to more of a sharing of weights across tasks vs the encoding of "
     "seperate tasks on the same network (which would be the bear case for BERT).",
-    "The same models are tuned by a prompt with answer words and by a head, on 16 to 256 examples of generated tasks, at three "
-    "learning rates each. Then four tasks at once: named in the input of one model, as four heads on one body, as four models; and "
-    "a task that was left out is tuned on few examples after the others.",
+    "The same models are fine-tuned with a prompt and answer words, and with a head, on 16 to 256 examples of generated tasks, at "
+    "three learning rates each. Then on four tasks at once: one model with a prompt for each, one body with four heads, four models. "
+    "Last, a held-out task is fine-tuned on few examples after the others.",
     "Le Scao and Rush (arXiv 2103.08493): a prompt is worth 3506 examples of MNLI, 752 of BoolQ, 282 of RTE, and -424 of WiC.",
     run,
     pilots=(

@@ -101,13 +101,13 @@ def conclude(
         ["masked", "", "", value["both ways, masked"], value["hidden, masked"]],
     ]
     for x, found in costs.items():
-        told = [format_difference(found[what]) for what in MEASURES]
-        rows.append([f"{x:.2%} forward", value[f"forward, {x:.4g} forward"], told[0], told[1], told[2]])
+        shown = [format_difference(found[what]) for what in MEASURES]
+        rows.append([f"{x:.2%} forward", value[f"forward, {x:.4g} forward"], shown[0], shown[1], shown[2]])
     columns = ("rows", "forward, bits per byte", "minus causal", "both ways minus masked", "hidden minus masked")
     fair = {x: f for x, f in costs.items() if f["forward"].high <= PRICE and f["both ways"].high <= 0}
     dear = all(f["forward"].low > PRICE or f["both ways"].low > 0 for f in costs.values())
     best = min(fair or costs, key=lambda x: costs[x]["forward"].value)
-    told = {what: format_difference(costs[best][what]) for what in MEASURES}
+    shown = {what: format_difference(costs[best][what]) for what in MEASURES}
     series = {
         f"{what} minus {MEASURES[what][0]}": [(1 - x, f[what]) for x, f in costs.items()]
         for what in ("forward", "both ways")
@@ -124,15 +124,15 @@ def conclude(
     }
     return Result(
         verdict,
-        f"With {best:.2%} of the rows read forward, one set of weights costs {told['forward']} bits per byte against a causal "
-        f"model, and {told['both ways']} against a masked one, at equal tokens and equal compute.{so[verdict]}",
+        f"With {best:.2%} of the rows read forward, one set of weights costs {shown['forward']} bits per byte against a causal "
+        f"model, and {shown['both ways']} against a masked one, at equal tokens and equal compute.{so[verdict]}",
         f"{len(parents['causal'])} seeds that share the order of the data, {len(size)} held-out pieces. It counts as the price "
         f"of one where the whole interval forward is below {PRICE} and the whole interval both ways at most 0. The share that is "
         "named was chosen among all by these same figures.",
         figures,
         [Table("Fewer is better; the masked model is the hybrid with no row read forward", columns, rows)],
         [(picture, "What one set of weights costs over a model for one direction, by the share of rows read both ways.")],
-        f"forward {told['forward']}, both ways {told['both ways']} bits per byte",
+        f"forward {shown['forward']}, both ways {shown['both ways']} bits per byte",
     )
 
 

@@ -76,17 +76,17 @@ def hidden_nats(
 
     A model read forward is scored at the same positions, and sees all that stands before each.
     """
-    rng, rows, places, targets = np.random.default_rng(seed), [], [], []
+    rng, rows, positions, targets = np.random.default_rng(seed), [], [], []
     for piece in pieces:
         row = [model.tokenizer.bos, *piece, model.tokenizer.eos]
         chosen = sorted((rng.permutation(len(piece))[: max(1, round(rate * len(piece)))] + 1).tolist())
         targets.append([row[p] for p in chosen])
-        places.append(chosen)
+        positions.append(chosen)
         if getattr(model.run.module, "both_ways", True):
             row = [model.tokenizer.mask if i in set(chosen) else t for i, t in enumerate(row)]
         rows.append(row)
-    told = np.array([x.mean() for x in asked(model, rows, places, targets)])
-    return -told, -np.array([text.unigram[t].mean() for t in targets])
+    logprobs = np.array([x.mean() for x in asked(model, rows, positions, targets)])
+    return -logprobs, -np.array([text.unigram[t].mean() for t in targets])
 
 
 PAIRS: dict[str, list[tuple[str, str]]] = {

@@ -94,12 +94,12 @@ def order(lab: ExperimentRunner, arm: str, seed: int) -> dict[str, list[float]]:
     """[pieces] nats per token saved against the unigram, with the order of words and without it."""
     saved = {}
     for name, tag, data in (("with", "", None), ("without", "-shuffled", without_order(lab))):
-        reading = next(iter(directions(lab.text(arm, seed, tag=tag, data=data)).values()))
+        model = next(iter(directions(lab.text(arm, seed, tag=tag, data=data)).values()))
         text = text_of(lab)
         held = text.held if data is None else encoded(Path(data.validation), text)
         text = type(text)(text.tokenizer, text.train, held)
-        pieces = text.pieces(max(4, lab.size.items // 4), reading.context_length - 2)
-        nats, unigram = hidden_nats(reading, text, pieces, 0.15)
+        pieces = text.pieces(max(4, lab.size.items // 4), model.context_length - 2)
+        nats, unigram = hidden_nats(model, text, pieces, 0.15)
         saved[name] = (unigram - nats).tolist()
     return saved
 
@@ -133,7 +133,7 @@ def conclude(found: dict[str, list[dict]], saved: dict[str, list[dict]]) -> Resu
     kept = {arm: [np.divide(r["without"], np.mean(r["with"])) for r in runs] for arm, runs in saved.items()}
     for arm, runs in saved.items():
         shares[arm] = mean(kept[arm])
-        rule = "nats per token saved against the unigram without word order, over those saved with it; the same hidden places"
+        rule = "nats per token saved against the unigram without word order, over those saved with it; the same masked positions"
         figures.append(Measurement(f"kept without word order, {arm}", shares[arm], rule))
         saved_rows.append([arm, *(str(mean([r[k] for r in runs])) for k in ("with", "without")), str(shares[arm])])
     more_symmetric = difference(means["masked", "symmetry"], means["causal", "symmetry"])
@@ -141,16 +141,16 @@ def conclude(found: dict[str, list[dict]], saved: dict[str, list[dict]]) -> Resu
     layers = [p[0] for p in series["causal"]]
     return Result(
         all_of(verdict(more_symmetric), verdict(less_order)),
-        f"Trained both ways, what attention compares is more symmetric than trained forward by {format_difference(more_symmetric)}; "
-        f"when the words of each line are shuffled, the masked model keeps {shares['masked'].value:.0%} of what it had learned "
-        f"beyond word counts, the causal one {shares['causal'].value:.0%} (difference {format_difference(less_order)}).",
-        f"{len(kept['causal'])} seeds; a symmetric matrix asks whether two words belong together, whichever comes first. The "
-        "claim counts as held only if both differences do. Weights say what could be used, not what is.",
+        f"The symmetry of W_q W_k^T in the masked model differs from that in the causal model by {format_difference(more_symmetric)}. "
+        f"Trained on text whose words are shuffled within each line, the masked model keeps {shares['masked'].value:.0%} of what it learned "
+        f"beyond word counts, the causal model {shares['causal'].value:.0%} (difference {format_difference(less_order)}).",
+        f"{len(kept['causal'])} seeds. With a symmetric matrix, attention depends on whether two words belong together and not on which "
+        "comes first. The claim holds only if both differences are significant. Weights show what can be used, not what is used.",
         figures,
         [
             Table("W_q W_k^T by layer", ("model", "measure", "mean of layers", *(f"layer {i}" for i in layers)), rows),
             Table(
-                "Nats per token saved against word counts, on text as it is and with the words of each line shuffled",
+                "Nats per token saved against word counts, on text as it is and on text with the words of each line shuffled",
                 ("model", "with order", "without", "share kept"),
                 saved_rows,
             ),
@@ -171,7 +171,7 @@ EXPERIMENT = Experiment(
     "Built using a masking and a next-sentence prediction framework, its weights probably encode less of the structure of the "
     "english language as opposed to word-relation understandings (note obviously these are just my opinions).",
     "Symmetry and direction of W_q W_k^T are measured in every layer of each model. As a control, causal and masked models are "
-    "trained again on the same text with the words of each line shuffled, which leaves relations and takes away order.",
+    "trained again on the same text with the words of each line shuffled, which keeps relations and removes order.",
     "Bidirectional training gives symmetric, causal training directional matrices in models up to billions of parameters "
     "(arXiv 2502.10927); BERT trained on shuffled text keeps most of its GLUE score (arXiv 2104.06644).",
     run,
