@@ -36,7 +36,7 @@ class Checkpoint:
     tensors: dict[str, Stored]
     tokenizer: Tokenizer
     embedding: EmbeddingInfo | None = None
-    """How it makes vectors, where it is a directory of sentence-transformers."""
+    """How it makes vectors, where it is a directory of sentence-transformers, or a GGUF file that says it."""
 
 
 def read(source: str) -> Checkpoint:
