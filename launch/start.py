@@ -1,12 +1,13 @@
 """Write a launch's files, and run its commands."""
 
 import dataclasses
+import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
-from bothways.chips import Topology
+from bothways.chips import CHIPS, TPU_NAMES, Topology
 from bothways.data import prepared
 from bothways.data.config import VOCABULARIES, VOCABULARY_FILES, DataConfig
 from bothways.data.files import SUFFIXES, looks_like_files, matching
@@ -54,7 +55,7 @@ def prepare(
       InputError: a topology, a bucket or a name that cannot be; or a recipe that cannot run on so many devices, or whose
         files stay here.
     """
-    where = GPUs.parse(topology) if on == "slurm" or is_gpu(topology) else Topology.parse(topology, slices)
+    where = parse_topology(on, topology, slices)
     if slices > 1 and isinstance(where, GPUs):
         raise InputError(f"--slices {slices} is for TPUs; more GPUs are more nodes: --topology {where.kind}:NODESxGPUS")
     recipe.check(where.devices_count)
@@ -73,6 +74,22 @@ def prepare(
         raise InputError(f"only the source tree and the recipe travel, and not {', '.join(left)}: {how}")
     job = Job(recipe, where, name, bucket, code=code_archive(), text=text, **options)
     return job, ENGINES[on](job)
+
+
+def parse_topology(on: str, text: str, slices: int) -> Topology | GPUs:
+    """GPUs for Slurm, TPUs for Cloud TPU and GKE; for SkyPilot GPUs unless the name is that of a TPU.
+
+    Raises:
+      InputError: what the launcher does not start, or a shape that cannot be.
+    """
+    kind = re.split("[:-]", text.lower().removeprefix("tpu-"))[0]
+    if on == "slurm" or (on == "sky" and kind not in TPU_NAMES):
+        return GPUs.parse(text)
+    if kind not in TPU_NAMES:
+        raise InputError(
+            f"--topology {text}: {kind!r} is no TPU; there are {', '.join(CHIPS)}. GPUs: --on slurm or --on sky"
+        )
+    return Topology.parse(text, slices)
 
 
 def unprepared(cfg: DataConfig) -> list[str]:
@@ -177,11 +194,6 @@ def files_left_here(recipe: Recipe, *, shared: bool) -> list[str]:
         for v in values
         if v and not is_remote(v) and not (shared and Path(v).expanduser().is_absolute())
     ]
-
-
-def is_gpu(topology: str) -> bool:
-    kind = topology.lower().split(":")[0]
-    return ":" in topology and kind.startswith(("gpu", "a1", "b1", "b2", "h1", "h2", "l4", "l40", "gb"))
 
 
 def check_prepared(job: Job) -> None:
