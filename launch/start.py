@@ -24,6 +24,8 @@ EMBEDDED = ("shakespeare", "bibles")
 MOST_SENT = 2_000_000_000
 """Bytes of files, at most, that launch itself prepares and sends along."""
 
+STDERR = 2
+"""The file descriptor: results alone go to standard output."""
 WHERE = {
     "gcloud": "https://cloud.google.com/sdk/docs/install, then `gcloud auth login`",
     "kubectl": "`gcloud components install kubectl`, then `gcloud container clusters get-credentials CLUSTER`",
@@ -206,7 +208,8 @@ def check_prepared(job: Job) -> None:
 
 
 def start(on: str, job: Job, launch: Launch, folder: Path, *, dry_run: bool) -> Launched:
-    """Write the files into `folder` and run the commands there; with dry_run neither.
+    """Write the files into `folder` and run the commands there; with dry_run neither. What the commands print goes to standard
+    error, behind the command that ends it all: the last of them may run until training is done.
 
     Raises:
       InputError: a program that the commands call is not here, or a command failed.
@@ -225,8 +228,9 @@ def start(on: str, job: Job, launch: Launch, folder: Path, *, dry_run: bool) -> 
         (folder / "recipe.json").write_text(job.recipe.to_json())
         for name, text in launch.files.items():
             (folder / name).write_text(text)
+        log(f"# to stop: {launch.stop}")
         for command in launch.commands:
-            code = subprocess.run(["bash", "-c", command], cwd=folder).returncode
+            code = subprocess.run(["bash", "-c", command], cwd=folder, stdout=STDERR).returncode
             if code:
                 raise InputError(
                     f"`{command}` ended with {code} in {folder}; put right what it says and run launch again"

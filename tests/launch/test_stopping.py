@@ -1,10 +1,12 @@
 """What a launch prints while it runs, and how it is watched and stopped."""
 
 import dataclasses
+import json
 import subprocess
 
 import pytest
 
+import bothways
 from bothways.config import MeshConfig
 from bothways.configs import find
 from bothways.launch.start import prepare, start
@@ -47,3 +49,15 @@ def test_watching_goes_on_from_any_directory(state, tmp_path):
     done = subprocess.run(["bash", "launches/a/watch.sh"], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     assert (state / "asked").read_text() == launch.files["host.sh"]
+
+
+def test_how_to_stop_is_logged_before_the_commands_and_json_alone_is_printed(state, capfd):
+    argv = ["launch", "gpt2_small", "--on", "tpu", "--topology", "v5e-16", "--data.corpus", "shakespeare", "--json"]
+    argv += [word for name, value in GCP.items() for word in (f"--{name}", value)]
+    assert bothways.main([*argv, "--mesh.data", "16"]) == 0
+    shown = capfd.readouterr()
+    assert json.loads(shown.out)["started"]
+    lines = shown.err.splitlines()
+    stop = next(i for i, line in enumerate(lines) if line.startswith("# to stop: gcloud compute tpus"))
+    assert "queued-resources delete gpt2-small" in lines[stop]
+    assert stop < next(i for i, line in enumerate(lines) if line.startswith("Copying"))
