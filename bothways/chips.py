@@ -103,6 +103,9 @@ CHIPS: dict[str, Chip] = {
     "7x": Chip(("TPU7x",), 2307e12, 189.5 * GIB, 7380e9, 100e9, 12.5e9, 3, 4, 0.0, 2, "tpu7x", True, gke="tpu7x"),
 }
 
+TPU_NAMES = {*CHIPS, *(chip.accelerator for chip in CHIPS.values())}
+"""Ours, and Cloud TPU's."""
+
 # Dense bfloat16 FLOP/s of one device, as jax.Device.device_kind names it. GPUs: NVIDIA's data sheets for A100, H100 and
 # H200 SXM, without sparsity.
 PEAK_FLOPS = {kind: chip.flops / chip.devices for chip in CHIPS.values() for kind in chip.kinds} | {

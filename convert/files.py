@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from bothways.convert.family import check_types
 from bothways.convert.stored import Stored
 from bothways.data.piece_files import KINDS, NUMBERS, MarianPieces
 from bothways.data.published import PublishedTokenizer
-from bothways.data.tokenizer import PAD, Tokenizer
+from bothways.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
 from bothways.embedding import EmbeddingInfo
 from bothways.errors import InputError
 
@@ -25,6 +26,8 @@ HOW_TO_CONVERT = (
 WEIGHTS = "model.safetensors"
 REFERENCE = "bothways_reference.safetensors"
 """Logits on a fixed text, stored by `bothways export` beside the weights."""
+TRAINED_HERE = re.compile(b".{,8}" + b".{,16}".join(re.escape(p.encode()) for p in (PAD, UNK, BOS, EOS)), re.DOTALL)
+"""How sentencepiece models begin that were trained here. One beside another's tokenizer.json, such as Llama's, is not read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Checkpoint:
     tensors: dict[str, Stored]
     tokenizer: Tokenizer
     embedding: EmbeddingInfo | None = None
-    """How it makes vectors, where it is a directory of sentence-transformers."""
+    """How it makes vectors, where it is a directory of sentence-transformers, or a GGUF file that says it."""
 
 
 def read(source: str) -> Checkpoint:
@@ -78,8 +81,8 @@ def _read_directory(home: Path) -> Checkpoint:
 
 def _tokenizer(home: Path, config: dict[str, Any]) -> Tokenizer:
     ours = home / "tokenizer.model"
-    if ours.exists() and PAD.encode() in ours.read_bytes():
-        return Tokenizer.load(ours)  # a run that was trained here, exported
+    if ours.exists() and TRAINED_HERE.match(ours.read_bytes()):
+        return Tokenizer.load(ours)  # of an exported run, whose tokenizer.json has another fingerprint
     pieces = [kind for first, kind in KINDS.items() if (home / first).exists()]
     if pieces and not (home / "tokenizer.json").exists():
         if (home / NUMBERS).exists() or pieces[0] is MarianPieces:
@@ -153,6 +156,7 @@ def _download(name: str) -> Path:
         "*.jinja",
         "vocab.txt",
         "merges.txt",
+        "tokenizer.model",
         *(name for kind in KINDS.values() for name in kind.files),
     ]
     others = ["*/*.safetensors", "onnx/*", "openvino/*", "original/*"]

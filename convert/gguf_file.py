@@ -6,7 +6,7 @@ a few words of code: llama.cpp pairs rotary features otherwise for `llama`, adds
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from bothways.convert.files import Checkpoint
 from bothways.convert.gguf_architectures import ARCHITECTURES, Architecture
 from bothways.convert.stored import Stored
 from bothways.data.tokenizer import Tokenizer
+from bothways.embedding import EmbeddingInfo
 from bothways.errors import InputError
 from bothways.model.config import RotaryScaling, TransformerConfig
 from bothways.model.layers import rotary_frequencies
@@ -28,6 +29,8 @@ BLOCK = 32
 
 WRITTEN_AS = {"mistral": "llama"}
 """Families that llama.cpp knows under another's name."""
+POOLS: dict[int, Literal["mean", "cls", "last"]] = {1: "mean", 2: "cls", 3: "last"}
+"""llama.cpp's numbers of poolings."""
 LLAMA3_ORIGINAL = tuple(2**n for n in range(9, 18))
 
 
@@ -86,7 +89,20 @@ def read(path: Path) -> Checkpoint:
         if architecture.stems.get(stem, "").endswith(architecture.transposed or "-") and parts[-1] == "weight":
             tensor = tensor.then(np.transpose)
         renamed[f"{architecture.stems.get(stem, stem).format(layer)}.{parts[-1]}"] = tensor
-    return Checkpoint(path, config, renamed, gguf_vocabulary.read(said, path))
+    return Checkpoint(path, config, renamed, gguf_vocabulary.read(said, path), _embedding(said, kind, path))
+
+
+def _embedding(said: Config, kind: str, path: Path) -> EmbeddingInfo | None:
+    """How a file says that vectors are made; None where it says nothing, or that each token keeps its own.
+
+    Raises:
+      InputError: a pooling that is not computed here, such as a reranker's.
+    """
+    number = said.get(f"{kind}.pooling_type", 0)
+    if number != 0 and number not in POOLS:
+        there = ", ".join(f"{n} {pool}" for n, pool in POOLS.items())
+        raise InputError(f"{path}: pooling_type is {number}; there are {there} (4 is a reranker's)")
+    return EmbeddingInfo(POOLS[number]) if number else None
 
 
 def _key(kind: str, key: str) -> str:
@@ -193,8 +209,7 @@ def write(
     for key, value in architecture.said.items():
         writer.add_bool(_key(name, key), value)
     if pool:
-        kinds = {"mean": gguf.PoolingType.MEAN, "cls": gguf.PoolingType.CLS, "last": gguf.PoolingType.LAST}
-        writer.add_pooling_type(kinds[pool])
+        writer.add_pooling_type(gguf.PoolingType[pool.upper()])
     if "head_dim" in config:
         writer.add_uint32(f"{name}.rope.dimension_count", config["head_dim"])
     gguf_vocabulary.write(writer, tokenizer)

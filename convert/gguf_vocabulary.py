@@ -6,6 +6,7 @@ from typing import Any
 
 import tokenizers
 
+from bothways.data.cuts import CUTS, splitting
 from bothways.data.published import PublishedTokenizer, roles_of
 from bothways.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from bothways.data.vocabulary_files import byte_level_bpe, from_pieces, wordpiece
@@ -15,26 +16,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 """Types of tokens. Control tokens stand for no text; user-defined ones are found in a text before it is cut."""
 ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "mask": "mask", "cls": "cls", "seperator": "sep"}
 """llama.cpp's names of the parts, its spelling included, and ours."""
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-CUTS = ("gpt-2", "smollm", "llama-bpe", "qwen2")
-"""How a text is cut before merging, by llama.cpp's names."""
 SPACE = "\u2581"
-
-
-def _splitting(kind: str) -> tokenizers.pre_tokenizers.PreTokenizer:
-    """Raises InputError for a way to cut texts that is not known here."""
-    pre = tokenizers.pre_tokenizers
-    if kind in ("default", "gpt-2"):
-        return pre.ByteLevel(add_prefix_space=False)
-    if kind == "smollm":
-        return pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
-    if kind in ("llama-bpe", "qwen2"):
-        split = pre.Split(tokenizers.Regex(LLAMA3 if kind == "llama-bpe" else QWEN2), "isolated")
-        return pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-    raise InputError(f"this GGUF file cuts texts as {kind!r}; there are default, {', '.join(CUTS)}")
 
 
 def read(said: dict[str, Any], path: Path) -> PublishedTokenizer:
@@ -72,14 +54,14 @@ def _read_byte_level(said: dict[str, Any], names: list[str], types: list[int]) -
     """And whether llama.cpp puts BOS first where the file does not say."""
     special = [name for name, kind in zip(names, types, strict=True) if kind == CONTROL]
     cut = said.get("tokenizer.ggml.pre") or "default"
+    cut = "gpt-2" if cut == "default" else cut
+    if cut not in CUTS:
+        raise InputError(f"this GGUF file cuts texts as {cut!r}; there are default, {', '.join(CUTS)}")
     llama3 = cut == "llama-bpe"  # of these llama.cpp takes words whole
     vocab = {name: i for i, name in enumerate(names)}
-    fast = byte_level_bpe(vocab, said["tokenizer.ggml.merges"], special, whole_words=llama3)
+    fast = byte_level_bpe(vocab, said["tokenizer.ggml.merges"], special, whole_words=llama3, cut=cut)
     added = [name for name, kind in zip(names, types, strict=True) if kind == USER_DEFINED]
     fast.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in added])
-    fast.pre_tokenizer = _splitting(cut)
-    if cut == "qwen2":
-        fast.normalizer = tokenizers.normalizers.NFC()
     return fast, llama3
 
 
@@ -238,5 +220,5 @@ def _cut_of(pre: dict[str, Any] | None) -> str:
 
 def _bare(kind: str) -> tokenizers.Tokenizer:
     fast = tokenizers.Tokenizer(tokenizers.models.BPE())
-    fast.pre_tokenizer = _splitting(kind)
+    fast.pre_tokenizer = splitting(kind)
     return fast

@@ -29,8 +29,9 @@ from bothways.one_by_one import one_by_one, saved
 Log = Callable[[str], None]
 GENERATION = "generation_config.json"
 """How a model likes to be sampled, by the names of `transformers`; kept in the run, and given back."""
-SPARE_ROWS = 1024
-"""Tables are made larger than a vocabulary to divide well, but not by more than this."""
+SPARE_ROWS, SPARE_SHARE = 1024, 0.05
+"""Tables are made larger than a vocabulary to divide well, or to have room, but not by more than one of these: rows, and a
+share of all rows. None of them is ever drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _fitting(tokenizer: Tokenizer, rows: int, source: str, log: Log) -> Tokenize
         tokenizer, gone = tokenizer.fitting(rows)
         if gone:
             log(f"left out of the vocabulary, since the model has no vector for them: {', '.join(gone)}")
-    if not len(tokenizer) <= rows <= len(tokenizer) + SPARE_ROWS:
+    if not len(tokenizer) <= rows <= len(tokenizer) + max(SPARE_ROWS, int(SPARE_SHARE * rows)):
         raise InputError(
             f"the vocabulary of {source} has {len(tokenizer)} tokens, and its config.json says vocab_size={rows}; "
             "they are not of one model"

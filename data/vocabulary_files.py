@@ -1,4 +1,4 @@
-"""Vocabularies as `tokenizers.Tokenizer`s: from the files that GPT-2, RoBERTa and BERT came with, from the parts of a
+"""Vocabularies as `tokenizers.Tokenizer`s: from the files that GPT-2, RoBERTa, Qwen 2 and BERT came with, from the parts of a
 GGUF file, and from a sentencepiece model that was trained here."""
 
 import json
@@ -9,10 +9,12 @@ from typing import Any
 import sentencepiece as spm
 import tokenizers
 
+from bothways.data.cuts import CUT_OF_CLASS, normalizer, splitting
 from bothways.errors import InputError
 
 SPACE = "\u2581"
 """How sentencepiece writes a space."""
+HOW_TO_WRITE = "`transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)` writes tokenizer.json"
 Settings = dict[str, Any]
 """A tokenizer_config.json."""
 
@@ -21,22 +23,32 @@ def from_files(home: Path, settings: Settings) -> tokenizers.Tokenizer:
     """From vocab.json and merges.txt (byte-level BPE), or vocab.txt (WordPiece), as they were first published.
 
     Raises:
-      InputError: neither is there.
+      InputError: neither is there; or vocab.json of a class that is not known to cut texts as one of data/cuts.py.
     """
     if (home / "vocab.json").exists() and (home / "merges.txt").exists():
         vocab = json.loads((home / "vocab.json").read_text())
         lines = (home / "merges.txt").read_text().split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
-        return byte_level_bpe(vocab, merges, prefix_space=settings.get("add_prefix_space", False))
+        prefix_space = bool(settings.get("add_prefix_space"))
+        return byte_level_bpe(vocab, merges, prefix_space=prefix_space, cut=_cut_of_class(home, settings))
     if (home / "vocab.txt").exists():
         lines = (home / "vocab.txt").read_text().split("\n")
         return wordpiece({token: i for i, token in enumerate(lines) if token}, settings)
     others = sorted(p.name for p in home.iterdir() if p.suffix in (".model", ".spm")) if home.is_dir() else []
     found = f"has its vocabulary in {', '.join(others)} alone, which is not read" if others else "holds no vocabulary"
     raise InputError(
-        f"{home} {found}: wanted tokenizer.json, or vocab.json and merges.txt, or vocab.txt "
-        "(`transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)` writes tokenizer.json)"
+        f"{home} {found}: wanted tokenizer.json, or vocab.json and merges.txt, or vocab.txt ({HOW_TO_WRITE})"
     )
+
+
+def _cut_of_class(home: Path, settings: Settings) -> str:
+    name = settings.get("tokenizer_class") or "GPT2Tokenizer"
+    if name.removesuffix("Fast") not in CUT_OF_CLASS:
+        raise InputError(
+            f"the vocab.json in {home} is of a {name}, which may cut texts otherwise than {', '.join(CUT_OF_CLASS)} do; "
+            f"put a tokenizer.json beside it ({HOW_TO_WRITE})"
+        )
+    return CUT_OF_CLASS[name.removesuffix("Fast")]
 
 
 def token_in(settings: Settings, role: str, default: str | None = None) -> str | None:
@@ -79,16 +91,18 @@ def byte_level_bpe(
     *,
     prefix_space: bool = False,
     whole_words: bool = False,
+    cut: str = "gpt-2",
 ) -> tokenizers.Tokenizer:
-    """GPT-2's tokenizer; RoBERTa's, where the vocabulary has its mask, between `<s>` and `</s>`.
+    """GPT-2's tokenizer, or one that cuts otherwise; RoBERTa's, where the vocabulary has its mask, between `<s>` and `</s>`.
 
     Args:
       merges: "a b" in the order of their ranks.
+      cut: one of CUTS.
       whole_words: a word that is in the vocabulary is taken whole, whatever the merges say (Llama 3).
     """
     pairs = [tuple(line.split(" ")) for line in merges]
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, ignore_merges=whole_words))
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    fast.normalizer, fast.pre_tokenizer = normalizer(cut), splitting(cut, prefix_space)
     fast.decoder = tokenizers.decoders.ByteLevel()
     names = ("<|endoftext|>", "<s>", "<pad>", "</s>", "<unk>")
     found = [t for t in dict.fromkeys((*names, *special)) if t in vocab]

@@ -74,6 +74,7 @@ def cloud_tpu(job: Job) -> Launch:
             "#!/bin/bash",
             "# Asks for the slice, and asks again whenever it is taken away, until the run is done.",
             "set -u",
+            'cd "$(dirname "$0")" || exit 1  # host.sh lies here',
             f"over() {{ gcloud storage ls {shlex.quote(job.home)}/$1 >/dev/null 2>&1; }}",
             "until over done || over failed; do",
             f"  state=$({shlex.join(describe)} 2>/dev/null)",

@@ -9,7 +9,7 @@ import shlex
 import tarfile
 from pathlib import Path
 
-from bothways.chips import Topology
+from bothways.chips import CHIPS, Topology
 from bothways.data.config import DataConfig
 from bothways.data.files import extras_for
 from bothways.errors import InputError
@@ -22,7 +22,7 @@ RETRIES = 20
 
 @dataclasses.dataclass(frozen=True)
 class GPUs:
-    """Machines with GPUs: `h100:4x8` is 4 nodes of 8."""
+    """Machines with GPUs: `h100:4x8` is 4 nodes of 8, `a100-80gb:1x8` one."""
 
     kind: str
     nodes: int
@@ -31,9 +31,12 @@ class GPUs:
     @classmethod
     def parse(cls, text: str) -> "GPUs":
         """Raises InputError for what is not KIND:NODESxGPUS."""
-        found = re.fullmatch(r"([a-z]\w*):(\d+)x(\d+)", text.lower())
+        found = re.fullmatch(r"([a-z][\w-]*):(\d+)x(\d+)", text.lower())
         if not found or int(found[2]) * int(found[3]) < 1:
-            raise InputError(f"topology {text!r}: GPUs are given as KIND:NODESxGPUS, such as h100:4x8 or gpu:2x4")
+            raise InputError(
+                f"topology {text!r}: GPUs are given as KIND:NODESxGPUS, such as h100:4x8 or gpu:2x4; "
+                f"TPUs are {', '.join(CHIPS)}"
+            )
         return cls(found[1], int(found[2]), int(found[3]))
 
     @property

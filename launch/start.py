@@ -1,12 +1,13 @@
 """Write a launch's files, and run its commands."""
 
 import dataclasses
+import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
-from bothways.chips import Topology
+from bothways.chips import CHIPS, TPU_NAMES, Topology
 from bothways.data import prepared
 from bothways.data.config import VOCABULARIES, VOCABULARY_FILES, DataConfig
 from bothways.data.files import ENDINGS, looks_like_files, matching
@@ -23,6 +24,8 @@ EMBEDDED = ("shakespeare", "bibles")
 MOST_SENT = 2_000_000_000
 """Bytes of files, at most, that launch itself prepares and sends along."""
 
+STDERR = 2
+"""The file descriptor: results alone go to standard output."""
 WHERE = {
     "gcloud": "https://cloud.google.com/sdk/docs/install, then `gcloud auth login`",
     "kubectl": "`gcloud components install kubectl`, then `gcloud container clusters get-credentials CLUSTER`",
@@ -54,7 +57,7 @@ def prepare(
       InputError: a topology, a bucket or a name that cannot be; or a recipe that cannot run on so many devices, or whose
         files stay here.
     """
-    where = GPUs.parse(topology) if on == "slurm" or is_gpu(topology) else Topology.parse(topology, slices)
+    where = parse_topology(on, topology, slices)
     if slices > 1 and isinstance(where, GPUs):
         raise InputError(f"--slices {slices} is for TPUs; more GPUs are more nodes: --topology {where.kind}:NODESxGPUS")
     recipe.check(where.devices_count)
@@ -73,6 +76,22 @@ def prepare(
         raise InputError(f"only the source tree and the recipe travel, and not {', '.join(left)}: {how}")
     job = Job(recipe, where, name, bucket, code=code_archive(), text=text, **options)
     return job, ENGINES[on](job)
+
+
+def parse_topology(on: str, text: str, slices: int) -> Topology | GPUs:
+    """GPUs for Slurm, TPUs for Cloud TPU and GKE; for SkyPilot GPUs unless the name is that of a TPU.
+
+    Raises:
+      InputError: what the launcher does not start, or a shape that cannot be.
+    """
+    kind = re.split("[:-]", text.lower().removeprefix("tpu-"))[0]
+    if on == "slurm" or (on == "sky" and kind not in TPU_NAMES):
+        return GPUs.parse(text)
+    if kind not in TPU_NAMES:
+        raise InputError(
+            f"--topology {text}: {kind!r} is no TPU; there are {', '.join(CHIPS)}. GPUs: --on slurm or --on sky"
+        )
+    return Topology.parse(text, slices)
 
 
 def unprepared(cfg: DataConfig) -> list[str]:
@@ -179,11 +198,6 @@ def files_left_here(recipe: Recipe, *, shared: bool) -> list[str]:
     ]
 
 
-def is_gpu(topology: str) -> bool:
-    kind = topology.lower().split(":")[0]
-    return ":" in topology and kind.startswith(("gpu", "a1", "b1", "b2", "h1", "h2", "l4", "l40", "gb"))
-
-
 def check_prepared(job: Job) -> None:
     """Raises InputError if a folder behind a URL, which is to be read there, holds no whole prepared text."""
     cfg = job.recipe.data
@@ -194,7 +208,8 @@ def check_prepared(job: Job) -> None:
 
 
 def start(on: str, job: Job, launch: Launch, folder: Path, *, dry_run: bool) -> Launched:
-    """Write the files into `folder` and run the commands there; with dry_run neither.
+    """Write the files into `folder` and run the commands there; with dry_run neither. What the commands print goes to standard
+    error, behind the command that ends it all: the last of them may run until training is done.
 
     Raises:
       InputError: a program that the commands call is not here, or a command failed.
@@ -213,8 +228,9 @@ def start(on: str, job: Job, launch: Launch, folder: Path, *, dry_run: bool) -> 
         (folder / "recipe.json").write_text(job.recipe.to_json())
         for name, text in launch.files.items():
             (folder / name).write_text(text)
+        log(f"# to stop: {launch.stop}")
         for command in launch.commands:
-            code = subprocess.run(["bash", "-c", command], cwd=folder).returncode
+            code = subprocess.run(["bash", "-c", command], cwd=folder, stdout=STDERR).returncode
             if code:
                 raise InputError(
                     f"`{command}` ended with {code} in {folder}; put right what it says and run launch again"

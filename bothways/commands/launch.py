@@ -14,7 +14,7 @@ class LaunchOptions:
     on: Literal["tpu", "gke", "sky", "slurm"]
     """tpu: a queued resource of Cloud TPU; gke: a JobSet; sky: a managed job of SkyPilot; slurm: sbatch."""
     topology: str
-    """TPUs (tpu, gke, sky), such as v5e-256 or v5p:4x4x8; GPUs (sky, slurm), such as h100:4x8, 4 nodes of 8."""
+    """TPUs (tpu, gke, sky), such as v5e-256 or v5p:4x4x8; GPUs (sky, slurm), such as h100:4x8, 4 nodes of 8, or a100-80gb:1x8."""
     bucket: str = ""
     """gs://BUCKET[/PATH], or for slurm a shared directory: code, recipe and run directory go into its folder NAME."""
     slices: int = 1

@@ -15,6 +15,7 @@ from bothways.convert import files, gguf_file, gguf_vocabulary
 from bothways.convert.gguf_architectures import ARCHITECTURES
 from bothways.convert.run import export_run, import_run
 from bothways.data.tokenizer import train as train_tokenizer
+from bothways.embedding import EmbeddingInfo, read_embedding
 from bothways.errors import InputError
 from bothways.model.config import RotaryScaling
 from bothways.rundir import load_run
@@ -76,6 +77,28 @@ def test_keys_lie_as_queries_where_a_file_does_not_say_how_many_heads_they_have(
     import_run(str(tmp_path / "x.gguf"), tmp_path / "back", "shakespeare", quiet)
     before, after = load_run(tmp_path / "run", print), load_run(tmp_path / "back", print)
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+
+
+def change_pooling(path: Path, number: int) -> None:
+    reader = gguf.GGUFReader(path, "r+")
+    reader.fields["bert.pooling_type"].parts[-1][0] = number
+    reader.data.flush()
+
+
+def test_texts_are_pooled_as_a_file_says(run_of, tmp_path):
+    texts = ["the dog", "the king sees 42 ships"]
+    before = bothways.load(run_of("bert"))
+    for pool in ("mean", "cls", "last"):
+        export_run(run_of("bert"), tmp_path / f"{pool}.gguf", quiet, embeds=pool)
+        import_run(str(tmp_path / f"{pool}.gguf"), tmp_path / pool, "shakespeare", quiet)
+        assert read_embedding(tmp_path / pool) == EmbeddingInfo(pool)
+        vectors = bothways.load(tmp_path / pool).embed(texts)
+        np.testing.assert_allclose(vectors, before.embed(texts, pool=pool), atol=1e-5)
+    change_pooling(tmp_path / "cls.gguf", gguf.PoolingType.NONE)
+    assert files.read(str(tmp_path / "cls.gguf")).embedding is None
+    change_pooling(tmp_path / "cls.gguf", gguf.PoolingType.RANK)
+    with pytest.raises(InputError, match="pooling_type is 4; there are 1 mean, 2 cls, 3 last"):
+        files.read(str(tmp_path / "cls.gguf"))
 
 
 def test_quantised_to_eight_bits_it_is_near_and_small(run_of, tmp_path):

@@ -16,7 +16,7 @@ from bothways.convert import check, files
 from bothways.convert.families import FAMILIES, family_for
 from bothways.convert.gguf_file import ARCHITECTURES
 from bothways.convert.layout import shapes_of
-from bothways.convert.run import export_run, import_run
+from bothways.convert.run import _fitting, export_run, import_run
 from bothways.convert.stored import DTYPES, save_tensors
 from bothways.errors import InputError
 from bothways.model.config import RotaryScaling
@@ -136,6 +136,15 @@ def test_a_bfloat16_checkpoint_goes_through_without_loss_and_in_shards(tmp_path,
     assert len(sizes) > 3
     for name, file in index["weight_map"].items():
         np.testing.assert_array_equal(load_file(tmp_path / "shards" / file)[name], tensors[name])
+
+
+def test_a_table_may_have_a_few_rows_more_than_the_vocabulary_has_tokens():
+    """DeepSeek's have 102,400 for 100,015 tokens; none beyond the vocabulary is ever drawn."""
+    for tokens, rows in ((100_015, 102_400), (100_015, 105_278), (307, 1331), (307, 307)):
+        assert _fitting(range(tokens), rows, "x", print) == range(tokens)
+    for tokens, rows in ((100_015, 105_279), (307, 1332), (307, 306)):
+        with pytest.raises(InputError, match="not of one model"):
+            _fitting(range(tokens), rows, "x", print)
 
 
 def test_first_names_copies_and_buffers_of_bert(tmp_path):

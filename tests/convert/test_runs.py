@@ -3,17 +3,21 @@
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece as spm
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 import bothways
 from bothways.config import TrainConfig
+from bothways.convert import files
 from bothways.convert.check import digest
-from bothways.convert.files import REFERENCE, WEIGHTS
+from bothways.convert.files import REFERENCE, WEIGHTS, Checkpoint
 from bothways.convert.run import export_run, import_run
 from bothways.convert.stored import save_tensors
 from bothways.errors import InputError
@@ -22,6 +26,7 @@ from bothways.rundir import load_run
 from bothways.sample.evaluate import evaluate
 from bothways.train.loop import train
 from tests.convert.published import change, checkpoint, quiet, refused, save_tokenizer
+from tests.corpus import made_up_text
 from tests.train.bodies import body, write
 
 
@@ -92,6 +97,42 @@ def test_a_run_trained_here_goes_out_and_comes_back(tiny, tmp_path):
     same = {field: getattr(tiny, field) for field in ("init", "init_residual", "dtype")} | {"attention": "xla"}
     assert dataclasses.replace(back.recipe.model, **same) == run.recipe.model
     jax.tree.map(np.testing.assert_array_equal, back.params, run.params)
+
+
+def from_hub(home: Path, cache: Path, monkeypatch) -> Checkpoint:
+    """What is read where a directory lies on the hub, of which the files that are asked for are fetched."""
+
+    def fetched(name, allow_patterns, ignore_patterns):
+        names = [str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(home / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    return files.read("owner/name")
+
+
+def test_a_run_on_the_hub_has_the_vocabulary_of_its_directory(tiny, tmp_path, monkeypatch):
+    """Else text that was prepared with the one is refused with the other."""
+    run = body("gpt", tiny)
+    write(run, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out", quiet)
+    found = from_hub(tmp_path / "out", tmp_path / "cache", monkeypatch)
+    assert found.tokenizer.fingerprint == run.tokenizer.fingerprint
+
+
+def test_a_sentencepiece_model_beside_a_published_vocabulary_is_left_alone(tmp_path, monkeypatch):
+    """As in Llama's directories, also where it knows a [PAD]."""
+    source = checkpoint("llama", tmp_path / "source")
+    wanted = files.read(str(source)).tokenizer.fingerprint
+    with (source / "tokenizer.model").open("wb") as model:
+        lines = iter(made_up_text(60).split("\n"))
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=model, vocab_size=60, user_defined_symbols=["[PAD]"], minloglevel=2
+        )
+    assert files.read(str(source)).tokenizer.fingerprint == wanted
+    assert from_hub(source, tmp_path / "cache", monkeypatch).tokenizer.fingerprint == wanted
 
 
 def test_a_stored_reference_is_held_against_the_weights(gpt, tmp_path, capfd):

@@ -14,6 +14,7 @@ from bothways.convert.run import import_run
 from bothways.convert.vocabulary import save_vocabulary
 from bothways.data.published import PublishedTokenizer
 from bothways.data.tokenizer import SentencePieceTokenizer, Tokenizer, train
+from bothways.errors import InputError
 from tests.convert.published import byte_level, change, checkpoint, quiet, refused, wordpiece
 from tests.convert.test_import import write_gguf
 from tests.corpus import made_up_text
@@ -136,6 +137,34 @@ def test_the_first_publications_files_give_transformers_ids_in_and_out(kind, set
         assert dict(back(text, "the")) == dict(theirs(text, "the"))
     assert len(ours) == size + len(added)
     assert (ours.unk in ours.encode("\U0001f389")) == (kind == "vocab.txt")
+
+
+CUT_OTHERWISE = [*ODD[:5], "DON'T don't 12345 1 2", "a\n\n  b\r\n c", "(the) the's +dog e\u0301\u0327 \u212b"]
+ALIKE = "GPT2 Roberta Bart Longformer LED Mvp Blenderbot Whisper CodeGen Deberta Luke"
+QWEN2 = ["Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer"]  # Dream's is Qwen 2's, in a file beside its weights
+
+
+@pytest.mark.parametrize("name", [*QWEN2, *(f"{kind}Tokenizer" for kind in ALIKE.split()), "BartTokenizerFast"])
+def test_the_first_publications_files_are_cut_as_their_class_cuts(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    settings = {"tokenizer_class": name, "eos_token": "<|endoftext|>", "add_prefix_space": False}
+    home = vocabulary_directory(tmp_path / "home", "gpt2", settings, {})
+    if name in QWEN2:
+        settings |= {"bos_token": None, "pad_token": "<|im_end|>"}
+        settings |= {"added_tokens_decoder": {"307": {"content": "<|im_end|>", "special": True}}}
+        (home / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = PublishedTokenizer.read(home / "tokenizer.json")
+    theirs = getattr(transformers, QWEN2[0] if name in QWEN2 else name).from_pretrained(home)
+    for text in CUT_OTHERWISE:
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids, text
+    assert len(ours) == (308 if name in QWEN2 else 307)
+
+
+@pytest.mark.parametrize("name", ["GPTNeoXTokenizerFast", "CTRLTokenizer", "Qwen3_5Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_class_that_may_cut_otherwise_is_refused(name, tmp_path):
+    home = vocabulary_directory(tmp_path / "home", "gpt2", {"tokenizer_class": name}, {})
+    with pytest.raises(InputError, match=rf"a {name}, which may cut texts otherwise than .*save_pretrained\(DIR\)"):
+        PublishedTokenizer.read(home / "tokenizer.json")
 
 
 def test_added_tokens_must_follow_the_vocabulary(tmp_path):

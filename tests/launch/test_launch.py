@@ -342,11 +342,6 @@ def test_a_missing_launcher_is_named(recipe, tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
-def test_gpus_are_nodes_times_gpus():
-    assert GPUs.parse("H100:4x8") == GPUs("h100", 4, 8)
-    assert GPUs.parse("h100:4x8").devices_count == 32
-
-
 def test_the_command_line_prints_what_it_would_do(capfd):
     argv = ["launch", "gpt2_small", "--on", "slurm", "--topology", "h100:2x8", "--bucket", "/shared"]
     argv += ["--dry-run", "--data.corpus", "/shared/text"]
