@@ -277,7 +277,7 @@ def causal_figures(model: TextModel, suite: str, held: Tokens, limit: int) -> li
     return ratios.metrics(suite)
 
 
-def conversation_figures(model: TextModel, suite: str, held: Tokens, limit: int) -> list[Metric]:
+def conversation_figures(model: TextModel | MaskedModel, suite: str, held: Tokens, limit: int) -> list[Metric]:
     """Of answers, given all that is said before them; resampled by conversation."""
     context, lengths, ratios = model.recipe.model.context_length, model.tokenizer.byte_lengths(), Ratios("conversations")
     starts = np.append(held.starts, len(held.ids))
@@ -296,6 +296,8 @@ def conversation_figures(model: TextModel, suite: str, held: Tokens, limit: int)
     if isinstance(model, DiffusionModel):
         found = {f"_block_{b or 'row'}": model.bound_rows(rows, first, 16, b) for b in sorted(set(model.block_sizes))}
         found = found if len(found) > 1 else {"": next(iter(found.values()))}
+    elif isinstance(model, MaskedModel):
+        found = {"": model.bound_rows(rows, first, 16)}
     else:
         found = {"": scoring.causal_logprobs(model.run.module, model.run.params, rows, context, first=first)}
     number = np.unique(of, return_inverse=True)[1]
