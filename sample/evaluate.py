@@ -182,13 +182,14 @@ def held_out_pairs(
     limit: int = 0,
     corpus: Corpus | None = None,
 ) -> list[tuple[str, str]]:
-    """(source, target) of the pairs of a split that fit into the context, at most `limit` (0: MOST_PAIRS), evenly spread;
-    of a run that restores spans, of a few sources with masks in them.
+    """(source, target) of the pairs of a split that fit into the context, at most `limit` (0: MOST_PAIRS), evenly spread,
+    those with an empty side left out as in training; of a run that restores spans, of a few sources with masks in them.
 
     Args:
       corpus: one of the run's; by default all of them, one after the other.
     """
-    if model.recipe.objective.kind == "spans":
+    restores = model.recipe.objective.kind == "spans"
+    if restores:
         texts = [
             "To be, or [MASK] to be",
             "",
@@ -206,10 +207,12 @@ def held_out_pairs(
 
     def fitting() -> Iterator[tuple[str, str]]:
         for pair in zip(texts, texts, strict=True):
+            source, target = len(tokenizer.encode(pair[0])), len(writes.encode(pair[1]))
+            if not source or not (target or restores):
+                continue
             count[0] += 1
             # The decoder reads all of a target but the token that ends it.
-            source, target = len(tokenizer.encode(pair[0])) + around, len(writes.encode(pair[1])) + starts
-            if max(source, target) <= context:
+            if max(source + around, target + starts) <= context:
                 count[1] += 1
                 yield pair
 
