@@ -187,8 +187,8 @@ class MaskedModel(Embedder):
         how = Denoising.make(steps, threshold, remask, any_order)
         found: list[Any] = [None] * len(rows)
         most = bucket(max(map(len, masks)), 1) * len(self._barred)
-        size = max(1, min(BATCH, MAX_LOGITS // most))
-        for some in batched(range(len(rows)), lambda i: (len(rows[i]),), lambda _: size):
+        size, fitting = max(1, min(BATCH, MAX_LOGITS // most)), rows_that_fit(self.recipe.model)
+        for some in batched(range(len(rows)), lambda i: (len(rows[i]),), lambda length: min(size, fitting(length))):
             tokens, segments = padded([rows[i] for i in some], self.context_length, self.tokenizer.pad)
             positions = columns([masks[i] for i in some], len(tokens))
             open_ = np.zeros(positions.shape, bool)
