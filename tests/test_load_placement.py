@@ -21,6 +21,7 @@ from bothways.data import corpora
 from bothways.data.tokens import obtain_tokenizer
 from bothways.errors import CheckpointUnavailable, InputError
 from bothways.model.stack import unstack_layers
+from bothways.sample.directions import directions
 from bothways.sample.masked import MaskedModel
 from bothways.train.loop import train
 from bothways.train.start import check_start, start_from
@@ -64,6 +65,8 @@ def test_one_device_to_four_and_back(family, tiny, tmp_path):
     assert shards(back.run.params) == {1}
     same(back.run.params, joined)
     same(one.run.params, joined)
+
+    assert {asks.run.module.cfg.attention for asks in directions(four).values()} == {"xla"}
 
     texts = ["the dog sees", "the king"]
     for model in (four, back):
