@@ -270,12 +270,12 @@ def param_shapes(recipe: Recipe, task: TaskInfo | None = None) -> Any:
 
 def compute_dtype_shapes(params: Any, cfg: TransformerConfig) -> Any:
     """Shapes of parameters in the types that they are multiplied in: what the model would turn into activations' type at
-    every use, matrices and tables, is of that type already."""
+    every use, matrices and tables, is of that type already. A task's head and T5's table of distances stay float32."""
 
     def narrow(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-        module, name = path_names(path)[-2:]
-        used = cfg.compute_dtype if name in ("kernel", "embedding") and module != "task_head" else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, used)
+        names = path_names(path)
+        wide = names[-1] not in ("kernel", "embedding") or "task_head" in names or names[-2] == "relative"
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if wide else cfg.compute_dtype)
 
     return jax.tree_util.tree_map_with_path(narrow, params)
 

@@ -91,6 +91,18 @@ def test_weights_that_are_asked_are_of_the_type_they_are_multiplied_in(tiny, tmp
     assert asked.score(texts) == MaskedModel(wide).score(texts)
 
 
+def test_parameters_that_are_used_in_float32_stay_so(tiny):
+    """A task's head, its dense layer too, and what T5 adds to scores."""
+    relative = {"score_bias": "relative", "position_embedding": "none", "relative_buckets": 6, "relative_distance": 11}
+    made = body("gpt", tiny, dtype="bfloat16", **relative)
+    task = rundir.TaskInfo("dogs", "classify", ("dog", "none"), 8, ("accuracy",), hidden="tanh")
+    shapes = rundir.param_shapes(made.recipe, task)
+    asked = rundir.compute_dtype_shapes(shapes, made.recipe.model)
+    wide = [path for path, leaf in jax.tree_util.tree_leaves_with_path(asked) if leaf.dtype == "float32"]
+    names = {"/".join(key.key for key in path[-2:]) for path in wide if path[-1].key in ("kernel", "embedding")}
+    assert names == {"task_head/kernel", "dense/kernel", "relative/embedding"}
+
+
 def test_what_one_device_cannot_hold_is_spread_over_all(tiny, monkeypatch):
     shapes = jax.eval_shape(lambda: body("gpt", tiny, n_heads=4, n_kv_heads=4, d_model=24).params)
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes))
