@@ -386,6 +386,6 @@ class TextModel:
             )
         if said:
             return shaped(info, vectors(self.run, texts, published_rows(self.run, info, texts), pool))
-        bos, eos = [self.tokenizer.bos], [self.tokenizer.eos]
-        encoded = [self.tokenizer.encode(text) for text in texts]
-        return vectors(self.run, texts, [ids + eos if self.has_source else bos + ids for ids in encoded], pool)
+        before, behind = self.tokenizer.around_source() if self.has_source else ((self.tokenizer.bos,), ())
+        rows = [[*before, *self.tokenizer.encode(text), *behind] for text in texts]
+        return vectors(self.run, texts, rows, pool)
