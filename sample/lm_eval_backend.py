@@ -102,8 +102,6 @@ class BothwaysLM(TemplateLM):
         longest = writer.room() if isinstance(writer, DiffusionModel) else self.max_length
         room = max(longest - options["max_tokens"], longest // 2) - len(start)
         if isinstance(writer, MaskedModel | DiffusionModel):  # they put [CLS] there themselves
-            if isinstance(writer, MaskedModel):
-                options |= {"block": min(16, self.max_length // 2)}
             return writer.sample(
                 [self._end_of(context, room - self.continuations.closing) for context in contexts], **options
             )

@@ -24,9 +24,6 @@ from bothways.sample.decode import Begin, Decoder, Forward, Logits, Row, SourceT
 from bothways.sample.embed import prompted, published_rows, shaped, vectors
 from bothways.sample.sampling_params import SamplingParams
 
-BATCH = 128
-"""Rows, or hypotheses, that are decoded together."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Sample:

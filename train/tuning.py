@@ -129,8 +129,7 @@ class FinetuneRunner:
             return self.fresh(jax.random.key(seed), rate, self.run.params if pretrained else None)
 
         def batches(step: int) -> Iterator[dict[str, np.ndarray]]:
-            mine = sharding.local_rows(self.mesh, self.batch_size)
-            return task_batches.training_batches(self.rows["train"], self.sizes, self.batch_size, seed, step, mine)
+            return task_batches.training_batches(self.rows["train"], self.sizes, self.batch_size, seed, step)
 
         def evaluate(params: Any) -> dict[str, float]:
             found = self.measure(params, "validation")
