@@ -29,16 +29,14 @@ HOW_OFTEN = (
     "save_every_minutes",
     "tracker",
 )
-WHERE = ("data.cache", "data.cache_gb", "data.corpus", "data.validation")  # what the text is, its fingerprint says
+# What the text is, its fingerprint says, wherever it lies.
+WHERE = ("data.cache", "data.cache_gb", "data.corpus", "data.validation")
 RESUMABLE_FIELDS = (
     "mesh",
     "model.attention",
     "model.remat",
     "model.scan_layers",
-    "data.cache",
-    "data.cache_gb",
-    "data.corpus",  # what the text is, its fingerprint says, wherever it lies
-    "data.validation",
+    *WHERE,
     *(f"train.{name}" for name in HOW_OFTEN),
 )
 

@@ -138,6 +138,9 @@ class TaskInfo:
     """span: whether the empty text may be the answer."""
     null_position: Literal["first", "last"] = "first"
     """span: where a window says that it has no answer; runs of before there was a choice have it at their first token."""
+    both_ways: bool | None = None
+    """Whether every token of a text sees all others; None, in runs of before there was a choice: of a GPT that was trained
+    by the hybrid objective."""
 
     @property
     def outputs(self) -> int:
@@ -252,7 +255,7 @@ def module_of(recipe: Recipe, task: TaskInfo | None = None) -> nn.Module:
     """The module whose parameters a run holds: a family's, or that under a task's head."""
     if task is None:
         return make_module(recipe.family, recipe.model)
-    both_ways = recipe.objective.kind == "hybrid"
+    both_ways = recipe.objective.kind == "hybrid" if task.both_ways is None else task.both_ways
     head = {name: getattr(task, name) for name in ("pool", "hidden", "hidden_bias", "hidden_norm")}
     return TaskModel(recipe.model.resolved(), recipe.family, task.kind, task.outputs, both_ways=both_ways, **head)
 
@@ -267,12 +270,12 @@ def param_shapes(recipe: Recipe, task: TaskInfo | None = None) -> Any:
 
 def compute_dtype_shapes(params: Any, cfg: TransformerConfig) -> Any:
     """Shapes of parameters in the types that they are multiplied in: what the model would turn into activations' type at
-    every use, matrices and tables, is of that type already."""
+    every use, matrices and tables, is of that type already. A task's head and T5's table of distances stay float32."""
 
     def narrow(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-        module, name = path_names(path)[-2:]
-        used = cfg.compute_dtype if name in ("kernel", "embedding") and module != "task_head" else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, used)
+        names = path_names(path)
+        wide = names[-1] not in ("kernel", "embedding") or "task_head" in names or names[-2] == "relative"
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if wide else cfg.compute_dtype)
 
     return jax.tree_util.tree_map_with_path(narrow, params)
 

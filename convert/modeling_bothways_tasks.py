@@ -34,7 +34,9 @@ class WithTaskHead(BothwaysPreTrainedModel):
     def read(self, input_ids, attention_mask=None, token_type_ids=None):
         config, real = self.config, torch.ones_like(input_ids) if attention_mask is None else attention_mask
         how = {"token_type_ids": token_type_ids} if config.family == "bert" else {}
-        x = self.model(input_ids, real, both_ways=config.objective == "hybrid", **how).last_hidden_state.float()
+        both = config.task.get("both_ways")  # None: of hybrid runs, as before there was a choice
+        how["both_ways"] = config.objective == "hybrid" if both is None else both
+        x = self.model(input_ids, real, **how).last_hidden_state.float()
         if config.task["kind"] in ("tag", "span"):
             return self.scores(x)
         if config.task["pool"] == "late":

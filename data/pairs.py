@@ -166,10 +166,11 @@ def hidden_spans(room: int, rate: float, mean_span: float) -> tuple[int, int]:
 
 
 def span_lengths(length: int, rate: float, mean_span: float) -> tuple[int, int]:
-    """Tokens of text that make a source of at most `length` tokens, and of its target; both with their eos."""
+    """Tokens of text that make a source and a target of at most `length` tokens, and those of the target; both with their
+    eos."""
     for room in range(2 * length, 1, -1):
         hidden, spans = hidden_spans(room, rate, mean_span)
-        if room - hidden + spans + 1 <= length:
+        if max(room - hidden, hidden) + spans + 1 <= length:
             break
     return room, hidden + spans + 1
 

@@ -55,21 +55,17 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, epoch: int, seed: int) -
     return np.random.default_rng((seed, epoch)).permutation(order.reshape(steps, batch_size))
 
 
-def training_batches(
-    rows: TaskRows, sizes: list[int], batch_size: int, seed: int, step: int = 0, mine: np.ndarray | None = None
-) -> Iterator[Example]:
+def training_batches(rows: TaskRows, sizes: list[int], batch_size: int, seed: int, step: int = 0) -> Iterator[Example]:
     """The batches from a step on, for ever.
 
     Args:
       sizes: lengths that batches are filled up to.
-      mine: which rows of each batch this host holds; None for all.
     """
-    mine = np.arange(batch_size) if mine is None else mine
     steps = max(1, len(rows) // batch_size)
     while True:
         epoch, first = divmod(step, steps)
         for chosen in epoch_batches(rows.lengths, batch_size, epoch, seed)[first:]:
-            yield rows.batch(chosen[mine], fitting(sizes, rows.lengths[chosen].max()))
+            yield rows.batch(chosen, fitting(sizes, rows.lengths[chosen].max()))
             step += 1
 
 

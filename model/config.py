@@ -326,6 +326,8 @@ class TransformerConfig:
             not self.score_cap or self.attention in ("auto", "xla", "splash"),
             f"model.attention={self.attention} does not know model.score_cap={self.score_cap}: set --model.attention auto",
         )
+        want(self.rotary_base > 0, f"model.rotary_base is {self.rotary_base}; it must be positive")
+        want(self.rotary_base_local >= 0, f"model.rotary_base_local is {self.rotary_base_local}; it cannot be negative")
         want(len(self.layer_pattern) > 0, "model.layer_pattern is empty; give at least 'global'")
         want(
             ("local" in self.layer_pattern) == (self.window > 0),

@@ -228,6 +228,8 @@ def splash(
 
 
 def _cudnn_knows(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> bool:
+    if platform() != "gpu":  # nothing interprets it
+        return False
     T, S, K = q.shape[1], k.shape[1], q.shape[3]
     heads = v.shape[3] == K and K % 8 == 0 and K <= 128
     whole = not is_sequence_sharded(q)  # or JAX refuses

@@ -230,7 +230,7 @@ class BlockDecoder(Decoder):
 
 
 def usual_block(sizes: Sequence[int], context: int) -> int:
-    """The largest block among those trained on, up to USUAL_BLOCK; of whole rows (0) alone, USUAL_BLOCK or half the row."""
+    """The largest block among those trained on, up to USUAL_BLOCK; of whole rows (0) alone, or none, USUAL_BLOCK or half the row."""
     known = sorted(set(sizes) - {0})
     if not known:
         return min(USUAL_BLOCK, context // 2)

@@ -42,6 +42,12 @@ class DiffusionModel(TextModel):
         never[self.tokenizer.eos] = False  # where a published vocabulary has no padding of its own, they are one token
         return block_decoder(self.run.module, never, self.tokenizer.eos, self.tokenizer.mask, block)
 
+    def room(self, block: int | None = None) -> int:
+        """Tokens of the context that blocks of this size fill, which a prompt may have; of whole rows, all. None: as `sample`."""
+        context = self.recipe.model.context_length
+        block = usual_block(self.block_sizes, context) if block is None else block
+        return context // block * block if block and block in self.block_sizes else context
+
     def rows_in_blocks(self, block: int, max_tokens: int) -> Callable[[int], int]:
         """Length of a prompt -> rows that are written together."""
         fitting, most = rows_that_decode(self.recipe.model, max_tokens + block), block * self.recipe.model.table_rows
@@ -87,7 +93,8 @@ class DiffusionModel(TextModel):
           prompts x num results, in the order of the prompts; `logprob` sums what each token had when it was kept.
 
         Raises:
-          InputError: numbers out of range, a block that the run was not trained on, or a prompt longer than the context.
+          InputError: numbers out of range, a block that the run was not trained on, or a prompt longer than the context, or
+            than the blocks that fit into it.
         """
         check_limits(max_tokens, num, stop)
         block = usual_block(self.block_sizes, self.recipe.model.context_length) if block is None else block
@@ -105,7 +112,13 @@ class DiffusionModel(TextModel):
             return self.both_ways.sample(prompts, **draw, **canvas, **ends)
         if sweeps:
             raise InputError(f"sweeps is {sweeps}: blocks with a cache are not drawn again; leave --sweeps out")
-        encoded = [self.encode_prompt(p) for p in prompts]
+        encoded, room = [self.encode_prompt(p) for p in prompts], self.room(block)
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if len(ids) > room:
+                raise InputError(
+                    f"the prompt has {len(ids)} tokens, and blocks of {block} fill {room} of the model's context of "
+                    f"{self.recipe.model.context_length}; shorten it: {prompt[:40]!r}..."
+                )
         decoder, fitting = (
             self.block_decoder(block).filling(how),
             self.rows_in_blocks(block, max(for_each(max_tokens or 256, 1))),

@@ -18,7 +18,7 @@ def directions(model: TextModel | MaskedModel | HybridModel | DiffusionModel) ->
     """
     if isinstance(model, MaskedModel):
         return {BOTH: model}
-    objective, cfg = model.recipe.objective, model.recipe.model
+    objective, cfg = model.recipe.objective, model.run.module.cfg
     found = {}
     in_blocks = isinstance(model, DiffusionModel)
     mixed = objective.kind == "hybrid" and objective.causal_share > 0

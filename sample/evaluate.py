@@ -182,13 +182,14 @@ def held_out_pairs(
     limit: int = 0,
     corpus: Corpus | None = None,
 ) -> list[tuple[str, str]]:
-    """(source, target) of the pairs of a split that fit into the context, at most `limit` (0: MOST_PAIRS), evenly spread;
-    of a run that restores spans, of a few sources with masks in them.
+    """(source, target) of the pairs of a split that fit into the context, at most `limit` (0: MOST_PAIRS), evenly spread,
+    those with an empty side left out as in training; of a run that restores spans, of a few sources with masks in them.
 
     Args:
       corpus: one of the run's; by default all of them, one after the other.
     """
-    if model.recipe.objective.kind == "spans":
+    restores = model.recipe.objective.kind == "spans"
+    if restores:
         texts = [
             "To be, or [MASK] to be",
             "",
@@ -206,10 +207,12 @@ def held_out_pairs(
 
     def fitting() -> Iterator[tuple[str, str]]:
         for pair in zip(texts, texts, strict=True):
+            source, target = len(tokenizer.encode(pair[0])), len(writes.encode(pair[1]))
+            if not source or not (target or restores):
+                continue
             count[0] += 1
             # The decoder reads all of a target but the token that ends it.
-            source, target = len(tokenizer.encode(pair[0])) + around, len(writes.encode(pair[1])) + starts
-            if max(source, target) <= context:
+            if max(source + around, target + starts) <= context:
                 count[1] += 1
                 yield pair
 
@@ -277,34 +280,46 @@ def causal_figures(model: TextModel, suite: str, held: Tokens, limit: int) -> li
     return ratios.metrics(suite)
 
 
-def conversation_figures(model: TextModel, suite: str, held: Tokens, limit: int) -> list[Metric]:
+def conversation_figures(model: TextModel | MaskedModel, suite: str, held: Tokens, limit: int) -> list[Metric]:
     """Of answers, given all that is said before them; resampled by conversation."""
     context, lengths, ratios = model.recipe.model.context_length, model.tokenizer.byte_lengths(), Ratios("conversations")
-    starts = np.append(held.starts, len(held.ids))
-    count = min(limit or len(held.starts), len(held.starts))
-    rows, first, sizes, of = [], [], [], []
-    for number, one in enumerate(np.linspace(0, len(held.starts) - 1, count).astype(int)):
-        ids, scored = (x[starts[one] : starts[one + 1]][:context] for x in (held.ids, held.scored))
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], scored, [0]])))
-        for begin, end in zip(np.maximum(edges[::2], 1).tolist(), edges[1::2].tolist(), strict=True):
-            rows.append(ids[:end].tolist())
-            first.append(begin)
-            sizes.append((end - begin, lengths[ids[begin:end]].sum()))
-            of.append(number)
-    if not rows:
+    starts, at_once = np.append(held.starts, len(held.ids)), max(1, READ_AHEAD // context)
+    chosen = np.linspace(0, len(held.starts) - 1, min(limit or len(held.starts), len(held.starts))).astype(int)
+    for i in range(0, len(chosen), at_once):
+        rows, first, sizes, of = [], [], [], []
+        for one in chosen[i : i + at_once]:
+            ids, scored = (x[starts[one] : starts[one + 1]][:context] for x in (held.ids, held.scored))
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], scored, [0]])))
+            for begin, end in zip(np.maximum(edges[::2], 1).tolist(), edges[1::2].tolist(), strict=True):
+                rows.append(ids[:end].tolist())
+                first.append(begin)
+                sizes.append((end - begin, lengths[ids[begin:end]].sum()))
+                of.append(one)
+        if not rows:
+            continue
+        number = np.unique(of, return_inverse=True)[1]
+        tokens_of, bytes_of = (np.bincount(number, side) for side in zip(*sizes, strict=True))
+        for block, logprobs in answer_logprobs(model, rows, first).items():
+            nats = -np.bincount(number, np.asarray(logprobs))
+            ratios.add(f"loss{block}", nats, tokens_of)
+            ratios.add(f"bits_per_byte{block}", nats / np.log(2), bytes_of)
+    if not ratios.of:
         raise InputError(f"no answer of the {suite} split begins within model.context_length={context} tokens")
+    return ratios.metrics(suite)
+
+
+def answer_logprobs(
+    model: TextModel | MaskedModel, rows: list[list[int]], first: list[int]
+) -> dict[str, Sequence[float] | np.ndarray]:
+    """What is behind the names of figures -> [rows] log p(tokens `first` .. | those before them), in nats, or a bound on it:
+    several where a model was trained on blocks of several sizes."""
     if isinstance(model, DiffusionModel):
         found = {f"_block_{b or 'row'}": model.bound_rows(rows, first, 16, b) for b in sorted(set(model.block_sizes))}
-        found = found if len(found) > 1 else {"": next(iter(found.values()))}
-    else:
-        found = {"": scoring.causal_logprobs(model.run.module, model.run.params, rows, context, first=first)}
-    number = np.unique(of, return_inverse=True)[1]
-    tokens_of, bytes_of = (np.bincount(number, side) for side in zip(*sizes, strict=True))
-    for block, logprobs in found.items():
-        nats = -np.bincount(number, np.asarray(logprobs))
-        ratios.add(f"loss{block}", nats, tokens_of)
-        ratios.add(f"bits_per_byte{block}", nats / np.log(2), bytes_of)
-    return ratios.metrics(suite)
+        return found if len(found) > 1 else {"": next(iter(found.values()))}
+    if isinstance(model, MaskedModel):
+        return {"": model.bound_rows(rows, first, 16)}
+    context = model.recipe.model.context_length
+    return {"": scoring.causal_logprobs(model.run.module, model.run.params, rows, context, first=first)}
 
 
 def unigram_logprobs(ids: np.ndarray, size: int, most: int = UNIGRAM_TOKENS) -> np.ndarray:

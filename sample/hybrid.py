@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from bothways.errors import InputError
 from bothways.model.gpt import MaskedNextToken
 from bothways.rundir import Run
+from bothways.sample.bound import DRAWS
 from bothways.sample.masked import Filled, MaskedModel
 from bothways.sample.text import Score, TextModel
 
@@ -21,7 +22,7 @@ class HybridModel(TextModel):
         """As MaskedModel.fill."""
         return self.both_ways.fill(texts, top=top, steps=steps)
 
-    def score(self, texts: Sequence[str], rule: str = "causal", draws: int = 32) -> list[Score]:
+    def score(self, texts: Sequence[str], rule: str = "causal", draws: int = DRAWS) -> list[Score]:
         """By rule causal as TextModel.score; by pll, pll_word and bound as MaskedModel.score.
 
         Raises:

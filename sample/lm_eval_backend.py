@@ -99,10 +99,9 @@ class BothwaysLM(TemplateLM):
     def _written(self, contexts: list[str], options: dict[str, Any]) -> list[Sample]:
         writer = self.model if self.rule == "causal" else self.scorer
         start = [self.tokens.bos] * self.add_bos
-        room = max(self.max_length - options["max_tokens"], self.max_length // 2) - len(start)
+        longest = writer.room() if isinstance(writer, DiffusionModel) else self.max_length
+        room = max(longest - options["max_tokens"], longest // 2) - len(start)
         if isinstance(writer, MaskedModel | DiffusionModel):  # they put [CLS] there themselves
-            if isinstance(writer, MaskedModel):
-                options |= {"block": min(16, self.max_length // 2)}
             return writer.sample(
                 [self._end_of(context, room - self.continuations.closing) for context in contexts], **options
             )

@@ -16,6 +16,8 @@ from bothways.errors import InputError
 from bothways.model.loss import MAX_LOGITS, token_logprobs
 from bothways.rundir import Run
 from bothways.sample.batching import batched, rows_that_fit
+from bothways.sample.blocks import usual_block
+from bothways.sample.bound import DRAWS
 from bothways.sample.decode import bucket, padded
 from bothways.sample.denoise import Denoising, HiddenLogits, fill
 from bothways.sample.embed import Embedder
@@ -34,8 +36,6 @@ from bothways.sample.text import (
 
 Batch = dict[str, np.ndarray]
 BATCH = 64
-USUAL_BLOCK = 16
-"""Masks that are written together by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +187,8 @@ class MaskedModel(Embedder):
         how = Denoising.make(steps, threshold, remask, any_order)
         found: list[Any] = [None] * len(rows)
         most = bucket(max(map(len, masks)), 1) * len(self._barred)
-        size = max(1, min(BATCH, MAX_LOGITS // most))
-        for some in batched(range(len(rows)), lambda i: (len(rows[i]),), lambda _: size):
+        size, fitting = max(1, min(BATCH, MAX_LOGITS // most)), rows_that_fit(self.recipe.model)
+        for some in batched(range(len(rows)), lambda i: (len(rows[i]),), lambda length: min(size, fitting(length))):
             tokens, segments = padded([rows[i] for i in some], self.context_length, self.tokenizer.pad)
             positions = columns([masks[i] for i in some], len(tokens))
             open_ = np.zeros(positions.shape, bool)
@@ -243,7 +243,7 @@ class MaskedModel(Embedder):
           InputError: numbers out of range, or a prompt longer than the context.
         """
         check_limits(max_tokens, num, stop)
-        block = min(USUAL_BLOCK, self.context_length // 2) if block is None else block
+        block = usual_block((), self.context_length) if block is None else block
         for name, value in (("block", block), ("steps", steps)):
             if value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
@@ -291,7 +291,7 @@ class MaskedModel(Embedder):
 
     # ---- score ----------------------------------------------------------------------------------------------------
 
-    def score(self, texts: Sequence[str], rule: str = "pll_word", draws: int = 32) -> list[Score]:
+    def score(self, texts: Sequence[str], rule: str = "pll_word", draws: int = DRAWS) -> list[Score]:
         """How likely each text is, by a rule of its own since a masked model has no chain rule.
 
         pll: every token given all others (arXiv 1910.14659).
@@ -315,12 +315,12 @@ class MaskedModel(Embedder):
         logprobs = self.score_tokens(sequences, rule, draws)
         return [Score.of(text, lp, len(ids), rule) for text, lp, ids in zip(texts, logprobs, sequences, strict=True)]
 
-    def score_tokens(self, sequences: Sequence[list[int]], rule: str, draws: int = 32) -> np.ndarray:
+    def score_tokens(self, sequences: Sequence[list[int]], rule: str, draws: int = DRAWS) -> np.ndarray:
         """[sequences] what `score` gives, in nats, of texts that are tokens already."""
         copies = self._copies(sequences, rule, draws)  # never all of them in memory
         return self._summed(copies, len(sequences))
 
-    def bound_rows(self, rows: Sequence[list[int]], first: Sequence[int], draws: int = 32) -> np.ndarray:
+    def bound_rows(self, rows: Sequence[list[int]], first: Sequence[int], draws: int = DRAWS) -> np.ndarray:
         """[rows] a lower bound on log p(tokens `first` .. | those before them), in nats, of rows that begin with [CLS]."""
         copies = (
             (i, *copy)

@@ -61,13 +61,14 @@ def causal_logprobs(
     """
     pieces = ((i, *w) for i, s in enumerate(sequences) for w in windows(len(s), context))
     totals = np.zeros(len(sequences))
-    for batch in batched(pieces, lambda piece: (piece[2] - piece[1],), rows_that_fit(module.cfg, memory)):
-        shape = bucket(len(batch), 1), min(bucket(max(end - start for _, start, end, _ in batch)), context)
+    longest = max(context - 1, module.cfg.context_length)  # a row's last token is predicted, and not read
+    for batch in batched(pieces, lambda piece: (piece[2] - piece[1] - 1,), rows_that_fit(module.cfg, memory)):
+        shape = bucket(len(batch), 1), min(bucket(max(end - start - 1 for _, start, end, _ in batch)), longest)
         arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets")}
         arrays["weights"] = np.zeros(shape, np.float32)
         for row, (i, start, end, scored) in enumerate(batch):
             ids = sequences[i][start:end]
-            arrays["tokens"][row, : len(ids)] = ids
+            arrays["tokens"][row, : len(ids) - 1] = ids[:-1]
             arrays["targets"][row, : len(ids) - 1] = ids[1:]
             begin = max(scored, first[i] if first else 1) - start - 1
             arrays["weights"][row, begin : len(ids) - 1] = 1

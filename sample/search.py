@@ -21,6 +21,8 @@ BLOCK = 2**13
 """Documents whose vectors are on the device at a time."""
 QUERIES = 2**9
 """Queries that meet a block at a time: BLOCK x QUERIES scores are there at once, 16 MiB."""
+PAIRS = 2**12
+"""Pairs of texts that are encoded and scored at a time."""
 DEPTH = 10
 """Ranks that nDCG and MRR look at."""
 
@@ -156,8 +158,9 @@ def reranked(scorer: TaskPredictor, ranking: Ranking, queries: dict[str, str], t
     Args:
       texts: of all documents in the ranking.
     """
-    pairs = [(queries[query], texts[name]) for query, found in ranking.items() for name, _ in found]
-    scores = iter(scorer.pair_scores(pairs))
+    pairs = ((queries[query], texts[name]) for query, found in ranking.items() for name, _ in found)
+    parts = iter(lambda: list(itertools.islice(pairs, PAIRS)), [])
+    scores = (score for part in parts for score in scorer.pair_scores(part))
     scored = {query: [(name, next(scores)) for name, _ in found] for query, found in ranking.items()}
     return {query: sorted(found, key=lambda pair: -pair[1]) for query, found in scored.items()}
 

@@ -24,9 +24,6 @@ from bothways.sample.decode import Begin, Decoder, Forward, Logits, Row, SourceT
 from bothways.sample.embed import prompted, published_rows, shaped, vectors
 from bothways.sample.sampling_params import SamplingParams
 
-BATCH = 128
-"""Rows, or hypotheses, that are decoded together."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -386,6 +383,6 @@ class TextModel:
             )
         if said:
             return shaped(info, vectors(self.run, texts, published_rows(self.run, info, texts), pool))
-        bos, eos = [self.tokenizer.bos], [self.tokenizer.eos]
-        encoded = [self.tokenizer.encode(text) for text in texts]
-        return vectors(self.run, texts, [ids + eos if self.has_source else bos + ids for ids in encoded], pool)
+        before, behind = self.tokenizer.around_source() if self.has_source else ((self.tokenizer.bos,), ())
+        rows = [[*before, *self.tokenizer.encode(text), *behind] for text in texts]
+        return vectors(self.run, texts, rows, pool)

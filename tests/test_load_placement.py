@@ -21,6 +21,7 @@ from bothways.data import corpora
 from bothways.data.tokens import obtain_tokenizer
 from bothways.errors import CheckpointUnavailable, InputError
 from bothways.model.stack import unstack_layers
+from bothways.sample.directions import directions
 from bothways.sample.masked import MaskedModel
 from bothways.train.loop import train
 from bothways.train.start import check_start, start_from
@@ -66,6 +67,8 @@ def test_one_device_to_four_and_back(family, tiny, tmp_path):
     same(back.run.params, joined)
     same(one.run.params, joined)
 
+    assert {asks.run.module.cfg.attention for asks in directions(four).values()} == {"xla"}
+
     texts = ["the dog sees", "the king"]
     for model in (four, back):
         for found, wanted in zip(model.score(texts), one.score(texts), strict=True):
@@ -87,6 +90,18 @@ def test_weights_that_are_asked_are_of_the_type_they_are_multiplied_in(tiny, tmp
     assert all((leaf.dtype == "bfloat16") == (path[-1].key in ("kernel", "embedding")) for path, leaf in flat)
     texts = ["the dog sees", "the king"]
     assert asked.score(texts) == MaskedModel(wide).score(texts)
+
+
+def test_parameters_that_are_used_in_float32_stay_so(tiny):
+    """A task's head, its dense layer too, and what T5 adds to scores."""
+    relative = {"score_bias": "relative", "position_embedding": "none", "relative_buckets": 6, "relative_distance": 11}
+    made = body("gpt", tiny, dtype="bfloat16", **relative)
+    task = rundir.TaskInfo("dogs", "classify", ("dog", "none"), 8, ("accuracy",), hidden="tanh")
+    shapes = rundir.param_shapes(made.recipe, task)
+    asked = rundir.compute_dtype_shapes(shapes, made.recipe.model)
+    wide = [path for path, leaf in jax.tree_util.tree_leaves_with_path(asked) if leaf.dtype == "float32"]
+    names = {"/".join(key.key for key in path[-2:]) for path in wide if path[-1].key in ("kernel", "embedding")}
+    assert names == {"task_head/kernel", "dense/kernel", "relative/embedding"}
 
 
 def test_what_one_device_cannot_hold_is_spread_over_all(tiny, monkeypatch):

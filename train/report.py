@@ -53,7 +53,6 @@ class Reporter:
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task("training", total=steps, completed=start, shown="compiling")
         self.progress.start()
-        self.began = time.monotonic()
 
     def _drop_lines_after(self, step: int) -> None:
         if not self.path.exists():

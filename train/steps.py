@@ -259,7 +259,8 @@ class Throughput:
     def paused(self) -> Iterator[None]:
         left = time.monotonic()
         yield
-        self.away += time.monotonic() - left
+        if self.clock is not None:
+            self.away += time.monotonic() - left
 
     @property
     def tokens_per_second(self) -> float:

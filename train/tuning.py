@@ -48,10 +48,12 @@ class FinetuneRunner:
         model = dataclasses.replace(run.recipe.model, lora=cfg.lora)
         self.recipe = dataclasses.replace(run.recipe, model=model)  # of the run that comes of it
         longest = cfg.length or run.recipe.model.context_length
-        causal = run.recipe.family == "gpt" and run.recipe.objective.kind != "hybrid"
-        null = "last" if causal else "first"
-        can_be_empty = {"no_answer": task.no_answer, "null_position": null}
-        self.info = TaskInfo(task.name, task.kind, task.labels, longest, task.metrics, cfg.pool, **can_be_empty)
+        trained = run.recipe.objective  # a text is read as it was in training
+        whole_rows = trained.kind == "diffusion" and set(trained.block_sizes) == {0}
+        both_ways = run.recipe.family == "bert" or trained.kind == "hybrid" or whole_rows
+        null = "first" if both_ways else "last"
+        how = {"no_answer": task.no_answer, "null_position": null, "both_ways": both_ways}
+        self.info = TaskInfo(task.name, task.kind, task.labels, longest, task.metrics, cfg.pool, **how)
         self.module = rundir.module_of(self.recipe, self.info).clone(dropout=cfg.dropout)
         counts = {"train": label_weights(cfg.class_weights, task)}
         self.rows = {
@@ -127,8 +129,7 @@ class FinetuneRunner:
             return self.fresh(jax.random.key(seed), rate, self.run.params if pretrained else None)
 
         def batches(step: int) -> Iterator[dict[str, np.ndarray]]:
-            mine = sharding.local_rows(self.mesh, self.batch_size)
-            return task_batches.training_batches(self.rows["train"], self.sizes, self.batch_size, seed, step, mine)
+            return task_batches.training_batches(self.rows["train"], self.sizes, self.batch_size, seed, step)
 
         def evaluate(params: Any) -> dict[str, float]:
             found = self.measure(params, "validation")

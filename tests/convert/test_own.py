@@ -181,6 +181,13 @@ def test_the_modelling_file_computes_what_we_do_and_the_run_comes_back(exported,
             assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
 
+def test_a_tuned_decoder_that_reads_both_ways_does_so_elsewhere(tiny, tmp_path):
+    run = run_of("classify", tiny, tmp_path / "run")
+    task = json.loads((run / "task.json").read_text())
+    (run / "task.json").write_text(json.dumps(task | {"both_ways": True}))
+    assert export_run(run, tmp_path / "out", lambda _: None).max_difference < 1e-4
+
+
 @pytest.mark.parametrize("name", ["gpt", "modern", "gemma", "neox", "hybrid", "alibi"])
 def test_greedy_text_with_a_cache_and_padding_on_the_left_is_ours(exported, name):
     run, out, _ = exported(name)

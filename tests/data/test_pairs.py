@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bothways.data import bibles, corpora
 from bothways.data.config import DataConfig
-from bothways.data.pairs import PackedPairs, Spans, corrupted, hidden_spans, pack, parts
+from bothways.data.pairs import PackedPairs, Spans, corrupted, hidden_spans, pack, parts, span_lengths
 from bothways.data.rng import ExampleRng
 from bothways.data.tokenizer import made_up_vocabulary
 from bothways.data.tokens import Tokens
@@ -134,6 +134,17 @@ def test_spans_put_back_give_the_text(rate, mean_span):
         positions += np.flatnonzero(np.array(shown) == MASK).tolist()
     assert abs(np.mean(hidden_share) - rate) < 0.02
     assert len(set(positions)) > 10  # not always the same
+
+
+@pytest.mark.parametrize("mean_span", [1.0, 3.0, 20.0])
+def test_neither_side_is_longer_than_the_context(mean_span):
+    for length in (5, 16, 63):
+        for rate in (0.05, 0.3, 0.5, 0.6, 0.8, 0.95):
+            room, target = span_lengths(length, rate, mean_span)
+            hidden, spans = hidden_spans(room, rate, mean_span)
+            assert max(room - hidden + spans + 1, target) <= length
+            more = hidden_spans(room + 1, rate, mean_span)  # as long as fits
+            assert max(room + 1 - more[0] + more[1] + 1, sum(more) + 1) > length or room == 2 * length
 
 
 def test_no_end_of_a_document_stands_within_a_source_or_target():

@@ -55,6 +55,11 @@ from bothways.registry import make_module
             {"score_cap": -5.0, "logit_cap": -1.0, "query_scale": -2.0},
             [["score_cap is -5.0"], ["logit_cap is -1.0"], ["query_scale is -2.0"]],
         ),
+        ({"rotary_base": 0.0}, [["rotary_base is 0.0", "positive"]]),
+        (
+            {"rotary_base": -1.0, "rotary_base_local": -2.0},
+            [["rotary_base is -1.0"], ["rotary_base_local is -2.0", "negative"]],
+        ),
         ({"layer_pattern": ()}, [["layer_pattern is empty"]]),
         ({"window": 8}, [["window=8", "global"]]),
         ({"layer_pattern": ("global", "local")}, [["window=0", "local"]]),

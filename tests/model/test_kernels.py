@@ -12,7 +12,7 @@ from bothways import sharding
 from bothways.config import MeshConfig
 from bothways.model import attention, kernels
 from bothways.model.attention import attend, attend_whole
-from bothways.model.axes import activation_shardings, constrain_activation
+from bothways.model.axes import activation_shardings, constrain_activation, traced_for
 from bothways.model.mask import Mask
 from bothways.registry import make_module
 
@@ -136,21 +136,25 @@ def test_cudnn_is_told_the_same_mask(name):
     """Without a GPU, XLA computes from the arguments that cuDNN would get."""
     mask = (MASKS | {"prefix": PREFIX, "blocks by row": BLOCKS_BY_ROW})[name]
     q, k, v, _ = inputs(mask, jnp.bfloat16)
-    assert kernels.choose("cudnn", q, k, v, mask) == "cudnn"
+    with traced_for("gpu"):
+        assert kernels.choose("cudnn", q, k, v, mask) == "cudnn"
     same(outcome(lambda *args: kernels.cudnn(*args, implementation="xla"), mask), outcome(attend_whole, mask))
 
 
-def test_what_a_kernel_does_not_know_is_left_to_xla(eight_devices):
+def test_what_a_kernel_does_not_know_is_left_to_xla(eight_devices, monkeypatch):
     q, k, v, _ = inputs(CAUSAL)
     assert kernels.choose("auto", q, k, v, CAUSAL) == "xla"  # this is a CPU
     assert kernels.choose("splash", q, k, v, PREFIX) == "xla"
     assert kernels.choose("splash", q, k, v, BLOCKS_BY_ROW) == "xla"
     assert kernels.choose("splash", q[:, :100], k, v, BOTH) == "xla"
     assert kernels.choose("splash", q[:, :1], k, v, Mask.cached(PLACES[:, :1] + 9, T)) == "xla"
-    assert kernels.choose("cudnn", q, k, v, CAUSAL) == "xla"  # float32
+    with traced_for("gpu"):
+        assert kernels.choose("cudnn", q, k, v, CAUSAL) == "xla"  # float32
     unordered = dataclasses.replace(CAUSAL, positions_are_sequential=False)
     assert kernels.choose("splash", q, k, v, unordered) == "xla"
     q, k, v, _ = inputs(CAUSAL, jnp.bfloat16)
+    assert kernels.choose("cudnn", q, k, v, CAUSAL) == "xla"  # where no GPU is, what was trained on one is still read
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
     for mesh, kernel in ((MeshConfig(2, 2, 2, 1), "cudnn"), (MeshConfig(2, 1, 1, 4), "xla")):  # queries that are spread
         with activation_shardings(sharding.activation_sharding_fn(sharding.make_mesh(mesh, eight_devices))):
             assert kernels.choose("cudnn", q, k, v, CAUSAL) == kernel
@@ -162,6 +166,17 @@ def test_the_device_chooses(device, kernel, monkeypatch):
     q, k, v, _ = inputs(CAUSAL, jnp.bfloat16)
     assert kernels.choose("auto", q, k, v, CAUSAL) == kernel
     assert kernels.choose("xla", q, k, v, CAUSAL) == "xla"
+
+
+def test_a_model_for_cudnn_is_read_where_no_gpu_is(tiny_with):
+    cfg = tiny_with(context_length=16, d_head=8, d_value=8, n_layers=1, dtype="bfloat16", attention="cudnn")
+    tokens = jnp.arange(16)[None]
+    params = make_module("gpt", cfg).init(jax.random.key(0), tokens)["params"]
+    found, wanted = (
+        make_module("gpt", dataclasses.replace(cfg, attention=kernel)).apply({"params": params}, tokens)[0]
+        for kernel in ("cudnn", "xla")
+    )
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize(("field", "calls"), [("auto", False), ("xla", False), ("splash", True)])

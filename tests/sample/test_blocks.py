@@ -251,6 +251,19 @@ def test_padding_that_is_the_end_of_a_text_still_ends_it(run):
     assert run.tokenizer.unk not in drawn
 
 
+def test_a_prompt_that_whole_blocks_cannot_hold_is_refused(run):
+    """Blocks of 5 fill 15 of the context's 16 tokens; nothing of a prompt is cut without a word."""
+    objective = ObjectiveConfig(kind="diffusion", block_sizes=(5,))
+    only = DiffusionModel(dataclasses.replace(run.run, recipe=dataclasses.replace(run.recipe, objective=objective)))
+    long = made_up_text(60)
+    fits, text = (next(t for n in range(99) if len(only.encode_prompt(t := long[:n])) == size) for size in (15, 16))
+    message = "the prompt has 16 tokens, and blocks of 5 fill 15 of the model's context of 16; shorten it"
+    with pytest.raises(InputError, match=message):
+        only.sample([text], max_tokens=3)
+    assert only.sample([fits], max_tokens=3)[0].tokens <= 3
+    assert [only.room(5), run.room(4), run.room(3)] == [15, 16, 16]
+
+
 def test_what_a_run_was_not_trained_for_is_refused(run):
     only = DiffusionModel(
         dataclasses.replace(

@@ -14,6 +14,7 @@ from bothways.registry import make_module, tiny_inputs
 from bothways.rundir import Run
 from bothways.sample import embed
 from bothways.sample.diffusion import DiffusionModel
+from bothways.sample.text import TextModel
 from tests.corpus import made_up_text
 
 LENGTHS = (3, 1, 7, 2, 11, 5, 23, 2, 3, 1, 13, 37, 5, 3, embed.SHARED + 3)
@@ -54,6 +55,23 @@ def test_texts_that_share_rows_see_nothing_of_each_other(family, fields, tiny_wi
     for pool, wanted in (("mean", lambda x: x.mean(axis=0)), ("cls", lambda x: x[0]), ("last", lambda x: x[-1])):
         found = embed.vectors(run, [""] * len(rows), rows, pool)
         np.testing.assert_allclose(found, [wanted(x) for x in features], rtol=1e-4, atol=1e-5)
+
+
+def test_sources_of_an_encoder_decoder_are_framed_as_it_reads_them_elsewhere(tiny_with):
+    """BART's begin with <s>, NLLB's with a language."""
+    tokenizer = tokenizers.train([made_up_text(60)], "bpe", 330)
+    cfg = tiny_with(context_length=48, vocab_size=len(tokenizer), n_layers=1)
+    module = make_module("seq2seq", cfg)
+    params = jax.jit(lambda: module.init(jax.random.key(3), **tiny_inputs("seq2seq"))["params"])()
+    recipe = Recipe("pairs", "seq2seq", cfg, objective=ObjectiveConfig("pairs"))
+    model = TextModel(Run(Path("pairs"), recipe, tokenizer, module, params, 1))
+    for before, behind in (((), (tokenizer.eos,)), ((7, 9), (3,))):
+        tokenizer.around_source = lambda sides=(before, behind): sides
+        ids = np.array([[*before, *tokenizer.encode("the king"), *behind]])
+        features = module.apply(
+            {"params": params}, ids, np.arange(ids.shape[1])[None], np.ones_like(ids), method="encode"
+        )
+        np.testing.assert_allclose(model.embed(["the king"])[0], features[0].mean(axis=0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_diffusion_run_reads_each_text_in_its_own_place(tiny_with):

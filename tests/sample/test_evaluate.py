@@ -121,3 +121,26 @@ def test_a_split_in_which_nothing_is_predicted_is_bad_input(models):
     only_starts = Tokens(np.full(30, model.tokenizer.bos, np.uint16), np.arange(30), 30)
     with pytest.raises(InputError, match="no token that the model predicts"):
         figures.causal_figures(model, "validation", only_starts, 0)
+
+
+def test_conversations_are_read_some_at_a_time_with_the_same_figures(models, monkeypatch):
+    """However many there are, in memory is a part of them; those without an answer count for nothing."""
+    model, rng = models["causal"], np.random.default_rng(1)
+    ids = rng.integers(5, 60, 23 * 13).astype(np.uint16)
+    scored = np.arange(len(ids)) % 5 > 2
+    scored[: 13 * 7] = False  # a whole part without an answer
+    held = Tokens(ids, np.arange(0, len(ids), 13), len(ids), scored=scored)
+    whole = figures.conversation_figures(model, "validation", held, 0)
+    together, real = [], figures.scoring.causal_logprobs
+
+    def counted(module, params, rows, *rest, **more):
+        together.append(len(rows))
+        return real(module, params, rows, *rest, **more)
+
+    monkeypatch.setattr(figures, "READ_AHEAD", 2 * model.recipe.model.context_length)
+    monkeypatch.setattr(figures.scoring, "causal_logprobs", counted)
+    parts = figures.conversation_figures(model, "validation", held, 0)
+    assert max(together) <= 2 * 3  # two conversations, of three answers at most
+    for a, b in zip(whole, parts, strict=True):
+        assert (a.metric, a.n) == (b.metric, b.n)
+        np.testing.assert_allclose([a.value, *a.interval], [b.value, *b.interval], rtol=1e-5)

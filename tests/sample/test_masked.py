@@ -264,7 +264,7 @@ def test_there_are_no_more_candidates_than_ordinary_tokens(model):
     assert sorted(c["token"] for c in found.masks[0]) == sorted(tokens)
 
 
-def test_texts_are_filled_together_as_alone(model):
+def test_texts_are_filled_together_as_alone(model, monkeypatch):
     texts = ["the [MASK] in the [MASK]", "[MASK]", "a [MASK][MASK][MASK] dog", "no [MASK] loves", "[MASK] bird"]
     for steps in (1, 3):
         together = model.fill(texts, steps=steps)
@@ -274,6 +274,11 @@ def test_texts_are_filled_together_as_alone(model):
             (alone,) = model.fill([text], steps=steps)
             assert alone.filled == filled.filled
             assert "[MASK]" not in filled.filled
+    rows, real = [], masked.fill  # and no more of them at a time than fit
+    monkeypatch.setattr(masked, "fill", lambda *args, **more: rows.append(len(args[2])) or real(*args, **more))
+    monkeypatch.setattr(masked, "rows_that_fit", lambda cfg: lambda length: 1)
+    model.fill(texts)
+    assert rows == [1] * 5
 
 
 def test_what_cannot_be_filled_is_refused(model):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from bothways.sample import score
 from bothways.sample.score import causal_logprobs, windows
 
 
@@ -61,6 +62,19 @@ def test_texts_longer_than_the_context_are_scored_by_half_windows(gpt):
             at = begin + context
         expected.append(nats)
     np.testing.assert_allclose(causal_logprobs(gpt.module, gpt.params, sequences, context), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_last_token_is_predicted_and_not_read(gpt, monkeypatch, more):
+    """A row is never longer than the context, whose length suits kernels better than one more."""
+    shapes, real, context = [], score.next_token_logprobs, gpt.module.cfg.context_length
+    monkeypatch.setattr(score, "next_token_logprobs", lambda *args: shapes.append(args[2]["tokens"].shape) or real(*args))
+    sequences = sequences_of([context + more, 9], gpt.module.cfg.vocab_size)
+    found = causal_logprobs(gpt.module, gpt.params, sequences, context + more)
+    assert max(shape[1] for shape in shapes) == context
+    for tokens, nats in zip(sequences, found, strict=True):
+        logprobs = gpt.logprobs(tokens[:-1])
+        assert nats == pytest.approx(sum(logprobs[t - 1, tokens[t]] for t in range(1, len(tokens))), rel=1e-4)
 
 
 def test_nothing_to_score_gives_nothing(gpt):

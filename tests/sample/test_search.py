@@ -95,6 +95,17 @@ def test_reranking_keeps_the_order_of_equals():
     assert found["q"] == [("b", 3.0), ("c", 3.0), ("a", 1.0)]
 
 
+def test_pairs_are_scored_some_at_a_time(monkeypatch):
+    scorer, given = object.__new__(of.TaskPredictor), []
+    scorer.pair_scores = lambda pairs: given.append(len(pairs)) or [float(text) for _, text in pairs]
+    ranking = {query: [(str(i), 0.0) for i in range(4)] for query in "abc"}
+    texts = {str(i): str(i) for i in range(4)}
+    monkeypatch.setattr(of, "PAIRS", 5)
+    found = of.reranked(scorer, ranking, dict.fromkeys("abc", "x"), texts)
+    assert given == [5, 5, 2]
+    assert [[name for name, _ in found[query]] for query in "abc"] == [["3", "2", "1", "0"]] * 3
+
+
 # ---- the command ------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
 from bothways.recipes import Recipe
 from bothways.sample.chat import Conversation
+from bothways.sample.diffusion import DiffusionModel
 from bothways.sample.evaluate import evaluate
 from bothways.train.objectives import objective_of
 
@@ -180,3 +181,22 @@ def test_a_diffusion_run_answers_too(recipe, tmp_path):
     with pytest.raises(InputError, match="--block is 3"):
         Conversation(model, block=3)
     assert [f.metric for f in evaluate(model, ["validation"], limit=3)] == ["loss", "bits_per_byte"]
+    # Of 96 tokens blocks of 36 fill 72: older turns are forgotten that these do not hold.
+    wide = dataclasses.replace(model.recipe, objective=dataclasses.replace(ask, block_sizes=(36,)))
+    talk = Conversation(DiffusionModel(dataclasses.replace(model.run, recipe=wide)), greedy=True, max_tokens=4)
+    for _ in range(9):
+        talk.reply("f")
+        assert len(encode(model.tokenizer, render(model.tokenizer, talk.turns[:-1]))) <= 72 - 4
+    assert len(talk.turns) < 18
+
+
+def test_an_encoder_trained_by_diffusion_has_the_bound_of_its_answers(recipe, tmp_path):
+    """Evaluated at the end of training and later; the bound does not depend on how conversations are put together."""
+    few = dataclasses.replace(recipe.train, steps=11, eval_every=11, eval_rows=8)
+    ask = ObjectiveConfig(kind="diffusion", block_sizes=(0,))
+    dataclasses.replace(recipe, family="bert", objective=ask, train=few).fit(tmp_path / "run")
+    model = bothways.load(tmp_path / "run")
+    found = {f.metric: f for f in evaluate(model, ["validation"], limit=3)}
+    assert list(found) == ["loss", "bits_per_byte"]
+    assert found["loss"].n == 3
+    assert found["loss"].resampled == "conversations"

@@ -102,6 +102,19 @@ def test_triplets_and_scored_pairs(vectors):
     assert right == pytest.approx(np.mean(np.array(pairs) < 0))
 
 
+def test_held_out_batches_of_scored_pairs_count_as_the_pairs_in_them(vectors):
+    """A last one that is not full does not weigh as much as those before it."""
+    cfg = dataclasses.replace(RANKING, loss="cosent")
+    objective, nats, weight, wanted = contrastive(cfg, None), 0.0, 0.0, 0.0
+    for count in (5, 2):
+        fields = {"score": jnp.array([0.3, 0.1, 0.2, 0.7, 0.9]), "weight": jnp.arange(5) < count}
+        fields |= {"ids": jnp.arange(30).reshape(5, 3, 2)}
+        nats += objective.halves.compare(jnp.asarray(vectors), fields)["contrast"].nats
+        weight += objective.weights(fields)["contrast"]
+        wanted += count * compared(vectors, cfg, **fields)[0]
+    assert float(nats / weight) == pytest.approx(wanted / 7, rel=1e-5)
+
+
 def test_each_width_has_a_loss_of_its_own(vectors):
     loss, _ = compared(vectors, dataclasses.replace(RANKING, widths=(2, 7)))
     assert loss == pytest.approx(sum(ranked(near(vectors, w) / 0.3).mean() for w in (2, 7)), rel=1e-5)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import bothways
-from bothways import sharding
-from bothways.config import FinetuneConfig
+from bothways import rundir, sharding
+from bothways.config import FinetuneConfig, ObjectiveConfig
 from bothways.errors import InputError
 from bothways.model.task import mean_over
 from bothways.sample.predict import TaskPredictor
@@ -91,6 +91,24 @@ def test_every_kind_of_task_is_learned(bodies, kind, family, wanted, tmp_path):
     best, params = fit(tuner, tmp_path, 1e-2, 0, pretrained=True)
     assert best >= wanted
     assert tuner.measure(params, "test")[tuner.lead] >= wanted - 0.1
+
+
+def test_a_decoder_of_whole_rows_is_tuned_as_it_was_trained(bodies, tmp_path):
+    """Every token sees the whole text; but what was tuned before there was a choice opens as it was tuned."""
+    for kind, fields, both, before in (
+        ("diffusion", {"block_sizes": (0,)}, True, False),
+        ("diffusion", {"block_sizes": (4, 0)}, False, False),
+        ("hybrid", {}, True, True),
+    ):
+        recipe = dataclasses.replace(bodies["gpt"].recipe, objective=ObjectiveConfig(kind, **fields))
+        tuner = runner_of(dataclasses.replace(bodies["gpt"], recipe=recipe), dog_task("classify"))
+        assert (tuner.module.both_ways, tuner.info.null_position) == (both, "first" if both else "last")
+        rundir.write_task(tmp_path, tuner.info)
+        assert rundir.module_of(recipe, rundir.read_task(tmp_path)).both_ways == both
+        kept = json.loads((tmp_path / "task.json").read_text())
+        del kept["both_ways"]
+        (tmp_path / "task.json").write_text(json.dumps(kept))
+        assert rundir.module_of(recipe, rundir.read_task(tmp_path)).both_ways == before
 
 
 @pytest.fixture(scope="module")

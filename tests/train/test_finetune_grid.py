@@ -34,8 +34,8 @@ def test_a_grid_that_is_stopped_goes_on_to_the_same_answer(tiny, tmp_path, monke
     whole = finetune(run, task, tmp_path / "whole", GRID)
     training_batches = task_batches.training_batches
 
-    def stopping(rows, sizes, batch_size, seed, step, mine):
-        for number, batch in enumerate(training_batches(rows, sizes, batch_size, seed, step, mine), step):
+    def stopping(rows, sizes, batch_size, seed, step):
+        for number, batch in enumerate(training_batches(rows, sizes, batch_size, seed, step), step):
             if stop and (len(begun), number) == stop[0]:
                 stop.pop(0)
                 os.kill(os.getpid(), signal.SIGTERM)

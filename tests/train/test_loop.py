@@ -308,3 +308,16 @@ def test_the_result_says_how_many_steps_were_made(whole, recipe, monkeypatch):
     monkeypatch.setattr(loop, "run_steps", lambda job: {"loss": 1.0})
     assert train(longer, home).steps == result.steps == recipe.train.steps
     (home / "recipe.json").write_text(kept)
+
+
+def test_a_pause_before_the_clock_runs_is_not_taken_off_it(monkeypatch):
+    """As where a resumed run owes an evaluation: it ends before the first step is counted."""
+    now = [0.0]
+    monkeypatch.setattr(steps, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    meter = Throughput(1.0)
+    for pause, step, tokens in ((100, 50, 7), (30, 20, 60)):
+        with meter.paused():
+            now[0] += pause
+        now[0] += step
+        meter.count(tokens)
+    assert meter.tokens_per_second == 60 / 20

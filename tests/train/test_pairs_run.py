@@ -15,7 +15,7 @@ from bothways.errors import InputError
 from bothways.model.config import TransformerConfig
 from bothways.recipes import Recipe
 from bothways.sample.directions import directions
-from bothways.sample.evaluate import evaluate, held_out_pairs
+from bothways.sample.evaluate import evaluate, held_out_pairs, pair_figures
 
 pytestmark = pytest.mark.usefixtures("one_device")
 MODEL = TransformerConfig(
@@ -83,6 +83,15 @@ def test_figures_of_translations(reversing):
     assert figures["loss"].value < 0.05
     assert figures["bleu"].n > 100
     assert any("tok:13a" in line for line in output)
+
+
+def test_pairs_with_an_empty_side_are_left_out_as_training_leaves_them_out(reversing):
+    texts, output = ["abc", "cba", "", "a", "ab", "", "abcd", "dcba"], []
+    corpus = types.SimpleNamespace(documents=lambda _: (("", text) for text in texts))
+    assert held_out_pairs(reversing, "test", corpus=corpus) == [("abc", "cba"), ("abcd", "dcba")]
+    found = pair_figures(reversing, "test", corpus, output.append, 0)
+    assert {f.n for f in found} == {2}
+    assert not any("longer than the context" in line for line in output)
 
 
 def test_beams_say_the_same_for_any_batch_and_one_beam_is_greedy(reversing):

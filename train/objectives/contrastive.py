@@ -31,8 +31,7 @@ def contrastive(cfg: ObjectiveConfig, setting: Setting) -> Objective:
         return ContrastRows(tokens, min(length, cfg.text_length or length), setting.vocabulary.pad), examples.as_is
 
     def weights(batch: Batch) -> dict[str, jax.Array]:
-        # CoSENT compares all pairs of a batch with each other: a batch has one loss.
-        return {"contrast": jnp.ones(()) if cfg.loss == "cosent" else jnp.sum(batch["weight"])}
+        return {"contrast": jnp.sum(batch["weight"])}
 
     def encode(module: Any, batch: Batch, deterministic: bool) -> Vectors:
         B, N, T = batch["tokens"].shape
@@ -106,10 +105,12 @@ def triplet(vectors: Vectors, batch: Batch, cfg: ObjectiveConfig) -> TokenLoss:
 
 def cosent(vectors: Vectors, batch: Batch, cfg: ObjectiveConfig) -> TokenLoss:
     """log(1 + the sum over pairs i, j with a lower score for i of exp((cosine_i - cosine_j) / temperature)): cosines in the
-    order of the scores (https://kexue.fm/archives/8847). `correct` is the share of i, j in this order."""
+    order of the scores (https://kexue.fm/archives/8847), and the share of i, j in this order. A batch has one loss: both
+    count as many times as there are pairs, so that held-out batches weigh what is in them."""
     near = jnp.sum(vectors[:, 0] * vectors[:, 1], axis=-1)
     near, score, weight = (constrain_activation(x, None) for x in (near, batch["score"], batch["weight"]))
     counts = (score[:, None] < score[None]) & (weight[:, None] * weight[None] > 0)
     apart = jnp.where(counts, (near[:, None] - near[None]) / cfg.temperature, HIDDEN)
     ordered = jnp.sum(counts & (near[:, None] < near[None])) / jnp.maximum(jnp.sum(counts), 1)
-    return TokenLoss(jax.nn.logsumexp(jnp.append(apart.reshape(-1), 0.0)), ordered)
+    count = jnp.sum(weight)
+    return TokenLoss(count * jax.nn.logsumexp(jnp.append(apart.reshape(-1), 0.0)), count * ordered)
