@@ -178,7 +178,7 @@ def conclude(found: dict[str, list[dict[str, Any]]], best: dict[str, list[float]
         guess = float(-np.log(TASKS[task][1]))
         picture = pictures.curves(series, "example in the document", "loss, nats", a_guess=guess)
         pictured.append((picture, f"{task.capitalize()}: loss on the n-th answer."))
-    finding = f"The loss of the causal model falls by {format_difference(used['causal'], ' nats')} along a document (mean of four tasks"
+    finding = f"The loss of the causal model falls by {format_difference(used['causal'], ' nats', sign='')} along a document (mean of four tasks"
     share = used["causal"].value / np.mean([np.subtract(*parts(best[t])) for t in TASKS])
     finding += f", {share:.0%} of what the best possible predictor achieves)"
     if "masked" in found:
@@ -200,7 +200,7 @@ def conclude(found: dict[str, list[dict[str, Any]]], best: dict[str, list[float]
             )
         ],
         pictured,
-        f"{format_difference(used['causal'], ' nats')} less loss along a document",
+        f"{format_difference(used['causal'], ' nats', sign='')} less loss along a document",
     )
 
 
