@@ -117,7 +117,7 @@ def write(home: Path, found: list[tuple[Experiment, Result]], about: dict[str, A
 <p>An essay of June 2020 made claims about the two families of language models. Here each is measured on models that
 differ in nothing but which way they read and what they are asked: same text in the same order, same tokenizer, same
 size, same optimizer, same number of tokens.</p>
-<p><b>Of {len(found)} claims {count[HOLDS]} hold here, {count[FAILS]} do not, and {count[OPEN]} are not decided.</b>
+<p><b>Of {len(found)} claims {count[HOLDS]} hold here, {count[FAILS]} do not, and {count[OPEN]} {"is" if count[OPEN] == 1 else "are"} not decided.</b>
 “Here” is a toy: {html.escape(about["scale"])} What it says of models a thousand times larger is a question, not an answer;
 beside each claim stands what others found there.</p>
 <ul class="claims">{claims}</ul>
