@@ -18,6 +18,7 @@ from bothways.recipes import Recipe
 from bothways.train.loop import train
 
 pytest.importorskip("gcp_storage_emulator", reason="no object store to rehearse with")
+from tests.conftest import HANGS
 from tests.launch import gcloud
 
 STEPS, SAVE, BEGUN = 8, 2, 2
@@ -56,7 +57,7 @@ class Launched:
         return "".join(path.read_text()[-3000:] for path in sorted(self.home.glob(f"{self.name}-?.log")))
 
     def ends(self) -> None:
-        self.thread.join(100)
+        self.thread.join(HANGS)
         assert not self.thread.is_alive(), self.logs()
 
 
