@@ -162,7 +162,7 @@ def test_the_page_stands_by_itself(tmp_path):
     assert page.ids == ["a", "b", "c"]
     assert page.links == ["#a", "#b", "#c"]
     assert not page.outside
-    assert "Of 3 claims 1 hold here, 1 do not, and 1 are not decided" in page.text
+    assert "Of 3 claims 1 hold here, 1 do not, and 1 is not decided" in page.text
     assert "bothways compare b --size s" in page.text
     assert "Measured with commit abc." in page.text
     # t(0.975, 1) = 12.71 and t(0.8, 1) = 1.376, times 0.1 / sqrt(2)
