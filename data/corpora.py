@@ -22,7 +22,6 @@ from bothways.locks import locked
 if TYPE_CHECKING:
     from bothways.data.prepared import Prepared
 
-
 MOST_COPIED = 2**26
 """Bytes of uncompressed files on a disk that are copied into the cache: more take longer to copy than to read again."""
 
@@ -234,7 +233,8 @@ def from_files(cfg: DataConfig, cache: Path, copied: bool) -> Corpus:
 
     what, names = (*hashed_fields(cfg), str(len(paths))), [path.name for path in paths + held]
     tables = [kind if (kind := files.kind(path)) in files.TABLES else "" for path in paths + held]  # other text
-    key, *earlier = dict.fromkeys(files.fingerprint(contents, *what, names=n) for n in (tables, (), names))
+    of_names = (tables,) if any(n.lower().endswith(files.JSON_ENDINGS) for n in names) else (tables, (), names)
+    key, *earlier = dict.fromkeys(files.fingerprint(contents, *what, names=n) for n in of_names)
 
     @functools.cache  # where few documents are cut is found out once
     def splits() -> dict[str, Again]:

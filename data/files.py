@@ -37,7 +37,8 @@ JSON_LINES = (".ndjson", ".json")
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 """Endings of compressed files, behind another one, and what fsspec calls them."""
 SUFFIXES = (*PLAIN, *TABLES, *(kind + packed for kind in (*PLAIN, *TABLES[:3]) for packed in PACKED))
-ENDINGS = (*SUFFIXES, *JSON_LINES, *(kind + packed for kind in JSON_LINES for packed in PACKED))
+JSON_ENDINGS = (*JSON_LINES, *(kind + packed for kind in JSON_LINES for packed in PACKED))
+ENDINGS = (*SUFFIXES, *JSON_ENDINGS)
 """Of names that are files, although nothing is there."""
 LOG = logging.getLogger("bothways")
 

@@ -56,8 +56,6 @@ class PublishedTokenizer(Tokenizer):
     word stands for a space and its letters.
     """
 
-    encoding = 2
-
     def __init__(self, model: str, roles: dict[str, str], settings: dict[str, Any] | None = None):
         """
         Args:
@@ -123,8 +121,14 @@ class PublishedTokenizer(Tokenizer):
         All added tokens stay in the file, since those that the model does not know get their ids by their order in it.
         """
         parts, control = json.loads(model), set(self.special) - {self.mask}
+        vocabulary = parts["model"]["vocab"]
+        known = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+        control_before, self._moved = False, False
         for token in parts.get("added_tokens") or []:
             token["special"] = token["id"] in control
+            if token["content"] not in known:
+                control_before |= token["special"]
+                self._moved |= control_before and not token["special"]
         plain = tokenizers.Tokenizer.from_str(json.dumps(parts))
         plain.encode_special_tokens = True
         plain.no_truncation()
@@ -160,7 +164,9 @@ class PublishedTokenizer(Tokenizer):
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256((self.model + json.dumps(self.roles, sort_keys=True)).encode()).hexdigest()[:16]
+        # Where added tokens stand behind control tokens, texts had other ids up to version 0.2: what was prepared then is not read.
+        now = " in place" if self._moved else ""
+        return hashlib.sha256((self.model + json.dumps(self.roles, sort_keys=True) + now).encode()).hexdigest()[:16]
 
     def _with_mask(self, text: str) -> str:
         return text.replace(MASK, self.roles["mask"]) if self.mask is not None else text

@@ -76,8 +76,6 @@ class Tokenizer(abc.ABC):
     special: list[int]
     """Ids that stand for no text: never masked, never drawn as random replacements."""
     fingerprint: str
-    encoding: int = 1
-    """A higher number where the same vocabulary began to give other ids: tokens that were cached before are not read."""
     chat_template: str = ""
     """How a conversation is written (data/chat.py), in jinja2; empty where the vocabulary says none."""
 

@@ -128,8 +128,6 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: str) -> Tok
         if corpus.store.is_large(split):
             return corpus.store.open(split, Path(cache).expanduser())
     version = f"{1 + corpus.paired} {corpus.fingerprint} {tokenizer.fingerprint} {split}"
-    if tokenizer.encoding > 1:
-        version += f" encoding {tokenizer.encoding}"
     if corpus.conversations:
         version += f" {chat.template_fingerprint(tokenizer)} {tokenizer.special}"
     if corpus.sides:

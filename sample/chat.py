@@ -97,9 +97,7 @@ class Conversation:
         Raises:
           InputError: as `sample`; the conversation is then as it was before.
         """
-        context = self.model.recipe.model.context_length
-        if isinstance(self.model, DiffusionModel):
-            context = self.model.room(self.options.get("block"))
+        context = self.model.room(self.options.get("block"))
         room = context - min(self.options["max_tokens"], context // 2)
         turns = [*self.turns, {"role": "user", "content": text}]
         while True:

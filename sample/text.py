@@ -161,6 +161,10 @@ class TextModel:
         self.decoder = Decoder(forward, logits, begin, run.recipe.model.context_length, self.tokenizer.eos)
         self._beams = make_beam_search(forward, logits, self.tokenizer.eos)
 
+    def room(self, block: int | None = None) -> int:
+        """Tokens that a prompt may have."""
+        return self.recipe.model.context_length
+
     def encode_prompt(self, prompt: str) -> list[int]:
         """What is read of a prompt: its ids, or the token that opens a document; a source's ids and the end of it.
 

@@ -104,9 +104,8 @@ class Wanted:
     ids: list[int]
     source: list[int]
     max_tokens: int
-    eos: int = -1
-    """The token that ends a text; -1: none does."""
     chat: bool = False
+    """Whether a chat template wrote it."""
 
 
 def wanted(
@@ -139,8 +138,7 @@ def wanted(
             "shorten one of them"
             + (f", or serve it with --context {run.context_length} at most" if context < run.context_length else "")
         )
-    eos = tokenizer.eos if chat is None else end_of_turn(tokenizer)
-    return Wanted(prompt, ids, source, most, eos, chat is not None)
+    return Wanted(prompt, ids, source, most, chat is not None)
 
 
 def seed_of(request: Drawing) -> int:
@@ -234,15 +232,16 @@ class Written:
         jobs = []
         for p, prompt in enumerate(self.prompts):
             keys = draw_keys([prompt.prompt], self.count, seed)
+            eos = end_of_turn(tokenizer) if prompt.chat else tokenizer.eos
             for n, key in enumerate(keys):
-                text = Text(tokenizer.decode, request.stops, prompt.eos)
+                text = Text(tokenizer.decode, request.stops, eos)
                 generation = Generation(
                     prompt.ids,
                     np.asarray(jax.random.key_data(key)),
                     method,
                     prompt.max_tokens,
                     emit=lambda *_: True,
-                    eos=prompt.eos,
+                    eos=eos,
                     source=prompt.source,
                     tops=self.tops,
                     gone=lambda: self.gone,
@@ -274,12 +273,10 @@ class Written:
             "remask": bool(request.remask),
         }
         options |= {k: v for k, v in (("block", request.block), ("steps", request.steps)) if v is not None}
+        chat = self.prompts[0].chat
+        compute, alike = functools.partial(write_blocks, options, chat), ("write", chat, *sorted(options.items()))
         jobs = []
         for p, prompt in enumerate(self.prompts):
-            compute, alike = (
-                functools.partial(write_blocks, options, prompt.chat),
-                ("write", prompt.chat, *sorted(options.items())),
-            )
             item = InBlocks(prompt.prompt, prompt.max_tokens, seed, self._put, p * self.count, [""] * self.count)
             job = Call(self.run.name, compute, [item], alike, short=False, gone=lambda: self.gone)
             job.future.add_done_callback(self._failed)

@@ -1,5 +1,6 @@
 """Published vocabularies behind the same interface as those learned here."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -76,6 +77,14 @@ def test_added_tokens_have_the_ids_of_the_file_whatever_stands_before_them(added
     assert added.encode_many(["a[MASK]b"]) == [added.encode("a[MASK]b")]
     assert not {*added.special} & {*added.encode("a<|im_end|>b<|endoftext|>")}
     assert added.decode(added.encode("a<|im_end|>b<think>")) == "a<|im_end|>b<think>"
+
+
+def test_only_where_ids_were_others_is_the_fingerprint_another(added, bpe, bert):
+    def before(tokenizer) -> str:
+        said = tokenizer.model + json.dumps(tokenizer.roles, sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    assert [t.fingerprint == before(t) for t in (added, bpe, bert)] == [False, True, True]
 
 
 def test_wordpiece_has_no_padding_and_no_truncation_of_its_own(bert):

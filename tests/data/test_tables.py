@@ -161,3 +161,12 @@ def test_one_array_of_json_is_refused_and_a_folders_json_is_left_out(tmp_path, c
     assert "left out 1 file(s) of other kinds: .json" in caplog.text
     with pytest.raises(InputError, match="line 1: not JSON .* write one object per line"):
         helpers.in_all(helpers.load(tmp_path / "text" / "info.json", cache_dir))
+
+
+def test_what_was_trained_on_json_as_plain_text_is_another_corpus(tmp_path, cache_dir):
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text('{"text": "document"}\n')
+    as_named, as_usual = (helpers.load(tmp_path / name, cache_dir) for name in ("a.json", "a.jsonl"))
+    assert as_named.fingerprint == as_usual.fingerprint
+    assert not as_named.earlier
+    assert as_usual.earlier
