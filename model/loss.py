@@ -102,8 +102,7 @@ def _forward(features, table, bias, targets, weights, cap, smoothing, pieces, wi
         d_products = d_logits * (1 - jnp.square(capped / cap)) if cap else d_logits
         narrow_d = d_products.astype(x.dtype)
         dx = contract("btv,vd->btd", narrow_d, narrow)
-        flat = narrow_d.reshape(-1, V)
-        d_table += jnp.matmul(flat.T, x.reshape(-1, D), preferred_element_type=jnp.float32)
+        d_table += contract("btv,btd->vd", narrow_d, x, jnp.float32)
         if bias is not None:
             d_bias += jnp.sum(d_logits, axis=(0, 1))
         return (sums, d_table, d_bias), dx
