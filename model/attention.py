@@ -1,5 +1,8 @@
 """Attention: projections, rotary positions, grouped queries, and the one place where a kernel is chosen."""
 
+import itertools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -56,13 +59,22 @@ def attend(
         return attend_whole(q, k, v, mask, dropout, bias=bias, cap=cap)
     tile = 1 if platform() == "cpu" else LANES
     size, found = -(-T // (BLOCKS * tile)) * tile, []
-    for begin in range(0, T, size):
-        queries = slice(begin, min(begin + size, T))
-        keys = mask.visible_key_range(queries)
+    blocks = [slice(begin, min(begin + size, T)) for begin in range(0, T, size)]
+    seen = [mask.visible_key_range(queries) for queries in blocks]
+    k_of, v_of = pieces(k, seen), pieces(v, seen)
+    for queries, keys, q_part in zip(blocks, seen, jax.lax.split(q, [b.stop - b.start for b in blocks], axis=1), strict=True):
         part = mask.slice(queries, keys)
-        at = (T, begin, keys.start)
-        found.append(attend_whole(q[:, queries], k[:, keys], v[:, keys], part, dropout, at, bias, cap))
+        at = (T, queries.start, keys.start)
+        found.append(attend_whole(q_part, k_of(keys), v_of(keys), part, dropout, at, bias, cap))
     return jnp.concatenate(found, axis=1)
+
+
+def pieces(x: Float[jax.Array, "B S G K"], ranges: list[slice]) -> Callable[[slice], jax.Array]:
+    """x[:, range] for each of these ranges, as parts of x side by side: their gradients are added part by part, where those of slices
+    would each be as long as x."""
+    cuts = sorted({0, x.shape[1]} | {end for one in ranges for end in (one.start, one.stop)})
+    parts = dict(zip(cuts, jax.lax.split(x, [b - a for a, b in itertools.pairwise(cuts)], axis=1), strict=False))
+    return lambda one: jnp.concatenate([part for begin, part in parts.items() if one.start <= begin < one.stop], axis=1)
 
 
 def attend_whole(
