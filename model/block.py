@@ -14,6 +14,7 @@ from bothways.model.config import TransformerConfig
 from bothways.model.dropout import Dropout
 from bothways.model.layers import Norm, Projection
 from bothways.model.mask import Mask
+from bothways.model.products import elementwise
 from bothways.model.score_bias import ScoreBias
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -37,7 +38,11 @@ class MLP(nn.Module):
     def __call__(self, x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
         cfg, activation, bias = self.cfg, ACTIVATIONS[self.cfg.activation], self.cfg.bias and self.cfg.mlp_bias
         y = Projection(cfg, (cfg.d_ff,), bias=bias, name="up")(x)
-        y = y * activation(Projection(cfg, (cfg.d_ff,), bias=bias, name="gate")(x)) if cfg.gated else activation(y)
+        if cfg.gated:
+            gate = Projection(cfg, (cfg.d_ff,), bias=bias, name="gate")(x)
+            y = elementwise(lambda y, gate: y * activation(gate), y, gate)
+        else:
+            y = elementwise(activation, y)
         y = constrain_activation(y, "batch", "length", "ff")
         return Projection(cfg, (cfg.d_model,), bias=bias, residual=True, name="down")(y)
 

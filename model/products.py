@@ -8,6 +8,7 @@ tpu  Heads as wide as the matrix unit are written and read in the order [B, H, T
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -107,6 +108,14 @@ def add_bias(y: Float[jax.Array, "..."], bias: Float[jax.Array, "..."]) -> Float
     if platform() == "cpu":
         return (y.astype(jnp.float32) + bias).astype(y.dtype)
     return y + bias.astype(y.dtype)
+
+
+def elementwise(fn: Callable[..., jax.Array], *x: jax.Array) -> jax.Array:
+    """fn(*x) in x's type. In bfloat16 on a CPU in float32, since there every operation of bfloat16 converts to it and back; the backward
+    pass keeps x alone and computes the rest again."""
+    if x[0].dtype != jnp.bfloat16 or platform() != "cpu":
+        return fn(*x)
+    return jax.checkpoint(lambda *x: fn(*(one.astype(jnp.float32) for one in x)).astype(jnp.bfloat16))(*x)
 
 
 def project(x: Float[jax.Array, "..."], kernel: Float[jax.Array, "..."], n_in: int) -> Float[jax.Array, "..."]:
