@@ -11,10 +11,13 @@ from benchmarks.harness import OURS, Row, Setting, keep, record, write_table
 HERE = Path(__file__).parent
 ROWS: dict[str, Callable[[Setting], Row]] = {
     "train-gpt-small": training.gpt_small,
+    "train-gpt-small-bfloat16": training.gpt_small_bfloat16,
     "train-gpt-2048": training.gpt_2048,
     "train-gpt-8192": training.gpt_8192,
     "train-gpt2": training.gpt2,
+    "train-gpt2-bfloat16": training.gpt2_bfloat16,
     "train-bert": training.bert_base,
+    "train-bert-bfloat16": training.bert_base_bfloat16,
     "train-lora": adapters.lora,
     "train-lora-bfloat16": adapters.lora_bfloat16,
     "generate-1": generation.one,

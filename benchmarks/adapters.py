@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.harness import Row, Setting
+from benchmarks.harness import OURS, Row, Setting
 from benchmarks.models import torch_model
 from benchmarks.training import Batch, compare, ours, pytorch
 from bothways.model.adapters import frozen_types, split
@@ -40,12 +40,15 @@ def their_side(recipe: Recipe, home: Path, batches: list[Batch], steps: int) -> 
     return {"warm": lambda: take(1), "run": lambda: take(steps), "loss": loss}
 
 
+MAKERS = {OURS: our_side, PEER: their_side}
+
+
 def lora(setting: Setting) -> Row:
     what = "LoRA training step, rank 8 on all projections of SmolLM2 135M's shape, 4 x 256"
-    return compare(setting, "smollm2", 4, 256, 2, what, (our_side, their_side), PEER)
+    return compare(setting, "smollm2", 4, 256, 2, what, MAKERS)
 
 
 def lora_bfloat16(setting: Setting) -> Row:
     """The same with the frozen model in bfloat16 and products of bfloat16, on both sides; adapters stay float32."""
     what = "LoRA training step of the same, model and products in bfloat16"
-    return compare(setting, "smollm2-bfloat16", 4, 256, 2, what, (our_side, their_side), PEER)
+    return compare(setting, "smollm2-bfloat16", 4, 256, 2, what, MAKERS)

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bothways.platform import asking_for_large_pages
+from bothways.platform import memory_tunables
 
 RECIPE, CHECKS = "shakespeare_chars", 25
 
@@ -103,7 +103,7 @@ def compare(path: Path, rounds: int) -> dict:
             part.write_text("".join(text for _, text in corpus.documents(split)))
         for _ in range(rounds):
             reference = in_process("benchmarks.chars_reference", *map(str, parts.values()))
-            mine = in_process("benchmarks.chars", "--ours", str(path), "--cache", home, tunables=asking_for_large_pages())
+            mine = in_process("benchmarks.chars", "--ours", str(path), "--cache", home, tunables=memory_tunables())
             crossing = next((s for _, s, loss in mine["curve"] if loss <= reference["loss"]), float("nan"))
             found.append(
                 {

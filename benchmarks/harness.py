@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bothways.platform import asking_for_large_pages
+from bothways.platform import memory_tunables
 
 OURS = "bothways"
 PACKAGES = ("jax", "flax", "torch", "transformers", "ctranslate2")
@@ -67,7 +67,7 @@ class Setting:
         """
         if self.tiny:
             return types.SimpleNamespace(**make(*arguments), close=lambda: None)
-        return Apart(make, arguments, asking_for_large_pages() if ours else None)
+        return Apart(make, arguments, memory_tunables() if ours else None)
 
 
 class Apart:

@@ -75,7 +75,7 @@ def in_bfloat16(models: dict[str, Recipe], *names: str) -> dict[str, Recipe]:
 
 
 for sizes in (FULL, TINY):
-    sizes |= in_bfloat16(sizes, "smollm2", "minilm")
+    sizes |= in_bfloat16(sizes, "smollm2", "minilm", "gpt-small", "gpt2", "bert-base")
 
 
 def model_of(setting: Setting, name: str) -> tuple[Recipe, Path]:

@@ -1,5 +1,7 @@
 """Training steps: forward, backward, clipping, AdamW, on batches that change; ours is the step that `bothways train` takes."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from bothways.train.optimizer import make_optimizer
 from bothways.train.step import TrainState, make_eval_step, make_train_step, state_shardings
 
 Batch = dict[str, np.ndarray]
-PEER = "transformers, PyTorch eager, fused AdamW"
+EAGER = "transformers, PyTorch eager, fused AdamW"
+AUTOCAST = "transformers, PyTorch eager, autocast to bfloat16, fused AdamW"
+COMPILED = "transformers, torch.compile, autocast to bfloat16, fused AdamW"
 MASK_ID = 4
 
 
@@ -79,9 +83,13 @@ def ours(recipe: Recipe, params: Any, batches: list[Batch], frozen: Any = None) 
     return run, loss
 
 
-def pytorch(model: Any, batches: list[Batch]) -> tuple[Steps, Callable[[Batch], float]]:
+def pytorch(
+    model: Any, batches: list[Batch], bfloat16: bool = False, compiled: bool = False
+) -> tuple[Steps, Callable[[Batch], float]]:
     """The same of a module of `transformers`; a masked loss is marked by labels of -100, as its users do."""
     import torch
+
+    forward = torch.compile(model) if compiled else model
 
     trained = [p for p in model.parameters() if p.requires_grad]
     plain = [p for p in trained if p.ndim < 2]
@@ -94,7 +102,8 @@ def pytorch(model: Any, batches: list[Batch]) -> tuple[Steps, Callable[[Batch], 
         if "mask_positions" in batch:
             labels = np.full_like(batch["tokens"], -100)
             np.put_along_axis(labels, batch["mask_positions"], batch["targets"], axis=1)
-        logits = model(torch.from_numpy(batch["tokens"]).long()).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            logits = forward(torch.from_numpy(batch["tokens"]).long()).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), torch.from_numpy(labels).long().flatten())
 
     def run(steps: int) -> float:
@@ -120,35 +129,39 @@ def our_side(recipe: Recipe, home: Path, batches: list[Batch], steps: int) -> di
     return {"warm": lambda: take(1), "run": lambda: take(steps), "loss": loss}
 
 
-def their_side(recipe: Recipe, home: Path, batches: list[Batch], steps: int) -> dict[str, Callable]:
+def their_side(
+    recipe: Recipe, home: Path, batches: list[Batch], steps: int, bfloat16: bool = False, compiled: bool = False
+) -> dict[str, Callable]:
     kind = "GPT2LMHeadModel" if recipe.family == "gpt" else "BertForMaskedLM"
-    take, loss = pytorch(torch_model(home, kind), batches)
+    take, loss = pytorch(torch_model(home, kind), batches, bfloat16, compiled)
     return {"warm": lambda: take(1), "run": lambda: take(steps), "loss": loss}
 
 
+PLAIN = {OURS: our_side, EAGER: their_side}
+IN_BFLOAT16 = {
+    OURS: our_side,
+    AUTOCAST: functools.partial(their_side, bfloat16=True),
+    COMPILED: functools.partial(their_side, bfloat16=True, compiled=True),
+}
+
+
 def compare(
-    setting: Setting,
-    name: str,
-    rows: int,
-    length: int,
-    steps: int,
-    what: str,
-    makers: tuple[Maker, Maker] = (our_side, their_side),
-    peer: str = PEER,
+    setting: Setting, name: str, rows: int, length: int, steps: int, what: str, makers: dict[str, Maker] = PLAIN
 ) -> Row:
     """Tokens per second of `steps` steps in a row, after one that is not counted: in it a side asks anew for memory that
     the system took back while another had its turn. All begin with the same weights, and must agree on the first loss."""
     recipe, home = model_of(setting, name)
+    if recipe.model.dtype == "auto":  # which is bfloat16 on some CPUs
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="float32"))
     rows, length = (2, 16) if setting.tiny else (rows, length)
     make = gpt_batch if recipe.family == "gpt" else bert_batch
     batches = [make(recipe, rows, length, seed) for seed in range(4)]
-    sides = {OURS: setting.side(makers[0], recipe, home, batches, steps, ours=True)}
-    if setting.peers:
-        sides[peer] = setting.side(makers[1], recipe, home, batches, steps)
-        differ = abs(sides[OURS].loss(batches[0]) - sides[peer].loss(batches[0]))
-        assert differ < (1e-3 if recipe.model.compute_dtype == jnp.float32 else 2e-2), (
-            "the sides do not compute the same loss"
-        )
+    made = makers if setting.peers else {OURS: makers[OURS]}
+    sides = {side: setting.side(maker, recipe, home, batches, steps, ours=side == OURS) for side, maker in made.items()}
+    losses = [side.loss(batches[0]) for side in sides.values()]
+    assert max(losses) - min(losses) < (1e-3 if recipe.model.dtype == "float32" else 2e-2), (
+        f"the sides do not compute the same loss: {dict(zip(sides, losses, strict=True))}"
+    )
     seconds = alternate(sides, setting.rounds)
     for side in sides.values():
         side.close()
@@ -158,6 +171,11 @@ def compare(
 def gpt_small(setting: Setting) -> Row:
     what = "GPT training step, 6 layers, 384 wide, vocabulary 8192, 8 x 256"
     return compare(setting, "gpt-small", 8, 256, 6, what)
+
+
+def gpt_small_bfloat16(setting: Setting) -> Row:
+    what = "GPT training step, 6 layers, 384 wide, vocabulary 8192, 8 x 256, products in bfloat16"
+    return compare(setting, "gpt-small-bfloat16", 8, 256, 6, what, IN_BFLOAT16)
 
 
 def gpt_2048(setting: Setting) -> Row:
@@ -173,5 +191,16 @@ def gpt2(setting: Setting) -> Row:
     return compare(setting, "gpt2", 4, 256, 3, "GPT-2 124M training step, 4 x 256")
 
 
+def gpt2_bfloat16(setting: Setting) -> Row:
+    return compare(
+        setting, "gpt2-bfloat16", 4, 256, 3, "GPT-2 124M training step, 4 x 256, products in bfloat16", IN_BFLOAT16
+    )
+
+
 def bert_base(setting: Setting) -> Row:
     return compare(setting, "bert-base", 16, 128, 2, "BERT-base training step, 16 x 128, dropout 0.1")
+
+
+def bert_base_bfloat16(setting: Setting) -> Row:
+    what = "BERT-base training step, 16 x 128, dropout 0.1, products in bfloat16"
+    return compare(setting, "bert-base-bfloat16", 16, 128, 2, what, IN_BFLOAT16)

@@ -16,7 +16,7 @@ from typing import Any
 import bothways
 from bothways.errors import Busy, CheckpointUnavailable, Diverged, InputError, Stopped
 from bothways.log import log
-from bothways.platform import leave_absent_tpu_alone, with_large_pages
+from bothways.platform import leave_absent_tpu_alone, with_memory_tuned
 
 COMMANDS = {
     "prepare": "text to shards of tokens, once, in parallel",
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def command() -> int:
     """`bothways` as a program."""
-    with_large_pages()
+    with_memory_tuned()
     return main()
 
 

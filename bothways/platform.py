@@ -1,33 +1,50 @@
-"""Which kind of device this process runs on."""
+"""What this process runs on, and how it asks for memory."""
 
 import glob
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
 LARGE_PAGES = "glibc.malloc.hugetlb"
+KEEPING = ("glibc.malloc.mmap_max=0", f"glibc.malloc.trim_threshold={2**40}", "glibc.malloc.arena_max=1")
+"""All memory lies in one heap, from which nothing goes back to the system before the process ends."""
+TRAINING = ("train", "finetune", "compare")
 KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
+CPU = Path("/proc/cpuinfo")
+WITH_BFLOAT16 = ("AVX512_BF16", "AMX", "AMX_FP16")
+"""Values of XLA's flag xla_cpu_max_isa that leave those instructions in."""
 
-def asking_for_large_pages() -> str | None:
-    """GLIBC_TUNABLES for a process that takes its memory in pages of 2 MiB; None where they are on or not to be had.
 
-    Linux may give such pages only to those that ask, and glibc asks if this variable says so when the process starts. A
-    step's scratch memory is handed out anew for each step: in pages of 4 KiB that can take a third of the step.
+def memory_tunables(trains: bool = True) -> str | None:
+    """GLIBC_TUNABLES for a process that takes its memory in pages of 2 MiB and, if it trains, keeps what it frees; None where the
+    variable says something of pages already, or Linux does not give them to those that ask.
+
+    A step's scratch memory, a gigabyte and more, is handed out anew for each step. If it comes from the system each time, Linux
+    first writes zeros over it: in pages of 4 KiB that can take a third of a step, in large ones still a tenth.
     """
     asked = os.environ.get("GLIBC_TUNABLES", "")
     if LARGE_PAGES in asked or not KERNEL.exists() or "[madvise]" not in KERNEL.read_text():
         return None
-    return ":".join(filter(None, (asked, f"{LARGE_PAGES}=1")))
+    return ":".join(filter(None, (asked, f"{LARGE_PAGES}=1", *(KEEPING if trains else ()))))
 
 
-def with_large_pages() -> None:
-    """Begin this process anew, as it was called, where it then gets large pages. Whoever has set the variable has decided."""
-    if tunables := asking_for_large_pages():
+def with_memory_tuned() -> None:
+    """Begin this process anew, as it was called, with `memory_tunables`. Whoever has set large pages on or off has decided."""
+    if tunables := memory_tunables(any(verb in TRAINING for verb in sys.argv[1:2])):
         os.environ["GLIBC_TUNABLES"] = tunables
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for products of bfloat16 (AVX512-BF16), and XLA may use them."""
+    most = re.search(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    if most and most[1].upper() not in WITH_BFLOAT16:
+        return False
+    return CPU.exists() and "avx512_bf16" in CPU.read_text()
 
 
 def leave_absent_tpu_alone() -> None:

@@ -62,7 +62,9 @@ def attend(
     blocks = [slice(begin, min(begin + size, T)) for begin in range(0, T, size)]
     seen = [mask.visible_key_range(queries) for queries in blocks]
     k_of, v_of = pieces(k, seen), pieces(v, seen)
-    for queries, keys, q_part in zip(blocks, seen, jax.lax.split(q, [b.stop - b.start for b in blocks], axis=1), strict=True):
+    for queries, keys, q_part in zip(
+        blocks, seen, jax.lax.split(q, [b.stop - b.start for b in blocks], axis=1), strict=True
+    ):
         part = mask.slice(queries, keys)
         at = (T, queries.start, keys.start)
         found.append(attend_whole(q_part, k_of(keys), v_of(keys), part, dropout, at, bias, cap))

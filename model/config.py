@@ -212,7 +212,8 @@ class TransformerConfig:
     lora: LoRAConfig = LoRAConfig()
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of activations. auto: bfloat16 on GPU and TPU, float32 on CPU. Parameters are always float32."""
+    """Type of activations. auto: bfloat16 on GPU and TPU, and in training steps on a CPU with AVX512-BF16; else float32. Parameters are
+    always float32."""
     attention: Literal["auto", "xla", "short", "splash", "cudnn"] = "auto"
     """The kernel for masks and shapes that it supports; XLA computes the rest. auto: short, else splash on TPU, cudnn on
     GPU."""

@@ -1,7 +1,8 @@
 """Matrix products as each backend runs them fastest: the one place, beside kernels.py, that knows the device.
 
 cpu  One plain product of two matrices: XLA copies and transposes where it sees more axes. Of few rows a product takes as
-     long as reading the matrix, and XLA reads it faster in a batch of parts. In bfloat16 its sums are float32.
+     long as reading the matrix, and XLA reads it faster in a batch of parts. In bfloat16 its sums are float32, and only one
+     form of a product is fast.
 tpu  Heads as wide as the matrix unit are written and read in the order [B, H, T, K] that kernels want: a product that
      goes by [B, T, H K] is copied into it and out of it. Norms take one pass over x.
 """
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Float
 
-from bothways.model.axes import platform
+from bothways.model.axes import devices_in_use, platform
 
 CPU_SPLITS = 8
 """Of a matrix that few rows go through, on a CPU."""
@@ -70,35 +71,40 @@ _summed_in_float32.defvjp(lambda equation, a, b: (_summed_in_float32(equation, a
 
 
 def _matrix_product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """einsum of two bfloat16 arrays, float32, in the one form that XLA's CPU products know in bfloat16: [..., M, C] by [..., C, N] or
-    [..., N, C], all in the order of their indices. Any other it computes in float32, in twice the time."""
+    """einsum of two bfloat16 arrays on a CPU, in float32."""
+    if devices_in_use() > 1:
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return _ordered_product(equation, a, b)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _ordered_product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The same on one device, in the one form in which XLA's CPU kernels multiply bfloat16: [B, M, C] by [B, C, N] or [B, N, C],
+    each in memory in the order of its indices. Everything else, gradients of weights among them, XLA converts to float32 and
+    multiplies in twice the time. Of two operands that are both in the way, the smaller one is transposed."""
     (of_a, of_b), of_y = equation.split("->")[0].split(","), equation.split("->")[1]
     batch = [i for i in of_a if i in of_b and i in of_y]
     summed = [i for i in of_a if i in of_b and i not in of_y]
-    if of_a[-1] not in summed and (of_b[-1] in summed or a.size > b.size):  # the left one is transposed: let it be the smaller
+    if of_a[-1] not in summed and (of_b[-1] in summed or a.size > b.size):
         a, b, of_a, of_b = b, a, of_b, of_a
-    rows, columns = ([i for i in one if i not in batch + summed] for one in (of_a, of_b))
-    right = columns + summed if of_b[-1] in summed else summed + columns
-    size = dict(zip(of_a + of_b, a.shape + b.shape, strict=True))
+    rows, columns = ([i for i in one if i not in (*batch, *summed)] for one in (of_a, of_b))
+    size = dict(zip((*of_a, *of_b), (*a.shape, *b.shape), strict=True))
+    inner, outer = (summed, columns) if of_b[-1] not in summed else (columns, summed)
 
     def ordered(x: jax.Array, now: str, *groups: list[str]) -> jax.Array:
         x = x.transpose([now.index(i) for group in groups for i in group])
         return _row_major(x.reshape([math.prod(size[i] for i in group) for group in groups]))
 
-    left = ordered(a, of_a, batch, rows, summed)
-    groups = (columns, summed) if right[-1] in summed else (summed, columns)
-    y = jax.lax.dot_general(
-        left,
-        ordered(b, of_b, batch, *groups),
-        (((2,), (1 + groups.index(summed),)), ((0,), (0,))),
-        preferred_element_type=jnp.float32,
-    )
+    left, right = ordered(a, of_a, batch, rows, summed), ordered(b, of_b, batch, inner, outer)
+    dims = (((2,), (1 if inner is summed else 2,)), ((0,), (0,)))
+    y = _row_major(jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32))
     found = [*batch, *rows, *columns]
-    return _row_major(y).reshape([size[i] for i in found]).transpose([found.index(i) for i in of_y])
+    return y.reshape([size[i] for i in found]).transpose([found.index(i) for i in of_y])
 
 
 def _row_major(x: jax.Array) -> jax.Array:
-    """x, written to memory in the order of its indices, and not with a transpose taken into the product that reads it."""
+    """x in memory in the order of its indices. XLA decides whether it can multiply by the order it sees, which `transpose` only notes
+    down; the barrier keeps it from taking the transpose into the product."""
     return jax.lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
 
 
@@ -111,8 +117,8 @@ def add_bias(y: Float[jax.Array, "..."], bias: Float[jax.Array, "..."]) -> Float
 
 
 def elementwise(fn: Callable[..., jax.Array], *x: jax.Array) -> jax.Array:
-    """fn(*x) in x's type. In bfloat16 on a CPU in float32, since there every operation of bfloat16 converts to it and back; the backward
-    pass keeps x alone and computes the rest again."""
+    """fn(*x), arrays of one type, in that type. bfloat16 on a CPU is computed in float32, since there every operation of bfloat16 converts
+    to it and back; the backward pass keeps x alone, and computes the rest again."""
     if x[0].dtype != jnp.bfloat16 or platform() != "cpu":
         return fn(*x)
     return jax.checkpoint(lambda *x: fn(*(one.astype(jnp.float32) for one in x)).astype(jnp.bfloat16))(*x)

@@ -20,7 +20,8 @@ def jaxlib_knows(flag: str) -> bool:
 
 
 # Programs of XLA's older emitters take half as long to compile; tiny ones are not worth splitting between threads.
-FLAGS = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
+# With AVX512 at most, recipes that leave the type open train in float32 on every machine.
+FLAGS = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1", "xla_cpu_max_isa": "AVX512"}
 QUICK = " ".join(f"--{flag}={value}" for flag, value in FLAGS.items() if jaxlib_knows(flag))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from bothways import platform
-from bothways.platform import leave_absent_tpu_alone, with_large_pages
+from bothways.platform import leave_absent_tpu_alone, memory_tunables, multiplies_bfloat16, with_memory_tuned
 
 
 @pytest.fixture
@@ -53,22 +53,62 @@ def test_nothing_is_said_on_standard_error():
     assert done.stderr == ""
 
 
-def test_the_command_line_begins_anew_with_large_pages_once(monkeypatch, tmp_path):
+def test_the_command_line_begins_anew_with_memory_tuned_once(monkeypatch, tmp_path):
     begun = []
     monkeypatch.setattr(os, "execv", lambda program, argv: begun.append((program, argv)))
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "bothways", "train"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "bothways", "sample"])
+    monkeypatch.setattr(sys, "argv", ["bothways", "sample"])
     monkeypatch.setattr(platform, "KERNEL", tmp_path / "enabled")
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
-    with_large_pages()  # a kernel without them
+    with_memory_tuned()  # a kernel without them
     for unasked in ("[always] madvise never", "always madvise [never]"):
         platform.KERNEL.write_text(unasked + "\n")
-        with_large_pages()
+        with_memory_tuned()
     assert not begun
     platform.KERNEL.write_text("always [madvise] never\n")
-    with_large_pages()
-    assert begun == [(sys.executable, [sys.executable, "-m", "bothways", "train"])]
+    with_memory_tuned()
+    assert begun == [(sys.executable, [sys.executable, "-m", "bothways", "sample"])]
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
-    with_large_pages()
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    assert memory_tunables(trains=True).split(":") == ["glibc.malloc.hugetlb=1", *platform.KEEPING]
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    with_memory_tuned()
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # somebody has decided
-    with_large_pages()
+    with_memory_tuned()
     assert len(begun) == 1
+
+
+def test_freed_memory_is_used_again_where_it_is_kept():
+    """By a process with those settings: arrays freed and made again touch no new pages."""
+    if platform.memory_tunables() is None and "hugetlb" not in os.environ.get("GLIBC_TUNABLES", ""):
+        pytest.skip("Linux gives no large pages to those that ask")
+    code = (
+        "import resource, numpy as np\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "np.ones(2**25)\n"
+        "before = faults()\n"
+        "for _ in range(5): np.ones(2**25)\n"
+        "print(faults() - before)"
+    )
+    new_pages = {}
+    for kept in (False, True):
+        tunables = ":".join(("glibc.malloc.hugetlb=1", *(platform.KEEPING if kept else ())))
+        env = os.environ | {"GLIBC_TUNABLES": tunables}
+        new_pages[kept] = int(
+            subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout
+        )
+    assert new_pages[False] > 500, "of 256 MiB, five times, in pages of 2 MiB"
+    assert new_pages[True] < 20
+
+
+def test_a_cpu_multiplies_bfloat16_if_it_can_and_may(monkeypatch, tmp_path):
+    monkeypatch.setattr(platform, "CPU", tmp_path / "cpuinfo")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    assert not multiplies_bfloat16()  # no such file: not Linux
+    platform.CPU.write_text("flags : fpu avx2 avx512f\n")
+    assert not multiplies_bfloat16()
+    platform.CPU.write_text("flags : fpu avx2 avx512f avx512_bf16\n")
+    assert multiplies_bfloat16()
+    for most, may in (("AVX512", False), ("avx2", False), ("AMX", True), ("AVX512_BF16", True)):
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_cpu_max_isa={most} --xla_force_host_platform_device_count=8")
+        assert multiplies_bfloat16() == may

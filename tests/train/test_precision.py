@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from bothways.config import MeshConfig
+from bothways import sharding
+from bothways.config import MeshConfig, OptimizerConfig
 from bothways.registry import FAMILIES, make_module, tiny_inputs
-from tests.train.test_step import config_of, run
+from bothways.train import step
+from tests.train.test_step import BATCHES, config_of, run
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,31 @@ def test_a_step_in_bfloat16_is_the_step_in_float32_but_for_rounding(family, smal
     assert rounded[0]["grad_norm"] == pytest.approx(exact[0]["grad_norm"], rel=3e-2)
     mine, theirs = flat(b.opt_state), flat(a.opt_state)  # Adam's moments hold the gradient
     assert mine @ theirs / np.linalg.norm(mine) / np.linalg.norm(theirs) > 0.999
+
+
+def test_in_bfloat16_the_loss_falls_as_in_float32(small, eight_devices):
+    """Over forty steps on two batches in turn, in which it falls by half a nat and more."""
+    cfg, two = config_of("gpt", small), [BATCHES["gpt"](small.vocab_size, seed=k) for k in range(2)]
+    curves = []
+    for dtype in ("float32", "bfloat16"):
+        how = {"steps": 40, "batches": two * 20, "optimizer": OptimizerConfig(learning_rate=3e-3, eps=1e-3)}
+        _, metrics, _ = run(dataclasses.replace(cfg, dtype=dtype), MeshConfig(), eight_devices[:1], **how)
+        curves.append([m["loss"] for m in metrics])
+    exact, rounded = np.array(curves)
+    assert exact[0] - exact[-1] > 0.5
+    np.testing.assert_allclose(rounded, exact, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "devices", "found"), [("auto", 1, "bfloat16"), ("auto", 8, "auto"), ("float32", 1, "float32")]
+)
+def test_a_step_is_in_bfloat16_where_one_cpu_multiplies_it(dtype, devices, found, tiny, eight_devices, monkeypatch):
+    mesh = sharding.make_mesh(MeshConfig(), eight_devices[:devices])
+    module = make_module("gpt", dataclasses.replace(tiny, dtype=dtype))
+    monkeypatch.setattr(step, "multiplies_bfloat16", lambda: False)
+    assert step.in_training_dtype(module, mesh).cfg.dtype == dtype
+    monkeypatch.setattr(step, "multiplies_bfloat16", lambda: True)
+    assert step.in_training_dtype(module, mesh).cfg.dtype == found
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
