@@ -26,7 +26,7 @@ from bothways.log import log
 from bothways.recipes import Recipe
 from bothways.registry import make_module, tiny_inputs
 from bothways.train import hosts
-from bothways.train.objectives import objective_of
+from bothways.train.objectives import PREDICT_NO_TOKENS, objective_of
 from bothways.train.optimizer import longer, make_optimizer
 from bothways.train.start import check_start, load_base, start_from
 from bothways.train.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
@@ -54,7 +54,7 @@ def resolve(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
             "set --model.vocab-size 0 to follow the tokenizer, or a smaller --data.vocab-size"
         )
     model = dataclasses.replace(recipe.model.resolved(), vocab_size=size)
-    if recipe.objective.kind == "contrastive":  # it predicts no tokens
+    if recipe.objective.kind in PREDICT_NO_TOKENS:
         model = dataclasses.replace(model, masked_head=False, next_sentence=False)
     return dataclasses.replace(recipe, model=model)
 
@@ -238,7 +238,7 @@ class Evaluator:
 
     def __init__(self, recipe, objective, module, tokenizer, sources, mesh, param_shardings, shares=(1.0,)):
         self.recipe, self.sources, self.shares, self.mesh = recipe, sources, shares, mesh
-        self.step = make_eval_step(module, objective, mesh, param_shardings)
+        self.step, self.likelihood = make_eval_step(module, objective, mesh, param_shardings), objective.likelihood
         lengths = tokenizer.byte_lengths()
         self.count_bytes = jax.jit(
             lambda targets, weights: jnp.sum(jnp.where(weights > 0, jnp.asarray(lengths)[targets], 0))
@@ -260,7 +260,7 @@ class Evaluator:
             batch = sharding.to_global(self.mesh, rows)
             for name, term in self.step(params, batch).items():
                 sums[name] = sums.get(name, 0) + np.array([float(x) for x in term])
-                if name in ("nll", "bound"):
+                if name == self.likelihood:
                     size = int(self.count_bytes(batch["targets"], batch.get("scored", batch["weights"])))
                     bits_per_byte.add(np.array([float(term[0]) / math.log(2)]), np.array([size]))
         held = {name: nats / weight for name, (nats, _, weight) in sums.items()}

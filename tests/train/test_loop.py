@@ -24,6 +24,7 @@ from bothways.flops import recipe_flops_per_token
 from bothways.sample import evaluate as figures
 from bothways.train import loop, steps
 from bothways.train.loop import Evaluator, train
+from bothways.train.objectives import Objective
 from bothways.train.steps import Throughput, run_steps
 from tests.conftest import plotting
 from tests.train.jobs import counting
@@ -264,7 +265,8 @@ def test_evaluation_takes_no_more_rows_at_once_than_training(recipe, monkeypatch
     cut, sizes = on_devices(recipe, batch_size=32, grad_accum_steps=2, eval_rows=0), []
     rows = Stacked([{"targets": np.zeros(3, int), "weights": np.ones(3)}] * 40)
     tokenizer = types.SimpleNamespace(byte_lengths=lambda: np.ones(1))
-    evaluate = Evaluator(cut, None, None, tokenizer, {"": (rows, as_is)}, sharding.make_mesh(cut.mesh), None)
+    objective = Objective(None, None, None, likelihood="nll")
+    evaluate = Evaluator(cut, objective, None, tokenizer, {"": (rows, as_is)}, sharding.make_mesh(cut.mesh), None)
     monkeypatch.setattr(evaluate, "count_bytes", lambda *_: 3)
     monkeypatch.setattr(
         evaluate, "step", lambda _, batch: sizes.append(len(batch["targets"])) or {"nll": (1.0, 1.0, 1.0)}

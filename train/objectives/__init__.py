@@ -17,7 +17,7 @@ from bothways.data.tokenizer import Vocabulary
 from bothways.errors import InputError
 from bothways.recipes import Recipe
 from bothways.registry import predicts
-from bothways.train.objectives.after_source import after_source
+from bothways.train.objectives.after_source import pairs, spans
 from bothways.train.objectives.causal import causal
 from bothways.train.objectives.chat import chat
 from bothways.train.objectives.contrastive import contrastive
@@ -35,13 +35,16 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig, Setting], Objective]] = {
     "hybrid": hybrid,
     "diffusion": diffusion,
     "contrastive": contrastive,
-    "pairs": after_source,
-    "spans": after_source,
+    "pairs": pairs,
+    "spans": spans,
 }
 """An objective is a function in a file of its own and a line here."""
 
 HIDES = ("masked", "hybrid", "diffusion", "spans")
 """Objectives that need a mask token."""
+
+PREDICT_NO_TOKENS = ("contrastive",)
+"""Objectives whose models need no output layer."""
 
 
 def make_objective(

@@ -9,8 +9,7 @@ from bothways.config import ObjectiveConfig
 from bothways.data import examples
 from bothways.data.pipeline import ExampleFn, RowSource
 from bothways.data.tokens import Rows, Tokens
-from bothways.model.loss import cross_entropy
-from bothways.train.objectives.core import Batch, Objective, Setting, Sums
+from bothways.train.objectives.core import Batch, Objective, Setting, Sums, token_loss
 
 
 def causal(cfg: ObjectiveConfig, setting: Setting) -> Objective:
@@ -27,8 +26,6 @@ def causal(cfg: ObjectiveConfig, setting: Setting) -> Objective:
         # training a kernel that knows nothing but causality can be taken.
         segments = batch["segments"] if setting.separate or deterministic else None
         features, _ = module(batch["tokens"], batch["positions"], segments, deterministic=deterministic)
-        smoothing = 0.0 if deterministic else cfg.label_smoothing
-        args = (module.transform(features), *module.unembedding(), batch["targets"], batch["weights"])
-        return {"nll": cross_entropy(*args, smoothing)}
+        return {"nll": token_loss(module, features, batch, cfg, deterministic)}
 
-    return Objective(source, weights, terms)
+    return Objective(source, weights, terms, likelihood="nll")

@@ -9,8 +9,7 @@ from bothways.config import ObjectiveConfig
 from bothways.data.conversation_rows import PackedConversations, answered
 from bothways.data.pipeline import ExampleFn, RowSource
 from bothways.data.tokens import Tokens
-from bothways.model.loss import cross_entropy
-from bothways.train.objectives.core import Batch, Objective, Setting, Sums
+from bothways.train.objectives.core import Batch, Objective, Setting, Sums, token_loss
 
 
 def chat(cfg: ObjectiveConfig, setting: Setting) -> Objective:
@@ -25,8 +24,6 @@ def chat(cfg: ObjectiveConfig, setting: Setting) -> Objective:
 
     def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
         features, _ = module(batch["tokens"], batch["positions"], batch["segments"], deterministic=deterministic)
-        smoothing = 0.0 if deterministic else cfg.label_smoothing
-        args = (module.transform(features), *module.unembedding(), batch["targets"], batch["weights"])
-        return {"nll": cross_entropy(*args, smoothing)}
+        return {"nll": token_loss(module, features, batch, cfg, deterministic)}
 
-    return Objective(source, weights, terms)
+    return Objective(source, weights, terms, likelihood="nll")

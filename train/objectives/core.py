@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bothways.config import ObjectiveConfig
 from bothways.data.pipeline import ExampleFn, RowSource
 from bothways.data.tokenizer import Vocabulary
 from bothways.data.tokens import Tokens
 from bothways.embedding import EmbeddingInfo
-from bothways.model.loss import TokenLoss
+from bothways.model.loss import TokenLoss, cross_entropy
 from bothways.recipes import Recipe
 
 Batch = dict[str, jax.Array]
@@ -56,6 +57,7 @@ class Objective:
       terms: bound module, batch, deterministic -> sums of every term.
       halves: `terms` in two parts, where a row's loss depends on the other rows.
       embedding: how a run of this recipe makes vectors of texts, where it is trained for that.
+      likelihood: the term that is the negative log-likelihood of the text or a bound on it, of which bits per byte are made.
     """
 
     source: Callable[[Tokens, int, bool], tuple[RowSource, ExampleFn]]
@@ -63,6 +65,13 @@ class Objective:
     terms: Callable[[Any, Batch, bool], Sums]
     halves: Halves | None = None
     embedding: Callable[[Recipe], EmbeddingInfo] | None = None
+    likelihood: str = ""
+
+
+def token_loss(module: Any, features: jax.Array, batch: Batch, cfg: ObjectiveConfig, deterministic: bool) -> TokenLoss:
+    """Cross-entropy of the batch's targets, by features [B, T, D] of the outputs that predict them; labels are smoothed in training only."""
+    smoothing = 0.0 if deterministic else cfg.label_smoothing
+    return cross_entropy(module.transform(features), *module.unembedding(), batch["targets"], batch["weights"], smoothing)
 
 
 def class_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> TokenLoss:

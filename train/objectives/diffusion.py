@@ -12,8 +12,7 @@ from bothways.data.conversation_rows import conversation_rows
 from bothways.data.diffusion import diffused
 from bothways.data.pipeline import ExampleFn, RowSource
 from bothways.data.tokens import Rows, Tokens
-from bothways.model.loss import cross_entropy
-from bothways.train.objectives.core import Batch, Objective, Setting, Sums
+from bothways.train.objectives.core import Batch, Objective, Setting, Sums, token_loss
 
 
 def diffusion(cfg: ObjectiveConfig, setting: Setting) -> Objective:
@@ -45,8 +44,6 @@ def diffusion(cfg: ObjectiveConfig, setting: Setting) -> Objective:
         hidden = None if only_clean else batch["tokens"]
         clean = None if only_hidden else batch["targets"]
         features = module.denoise(hidden, clean, batch["positions"], segments, block, deterministic)
-        smoothing = 0.0 if deterministic else cfg.label_smoothing
-        args = (module.transform(features), *module.unembedding(), batch["targets"], batch["weights"])
-        return {"bound": cross_entropy(*args, smoothing)}
+        return {"bound": token_loss(module, features, batch, cfg, deterministic)}
 
-    return Objective(source, weights, terms)
+    return Objective(source, weights, terms, likelihood="bound")

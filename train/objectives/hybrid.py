@@ -10,8 +10,7 @@ from bothways.config import ObjectiveConfig
 from bothways.data import examples
 from bothways.data.pipeline import ExampleFn, RowSource
 from bothways.data.tokens import Rows, Tokens
-from bothways.model.loss import cross_entropy
-from bothways.train.objectives.core import Batch, Objective, Setting, Sums
+from bothways.train.objectives.core import Batch, Objective, Setting, Sums, token_loss
 
 
 def hybrid(cfg: ObjectiveConfig, setting: Setting) -> Objective:
@@ -32,8 +31,6 @@ def hybrid(cfg: ObjectiveConfig, setting: Setting) -> Objective:
     def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
         inputs = (batch[k] for k in ("tokens", "positions", "segments", "prefix"))
         features, _ = module(*inputs, deterministic=deterministic)
-        smoothing = 0.0 if deterministic else cfg.label_smoothing
-        args = (module.transform(features), *module.unembedding(), batch["targets"], batch["weights"])
-        return {"hybrid": cross_entropy(*args, smoothing)}
+        return {"hybrid": token_loss(module, features, batch, cfg, deterministic)}
 
     return Objective(source, weights, terms)

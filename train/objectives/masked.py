@@ -9,8 +9,7 @@ from bothways.config import ObjectiveConfig
 from bothways.data import examples
 from bothways.data.pipeline import ExampleFn, RowSource
 from bothways.data.tokens import Tokens
-from bothways.model.loss import cross_entropy
-from bothways.train.objectives.core import Batch, Objective, Setting, Sums, class_loss
+from bothways.train.objectives.core import Batch, Objective, Setting, Sums, class_loss, token_loss
 
 
 def masked(cfg: ObjectiveConfig, setting: Setting) -> Objective:
@@ -27,12 +26,10 @@ def masked(cfg: ObjectiveConfig, setting: Setting) -> Objective:
 
     def terms(module: Any, batch: Batch, deterministic: bool) -> Sums:
         features = module(batch["tokens"], batch["positions"], batch["segments"], batch.get("types"), deterministic)
-        masked_features = jnp.take_along_axis(
+        hidden = jnp.take_along_axis(
             features, batch["mask_positions"][..., None], axis=1
         )  # only these meet the vocabulary
-        smoothing = 0.0 if deterministic else cfg.label_smoothing
-        hidden = module.transform(masked_features)
-        sums = {"mlm": cross_entropy(hidden, *module.unembedding(), batch["targets"], batch["weights"], smoothing)}
+        sums = {"mlm": token_loss(module, hidden, batch, cfg, deterministic)}
         if cfg.next_sentence:
             sums["nsp"] = class_loss(module.next_sentence(features), batch["random_next"], batch["pair_weight"])
         return sums
