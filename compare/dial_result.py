@@ -170,7 +170,7 @@ def conclude(found: dict[str, list[dict]], real: dict[str, Any], speeds: dict[st
                 [[b, str(bits[EACH, b]), str(bits[ALL, b])] for b in blocks],
             ),
             Table(
-                "What one model for all writes behind the beginnings of held-out pieces, at temperature 1 (tokens/s: the fastest of three)",
+                "What one model for all writes behind the beginnings of held-out pieces, at temperature 1 (tokens/s: the fastest run)",
                 ("block", "kept in a pass", "tokens a pass", "judge over real, bits", *VARIED.values(), *SPEEDS),
                 rows,
             ),
