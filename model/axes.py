@@ -116,3 +116,12 @@ def constrain_activation(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell whoever shards the computation which logical axes x has."""
     sharding = activation_sharding(x.shape, *axes)
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def constrain_kernel(kernel: jax.Array, *axes: str) -> jax.Array:
+    """On a mesh with `tensor`: a kernel as it is multiplied by, gathered over `fsdp` and still cut over `tensor`, and so is its gradient.
+    Left to itself, XLA computed gradients of the MLP's kernels whole on every device of `tensor`."""
+    sharding = activation_sharding(kernel.shape, *axes)
+    if sharding is None or sharding.is_fully_replicated:
+        return kernel
+    return jax.lax.with_sharding_constraint(kernel, sharding)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bothways.model.adapters import NAME, LowRank
-from bothways.model.axes import PARAMETER_AXES, constrain_activation
+from bothways.model.axes import PARAMETER_AXES, constrain_kernel
 from bothways.model.config import RotaryScaling, TransformerConfig
 from bothways.model.products import add_bias, project, project_transposed, standardized
 
@@ -42,9 +42,7 @@ class Projection(nn.Module):
         else:
             kernel = self.param("kernel", init, (*inputs, *features), jnp.float32).astype(dtype)
             if axes := PARAMETER_AXES.get((self.name, "kernel")):
-                # Gathered over `fsdp` and still cut over `tensor`, and so is its gradient: left to itself, XLA has at times computed
-                # the gradient of the MLP's kernels whole on every device.
-                kernel = constrain_activation(kernel, *axes)
+                kernel = constrain_kernel(kernel, *axes)
             y = project(x, kernel, self.n_in)
         if cfg.lora.rank and self.name in cfg.lora.targets:
             y = y + LowRank(cfg, features, self.n_in, name=NAME)(x)

@@ -3,9 +3,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
-from bothways.model.axes import logical_axes, path_names
+from bothways import sharding
+from bothways.config import MeshConfig
+from bothways.model.axes import activation_shardings, logical_axes, path_names
 from bothways.model.config import TransformerConfig
+from bothways.model.layers import Projection
 from bothways.model.mask import Mask
 from bothways.model.stack import Stack
 from bothways.registry import FAMILIES, make_module, tiny_inputs
@@ -70,3 +74,23 @@ def test_every_parameter_of_a_stack_with_cross_attention_has_axes(tiny_with):
 def test_a_parameter_without_axes_is_refused_by_name():
     with pytest.raises(KeyError, match="decoder/blocks/router/kernel"):
         logical_axes(("decoder", "blocks", "router", "kernel"))
+
+
+def test_a_kernel_and_its_gradient_stay_cut_over_tensor(tiny_with, eight_devices):
+    """Where XLA may choose, it has computed gradients of kernels whole on every device: they are not left to it."""
+    cfg = tiny_with(d_model=32, d_ff=48)
+    up, x = Projection(cfg, (48,), name="up"), jnp.ones((2, 3, 32))
+    params = up.init(jax.random.key(0), x)["params"]
+
+    def cuts(**mesh: int) -> list[PartitionSpec]:
+        place = sharding.activation_sharding_fn(sharding.make_mesh(MeshConfig(**mesh), eight_devices))
+
+        def loss(params):
+            with activation_shardings(place):
+                return jnp.sum(up.apply({"params": params}, x) ** 2)
+
+        steps = jax.make_jaxpr(jax.grad(loss))(params).jaxpr.eqns
+        return [step.params["sharding"].spec for step in steps if step.primitive.name == "sharding_constraint"]
+
+    assert cuts(fsdp=2, tensor=4) == [PartitionSpec(None, "tensor")] * 2  # forward, and backward
+    assert cuts(fsdp=8) == []
