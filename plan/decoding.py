@@ -21,7 +21,13 @@ from bothways.model.gpt import MaskedNextToken
 from bothways.model.stack import unstack_layers
 from bothways.plan import hlo
 from bothways.plan.candidates import PAD_VOCABULARY, held, parameter_axes
-from bothways.plan.roofline import bytes_per_device, compile_quietly, summed_collectives, text_of
+from bothways.plan.roofline import (
+    bytes_per_device,
+    compile_quietly,
+    summed_collectives,
+    text_of,
+    without_writing_to_cache,
+)
 from bothways.plan.training import planned_model, with_vocabulary
 from bothways.recipes import Recipe
 from bothways.registry import make_module, predicts
@@ -158,7 +164,8 @@ def _compiled(recipe: Recipe, topology: Topology, sizes: dict[str, int], rows: i
     params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, spread)
     if recipe.family != "bert":
         split = jax.jit(functools.partial(unstack_layers, join=count == 1)).lower(params)
-        at = split.compile().output_shardings
+        with without_writing_to_cache():
+            at = split.compile().output_shardings
         params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), split.out_info, at)
     with placed:
         traced, before, cache, notes = (

@@ -15,7 +15,7 @@ from bothways.plan import hlo
 
 
 @contextlib.contextmanager
-def _without_writing_to_cache() -> Iterator[None]:
+def without_writing_to_cache() -> Iterator[None]:
     """JAX writes programs for absent devices into its persistent cache, and cannot read them back."""
     least = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
@@ -28,7 +28,7 @@ def _without_writing_to_cache() -> Iterator[None]:
 def compile_quietly(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, float, list[str]]:
     """The compiled program, or None and the bytes it would need on a device; and what there is to log."""
     try:
-        with quiet_stderr(), _without_writing_to_cache():
+        with quiet_stderr(), without_writing_to_cache():
             return lowered.compile(), 0.0, []
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):

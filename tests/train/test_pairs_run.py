@@ -48,7 +48,7 @@ def reversing(tmp_path_factory, cache_dir):
         optimizer=OptimizerConfig(
             name="muon", learning_rate=0.02, schedule="linear", warmup_steps=20, weight_decay=0.0, b2=0.95
         ),
-        train=TrainConfig(steps=240, batch_size=32, eval_every=240, save_every=80, max_to_keep=3, log_every=40),
+        train=TrainConfig(steps=320, batch_size=32, eval_every=320, save_every=80, max_to_keep=3, log_every=40),
     )
     recipe.fit(workdir=home / "run")
     return bothways.load(home / "run")
@@ -149,7 +149,7 @@ def test_checkpoints_are_averaged_when_the_recipe_says_so(reversing):
     averaging = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, average_last_checkpoints=3))
     each = {}
     with rundir.checkpoint_manager(home, read_only=True) as manager:
-        for step in (80, 160, 240):
+        for step in (160, 240, 320):
             shapes = rundir.param_shapes(recipe)
             each[step] = manager.restore(
                 step, args=rundir.ocp.args.Composite(params=rundir.ocp.args.StandardRestore(shapes))
@@ -164,7 +164,7 @@ def test_checkpoints_are_averaged_when_the_recipe_says_so(reversing):
         averaged,
         *each.values(),
     )
-    assert rundir.load_run(home, print).step == 240
+    assert rundir.load_run(home, print).step == 320
 
 
 def test_a_text_with_hidden_spans_trains_and_is_asked(tiny_recipe, tmp_path):
