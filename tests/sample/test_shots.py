@@ -1,5 +1,6 @@
 """Examples in the prompt: which ones, what is scored, and what a run cannot do."""
 
+import collections
 import dataclasses
 import json
 import random
@@ -67,7 +68,12 @@ def test_examples_that_do_not_fit_are_left_out(models):
 
 
 def test_a_masked_run_answers_too_and_choices_are_texts(models):
-    few = FewShotPredictor(models["bert"], dog_task("classify", train=7, held=5), 2).measure()
+    task = dog_task("classify", train=7, held=5)
+    predictor, gaps = FewShotPredictor(models["bert"], task, 2), collections.defaultdict(float)
+    few = predictor.measure()
+    for item, (label, p) in zip(task.splits["test"], predictor.predict(task.splits["test"]), strict=True):
+        gaps[int(15 * p)] += p - (label == item["label"])  # by fifteenths of confidence
+    assert few.metrics["calibration_error"] == pytest.approx(sum(map(abs, gaps.values())) / 5, abs=1e-4)
     assert (few.rule, few.n, few.shots, few.metric, few.tested_on) == ("pll_word", 5, 2, "accuracy", "test")
     assert few.interval[0] <= few.value <= few.interval[1]
     assert set(few.metrics) == {"accuracy", "macro_f1", "calibration_error"}
