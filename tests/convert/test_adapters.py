@@ -25,7 +25,6 @@ from bothways.train.step import init_state, make_train_step, state_shardings
 from tests.convert.published import checkpoint, quiet
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-peft = pytest.importorskip("peft", reason="peft is not installed: adapters were not compared with it")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and peft warn each other
@@ -33,8 +32,14 @@ TARGETS = {"llama": ["q_proj", "v_proj", "o_proj", "down_proj"], "gpt2": ["c_att
 STEPS, RATE = 6, 0.01
 
 
+@pytest.fixture(scope="module")
+def peft():
+    """Imported when it is needed: each worker collects this file, and one runs it."""
+    return pytest.importorskip("peft", reason="peft is not installed: adapters were not compared with it")
+
+
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
-def made(request, tmp_path_factory):
+def made(request, peft, tmp_path_factory):
     """A checkpoint, its run, and random adapters of PEFT's for it."""
     home, family = tmp_path_factory.mktemp(request.param), request.param
     sizes = {"hidden_size": 24, "num_hidden_layers": 2} if family == "llama" else {"n_layer": 2}
@@ -73,7 +78,7 @@ def logits_there(model, tokens):
         return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
 
 
-def test_adapters_compute_the_same_here_and_there_and_back(made, tokens):
+def test_adapters_compute_the_same_here_and_there_and_back(peft, made, tokens):
     home, adapted = made
     wanted = logits_there(adapted, tokens)
     with adapted.disable_adapter():
@@ -153,7 +158,7 @@ def test_adapters_that_do_not_fit(made, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_head_goes_beside_its_adapters(tmp_path):
+def test_a_head_goes_beside_its_adapters(peft, tmp_path):
     """A fine-tuned run's adapters and head are PEFT's modules_to_save; merged, the run leaves as any other."""
     source = checkpoint("bert", tmp_path / "source")
     import_run(str(source), tmp_path / "base", "", quiet)
