@@ -1,6 +1,10 @@
 """Families by name, and what each wants as input."""
 
+import functools
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from bothways.model.bert import BERT
@@ -25,3 +29,16 @@ def tiny_inputs(family: str) -> dict:
     """Inputs just large enough to initialise parameters from."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     return {"tokens": tokens} | ({"source": tokens} if family == "seq2seq" else {})
+
+
+@functools.lru_cache(maxsize=64)
+def traced_shapes(module: nn.Module, family: str, tuned: bool) -> Any:
+    """Shapes of a module's parameters, traced once: that takes longer than to read a small run. Not to be changed.
+
+    Args:
+      tuned: it has a task's head.
+    """
+    inputs = tiny_inputs(family)
+    if tuned:
+        inputs |= {"segments": inputs["tokens"] + 1, "types": inputs["tokens"]}
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), **inputs)["params"])

@@ -50,7 +50,7 @@ from bothways.model.task import TaskModel
 from bothways.one_by_one import Allocate, by_layer, kept_in, let_go, mean_of, one_by_one, typed, unallocated
 from bothways.platform import without_grpc
 from bothways.recipes import Recipe
-from bothways.registry import make_module, tiny_inputs
+from bothways.registry import make_module, traced_shapes
 
 BASE = "adapters.json"
 Log = Callable[[str], None]
@@ -262,10 +262,8 @@ def module_of(recipe: Recipe, task: TaskInfo | None = None) -> nn.Module:
 
 def param_shapes(recipe: Recipe, task: TaskInfo | None = None) -> Any:
     """Shapes of a run's parameters, with nothing allocated."""
-    inputs = tiny_inputs(recipe.family)
-    if task is not None:
-        inputs |= {"segments": inputs["tokens"] + 1, "types": inputs["tokens"]}
-    return jax.eval_shape(lambda: module_of(recipe, task).init(jax.random.key(0), **inputs)["params"])
+    found = traced_shapes(module_of(recipe, task), recipe.family, task is not None)
+    return jax.tree.map(lambda shape: shape, found)  # dictionaries of the caller's own
 
 
 def compute_dtype_shapes(params: Any, cfg: TransformerConfig) -> Any:

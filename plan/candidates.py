@@ -15,7 +15,6 @@ from bothways.model.adapters import split
 from bothways.model.axes import logical_axes, path_names
 from bothways.model.short_rows import LANES, LONGEST
 from bothways.recipes import Recipe
-from bothways.registry import make_module, tiny_inputs
 from bothways.rundir import param_shapes
 from bothways.sharding import PARAMETERS
 
@@ -33,9 +32,7 @@ class Guess:
 
 def parameter_axes(recipe: Recipe) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
     """Shape and logical axes of every parameter."""
-    module = make_module(recipe.family, recipe.model)
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), **tiny_inputs(recipe.family))["params"])
-    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    leaves = jax.tree_util.tree_leaves_with_path(param_shapes(recipe))
     return [(leaf.shape, logical_axes(path_names(path))) for path, leaf in leaves]
 
 

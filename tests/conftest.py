@@ -37,6 +37,7 @@ import dataclasses
 import jax
 import pytest
 
+import bothways
 from bothways import sharding
 from bothways.config import MeshConfig, OptimizerConfig, TrainConfig
 from bothways.data.config import DataConfig
@@ -153,6 +154,23 @@ def one_device():
         make_mesh, devices = sharding.make_mesh, jax.devices()[:1]
         patch.setattr(sharding, "make_mesh", lambda cfg: make_mesh(cfg, devices))
         patch.setattr(jax, "device_count", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def loaded_once():
+    """A run that has not changed since it was loaded is not loaded again."""
+    load, kept = bothways.load, {}
+
+    def once(run, *args, **named):
+        files = sorted((str(path), path.stat().st_mtime_ns) for path in Path(run).rglob("*"))
+        key = repr((files, args, named))
+        if not files or key not in kept:  # of what is no run nothing is kept: it is refused
+            kept[key] = load(run, *args, **named)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bothways, "load", once)
         yield
 
 

@@ -19,6 +19,7 @@ from bothways.errors import InputError
 from bothways.sample.text import Score
 from bothways.train.loop import Result
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
 TINY_FLAGS = (
     "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.context-length 16 --data.vocab-size 320 --train.batch-size 8 "
     "--train.steps 4 --train.eval-every 2 --train.save-every 2 --train.eval-rows 8 --optimizer.warmup-steps 1"
@@ -329,7 +330,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(tiny_args, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); sys.exit(bothways.main(sys.argv[1:]))"
     )
     argv = ["train", *tiny_args, "--workdir", str(home)]
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}  # cut short too: not the tests' own
+    env = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}  # nothing is kept: it would be cut short
     done = subprocess.run([sys.executable, "-c", limited, *argv], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "the disk is full" in done.stderr

@@ -25,7 +25,7 @@ from bothways.train.finetune import save
 from tests.corpus import made_up_text
 from tests.train.bodies import write
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "loaded_once")
 KINDS = {
     "gpt": ("gpt", {"kind": "causal"}),
     "bert": ("bert", {"kind": "masked"}),

@@ -1,5 +1,6 @@
 """Checkpoints, tiny and random, with vocabularies learned from a made-up language."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -68,7 +69,12 @@ def tokenizer_for(family: str) -> tokenizers.Tokenizer:
         **dict.fromkeys(("bart", "mbart", "marian", "pegasus", "m2m_100"), "roberta"),
     }
     family = alike.get(family, family)
-    family = family if family in ("bert", "modernbert", "roberta", "gpt2") else "llama"
+    return learned(family if family in ("bert", "modernbert", "roberta", "gpt2") else "llama")
+
+
+@functools.cache
+def learned(family: str) -> tokenizers.Tokenizer:
+    """Of a family with a vocabulary of its own; learned once, so that nobody may change it."""
     if family in ("bert", "modernbert"):
         return wordpiece() if family == "bert" else byte_level(BERT_SPECIAL)
     return byte_level(ROBERTA_SPECIAL if family == "roberta" else SPECIAL[family])

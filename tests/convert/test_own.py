@@ -1,6 +1,7 @@
 """Every run leaves: with a modelling file of ours, `transformers` computes what we do and writes the same text."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import pytest
 import bothways
 from bothways.config import ObjectiveConfig
 from bothways.convert.run import export_run, import_run
+from bothways.data import tokenizer as tokenizers
 from bothways.data.config import DataConfig
-from bothways.registry import tiny_inputs
-from bothways.rundir import TaskInfo, load_run, module_of
-from tests.train.bodies import body, write
+from bothways.recipes import Recipe
+from bothways.rundir import Run, TaskInfo, load_run, module_of, param_shapes, read_recipe, read_task
+from tests.corpus import made_up_text
+from tests.train.bodies import LENGTH, write
 
 torch = pytest.importorskip("torch", reason="the extra `parity` (torch, transformers) is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra `parity` (torch, transformers) is not installed")
@@ -98,29 +101,34 @@ TASKS = {"classify": ("gpt", "mean"), "regress": ("gpt", "token"), "tag": ("bert
 TASKS |= {"span": ("bert", "token"), "choice": ("bert", "late")}
 
 
+BERT = {"norm_position": "post", "segment_types": 2, "embed_norm": True, "next_sentence": True}
+
+
+@functools.cache
+def vocabulary() -> tokenizers.Tokenizer:
+    return tokenizers.train([made_up_text(60)], "bpe", 390)
+
+
 def run_of(name: str, tiny, home: Path) -> Path:
     """A run directory of random weights; a name of TASKS is a fine-tuned run."""
-    task = None
+    task, tokenizer = None, vocabulary()
     if name in TASKS:
         labels = ("no", "yes", "perhaps") if name in ("classify", "tag") else ()
         task = TaskInfo("made up", name, labels, 11, (), TASKS[name][1])
     family, kind, fields = CASES.get(name) or (TASKS[name][0], "", {})
-    scaling = tiny.rotary_scaling
+    fields = {"n_layers": 1, **(BERT if family == "bert" else {}), **fields}
     if "rotary_scaling" in fields:
-        fields = fields | {"rotary_scaling": dataclasses.replace(scaling, **fields["rotary_scaling"])}
-    run = body("bert" if family == "bert" else "gpt", tiny)
-    model = dataclasses.replace(run.recipe.model, **(fields if kind else {})).resolved()
-    recipe = dataclasses.replace(run.recipe, family=family, model=model)
+        fields |= {"rotary_scaling": dataclasses.replace(tiny.rotary_scaling, **fields["rotary_scaling"])}
+    model = dataclasses.replace(tiny, context_length=LENGTH, vocab_size=len(tokenizer), **fields)
     trained_in = {"hybrid": {"causal_share": 0.25}, "diffusion": {"block_sizes": (1, 3, 0)}}.get(kind, {})
-    recipe = dataclasses.replace(recipe, objective=ObjectiveConfig(kind, **trained_in)) if kind else recipe
-    if kind == "pairs":
-        recipe = dataclasses.replace(recipe, data=DataConfig(source_field="de", target_field="en"))
-    inputs = tiny_inputs(family)
-    inputs |= {"segments": inputs["tokens"] + 1, "types": inputs["tokens"]} if task else {}
-    params = jax.jit(module_of(recipe, task).init)(jax.random.key(3), **inputs)["params"]
+    objective = ObjectiveConfig(kind or ("masked" if family == "bert" else "causal"), **trained_in)
+    data = DataConfig(source_field="de", target_field="en") if kind == "pairs" else DataConfig()
+    recipe = Recipe(name="tiny", family=family, model=model.resolved(), objective=objective, data=data)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: np.asarray(x + rng.normal(0, 0.2, x.shape), np.float32), params)
-    write(dataclasses.replace(run, recipe=recipe, params=params), home)
+    params = jax.tree_util.tree_map_with_path(  # scales are around 1, so that nothing is lost behind a norm
+        lambda path, s: rng.normal(path[-1].key == "scale", 0.3, s.shape).astype(np.float32), param_shapes(recipe, task)
+    )
+    write(Run(home, recipe, tokenizer, module_of(recipe, task), params, 0), home)
     if task:
         (home / "task.json").write_text(json.dumps(dataclasses.asdict(task)))
     return home
@@ -149,10 +157,9 @@ def modules_cache(tmp_path_factory):
         yield
 
 
-def text_of(run: Path, ids) -> str:
+def text_of(tokenizer: tokenizers.Tokenizer, ids) -> str:
     """What a run makes of ids up to the end. `tokenizers` gives one U+FFFD for every byte of a run of bytes that is no
     UTF-8, and we for the wrong ones only, so that texts of random weights are compared as one side decodes both."""
-    tokenizer = load_run(run, print).tokenizer
     ids = [int(i) for i in ids if i not in (tokenizer.pad, tokenizer.bos)]
     return tokenizer.decode(ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids)
 
@@ -167,14 +174,11 @@ def test_the_modelling_file_computes_what_we_do_and_the_run_comes_back(exported,
     assert said.family == "bothways"
     assert said.max_difference < 1e-4
     import_run(str(out), tmp_path / "back", "shakespeare", lambda _: None)
-    before, after = load_run(run, print), load_run(tmp_path / "back", print)
-    assert (before.recipe.family, before.recipe.model.resolved(), before.task) == (
-        after.recipe.family,
-        after.recipe.model.resolved(),
-        after.task,
-    )
+    before, after = read_recipe(run), read_recipe(tmp_path / "back")
+    assert (before.family, before.model.resolved()) == (after.family, after.model.resolved())
+    assert read_task(run) == read_task(tmp_path / "back")
     for field in ("kind", "block_sizes", "causal_share"):
-        assert getattr(before.recipe.objective, field) == getattr(after.recipe.objective, field)
+        assert getattr(before.objective, field) == getattr(after.objective, field)
     export_run(tmp_path / "back", tmp_path / "again", lambda _: None)
     for file in out.iterdir():
         if file.is_file():
@@ -193,11 +197,12 @@ def test_greedy_text_with_a_cache_and_padding_on_the_left_is_ours(exported, name
     run, out, _ = exported(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out, padding_side="left", trust_remote_code=True)
     model, texts = opened("AutoModelForCausalLM", out), ["the king", "the queen sees the dog and"]
-    ours = bothways.load(run).sample(texts, max_tokens=9, greedy=True)
+    here = bothways.load(run)
+    ours = here.sample(texts, max_tokens=9, greedy=True)
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
     told = model.generate(**inputs, max_new_tokens=9, do_sample=False)[:, inputs.input_ids.shape[1] :]
     for row, mine in zip(told, ours, strict=True):
-        assert text_of(run, row) == mine.text
+        assert text_of(here.tokenizer, row) == mine.text
 
 
 @pytest.mark.parametrize("name", ["pairs", "spans", "bart", "t5"])
@@ -205,10 +210,11 @@ def test_an_encoder_decoder_writes_the_same_target(exported, name):
     run, out, _ = exported(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     model, texts = opened("AutoModelForSeq2SeqLM", out), ["the king", "the queen sees the dog and"]
-    ours = bothways.load(run).sample(texts, max_tokens=9, greedy=True)
+    here = bothways.load(run)
+    ours = here.sample(texts, max_tokens=9, greedy=True)
     told = model.generate(**tokenizer(texts, return_tensors="pt", padding=True), max_new_tokens=9, do_sample=False)
     for row, mine in zip(told, ours, strict=True):
-        assert text_of(run, row) == mine.text
+        assert text_of(here.tokenizer, row) == mine.text
 
 
 def test_a_hybrid_and_a_dial_are_masked_models_too(exported):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import jax
@@ -58,6 +59,28 @@ def published(name: str, home: Path) -> Path:
     if name == "bart":  # as bart-large-cnn has it
         stated(home, forced_bos_token_id=0)
     return home
+
+
+@pytest.fixture(scope="module", autouse=True)
+def opened_once():
+    """A checkpoint of the same bytes is opened once by each class of `transformers`."""
+    kept = {}
+
+    def opening(kind: str):
+        opens = getattr(transformers, kind).from_pretrained
+
+        def once(home, **how):
+            files = [(Path(home) / name).read_bytes() for name in ("config.json", "model.safetensors")]
+            key = kind, repr(how), *files
+            kept[key] = kept.get(key) or opens(home, **how)
+            return kept[key]
+
+        return types.SimpleNamespace(from_pretrained=once)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"):
+            patch.setattr(transformers, kind, opening(kind))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 
 from bothways.config import ObjectiveConfig
 from bothways.flops import executed_flops, training_flops_per_token
+from bothways.model.loss import cross_entropy
 from bothways.model.task import TaskModel
 from bothways.registry import make_module, tiny_inputs
 from bothways.sample.score import next_token_logprobs, pair_logprobs
@@ -92,3 +93,31 @@ def test_flops_of_the_transform_are_those_of_its_product(model, tiny_with):
     plain = tiny_with(context_length=LENGTH, **FIELDS | {"output_transform": False})
     more = training_flops_per_token(module.cfg, causal=True) - training_flops_per_token(plain, causal=True)
     assert LENGTH * more == 3 * executed_flops(jax.make_jaxpr(transform)(features).jaxpr)[0]
+
+
+@pytest.mark.parametrize("family", ["gpt", "bert"])
+def test_padded_rows_stand_for_no_token(tiny_with, filled, family):
+    plain, padded = tiny_with(n_layers=1), tiny_with(n_layers=1, pad_vocab_to_multiple_of=16)
+    tokens = jnp.arange(14).reshape(2, 7) % 37
+    module, wide = make_module(family, plain), make_module(family, padded)
+    params = filled(wide, **tiny_inputs(family))
+    cut = jax.tree.map(lambda x: x[:37] if x.shape[:1] == (48,) else x, params)
+
+    @jax.jit
+    def read(cut, params):
+        features = module.apply({"params": cut}, tokens)
+        features = features[0] if family == "gpt" else features
+        short, long = (m.apply({"params": p}, features, method="logits") for m, p in ((module, cut), (wide, params)))
+        return features, short, long, wide.apply({"params": params}, method="unembedding")
+
+    features, short, long, (table, bias, _) = read(cut, params)
+    assert long.shape[-1] == 48
+    np.testing.assert_allclose(long[..., :37], short, rtol=1e-5, atol=1e-6)
+    assert float(jax.nn.softmax(long)[..., 37:].sum()) == 0.0
+
+    def loss(table, bias=None):
+        return cross_entropy(features, table, bias, 0.0, tokens, jnp.ones(tokens.shape)).nats
+
+    nats, slope = jax.jit(jax.value_and_grad(loss))(table, bias)
+    assert float(nats) == pytest.approx(float(jax.jit(loss)(table[:37], None if family == "gpt" else bias[:37])))
+    assert float(jnp.abs(slope[37:]).max()) == 0.0

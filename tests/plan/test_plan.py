@@ -8,7 +8,6 @@ import types
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import bothways
@@ -21,8 +20,7 @@ from bothways.flops import recipe_flops_per_token
 from bothways.plan import hlo
 from bothways.plan.candidates import candidates, flags, guess, held, meshes, parameter_axes, rate, with_ramp
 from bothways.plan.roofline import between_slices, collective_seconds
-from bothways.plan.training import plan, search
-from bothways.registry import make_module
+from bothways.plan.training import plan, search, with_vocabulary
 
 pytestmark = pytest.mark.usefixtures("compiled_well")
 
@@ -234,7 +232,9 @@ def test_plan_of_a_real_step(planned, eight_devices):
 def test_the_best_layout_is_found_and_can_be_asked_for(planned, eight_devices):
     free = dataclasses.replace(planned, mesh=MeshConfig())
     best = search(free, Topology.parse("cpu:8"), lambda _: None, tries=1)[0]
+    ranked = candidates(with_vocabulary(free), Topology.parse("cpu:8"))
     assert best.fits
+    assert best.flags == flags(with_vocabulary(free), ranked[0].recipe)
     assert "--mesh.data" in best.flags
 
 
@@ -345,31 +345,6 @@ def test_a_search_that_finds_nothing_says_why(planned, eight_devices, monkeypatc
     with pytest.raises(InputError, match=said):
         search(recipe, topology, output.append)
     assert bool(output) == ("torus" in said)
-
-
-def test_padded_rows_stand_for_no_token(tiny_with):
-    from bothways.model.loss import cross_entropy
-
-    for family in ("gpt", "bert"):
-        plain, padded = tiny_with(n_layers=1), tiny_with(n_layers=1, pad_vocab_to_multiple_of=16)
-        tokens = jnp.arange(14).reshape(2, 7) % 37
-        module, wide = make_module(family, plain), make_module(family, padded)
-        params = wide.init(jax.random.key(0), tokens)["params"]
-        cut = jax.tree.map(lambda x: x[:37] if x.shape[:1] == (48,) else x, params)
-        features = module.apply({"params": cut}, tokens)
-        features = features[0] if family == "gpt" else features
-        short = module.apply({"params": cut}, features, method="logits")
-        long = wide.apply({"params": params}, features, method="logits")
-        assert long.shape[-1] == 48
-        np.testing.assert_allclose(long[..., :37], short, rtol=1e-5, atol=1e-6)
-        assert float(jax.nn.softmax(long)[..., 37:].sum()) == 0.0
-
-        def loss(table, bias=None, features=features, tokens=tokens):
-            return cross_entropy(features, table, bias, 0.0, tokens, jnp.ones(tokens.shape)).nats
-
-        table, bias, _ = wide.apply({"params": params}, method="unembedding")
-        assert float(loss(table, bias)) == pytest.approx(float(loss(table[:37], None if family == "gpt" else bias[:37])))
-        assert float(jnp.abs(jax.grad(loss)(table, bias)[37:]).max()) == 0.0
 
 
 def test_the_command_line_plans(tmp_path, capfd, eight_devices):
