@@ -1,5 +1,6 @@
 """Imported weights compute what `transformers` computes, and train as PyTorch trains them."""
 
+import copy
 import dataclasses
 import json
 import types
@@ -226,7 +227,9 @@ def test_twenty_steps_of_adamw_have_pytorchs_losses(imported, name):
     module = make_module(family, dataclasses.replace(run.recipe.model, scan_layers=True, **still))
     batches = [rows(family, seed, size) for seed in range(20)]
 
-    model = getattr(transformers, CASES[name][0]).from_pretrained(source).float().eval()
+    model = (
+        copy.deepcopy(getattr(transformers, CASES[name][0]).from_pretrained(source)).float().eval()
+    )  # it is trained here
     plain = [p for n, p in model.named_parameters() if n.endswith("bias") or "ln_" in n or "norm" in n.lower()]
     matrices = [p for p in model.parameters() if not any(p is q for q in plain)]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
