@@ -147,9 +147,9 @@ def compiled_well():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    """Training sees one of the eight devices, where the mesh is not what is asked about."""
+@contextlib.contextmanager
+def on_one_device():
+    """In here training sees one of the eight devices."""
     with pytest.MonkeyPatch.context() as patch:
         make_mesh, devices = sharding.make_mesh, jax.devices()[:1]
         patch.setattr(sharding, "make_mesh", lambda cfg: make_mesh(cfg, devices))
@@ -171,6 +171,22 @@ def loaded_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bothways, "load", once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Training sees one of the eight devices, where the mesh is not what is asked about."""
+    with on_one_device():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs_once():
+    """What runs of the same recipe compile is compiled once."""
+    from tests.programs import kept_programs
+
+    with kept_programs():
         yield
 
 

@@ -6,14 +6,14 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
 
 from bothways.recipes import Recipe
 from bothways.train.loop import train
-from tests.conftest import HANGS, QUICK
+from tests import forks
+from tests.conftest import HANGS, QUICK, on_one_device
 
 STEPS, SAVE = 120, 20
 
@@ -21,7 +21,7 @@ STEPS, SAVE = 120, 20
 @pytest.fixture(scope="module")
 def recipe(tiny_recipe) -> Recipe:
     """Long enough to be stopped twice on the way."""
-    every = {"steps": STEPS, "save_every": SAVE, "eval_every": STEPS, "eval_rows": 8}
+    every = {"steps": STEPS, "save_every": SAVE, "eval_every": STEPS, "eval_rows": 8, "tracker": "none"}
     return dataclasses.replace(tiny_recipe, train=dataclasses.replace(tiny_recipe.train, **every))
 
 
@@ -29,7 +29,8 @@ def recipe(tiny_recipe) -> Recipe:
 def alone(recipe, tmp_path_factory) -> list[float]:
     """The losses of one process that nobody interrupts."""
     home = tmp_path_factory.mktemp("alone")
-    train(recipe, home / "run")
+    with on_one_device():
+        train(recipe, home / "run")
     return losses(home / "run")
 
 
@@ -41,10 +42,17 @@ def losses(home) -> list[float]:
     return [row["loss"] for row in rows]
 
 
+@pytest.fixture(scope="module")
+def bothways():
+    """What stands for `python -m bothways`."""
+    with forks.server() as argv:
+        yield argv
+
+
 class Processes:
     """A run by `count` processes of one device each; each executes the lines `first` before anything else."""
 
-    def __init__(self, count: int, recipe: Recipe, home, *flags: str, first: str = ""):
+    def __init__(self, bothways: list[str], count: int, recipe: Recipe, home, *flags: str, first: str = ""):
         path = home.parent / "tiny.py"
         (home.parent / "tiny.json").write_text(recipe.to_json())
         path.write_text(
@@ -55,7 +63,7 @@ class Processes:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
         env = os.environ | {"JAX_NUM_PROCESSES": str(count), "XLA_FLAGS": QUICK}  # one device
-        argv = [sys.executable, "-m", "bothways", "train", str(path), "--workdir", str(home), *flags]
+        argv = [*bothways, "train", str(path), "--workdir", str(home), *flags]
         argv += ["--hosts.coordinator", f"localhost:{port}", "--hosts.heartbeat", "30"]
         self.logs = [home.parent / f"{home.name}-{count}-{index}.log" for index in range(count)]
         self.results = home.parent / f"{home.name}-{count}.out"
@@ -79,9 +87,9 @@ class Processes:
         return "\n".join(log.read_text()[-2000:] for log in self.logs)
 
 
-def test_four_then_two_then_one(recipe, alone, tmp_path):
+def test_four_then_two_then_one(recipe, alone, bothways, tmp_path):
     home = tmp_path / "run"
-    four = Processes(4, recipe, home, "--mesh.data", "2", "--mesh.fsdp", "2")
+    four = Processes(bothways, 4, recipe, home, "--mesh.data", "2", "--mesh.fsdp", "2")
     four.reach(home, 3)
     four.all[2].send_signal(signal.SIGTERM)
     assert four.ends() == [143] * 4, four.said()
@@ -91,7 +99,7 @@ def test_four_then_two_then_one(recipe, alone, tmp_path):
     assert four.results.read_text() == ""
     assert not any("[Gloo]" in log.read_text() for log in four.logs)
 
-    two = Processes(2, recipe, home, "--mesh.tensor", "2")  # both hold every row, and half of every head
+    two = Processes(bothways, 2, recipe, home, "--mesh.tensor", "2")  # both hold every row, and half of every head
     saved = (stopped // SAVE + 1) * SAVE
     two.reach(home, saved + 3)
     two.all[1].send_signal(signal.SIGKILL)
@@ -116,13 +124,14 @@ if os.environ["JAX_PROCESS_ID"] == "2":
 """
 
 
-def test_what_one_of_four_cannot_read_none_restores(recipe, tmp_path):
+def test_what_one_of_four_cannot_read_none_restores(recipe, bothways, tmp_path):
     """Each reads for itself, then they agree: nobody waits in a read for one that has failed, and all take step 20."""
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=40, eval_every=40))
     home = tmp_path / "run"
-    train(recipe, home)
+    with on_one_device():
+        train(recipe, home)
     longer = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=60, eval_every=60))
-    four = Processes(4, longer, home, "--mesh.data", "2", "--mesh.fsdp", "2", first=CANNOT_READ)
+    four = Processes(bothways, 4, longer, home, "--mesh.data", "2", "--mesh.fsdp", "2", first=CANNOT_READ)
     assert four.ends() == [0] * 4, four.said()
     said = [log.read_text() for log in four.logs]
     assert all("checkpoint 40 is damaged" in text for text in said)

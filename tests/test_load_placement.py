@@ -26,7 +26,7 @@ from bothways.sample.masked import MaskedModel
 from bothways.train.loop import train
 from bothways.train.start import check_start, start_from
 from bothways.train.tuning import FinetuneRunner
-from tests.conftest import plotting
+from tests.conftest import on_one_device, plotting
 from tests.train.bodies import body, dog_task, write
 
 MESH = MeshConfig(1, 2, 2)
@@ -156,12 +156,13 @@ def test_a_run_directory_on_a_bucket(bucket, tiny_recipe, tmp_path, monkeypatch)
     Bucket().mkdir("gs://bucket/runs")
     home = rundir.directory("gs://bucket/runs/x")
     short = dataclasses.replace(tiny_recipe, train=dataclasses.replace(tiny_recipe.train, steps=4, save_every=2))
-    with plotting():
+    with plotting(), on_one_device():
         train(short, "gs://bucket/runs/x")
     assert {"recipe.json", "tokenizer.model", "metrics.jsonl", "loss.png"} <= {path.name for path in home.iterdir()}
     lines = (home / "metrics.jsonl").read_text()
     assert [row["step"] for row in map(json.loads, lines.splitlines()) if "loss" in row] == [1, 2, 3, 4]
-    train(short, "gs://bucket/runs/x")  # complete: nothing is added
+    with on_one_device():
+        train(short, "gs://bucket/runs/x")  # complete: nothing is added
     assert (home / "metrics.jsonl").read_text() == lines
     assert bothways.load("gs://bucket/runs/x").recipe == rundir.read_recipe(home)
 

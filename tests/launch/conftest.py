@@ -17,10 +17,10 @@ for word in "$@"; do case $word in
 esac; done
 [ "$1" = pip ] || exit 0
 mkdir -p "$environment/bin"
-printf '#!/bin/bash\\nexec PYTHON -m bothways "$@"\\n' > "$environment/bin/bothways"
+printf '#!/bin/bash\\nexec ${BOTHWAYS:-PYTHON -m bothways} "$@"\\n' > "$environment/bin/bothways"
 chmod +x "$environment/bin/bothways"
 """
-"""An environment that is this one; what should be installed must be there."""
+"""An environment that is this one; what should be installed must be there. $BOTHWAYS may stand for its program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ def machines(tmp_path_factory):
 
     home, tools = tmp_path_factory.mktemp("cloud"), tmp_path_factory.mktemp("tools")
     for name, text in {
-        "gcloud": f'#!/bin/bash\nexec PYTHON {Path(gcloud.__file__)} "$@"\n',
+        "gcloud": f'#!/bin/bash\nexec PYTHON -I -S {Path(gcloud.__file__)} "$@"\n',
         "uv": UV,
         "sleep": "#!/bin/bash\nexec /bin/sleep 0.2\n",
     }.items():

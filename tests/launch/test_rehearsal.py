@@ -4,6 +4,7 @@ All scripts run as they were written. Stand-ins on PATH (tests/launch/conftest.p
 environment that is this one, and `sleep`, which sleeps for a fraction of a second.
 """
 
+import dataclasses
 import json
 import threading
 import time
@@ -18,6 +19,7 @@ from bothways.recipes import Recipe
 from bothways.train.loop import train
 
 pytest.importorskip("gcp_storage_emulator", reason="no object store to rehearse with")
+from tests import forks
 from tests.conftest import HANGS
 from tests.launch import gcloud
 
@@ -41,11 +43,12 @@ def lines(count: int) -> str:
 
 
 class Launched:
-    """`bothways launch`, which stays until the run is done, in a thread."""
+    """`bothways launch`, which stays until the run is done, in a thread. What TensorBoard shows, the run here writes."""
 
     def __init__(self, name: str, cloud):
         where = {"bucket": f"gs://{cloud.store.bucket}", "project": "p", "zone": "z", "spot": True}
-        self.job, launch = launching.prepare(RECIPE, "tpu", "v5e-8", name=name, **where)
+        recipe = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, tracker="none"))
+        self.job, launch = launching.prepare(recipe, "tpu", "v5e-8", name=name, **where)
         self.name, self.home = name, cloud.home
         self.thread = threading.Thread(target=self.run, args=(launch,), daemon=True)
         self.thread.start()
@@ -66,6 +69,16 @@ def losses(store, name: str, kind: str) -> dict[int, float]:
     return {line["step"]: line[kind] for line in found if kind in line}
 
 
+@pytest.fixture
+def started_quickly(cloud, monkeypatch):
+    """Hosts import nothing; tests/launch/test_readme.py has one that does."""
+    without_grpc = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    with forks.server("gcsfs", **without_grpc) as bothways:
+        monkeypatch.setenv("BOTHWAYS", " ".join(bothways))
+        yield
+
+
+@pytest.mark.usefixtures("started_quickly")
 def test_a_slice_that_is_taken_away_ends_as_one_that_was_left_alone(cloud):
     """A run begins here, on eight devices and text in a file; two slices go on with it from there, on the same text prepared
     on the bucket; one of them is taken away, with its disks, and comes back."""

@@ -1,9 +1,11 @@
 """Untrained bodies of both families, and tasks on a small made-up language that a word decides."""
 
 import dataclasses
+import functools
 import random
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,17 +31,28 @@ METRICS = {
 }
 
 
+@functools.cache
+def words() -> tokenizers.Tokenizer:
+    """Every word of the language is one piece."""
+    return tokenizers.train([made_up_text(60)], "bpe", 390)
+
+
+@functools.cache
+def untrained(family: str, model: TransformerConfig) -> tuple[nn.Module, dict]:
+    """The module, and the parameters that training starts from."""
+    module = make_module(family, model)
+    return module, jax.jit(module.init)(jax.random.key(7), jnp.zeros((1, 2), jnp.int32))["params"]
+
+
 def body(family: str, tiny: TransformerConfig, **fields) -> rundir.Run:
     """A run whose weights are those that training starts from."""
-    tokenizer = tokenizers.train([made_up_text(60)], "bpe", 390)  # every word of the language is one piece
+    tokenizer = words()
     bert = {"norm_position": "post", "segment_types": 2, "embed_norm": True, "next_sentence": True}
     model = dataclasses.replace(tiny, n_layers=1, context_length=LENGTH, vocab_size=len(tokenizer), **fields)
     model = dataclasses.replace(model, **bert) if family == "bert" else model
     objective = ObjectiveConfig(kind={"gpt": "causal", "bert": "masked"}[family])
     recipe = Recipe(name="tiny", family=family, model=model, objective=objective)
-    module = make_module(family, model)
-    params = jax.jit(module.init)(jax.random.key(7), jnp.zeros((1, 2), jnp.int32))["params"]
-    return rundir.Run(Path(family), recipe, tokenizer, module, params, 0)
+    return rundir.Run(Path(family), recipe, tokenizer, *untrained(family, model), 0)
 
 
 def write(run: rundir.Run, home: Path) -> None:

@@ -16,6 +16,7 @@ from bothways.errors import InputError
 from bothways.model import adapters
 from bothways.model.config import LoRAConfig
 from bothways.registry import make_module, tiny_inputs
+from bothways.sharding import make_mesh  # itself, and not that of `one_device`
 from bothways.train.loop import train
 from bothways.train.objectives import make_objective
 from bothways.train.optimizer import make_optimizer
@@ -84,25 +85,29 @@ def test_outputs_and_gradients_are_those_of_a_hand_made_low_rank_model(family, f
 def test_targets_and_dropout(tiny_with):
     cfg = tiny_with(lora=LoRAConfig(rank=2, targets=("query", "down"), dropout=0.5), n_layers=1)
     module, inputs = make_module("gpt", cfg), inputs_of("gpt")
-    params = randomised(module.init(jax.random.key(0), **inputs)["params"])
+    params = randomised(jax.jit(module.init)(jax.random.key(0), **inputs)["params"])
     mine, _ = adapters.split(params)
     names = {"/".join(str(p.key) for p in path[-3:]) for path, _ in jax.tree_util.tree_leaves_with_path(mine)}
     assert names == {f"{where}/lora/{leaf}" for where in ("query", "down") for leaf in "ab"}
 
-    def features(key):
-        rngs = None if key is None else {"dropout": jax.random.key(key)}
-        return module.apply({"params": params}, **inputs, deterministic=key is None, rngs=rngs)[0]
+    @jax.jit
+    def dropped(key):
+        return module.apply({"params": params}, **inputs, deterministic=False, rngs={"dropout": jax.random.key(key)})[0]
 
-    assert not np.allclose(features(1), features(2))
-    np.testing.assert_array_equal(features(None), features(None))
+    @jax.jit
+    def whole(params):
+        return module.apply({"params": params}, **inputs)[0]
+
+    assert not np.allclose(dropped(1), dropped(2))
+    found = whole(params)
+    np.testing.assert_array_equal(found, whole(params))
     merged = make_module("gpt", dataclasses.replace(cfg, lora=LoRAConfig()))
-    np.testing.assert_allclose(
-        features(None), merged.apply({"params": adapters.merge(params, cfg)}, **inputs)[0], rtol=1e-4, atol=1e-4
-    )
+    wanted = jax.jit(lambda p: merged.apply({"params": adapters.merge(p, cfg)}, **inputs)[0])(params)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
-def base(tiny_recipe, tmp_path_factory):
+def base(tiny_recipe, one_device, tmp_path_factory):
     home = tmp_path_factory.mktemp("base") / "base"
     train(tiny_recipe, home)
     return home
@@ -168,7 +173,7 @@ def test_a_resumed_run_is_the_same_run(run, recipe, tmp_path):
 def test_a_batch_in_pieces_has_the_gradient_of_the_whole(tiny_with):
     """Of adapters: a step in two pieces changes them as one step does."""
     cfg = tiny_with(lora=LORA, n_layers=1)
-    module, mesh = make_module("gpt", cfg), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    module, mesh = make_module("gpt", cfg), make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = make_optimizer(OptimizerConfig(name="adamw", clip_norm=0.0), 6)
     state = init_state(module, tiny_inputs("gpt"), optimizer, 0)
     state = state.replace(params=randomised(state.params))
@@ -189,10 +194,10 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(tiny_with):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, pieces)
 
 
-def test_adapters_lie_as_their_kernels_and_a_mesh_changes_nothing(run, recipe, tmp_path, eight_devices):
+def test_adapters_lie_as_their_kernels_and_a_mesh_changes_nothing(run, recipe, tmp_path, eight_devices, monkeypatch):
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     shapes = rundir.param_shapes(sized(recipe))
-    placed = sharding.parameter_shardings(sharding.make_mesh(mesh, eight_devices), shapes)
+    placed = sharding.parameter_shardings(make_mesh(mesh, eight_devices), shapes)
     attention = placed["decoder"]["stack"]["blocks"]["attention"]
     for name in ("query", "out"):
         kernel, a, b = (
@@ -201,6 +206,8 @@ def test_adapters_lie_as_their_kernels_and_a_mesh_changes_nothing(run, recipe, t
         cut = len(a) - 1
         assert a == (*kernel[:cut], None)
         assert b == (kernel[0], None, *kernel[cut:])
+    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
     train(dataclasses.replace(recipe, mesh=mesh), tmp_path / "run")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(run), rtol=2e-4)
 

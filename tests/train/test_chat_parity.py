@@ -16,9 +16,6 @@ from bothways.train.loop import train
 from tests.convert.published import checkpoint, quiet
 from tests.data.test_chat import MARKED, TALK
 
-pytest.importorskip("trl", reason="trl is not installed: losses of conversations were not compared with its SFT")
-pytest.importorskip("torch", reason="torch is not installed")
-
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.filterwarnings("ignore")]
 STEPS, RATE = 20, 0.002
 TEMPLATE = (
@@ -32,7 +29,15 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
+def trl():
+    """Imported here, where it is needed: that takes seconds in every process that collects the tests."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    why = "trl is not installed: losses of conversations were not compared with its SFT"
+    return pytest.importorskip("trl", reason=why)
+
+
+@pytest.fixture(scope="module")
+def llama(trl, tmp_path_factory):
     home = tmp_path_factory.mktemp("llama") / "llama"
     checkpoint("llama", home, max_position_embeddings=128, hidden_size=24, pad_token_id=1, bos_token_id=0, eos_token_id=1)
     settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "chat_template": TEMPLATE}
@@ -44,10 +49,9 @@ def talks():
     return [{"messages": [{**TALK[1], "content": f"the king {i}?"}, *TALK[2 : 3 + 2 * (i % 2)]]} for i in range(20)]
 
 
-def losses_of_trl(home, records, out):
+def losses_of_trl(trl, home, records, out):
     import datasets
     import transformers
-    import trl
 
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("trl").setLevel(logging.ERROR)
@@ -77,7 +81,7 @@ def losses_of_trl(home, records, out):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def test_losses_are_those_of_trl(llama, tmp_path, cache_dir):
+def test_losses_are_those_of_trl(trl, llama, tmp_path, cache_dir):
     records, path = talks(), tmp_path / "talks.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     import_run(str(llama), tmp_path / "run", "", quiet)
@@ -105,7 +109,7 @@ def test_losses_are_those_of_trl(llama, tmp_path, cache_dir):
     train(recipe, tmp_path / "tuned")
     lines = map(json.loads, (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines())
     ours = [line["loss"] for line in lines if "loss" in line]
-    theirs = losses_of_trl(llama, records, tmp_path / "trl")
+    theirs = losses_of_trl(trl, llama, records, tmp_path / "trl")
     assert len(ours) == len(theirs) == STEPS
     assert theirs[0] - theirs[-1] > 0.2  # it learns, so that the steps are compared and not the start alone
     assert ours == pytest.approx(theirs, abs=1e-3)

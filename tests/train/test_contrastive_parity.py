@@ -17,9 +17,6 @@ from bothways.rundir import read_recipe
 from bothways.train.loop import train
 from tests.convert.published import checkpoint, quiet
 
-library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-torch = pytest.importorskip("torch", reason="torch is not installed")
-
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.filterwarnings("ignore")]
 STEPS, RATE, TEMPERATURE = 20, 0.001, 0.05
 EPS = 1e-6  # gradients that are nothing but rounding move nothing
@@ -28,7 +25,14 @@ PAIRS = [(f"the {name} {verb}", f"{verb.split()[-1]} {name}") for name in NAMES 
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def library():
+    """Imported here, where it is needed: that takes seconds in every process that collects the tests."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    return pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+
+
+@pytest.fixture(scope="module")
+def published(library, tmp_path_factory):
     """A small random BERT without dropout, as a directory of sentence-transformers."""
     home = tmp_path_factory.mktemp("published") / "bert"
     checkpoint("bert", home, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -36,8 +40,10 @@ def published(tmp_path_factory):
     return home
 
 
-def theirs(home, cached):
+def theirs(library, home, cached):
     """Losses of each step in sentence-transformers, and vectors after them."""
+    import torch
+
     losses = importlib.import_module("sentence_transformers.losses")
     model = library.SentenceTransformer(str(home), device="cpu").train()
     kind = losses.CachedMultipleNegativesRankingLoss if cached else losses.MultipleNegativesRankingLoss
@@ -56,8 +62,10 @@ def theirs(home, cached):
 
 
 @pytest.fixture
-def one_thread():
+def one_thread(library):
     """Matrices so small wait for threads longer than for products."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,7 +74,9 @@ def one_thread():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("cached", [False, True])
-def test_losses_and_vectors_are_those_of_sentence_transformers(published, cached, tmp_path, cache_dir, monkeypatch):
+def test_losses_and_vectors_are_those_of_sentence_transformers(
+    library, published, cached, tmp_path, cache_dir, monkeypatch
+):
     monkeypatch.setattr("bothways.convert.check.transformers_logits", lambda *_: (None, ""))
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"q": a, "p": b}) + "\n" for a, b in PAIRS))
@@ -98,7 +108,7 @@ def test_losses_and_vectors_are_those_of_sentence_transformers(published, cached
     train(recipe, tmp_path / "tuned")
     lines = map(json.loads, (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines())
     ours = [line["loss"] for line in lines if "loss" in line]
-    wanted, vectors = theirs(published, cached)
+    wanted, vectors = theirs(library, published, cached)
     assert len(ours) == STEPS
     assert wanted[0] - wanted[-1] > 0.2  # it learns, so that the steps are compared and not the start alone
     assert ours == pytest.approx(wanted, abs=1e-3)

@@ -83,7 +83,7 @@ def test_blocks_are_drawn_by_row_and_depend_on_the_row_alone():
 def gpts(tiny):
     """A GPT that predicts next tokens and one that predicts its own, and their random parameters."""
     cfg = dataclasses.replace(tiny, n_layers=2)
-    params = GPT(cfg).init(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(GPT(cfg).init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
     return {name: GPT(dataclasses.replace(cfg, predicts=name)) for name in ("next", "own")}, params
 
 

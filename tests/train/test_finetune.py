@@ -66,8 +66,8 @@ def test_what_is_left_open_is_settled_by_the_size_of_the_body_and_its_optimizer(
 
 @pytest.mark.parametrize(("family", "pool"), [("gpt", "token"), ("bert", "token"), ("bert", "mean")])
 def test_a_word_that_decides_is_learned_and_the_run_predicts_it(bodies, family, pool, tmp_path):
-    task, home = dog_task("classify", train=160), tmp_path / "tuned"
-    result = finetune(bodies[family], task, home, dataclasses.replace(QUICK, epochs=8, patience=8, pool=pool))
+    task, home = dog_task("classify", train=320), tmp_path / "tuned"
+    result = finetune(bodies[family], task, home, dataclasses.replace(QUICK, epochs=4, patience=4, pool=pool))
     assert result.value >= 0.9
     assert result.interval[0] <= result.value <= result.interval[1]
     assert set(result.baselines) == {"majority", "naive_bayes"}
@@ -87,7 +87,7 @@ def test_a_word_that_decides_is_learned_and_the_run_predicts_it(bodies, family, 
     [("tag", "gpt", 0.9), ("regress", "gpt", 0.8), ("span", "bert", 0.8), ("choice", "bert", 0.8)],
 )
 def test_every_kind_of_task_is_learned(bodies, kind, family, wanted, tmp_path):
-    tuner = runner_of(bodies[family], dog_task(kind, train=96), dataclasses.replace(QUICK, epochs=8, patience=8))
+    tuner = runner_of(bodies[family], dog_task(kind, train=192), dataclasses.replace(QUICK, epochs=4, patience=4))
     best, params = fit(tuner, tmp_path, 1e-2, 0, pretrained=True)
     assert best >= wanted
     assert tuner.measure(params, "test")[tuner.lead] >= wanted - 0.1

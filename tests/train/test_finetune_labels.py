@@ -23,11 +23,11 @@ from tests.train.bodies import WORDS, body, dog_task
 pytestmark = pytest.mark.usefixtures("one_device")
 
 QUICK = FinetuneConfig(
-    epochs=8, patience=8, batch_size=16, learning_rates=(1e-2,), seeds=1, scratch=False, dropout=0.0, optimizer="adamw"
+    epochs=4, patience=4, batch_size=16, learning_rates=(1e-2,), seeds=1, scratch=False, dropout=0.0, optimizer="adamw"
 )
 
 
-def file_of_lists(path, count=130):
+def file_of_lists(path, count=260):
     """Texts whose labels are those of three words that stand in them."""
     rng = np.random.default_rng(0)
     texts = [list(rng.choice([*WORDS, "dog"], 5)) for _ in range(count)]

@@ -26,18 +26,25 @@ from bothways.train import loop, steps
 from bothways.train.loop import Evaluator, train
 from bothways.train.objectives import Objective
 from bothways.train.steps import Throughput, run_steps
-from tests.conftest import plotting
+from tests.conftest import on_one_device, plotting
 from tests.train.jobs import counting
 
 
-def on_devices(recipe, **fields):
-    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **fields), mesh=MeshConfig(8, 1, 1))
+def training(recipe, **fields):
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **fields))
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_recipe):
     model = dataclasses.replace(tiny_recipe.model, d_model=16)
-    return on_devices(dataclasses.replace(tiny_recipe, model=model))
+    return dataclasses.replace(tiny_recipe, model=model, mesh=MeshConfig(8, 1, 1))
+
+
+@pytest.fixture
+def on_one(recipe):
+    """The same where its mesh does not matter."""
+    with on_one_device():
+        yield dataclasses.replace(recipe, mesh=MeshConfig())
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +132,7 @@ def partial_mesh(make):
 def test_a_finished_run_is_not_trained_again(whole, recipe):
     home, result = whole
     before = (home / "metrics.jsonl").read_text()
-    again = train(on_devices(recipe, log_every=2), home)
+    again = train(training(recipe, log_every=2), home)
     assert again.loss == pytest.approx(result.loss)
     assert rundir.read_recipe(home).train.log_every == 2  # what it was told last
     assert (home / "metrics.jsonl").read_text() == before
@@ -158,10 +165,10 @@ def test_an_error_while_restoring_that_is_no_damage_deletes_nothing(tmp_path, mo
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
 
 
-def test_a_run_is_trained_longer(recipe, tmp_path, capfd):
-    constant = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, schedule="constant"))
+def test_a_run_is_trained_longer(on_one, tmp_path, capfd):
+    constant = dataclasses.replace(on_one, optimizer=dataclasses.replace(on_one.optimizer, schedule="constant"))
     train(constant, tmp_path / "whole")
-    train(on_devices(constant, steps=3), tmp_path / "longer")
+    train(training(constant, steps=3), tmp_path / "longer")
     train(constant, tmp_path / "longer")
     assert "train.steps: 3 -> 6; the learning rate of each step stays what it was" in capfd.readouterr().err
     same(params_of(tmp_path / "longer"), params_of(tmp_path / "whole"))
@@ -222,18 +229,18 @@ def test_a_run_goes_on_with_its_own_text_only(whole, recipe, text_file, tmp_path
     assert told == []
 
 
-def test_divergence_stops_the_run_and_leaves_the_checkpoint(recipe, tmp_path):
+def test_divergence_stops_the_run_and_leaves_the_checkpoint(on_one, tmp_path):
     home = tmp_path / "wild"
     wild = dataclasses.replace(
-        on_devices(recipe, steps=9, max_nonfinite_steps=2),
-        optimizer=dataclasses.replace(recipe.optimizer, learning_rate=1e38, clip_norm=0.0, warmup_steps=0),
+        training(on_one, steps=9, max_nonfinite_steps=2),
+        optimizer=dataclasses.replace(on_one.optimizer, learning_rate=1e38, clip_norm=0.0, warmup_steps=0),
     )
     with pytest.raises(Diverged, match="2 steps in a row"):
         train(wild, home)
     assert not list((home / "checkpoints").iterdir())
 
 
-def test_a_batch_ramp_sees_every_row_in_order(recipe, tmp_path, monkeypatch):
+def test_a_batch_ramp_sees_every_row_in_order(on_one, tmp_path, monkeypatch):
     """Rows come in the same order whether the batch grows or not."""
     seen: dict[str, list] = {}
 
@@ -248,12 +255,12 @@ def test_a_batch_ramp_sees_every_row_in_order(recipe, tmp_path, monkeypatch):
         return keep
 
     for name, fields in (
-        ("flat", {"batch_size": 8, "steps": 7}),
-        ("ramp", {"batch_size": 16, "batch_size_start": 8, "batch_size_ramp_rows": 16, "steps": 5}),
+        ("flat", {"batch_size": 8}),
+        ("ramp", {"batch_size": 16, "batch_size_start": 8, "batch_size_ramp_rows": 16}),
     ):
         with monkeypatch.context() as m:
             m.setattr(sharding, "to_global", record(name))
-            train(on_devices(recipe, eval_every=100, save_every=100, **fields), tmp_path / name)
+            train(training(on_one, steps=7, eval_every=100, save_every=100, **fields), tmp_path / name)
     flat = np.concatenate(seen["flat"][:7])
     ramp = np.concatenate(seen["ramp"][:5])
     assert [len(b) for b in seen["ramp"][:5]].count(16) >= 1
@@ -262,7 +269,7 @@ def test_a_batch_ramp_sees_every_row_in_order(recipe, tmp_path, monkeypatch):
 
 
 def test_evaluation_takes_no_more_rows_at_once_than_training(recipe, monkeypatch):
-    cut, sizes = on_devices(recipe, batch_size=32, grad_accum_steps=2, eval_rows=0), []
+    cut, sizes = training(recipe, batch_size=32, grad_accum_steps=2, eval_rows=0), []
     rows = Stacked([{"targets": np.zeros(3, int), "weights": np.ones(3)}] * 40)
     tokenizer = types.SimpleNamespace(byte_lengths=lambda: np.ones(1))
     objective = Objective(None, None, None, likelihood="nll")

@@ -11,7 +11,7 @@ import pytest
 
 import bothways
 from bothways import rundir
-from bothways.config import MeshConfig, ObjectiveConfig
+from bothways.config import ObjectiveConfig
 from bothways.errors import InputError, Stopped
 from bothways.recipes import Recipe
 from bothways.train import loop, steps
@@ -21,7 +21,7 @@ SHORT, LONG, SHORT_STEPS, STEPS = 11, 16, 3, 5
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny_recipe, tmp_path_factory) -> Recipe:
+def recipe(tiny_recipe, one_device, tmp_path_factory) -> Recipe:
     """A BERT with both heads on four documents."""
     home = tmp_path_factory.mktemp("tales")
     for seed in range(4):
@@ -37,7 +37,6 @@ def recipe(tiny_recipe, tmp_path_factory) -> Recipe:
         data=dataclasses.replace(tiny_recipe.data, corpus=str(home / "*.txt")),
         objective=ObjectiveConfig(kind="masked", next_sentence=True),
         train=dataclasses.replace(tiny_recipe.train, eval_every=STEPS, save_every=STEPS, **lengths),
-        mesh=MeshConfig(8, 1, 1),
     )
 
 

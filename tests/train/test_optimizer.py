@@ -53,7 +53,7 @@ def test_warm_up_stable_decay():
 @pytest.fixture(scope="module")
 def params(tiny):
     module = make_module("gpt", tiny)
-    return module.init(jax.random.key(0), **tiny_inputs("gpt"))["params"]
+    return jax.jit(module.init)(jax.random.key(0), **tiny_inputs("gpt"))["params"]
 
 
 def test_weight_decay_spares_biases_and_norms(params):
@@ -78,7 +78,7 @@ def test_without_a_gradient_only_matrices_and_tables_shrink(params, name):
 def test_weight_decay_is_scaled_by_the_rate(params):
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, weight_decay=0.1, schedule="constant"), 10)
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    updates, _ = jax.jit(lambda zero, p: optimizer.update(zero, optimizer.init(p), p))(zero, params)
     table = params["decoder"]["embed"]["token"]["embedding"]
     np.testing.assert_allclose(updates["decoder"]["embed"]["token"]["embedding"], -0.05 * table, rtol=1e-5)
     assert not np.any(updates["decoder"]["final_norm"]["scale"])
@@ -90,8 +90,8 @@ def test_clipping_bounds_the_whole_gradient(params):
         cfg = OptimizerConfig(
             name="lion", learning_rate=1.0, b1=0.0, weight_decay=0.0, clip_norm=clip, schedule="constant"
         )
-        state = make_optimizer(cfg, 10).init(params)
-        _, state = make_optimizer(cfg, 10).update(big, state, params)
+        optimizer = make_optimizer(cfg, 10)
+        _, state = jax.jit(lambda big, p, of=optimizer: of.update(big, of.init(p), p))(big, params)
         moment = next(x for x in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu")).mu
         norm = float(jnp.sqrt(sum(jnp.sum(m**2) for m in jax.tree.leaves(moment)))) / (1 - cfg.b2)
         if expected:
@@ -104,7 +104,7 @@ def test_muon_makes_block_matrices_nearly_orthogonal_and_leaves_the_rest_to_adam
     cfg = OptimizerConfig(name="muon", learning_rate=1.0, adam_learning_rate=0.125, weight_decay=0.0, schedule="constant")
     optimizer = make_optimizer(cfg, 10)
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, _ = jax.jit(lambda grads, p: optimizer.update(grads, optimizer.init(p), p))(grads, params)
     blocks = updates["decoder"]["stack"]["blocks"]
     for name, module, rows in (
         ("attention", "query", 22),

@@ -70,24 +70,29 @@ def first_state(family, cfg, optimizer):
     return jax.device_get(jax.jit(lambda: init_state(module, tiny_inputs(family), optimizer, 3))())
 
 
+@functools.cache
+def programs(family, cfg, mesh_cfg, devices, optimizer, accumulate):
+    """Mesh, train step, evaluation, and where the state lies."""
+    mesh, module = sharding.make_mesh(mesh_cfg, list(devices)), make_module(family, cfg)
+    objective = make_objective(OBJECTIVES[family], made_up_vocabulary(cfg.vocab_size))
+    begun, update = first_state(family, cfg, optimizer), make_optimizer(optimizer, 10)
+    shardings = state_shardings(mesh, jax.eval_shape(lambda: begun))
+    step = make_train_step(module, objective, update, mesh, shardings, accumulate=accumulate)
+    return mesh, step, make_eval_step(module, objective, mesh, shardings.params), shardings
+
+
 def run(cfg, mesh_cfg, devices, steps=2, accumulate=1, optimizer=None, batches=None, family="gpt", evaluating=False):
     """State, metrics and, where it is wanted, the evaluation of the first batch, after some steps on a mesh."""
-    mesh = sharding.make_mesh(mesh_cfg, devices)
-    module = make_module(family, cfg)
-    objective = make_objective(OBJECTIVES[family], made_up_vocabulary(cfg.vocab_size))
     batches = batches or [BATCHES[family](cfg.vocab_size, seed=k) for k in range(steps)]
     asked = optimizer or OptimizerConfig(learning_rate=1e-2, eps=1e-3)
-    begun, optimizer = first_state(family, cfg, asked), make_optimizer(asked, 10)
-    shardings = state_shardings(mesh, jax.eval_shape(lambda: begun))
-    state = jax.device_put(jax.tree.map(np.copy, begun), shardings)  # a step consumes it
-    step = make_train_step(module, objective, optimizer, mesh, shardings, accumulate=accumulate)
+    mesh, step, evaluate, shardings = programs(family, cfg, mesh_cfg, tuple(devices), asked, accumulate)
+    state = jax.device_put(jax.tree.map(np.copy, first_state(family, cfg, asked)), shardings)  # a step consumes it
     metrics = []
     for batch in batches:
         state, m = step(state, sharding.to_global(mesh, batch), 3)
         metrics.append({name: float(v) for name, v in m.items()})
     evaluated = None
     if evaluating:  # one more program
-        evaluate = make_eval_step(module, objective, mesh, shardings.params)
         evaluated = jax.device_get(evaluate(state.params, sharding.to_global(mesh, batches[0])))
     return jax.device_get(state), metrics, evaluated
 
