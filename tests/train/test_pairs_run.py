@@ -24,7 +24,7 @@ MODEL = TransformerConfig(
 
 
 @pytest.fixture(scope="module")
-def reversing(tmp_path_factory, cache_dir, compiled_well):
+def reversing(tmp_path_factory, cache_dir):
     """A run that has seen 2,400 strings of 3 to 6 letters and their reversals."""
     home = tmp_path_factory.mktemp("reversal")
     rng = random.Random(0)
