@@ -14,17 +14,17 @@ from bothways.model.config import TransformerConfig
 from bothways.model.dropout import Dropout
 from bothways.model.layers import Norm, Projection
 from bothways.model.mask import Mask
-from bothways.model.products import elementwise
+from bothways.model.products import elementwise, gelu
 from bothways.model.score_bias import ScoreBias
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv 2109.08668, section 4.1
     "silu": jax.nn.silu,
     "swiglu": jax.nn.silu,  # arXiv 2002.05202
-    "geglu": lambda x: jax.nn.gelu(x, approximate=False),
+    "geglu": gelu,
     "geglu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 

@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
@@ -23,6 +24,8 @@ from bothways.model.short_rows import LONGEST, Rows, attend_short
 LANES = 128
 """Splash cuts rows into blocks of a multiple of this many positions."""
 
+SAVED = "attended"
+"""Name of what `remat="dots"` keeps of a kernel: its inputs, with bias and scaled."""
 Q_AXES, K_AXES = ("batch", "length", "heads", "head"), ("batch", "keys", "kv_heads", "head")
 
 
@@ -85,16 +88,21 @@ def short(
     rows = Rows(K, H, mask.causal, 0.0 if dropout is None else dropout.rate, platform() != "tpu")
 
     def part(q, k, v, q_segments, k_segments, first, seed):
-        flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+        def kept(x):  # as products write it
+            return checkpoint_name(x.reshape(-1, x.shape[-1]), SAVED).reshape(x.shape)
+
+        heads = q.shape
+        q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+        q, k, v = (kept(x) for x in (q * K**-0.5, k, v))
         numbers = jnp.concatenate([seed.astype(jnp.int32), first[:1, 0]])
-        return attend_short(rows, *flat, q_segments, k_segments, numbers).reshape(q.shape)
+        return attend_short(rows, q, k, v, q_segments, k_segments, numbers).reshape(heads)
 
     if q_at := activation_sharding(q.shape, *Q_AXES):
         k_at = activation_sharding(k.shape, *K_AXES)
         row, head = PartitionSpec(q_at.spec[0]), PartitionSpec(q_at.spec[0], q_at.spec[2])
         specs = (q_at.spec, k_at.spec, k_at.spec, row, row, head, PartitionSpec())
         part = jax.shard_map(part, mesh=q_at.mesh, in_specs=specs, out_specs=q_at.spec, check_vma=False)
-    return part(q * K**-0.5, k, v, q_segments, k_segments, first, seed)
+    return part(q, k, v, q_segments, k_segments, first, seed)
 
 
 def _segments(mask: Mask, B: int, T: int, S: int) -> tuple[jax.Array, jax.Array]:

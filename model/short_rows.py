@@ -8,6 +8,7 @@ hash of (seed, row, head, query, key) (model/dropout.py). Two products forward, 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,17 +45,30 @@ def dot(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
+def _program() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Numbers of the row, of the block of lanes and of the block of queries; they can be asked for only outside `pl.when`."""
+    return pl.program_id(0), pl.program_id(1), pl.program_id(2)
+
+
 def _heads_of(rows: Rows, lanes: int) -> int:
     return lanes // rows.width
 
 
-def _loaded(ref: Any, columns: int) -> jax.Array:
-    """A block [n, lanes] of an array with that many columns; what lies behind the last one is 0."""
-    x = ref[0]
+def _each_block(rows: Rows, block: jax.Array, t: int, S: int, blocks: int, run: Callable[[int], None]) -> None:
+    """run(n), n the number of keys that some query of this block of t may see. Each block has its own program, since n is a size."""
+    if not rows.causal:
+        run(S)
+    for i in range(blocks if rows.causal else 0):
+        pl.when(block == i)(functools.partial(run, min((i + 1) * t, S)))
+
+
+def _loaded(ref: Any, at: tuple, columns: int, n: int) -> jax.Array:
+    """The first n rows of a block [., lanes] of an array with that many columns; what lies behind the last one is 0."""
+    x = ref[0, :n]
     lanes = x.shape[1]
     if columns % lanes == 0:
         return x
-    column = pl.program_id(1) * lanes + jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+    column = at[1] * lanes + jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
     return jnp.where(column < columns, x, jnp.zeros_like(x))
 
 
@@ -66,22 +80,24 @@ def _head(x: jax.Array, j: int, width: int) -> jax.Array:
     return jnp.where(lane // width == j, x, jnp.zeros_like(x))
 
 
-def _probabilities(rows: Rows, q: jax.Array, k: jax.Array, q_segments: jax.Array, k_segments: jax.Array) -> jax.Array:
+def _probabilities(
+    rows: Rows, at: tuple, q: jax.Array, k: jax.Array, q_segments: jax.Array, k_segments: jax.Array
+) -> jax.Array:
     """[t, S] in float32. A query that may see nothing gets the same for every key, as in `attend_whole`."""
     t, S = q.shape[0], k.shape[0]
     seen = q_segments == k_segments
     if rows.causal:
-        query = pl.program_id(2) * t + jax.lax.broadcasted_iota(jnp.int32, (t, S), 0)
+        query = at[2] * t + jax.lax.broadcasted_iota(jnp.int32, (t, S), 0)
         seen &= query >= jax.lax.broadcasted_iota(jnp.int32, (t, S), 1)
     scores = jnp.where(seen, dot(q, k, NT), HIDDEN)
     p = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
     return p * (1.0 / jnp.sum(p, axis=1, keepdims=True))
 
 
-def _kept(rows: Rows, numbers: Any, T: int, t: int, S: int, j: int, lanes: int) -> jax.Array:
+def _kept(rows: Rows, at: tuple, numbers: Any, T: int, t: int, S: int, j: int, lanes: int) -> jax.Array:
     """[t, S]: `ScoreDropout.factor` of the block's j-th head."""
-    head = pl.program_id(1) * _heads_of(rows, lanes) + j
-    first = (numbers[2] + pl.program_id(0) * rows.heads + head) * T + pl.program_id(2) * t
+    head = at[1] * _heads_of(rows, lanes) + j
+    first = (numbers[2] + at[0] * rows.heads + head) * T + at[2] * t
     seed = [jnp.full((1, 1), numbers[i], jnp.int32).astype(jnp.uint32) for i in range(2)]
     row = (first + jax.lax.broadcasted_iota(jnp.int32, (t, 1), 0)).astype(jnp.uint32)
     column = jax.lax.broadcasted_iota(jnp.int32, (1, S), 1).astype(jnp.uint32)
@@ -89,43 +105,52 @@ def _kept(rows: Rows, numbers: Any, T: int, t: int, S: int, j: int, lanes: int) 
 
 
 def _forward(rows: Rows, T: int, columns: int, numbers, q_ref, k_ref, v_ref, q_segments, k_segments, y_ref):
-    q, k, v = (_loaded(ref, columns) for ref in (q_ref, k_ref, v_ref))
-    (t, lanes), S = q.shape, k.shape[0]
-    y = jnp.zeros((t, lanes), jnp.float32)
-    for j in range(_heads_of(rows, lanes)):
-        p = _probabilities(rows, q, _head(k, j, rows.width), q_segments[0], k_segments[0])
-        if rows.rate:
-            p = p * _kept(rows, numbers, T, t, S, j, lanes)
-        y += dot(p.astype(v.dtype), _head(v, j, rows.width), NN)
-    y_ref[0] = y.astype(y_ref.dtype)
+    at, (t, lanes) = _program(), q_ref.shape[1:]
+
+    def run(n: int) -> None:
+        q, k, v = _loaded(q_ref, at, columns, t), _loaded(k_ref, at, columns, n), _loaded(v_ref, at, columns, n)
+        y = jnp.zeros((t, lanes), jnp.float32)
+        for j in range(_heads_of(rows, lanes)):
+            p = _probabilities(rows, at, q, _head(k, j, rows.width), q_segments[0], k_segments[0, :, :n])
+            if rows.rate:
+                p = p * _kept(rows, at, numbers, T, t, n, j, lanes)
+            y += dot(p.astype(v.dtype), _head(v, j, rows.width), NN)
+        y_ref[0] = y.astype(y_ref.dtype)
+
+    _each_block(rows, at[2], t, k_ref.shape[1], T // t, run)
 
 
 def _backward(
     rows: Rows, T: int, columns: int, numbers, q_ref, k_ref, v_ref, q_segments, k_segments, dy_ref,
     dq_ref, dk_ref, dv_ref, dk_sum, dv_sum,
 ):  # fmt: skip
-    @pl.when(pl.program_id(2) == 0)
+    at, (t, lanes) = _program(), q_ref.shape[1:]
+
+    @pl.when(at[2] == 0)
     def _():
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
-    q, k, v, dy = (_loaded(ref, columns) for ref in (q_ref, k_ref, v_ref, dy_ref))
-    (t, lanes), S = q.shape, k.shape[0]
-    dq = jnp.zeros((t, lanes), jnp.float32)
-    for j in range(_heads_of(rows, lanes)):
-        qj, kj, vj, dyj = (_head(x, j, rows.width) for x in (q, k, v, dy))
-        p = _probabilities(rows, q, kj, q_segments[0], k_segments[0])
-        dp, kept = dot(dy, vj, NT), p
-        if rows.rate:
-            factor = _kept(rows, numbers, T, t, S, j, lanes)
-            dp, kept = dp * factor, p * factor
-        ds = (p * (dp - jnp.sum(p * dp, axis=1, keepdims=True))).astype(q.dtype)
-        dq += dot(ds, kj, NN)
-        dk_sum[...] += dot(ds, qj, TN)
-        dv_sum[...] += dot(kept.astype(v.dtype), dyj, TN)
-    dq_ref[0] = dq.astype(dq_ref.dtype)
+    def run(n: int) -> None:
+        q, dy = (_loaded(ref, at, columns, t) for ref in (q_ref, dy_ref))
+        k, v = (_loaded(ref, at, columns, n) for ref in (k_ref, v_ref))
+        dq = jnp.zeros((t, lanes), jnp.float32)
+        for j in range(_heads_of(rows, lanes)):
+            qj, kj, vj, dyj = (_head(x, j, rows.width) for x in (q, k, v, dy))
+            p = _probabilities(rows, at, q, kj, q_segments[0], k_segments[0, :, :n])
+            dp, kept = dot(dy, vj, NT), p
+            if rows.rate:
+                factor = _kept(rows, at, numbers, T, t, n, j, lanes)
+                dp, kept = dp * factor, p * factor
+            ds = (p * (dp - jnp.sum(p * dp, axis=1, keepdims=True))).astype(q.dtype)
+            dq += dot(ds, kj, NN)
+            dk_sum[:n] += dot(ds, qj, TN)
+            dv_sum[:n] += dot(kept.astype(v.dtype), dyj, TN)
+        dq_ref[0] = dq.astype(dq_ref.dtype)
 
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    _each_block(rows, at[2], t, k_ref.shape[1], T // t, run)
+
+    @pl.when(at[2] == T // t - 1)
     def _():
         dk_ref[0] = dk_sum[...].astype(dk_ref.dtype)
         dv_ref[0] = dv_sum[...].astype(dv_ref.dtype)
@@ -150,8 +175,8 @@ def attend_short(
     return _call_forward(rows, q, k, v, q_segments, k_segments, numbers)[0]
 
 
-def _grid(q: jax.Array, k: jax.Array, most: int) -> tuple[tuple[int, int, int], int, dict[str, pl.BlockSpec]]:
-    """(rows, blocks of lanes, blocks of queries); lanes; how arrays are cut."""
+def _grid(q: jax.Array, k: jax.Array, most: int) -> tuple[tuple[int, int, int], int, int, dict[str, pl.BlockSpec]]:
+    """(rows, blocks of lanes, blocks of queries); queries and lanes of a block; how arrays are cut."""
     (B, T, D), S = q.shape, k.shape[1]
     t, lanes = next(n for n in (512, 256, LANES) if n <= most and T % n == 0), min(LANES, D)
     specs = {
@@ -161,22 +186,23 @@ def _grid(q: jax.Array, k: jax.Array, most: int) -> tuple[tuple[int, int, int], 
         "k_segments": pl.BlockSpec((1, 1, S), lambda b, h, i: (b, 0, 0)),
         "numbers": pl.BlockSpec(memory_space=pltpu.SMEM),
     }
-    return (B, -(-D // lanes), T // t), lanes, specs
+    return (B, -(-D // lanes), T // t), t, lanes, specs
 
 
-def _cost(q: jax.Array, k: jax.Array, lanes: int, width: int, products: int) -> pl.CostEstimate:
+def _cost(rows: Rows, q: jax.Array, k: jax.Array, t: int, lanes: int, products: int) -> pl.CostEstimate:
     """Products over all lanes of a block, for each of its heads: with narrow heads most of it multiplies zeros."""
     (B, T, D), S = q.shape, k.shape[1]
-    heads = -(-D // lanes) * (lanes // width)
+    heads = -(-D // lanes) * _heads_of(rows, lanes)
+    pairs = sum(t * min(end, S) for end in range(t, T + 1, t)) if rows.causal else T * S
     return pl.CostEstimate(
-        flops=products * 2 * B * heads * T * S * lanes,
-        transcendentals=B * heads * T * S,
+        flops=products * 2 * B * heads * pairs * lanes,
+        transcendentals=B * heads * pairs,
         bytes_accessed=(products + 2) * B * (T + S) * D * q.dtype.itemsize // 2,
     )
 
 
 def _call_forward(rows, q, k, v, q_segments, k_segments, numbers):
-    grid, lanes, at = _grid(q, k, 512)
+    grid, t, lanes, at = _grid(q, k, 256 if rows.causal else 512)  # of causal rows, fewer see less that is hidden
     y = pl.pallas_call(
         functools.partial(_forward, rows, q.shape[1], q.shape[2]),
         grid=grid,
@@ -185,7 +211,7 @@ def _call_forward(rows, q, k, v, q_segments, k_segments, numbers):
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         interpret=rows.interpret,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(q, k, lanes, rows.width, 2),
+        cost_estimate=_cost(rows, q, k, t, lanes, 2),
         name="short_rows_forward",
     )(numbers, q, k, v, q_segments[:, :, None], k_segments[:, None])
     return y, (q, k, v, q_segments, k_segments, numbers)
@@ -194,7 +220,7 @@ def _call_forward(rows, q, k, v, q_segments, k_segments, numbers):
 def _call_backward(rows, kept, dy):
     q, k, v, q_segments, k_segments, numbers = kept
     # Five arrays of scores are alive at once: fewer queries a block than forward where rows are long.
-    grid, lanes, at = _grid(q, k, 256 if k.shape[1] > 512 else 512)
+    grid, t, lanes, at = _grid(q, k, 256 if rows.causal or k.shape[1] > 512 else 512)
     dq, dk, dv = pl.pallas_call(
         functools.partial(_backward, rows, q.shape[1], q.shape[2]),
         grid=grid,
@@ -204,7 +230,7 @@ def _call_backward(rows, kept, dy):
         scratch_shapes=[pltpu.VMEM((k.shape[1], lanes), jnp.float32)] * 2,
         interpret=rows.interpret,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(q, k, lanes, rows.width, 5),
+        cost_estimate=_cost(rows, q, k, t, lanes, 5),
         name="short_rows_backward",
     )(numbers, q, k, v, q_segments[:, :, None], k_segments[:, None], dy)
     return dq, dk, dv, None, None, None

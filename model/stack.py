@@ -12,12 +12,15 @@ from bothways.model.attention import Attention, fuse_qkv
 from bothways.model.block import Block
 from bothways.model.cache import Cache, LayerCache
 from bothways.model.config import TransformerConfig
+from bothways.model.kernels import SAVED
 from bothways.model.mask import Mask
 from bothways.model.score_bias import ScoreBias
 
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SAVED)
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -115,13 +118,16 @@ class Stack(nn.Module):
             def turn(x, turn_input):
                 params, first = turn_input
                 for j in range(period):
-                    one = jax.tree.map(lambda p: p[j], params) if shared is None else shared  # noqa: B023
-                    x, _ = run(x, one, first + j, j)
+                    one = params if period == 1 else jax.tree.map(lambda p: p[j], params)  # noqa: B023
+                    x, _ = run(x, one if shared is None else shared, first + j, j)
                 return x, None
 
             grouped, firsts = None, jnp.arange(0, scanned, period)
             if shared is None:
-                grouped = jax.tree.map(lambda p: p[:scanned].reshape(-1, period, *p.shape[1:]), blocks)
+                # An axis of length 1 would do, but a TPU copies the parameters for it.
+                grouped = jax.tree.map(
+                    lambda p: p[:scanned].reshape(-1, period, *p.shape[1:]) if period > 1 else p, blocks
+                )
                 blocks = jax.tree.map(lambda p: p[scanned:], blocks)
             x, _ = jax.lax.scan(turn, x, (grouped, firsts))
 

@@ -17,7 +17,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     ("projections", r"(attention|cross)[^/]*/(query|key|value|out|qkv)\b"),
     ("attention", r"(attention|cross)[^/]*/|splash|attend"),
     ("MLP", r"mlp/"),
-    ("loss", r"loss|lm_head|mlm|nsp|pooler|logits|cross_entropy|unembed"),
+    ("loss", r"loss|lm_head|mlm|\bnsp|pooler|logits|cross_entropy|unembed"),
     ("embedding", r"embed|token/|position/"),
     ("layers' stacks", r"(while/body|scan).*(dynamic_slice|dynamic_update_slice|squeeze|broadcast_in_dim)$"),
     ("blocks, the rest", r"blocks|stack/"),

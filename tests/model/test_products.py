@@ -1,5 +1,6 @@
 """Products as one CPU multiplies them fastest are the products."""
 
+import math
 import os
 import re
 import subprocess
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bothways.model.products import contract, elementwise
+from bothways.model.axes import traced_for
+from bothways.model.products import add_bias, contract, elementwise, gelu
 from bothways.platform import multiplies_bfloat16
 
 SIZES = dict(zip("bgnstvdfk", (2, 3, 5, 7, 11, 13, 17, 19, 23), strict=True))
@@ -61,6 +63,37 @@ def test_a_function_of_bfloat16_is_rounded_once():
     mine, exact = jax.vmap(jax.grad(gelu))(x), jax.vmap(jax.grad(jax.nn.gelu))(wide)
     np.testing.assert_allclose(np.asarray(mine, np.float32), exact, rtol=2**-7, atol=1e-6)
     np.testing.assert_array_equal(gelu(wide), jax.nn.gelu(wide))
+
+
+def test_a_tpu_adds_biases_of_narrow_heads_as_others_do_and_sums_their_gradients_in_float32():
+    rng = np.random.default_rng(0)
+    y, dy = (jnp.asarray(rng.normal(size=(5, 7, 3, 11)), jnp.bfloat16) for _ in range(2))
+    bias = jnp.asarray(rng.normal(size=(3, 11)), jnp.float32)
+    with traced_for("tpu"):
+        z, back = jax.vjp(add_bias, y, bias)
+        d_y, d_bias = back(dy)
+    np.testing.assert_array_equal(z, y + bias.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(d_y, dy)
+    exact = np.asarray(dy, np.float64).sum((0, 1))
+    assert d_bias.dtype == jnp.float32
+    np.testing.assert_allclose(d_bias, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_a_tpus_gelu_is_gelu_to_the_last_bit_of_bfloat16():
+    x = jnp.arange(2**16, dtype=jnp.uint16).view(jnp.bfloat16)  # every bfloat16 there is
+    x = x[jnp.isfinite(x) & (jnp.abs(x) < 100)]
+    wide = np.asarray(x, np.float64)
+    below = np.array([math.erfc(-one / 2**0.5) / 2 for one in wide])
+    slope = below + wide * np.exp(-(wide**2) / 2) / (2 * math.pi) ** 0.5
+    with traced_for("tpu"):
+        y, tangent = jax.jvp(gelu, (x,), (jnp.ones_like(x),))
+    assert y.dtype == tangent.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), wide * below, rtol=2**-8 + 0.002, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(tangent, np.float64), slope, rtol=2**-8 + 0.002, atol=1e-6)
+    with traced_for("tpu"):
+        np.testing.assert_array_equal(
+            gelu(wide.astype(np.float32)), jax.nn.gelu(wide.astype(np.float32), approximate=False)
+        )
 
 
 STEP = """

@@ -1,5 +1,7 @@
 """The kernel of short rows computes what the dense mask says, dropout included; interpreted where no TPU is."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,11 @@ from bothways.config import MeshConfig
 from bothways.model import kernels
 from bothways.model.attention import attend_whole
 from bothways.model.axes import activation_shardings
+from bothways.model.config import TransformerConfig
+from bothways.model.decoder import Decoder
 from bothways.model.dropout import ScoreDropout
 from bothways.model.mask import Mask
+from bothways.plan.own_kernels import traced_kernels
 from tests.model.test_kernels import CAUSAL, MASKS, PREFIX
 
 KNOWN = ["bidirectional", "packed causal", "hidden keys"]
@@ -63,11 +68,37 @@ def test_on_a_mesh_every_device_draws_its_part_of_the_same_dropout(eight_devices
         same(outcome(kernels.short, mask, 4, 64, DROPOUT), wanted)
 
 
-def test_several_blocks_of_queries_draw_other_rows():
-    """1,024 keys: forward and backward go by blocks of 512 and 256 queries."""
+@pytest.mark.parametrize("causal", [True, False])
+def test_several_blocks_of_queries_draw_other_rows(causal):
+    """1,024 keys, of which a causal block of 256 queries reads those up to its own; without causality blocks of 512 and 256 read all."""
     row = jnp.arange(1024)[None]
-    mask = Mask.self_attention(row, causal=True)
+    mask = Mask.self_attention(row, causal=causal)
     same(outcome(kernels.short, mask, 1, 32, DROPOUT), outcome(attend_whole, mask, 1, 32, DROPOUT))
+
+
+@pytest.mark.parametrize(("causal", "share"), [(True, 5 / 8), (False, 1)])
+def test_products_with_keys_behind_a_causal_block_are_not_counted(causal, share):
+    """Rows of 1,024 in blocks of 256: 1 + 2 + 3 + 4 of 16. Each of 3 heads of 64 takes 128 lanes, and with them the empty half of the last."""
+    mask = Mask.self_attention(jnp.arange(1024)[None], causal=causal)
+    x = jax.ShapeDtypeStruct((1, 1024, 3, 64), jnp.bfloat16)
+    program = jax.make_jaxpr(jax.grad(lambda q, k, v: jnp.sum(kernels.short(q, k, v, mask)), (0, 1, 2)))(x, x, x)
+    known = traced_kernels(program.jaxpr)
+    product = 2 * 4 * 1024 * 1024 * 128 * share
+    assert {name: kernel.flops for name, kernel in known.items()} == {
+        "short_rows_forward": 2 * product,
+        "short_rows_backward": 5 * product,
+    }
+
+
+@pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("full", 2)])
+def test_what_the_kernel_reads_is_kept_where_products_are(remat, times):
+    """Queries, keys and values with bias, and not what they are made of: they have their name in the forward pass alone."""
+    cfg = TransformerConfig(vocab_size=37, context_length=128, d_model=64, n_layers=3, n_heads=2, d_ff=64)
+    module = Decoder(dataclasses.replace(cfg, remat=remat, scan_layers=True, attention="short").resolved())
+    tokens = jnp.zeros((1, 128), jnp.int32)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens)["params"])
+    program = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(module.apply({"params": params}, tokens)[0])))(params)
+    assert str(program).count(f"name={kernels.SAVED}") == 3 * times
 
 
 def test_what_it_does_not_know(monkeypatch, eight_devices):

@@ -232,3 +232,8 @@ def test_changing_a_neighbour_or_the_padding_changes_nothing(read):
 def test_a_padded_text_gives_what_it_gives_without_padding(read):
     padded = row(read, FIRST, padding=[7] * 8)
     np.testing.assert_allclose(padded[:5], row(read, FIRST, padding=[]), atol=1e-5)
+
+
+def test_layers_that_are_all_alike_are_scanned_one_at_a_time(value_and_gradients):
+    alike = {"layer_pattern": ("local",)}
+    same(value_and_gradients(scan_layers=True, **alike), value_and_gradients(scan_layers=False, **alike))
