@@ -76,6 +76,7 @@ def _cross_entropy(features, table, bias, targets, weights, cap, smoothing, piec
     return _forward(features, table, bias, targets, weights, cap, smoothing, pieces, with_gradient=False)[0]
 
 
+@jax.named_scope("loss")
 def _forward(features, table, bias, targets, weights, cap, smoothing, pieces, with_gradient=True):
     B, T, D = features.shape
     V = table.shape[0]
@@ -98,7 +99,9 @@ def _forward(features, table, bias, targets, weights, cap, smoothing, pieces, wi
         sums = sums + jnp.stack([jnp.sum(w * nats), jnp.sum(w * (target >= top[..., 0]))])
         if not with_gradient:
             return (sums, d_table, d_bias), None
-        d_logits = w[..., None] * (exp / total - jnp.where(hit, 1 - smoothing, 0.0) - smoothing / V)
+        # w (exp / total - wanted), with one division a token.
+        wanted = jnp.where(hit, (1 - smoothing + smoothing / V) * w[..., None], smoothing / V * w[..., None])
+        d_logits = exp * (w[..., None] / total) - wanted
         d_products = d_logits * (1 - jnp.square(capped / cap)) if cap else d_logits
         narrow_d = d_products.astype(x.dtype)
         dx = contract("btv,vd->btd", narrow_d, narrow)
