@@ -2,10 +2,11 @@
 
 import types
 
+import jax
 import numpy as np
 import pytest
 
-from bothways.compiler import compiler_options
+from bothways.compiler import compiler_options, once_options
 
 
 def mesh(kind: str, platform: str = "tpu"):
@@ -34,3 +35,12 @@ def test_wide_models_get_more_vmem_where_there_is_some(kind, width, given, vmem)
 
 def test_other_devices_get_no_options():
     assert compiler_options(mesh("cpu", "cpu"), 5120, 98304) is None
+
+
+def test_a_cpu_compiles_what_runs_once_in_less_time():
+    assert once_options(mesh("cpu", "cpu")) == {"xla_backend_optimization_level": 1}
+    assert once_options(mesh("TPU v5")) is None
+    y = jax.jit(lambda key: jax.random.normal(key, (7,)), compiler_options=once_options(mesh("cpu", "cpu")))
+    np.testing.assert_array_equal(
+        y(jax.random.key(0)), jax.jit(lambda key: jax.random.normal(key, (7,)))(jax.random.key(0))
+    )

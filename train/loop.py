@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bothways import rundir, sharding
+from bothways.compiler import once_options
 from bothways.data import mixture, pipeline
 from bothways.data.metrics import Ratio
 from bothways.data.tokenizer import Tokenizer
@@ -165,7 +166,9 @@ def _train(recipe: Recipe, workdir: str | Path, held: contextlib.ExitStack, prof
     # Adapters are the run's own, from scratch or resumed; what they are for is 2 or 3, frozen, each time anew.
     def begin() -> TrainState:
         own = shardings.replace(frozen=None)
-        made = jax.jit(lambda seed: fresh(seed).replace(frozen=None), out_shardings=own)
+        made = jax.jit(
+            lambda seed: fresh(seed).replace(frozen=None), out_shardings=own, compiler_options=once_options(mesh)
+        )
         state = made(cfg.seed)  # not a constant: seeds share their programs
         if not cfg.init_from or recipe.model.lora.rank:
             return state
